@@ -1,0 +1,38 @@
+"""Ops for stage-wise flow transformers: stage attention, adaLN flow blocks, the flow step.
+
+Each op has a pure PyTorch reference and, where it pays, faster backends; `use_backend` chooses,
+`python -m ecar_kernels` says which are available and why not. The ops `adaln` and
+`stage_attention` share their names with the families' folders: `ecar_kernels.adaln` is the op,
+and `from ecar_kernels.adaln import reference` still finds the module.
+"""
+
+from ecar_kernels.adaln.api import adaln, gated_residual, gated_residual_adaln
+from ecar_kernels.flow_block.api import adaln_linear, linear_gated_residual
+from ecar_kernels.flow_step.api import euler_step, initial_noise, upsample_renoise_euler
+from ecar_kernels.registry import (
+    BackendUnavailableError,
+    active_backend,
+    backends,
+    resolve,
+    use_backend,
+)
+from ecar_kernels.stage_attention.api import stage_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailableError",
+    "active_backend",
+    "adaln",
+    "adaln_linear",
+    "backends",
+    "euler_step",
+    "gated_residual",
+    "gated_residual_adaln",
+    "initial_noise",
+    "linear_gated_residual",
+    "resolve",
+    "stage_attention",
+    "upsample_renoise_euler",
+    "use_backend",
+]

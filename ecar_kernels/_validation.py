@@ -1,0 +1,150 @@
+"""Argument checks that every op shares. Messages name the argument, what was expected, what came.
+
+They run on each call, so they are plain comparisons that torch.compile traces with dynamic
+shapes; text is built only when something is wrong.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ecar_kernels import registry
+
+_INFINITY = float("inf")
+
+
+def shape_error(name: str, value: Tensor, expected: str, **sizes: int) -> ValueError:
+    """The error for a tensor whose shape is not `expected`, given what the letters stand for."""
+    known = ", ".join(f"{letter}={size}" for letter, size in sizes.items())
+    return ValueError(f"argument '{name}': expected a tensor of shape {expected}"
+                      f"{' with ' + known if known else ''}, got {list(value.shape)}")
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"argument '{name}': expected a tensor, got {type(value).__name__}")
+
+
+def check_dtype(name: str, dtype: object) -> None:
+    """A floating type that the ops serve."""
+    if dtype in registry.KERNEL_DTYPES:
+        return
+    if dtype is torch.float64 and registry.active_backend() == "reference":
+        return
+    raise TypeError(f"argument '{name}': expected torch.float32, torch.bfloat16 or torch.float16 "
+                    f"(torch.float64 only under use_backend('reference')), got {dtype}")
+
+
+def _check_last_dim(name: str, value: Tensor) -> None:
+    if value.stride(-1) != 1 and value.shape[-1] > 1:
+        raise ValueError(f"argument '{name}': expected a tensor whose last dimension is "
+                         f"contiguous, got strides {list(value.stride())}")
+
+
+def check_leading(name: str, value: object, layout: str) -> None:
+    """The tensor that sets type and device; `layout` is its shape's letters, "[B, N, C]"."""
+    check_tensor(name, value)
+    check_dtype(name, value.dtype)
+    if value.ndim != layout.count(",") + 1:
+        raise shape_error(name, value, layout)
+    _check_last_dim(name, value)
+
+
+def check_like(name: str, value: object, leading_name: str, leading: Tensor) -> None:
+    """Type and device of the leading tensor, last dimension contiguous; shapes are the op's."""
+    check_tensor(name, value)
+    if value.dtype != leading.dtype:
+        raise TypeError(f"argument '{name}': expected {leading.dtype} like '{leading_name}', "
+                        f"got {value.dtype}")
+    if value.device != leading.device:
+        raise ValueError(f"argument '{name}': expected a tensor on {leading.device} like "
+                         f"'{leading_name}', got {value.device}")
+    if value.ndim:
+        _check_last_dim(name, value)
+
+
+def check_spatial(name: str, value: object, x_name: str, x: Tensor) -> None:
+    """Modulation of tokens x [B, N, C]: [B, N, C] or [B, 1, C]."""
+    check_like(name, value, x_name, x)
+    batch, tokens, channels = x.shape
+    if value.shape != x.shape and value.shape != (batch, 1, channels):
+        raise shape_error(name, value, "[B, N, C] or [B, 1, C]", B=batch, N=tokens, C=channels)
+
+
+def check_step(name: str, value: object, x_name: str, x: Tensor) -> None:
+    """A step's part of the modulation, or None: [1, 1, C] or [B, 1, C]."""
+    if value is None:
+        return
+    check_like(name, value, x_name, x)
+    batch, _, channels = x.shape
+    if value.shape != (batch, 1, channels) and value.shape != (1, 1, channels):
+        raise shape_error(name, value, "[1, 1, C] or [B, 1, C]", B=batch, C=channels)
+
+
+def check_number(name: str, value: object) -> None:
+    """A finite Python number."""
+    if isinstance(value, bool) or not isinstance(value, (float, int)):
+        raise TypeError(f"argument '{name}': expected a float, got {type(value).__name__}")
+    if not -_INFINITY < value < _INFINITY:
+        raise ValueError(f"argument '{name}': expected a finite number, got {value}")
+
+
+def check_positive(name: str, value: object) -> None:
+    check_number(name, value)
+    if value <= 0:
+        raise ValueError(f"argument '{name}': expected a positive number, got {value}")
+
+
+def check_count(name: str, value: object) -> None:
+    """A Python integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"argument '{name}': expected an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"argument '{name}': expected at least 1, got {value}")
+
+
+def check_inference(**tensors: Tensor | None) -> None:
+    """For ops without a backward: no gradient may be asked for."""
+    if torch.is_grad_enabled():
+        for name, value in tensors.items():
+            if value is not None and value.requires_grad:
+                raise ValueError(
+                    f"argument '{name}': requires grad, but this op is for inference only; "
+                    "call it under torch.no_grad(), or use the unfused ops to train")
+
+
+def _autocast(op: Callable, widest: bool) -> Callable:
+    @functools.wraps(op)
+    def cast(*args, **kwargs):
+        values = (*args, *kwargs.values())
+        device = values[0].device.type if values and isinstance(values[0], Tensor) else None
+        if device is None or not torch.is_autocast_enabled(device):
+            return op(*args, **kwargs)
+        target = torch.get_autocast_dtype(device)
+        if widest:
+            target = functools.reduce(torch.promote_types, (
+                value.dtype for value in values if _is_floating(value)))
+
+        def convert(value):
+            return value.to(target) if _is_floating(value) else value
+
+        with torch.autocast(device, enabled=False):
+            return op(*map(convert, args), **{k: convert(value) for k, value in kwargs.items()})
+    return cast
+
+
+def _is_floating(value: object) -> bool:
+    """What autocast converts: tensors of the ops' types, so not float64."""
+    return isinstance(value, Tensor) and value.dtype in registry.KERNEL_DTYPES
+
+
+def autocast_low(op: Callable) -> Callable:
+    """Under torch.autocast, run `op` in the autocast type, as matrix products do."""
+    return _autocast(op, widest=False)
+
+
+def autocast_widest(op: Callable) -> Callable:
+    """Under torch.autocast, run `op` in its arguments' widest type, as additions do."""
+    return _autocast(op, widest=True)

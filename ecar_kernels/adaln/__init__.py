@@ -1,0 +1,1 @@
+"""LayerNorm with separable modulation, and the gated residual."""

@@ -1,0 +1,31 @@
+"""The oracles of the adaLN family: plain PyTorch, any floating dtype."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ecar_kernels._modulation import combine
+from ecar_kernels._precision import widen
+
+
+def adaln(x: Tensor, shift: Tensor, scale: Tensor, *, step_shift: Tensor | None = None,
+          step_scale: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """y = LN(x) (1 + scale + step_scale) + shift + step_shift."""
+    normalised = F.layer_norm(widen(x), x.shape[-1:], eps=eps)
+    y = normalised * (1 + combine(scale, step_scale)) + combine(shift, step_shift)
+    return y.to(x.dtype)
+
+
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *,
+                   step_gate: Tensor | None = None) -> Tensor:
+    """x + (gate + step_gate) branch."""
+    return (widen(x) + combine(gate, step_gate) * widen(branch)).to(x.dtype)
+
+
+def gated_residual_adaln(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *,
+                         step_gate: Tensor | None = None, step_shift: Tensor | None = None,
+                         step_scale: Tensor | None = None,
+                         eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """The new residual stream, and its adaLN: the two ops above in a row."""
+    x = gated_residual(x, branch, gate, step_gate=step_gate)
+    y = adaln(x, shift, scale, step_shift=step_shift, step_scale=step_scale, eps=eps)
+    return x, y

@@ -1,0 +1,1 @@
+"""Euler steps, guidance, the jump between stages, and noise."""
