@@ -1,0 +1,135 @@
+"""`load_dataset` and the two data sets that come with the project."""
+
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .base import InMemoryDataset
+from .folder import FolderDataset
+from .latents import LatentDataset
+
+DATASETS = ("digits", "mnist", "folder", "latents")
+_TEN = tuple(str(digit) for digit in range(10))
+
+
+def load_dataset(
+    name, *, root=None, split="train", image_size=None, channels=None, flip=False, verify=True
+):
+    """Open a data set by name.
+
+    name        what                                                     C, H, W     train / test
+    "digits"    scikit-learn's load_digits                               1, 8, 8     1,437 / 360
+    "mnist"     data/mnist.npz, padded from 28 to 32 pixels              1, 32, 32   60,000 / 10,000
+    "folder"    root/class/file.png (jpg, jpeg, webp, bmp)               C, size, size
+    "latents"   root/index.json and shards, from `cache_latents`         the codec's
+
+    Args:
+        root: "mnist": the file or its folder; by default looked for in $ECAR_DATA, the project's
+            data folder and ./data. "folder" and "latents": required. If `root` holds one folder
+            for each split ("train", and "test" or "val"), the split is read from there.
+        split: "train" or "test".
+        image_size, channels: "folder" only: the side in pixels (required) and 1 or 3 (default).
+            For the others they may be given to check what is loaded.
+        flip: "folder" only: also every image mirrored, at index len / 2 + i.
+        verify: "folder" only: try to open all images now (see `FolderDataset`).
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, or files are not what they should be.
+        OSError: files are missing or unreadable. Messages name the path.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"argument 'name': expected one of {', '.join(DATASETS)}, got {name!r}")
+    if split not in ("train", "test"):
+        raise ValueError(f"argument 'split': expected 'train' or 'test', got {split!r}")
+    if name in ("folder", "latents"):
+        if root is None:
+            raise ValueError(f"argument 'root': the data set {name!r} needs a folder, got None")
+        root = Path(root)
+    if name == "folder":
+        return FolderDataset(
+            root, split=split, image_size=image_size, channels=channels, flip=flip, verify=verify
+        )
+    if flip:
+        raise ValueError(f"argument 'flip': only 'folder' can be mirrored, not {name!r}")
+    if name == "digits":
+        dataset = _digits(split)
+    elif name == "mnist":
+        dataset = _mnist(find_mnist(root), split)
+    else:
+        dataset = LatentDataset(root, split=split)
+    _check_shape(dataset, image_size, channels)
+    return dataset
+
+
+def _check_shape(dataset, image_size, channels):
+    have_channels, height, width = dataset.shape
+    if image_size is not None and not height == width == image_size:
+        raise ValueError(
+            f"argument 'image_size': {dataset.name!r} is {height} x {width}, got {image_size!r}"
+        )
+    if channels is not None and channels != have_channels:
+        raise ValueError(
+            f"argument 'channels': {dataset.name!r} has {have_channels}, got {channels!r}"
+        )
+
+
+def _digits(split):
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "the data set 'digits' needs scikit-learn: pip install scikit-learn"
+        ) from error
+    bunch = load_digits()
+    # 36 held-out images of each class. RandomState's stream is frozen by numpy, so the split
+    # is the same with every version of numpy and scikit-learn.
+    random = np.random.RandomState(0)
+    held_out = np.zeros(len(bunch.target), dtype=bool)
+    for digit in range(10):
+        members = np.flatnonzero(bunch.target == digit)
+        held_out[random.permutation(members)[:36]] = True
+    chosen = held_out if split == "test" else ~held_out
+    pixels = torch.from_numpy(bunch.images[chosen].astype(np.uint8)).unsqueeze(1)
+    labels = torch.from_numpy(bunch.target[chosen].astype(np.int64))
+    return InMemoryDataset("digits", split, pixels, labels, _TEN, maximum=16)
+
+
+def find_mnist(root=None):
+    """The path of mnist.npz: `root` itself or in it, else $ECAR_DATA, the project, ./data."""
+    if root is not None:
+        places = [Path(root)]
+    else:
+        project = Path(__file__).resolve().parents[2]
+        places = [project / "data", Path("data")]
+        if os.environ.get("ECAR_DATA"):
+            places.insert(0, Path(os.environ["ECAR_DATA"]))
+    candidates = [p if p.suffix == ".npz" else p / "mnist.npz" for p in places]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    tried = ", ".join(str(c) for c in candidates)
+    raise FileNotFoundError(
+        f"mnist.npz not found (tried {tried}): set ECAR_DATA or root to the folder that holds it "
+        "(it is data/mnist.npz in the project's repository)"
+    )
+
+
+def _mnist(path, split):
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            images, labels = archive[f"{split}_images"], archive[f"{split}_labels"]
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not the project's mnist.npz ({error})") from error
+    counts = {"train": 60000, "test": 10000}
+    wanted = (np.uint8, (counts[split], 28, 28), (counts[split],))
+    if (images.dtype, images.shape, labels.shape) != wanted or labels.max() > 9:
+        raise ValueError(
+            f"{path}: expected uint8 images {list(wanted[1])} with labels 0..9, got "
+            f"{images.dtype} {list(images.shape)} with {list(labels.shape)} labels"
+        )
+    pixels = F.pad(torch.from_numpy(images).unsqueeze(1), (2, 2, 2, 2))
+    return InMemoryDataset("mnist", split, pixels, torch.from_numpy(labels), _TEN)
