@@ -1,0 +1,78 @@
+# make help lists the targets. Everything is installed in $(VENV), nothing outside it.
+
+PYTHON ?= python3
+VENV ?= .venv
+# What to install where $(VENV) has no torch yet; pip's own options are fine here too.
+TORCH ?= torch==2.13.0
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+
+CHECKPOINT ?= checkpoints/mnist
+DEMO ?= demo.png
+
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Nothing that is installed later may replace the torch that is there.
+KEEP_TORCH := $(VENV)/torch-version.txt
+INSTALL := $(PIP) install --constraint $(KEEP_TORCH) --no-build-isolation --editable
+
+.PHONY: help demo test lint bench evaluate train-demo clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo        install, then draw a 10 x 10 sheet of digits into $(DEMO)"
+	@echo "make test        install, then run the tests on $(JOBS) processes"
+	@echo "make lint        ruff: rules and format"
+	@echo "make bench       time the reference ops on this machine"
+	@echo "make evaluate    judge the samples of $(CHECKPOINT)"
+	@echo "make train-demo  train a small model on 8 x 8 digits (minutes)"
+	@echo "make clean       remove builds and caches (not $(VENV))"
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' CHECKPOINT=$(CHECKPOINT)"
+
+demo: $(STAMPS)/base
+	$(BIN)/ecar sample --checkpoint $(CHECKPOINT) --output $(DEMO)
+
+test: $(STAMPS)/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --timeout 600 tests
+
+lint: $(STAMPS)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(STAMPS)/bench
+	$(BIN)/python -m benchmarks
+
+evaluate: $(STAMPS)/test
+	$(BIN)/ecar evaluate --checkpoint $(CHECKPOINT)
+
+train-demo: $(STAMPS)/test
+	$(BIN)/ecar train --data digits --preset digits --output runs/digits
+
+clean:
+	rm -rf build dist .benchmarks .hypothesis .pytest_cache .ruff_cache *.egg-info
+	find ecar ecar_kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(STAMPS)/venv:
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "ecar: no $(PYTHON) here; name another: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "ecar: needs Python 3.10 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1);" \
+	         "name another: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "ecar: $(PYTHON) cannot make virtual environments" \
+	         "(on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/base: $(STAMPS)/venv pyproject.toml setup.py
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install $(TORCH)
+	@$(BIN)/python -c 'from importlib.metadata import version as v; print("torch==" + v("torch"))' \
+	  > $(KEEP_TORCH)
+	$(PIP) install 'setuptools>=77'
+	$(INSTALL) .
+	@touch $@
+
+# The extras of pyproject.toml, each on top of the base.
+$(STAMPS)/%: $(STAMPS)/base
+	$(INSTALL) '.[$*]'
+	@touch $@
