@@ -1,0 +1,45 @@
+"""Sample sheets during training: a row per class, a column per seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ecar.images import make_sheet, save_image, to_pil
+from ecar.model import ECAR
+from ecar.sampler import sample
+from ecar.training.config import TrainConfig
+
+__all__ = ["write_sheet"]
+
+_CHUNK = 64  # images sampled at once
+
+
+def write_sheet(
+    model: ECAR, config: TrainConfig, path: Path, decode: Callable[[Tensor], Tensor] | None
+) -> None:
+    """Sample a sheet and write it as a PNG.
+
+    Args:
+        model: the averaged weights.
+        decode: latents [B, C, H, W] -> images in [-1, 1]; None where latents are pixels.
+    """
+    classes = config.model.num_classes
+    rows, columns = min(config.sample_rows, classes), config.sample_columns
+    chosen = torch.linspace(0, classes - 1, rows).round().long()
+    labels = chosen.repeat_interleave(columns).to(model.device)
+    seeds = torch.arange(columns).repeat(rows).to(model.device)
+    pictures = []
+    for begin in range(0, len(labels), _CHUNK):
+        part = slice(begin, begin + _CHUNK)
+        latents = sample(
+            model, labels[part], seeds=seeds[part], steps=config.sample_steps,
+            guidance_scale=config.sample_guidance,
+        ).latents
+        pictures += to_pil(latents if decode is None else decode(latents))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scale = max(1, 32 // pictures[0].width)
+    save_image(make_sheet(pictures, rows, columns, scale=scale), path)

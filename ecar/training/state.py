@@ -1,0 +1,162 @@
+"""The state file: one safetensors file from which a training goes on bit for bit.
+
+Tensors: ``model/*`` raw weights, ``ema/*`` their average, ``adamw/first/*`` and
+``adamw/second/*`` moments, ``adamw/step``, ``gradnorm/*``, and ``history``, the steps not yet in
+the log. Metadata: format, version, step, seconds, both configurations as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ecar.files import read_tensors, require_finite, write_tensors
+from ecar.training.config import FREE_ON_RESUME, TrainConfig
+
+__all__ = ["check_same_training", "check_tensors", "read_header", "read_state", "state_path",
+           "write_state"]
+
+FORMAT = "ecar training state"
+VERSION = "1"
+
+
+def state_path(output_dir: str | os.PathLike[str]) -> Path:
+    return Path(output_dir) / "state" / "state.safetensors"
+
+
+def write_state(
+    path: Path, tensors: dict[str, Tensor], config: TrainConfig, header: dict[str, Any]
+) -> None:
+    """Write the state, whole or not at all.
+
+    Args:
+        header: step, seconds and other small values, JSON in the metadata.
+
+    Raises:
+        ValueError: naming the tensor, where one is not finite; nothing is written then.
+    """
+    require_finite(path, tensors)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, tensors, {
+        "format": FORMAT,
+        "version": VERSION,
+        "train": json.dumps(config.to_dict()),
+        "header": json.dumps(header),
+    })
+
+
+def read_header(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """The configuration and the small values of a state file, without its tensors.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: naming the path: cut short, not safetensors, not a training state.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, so there is no training to resume")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a training state, its format is {metadata.get('format')!r}")
+    if metadata.get("version") != VERSION:
+        raise ValueError(
+            f"{path}: expected state version {VERSION}, got {metadata.get('version')!r}"
+        )
+    try:
+        return TrainConfig.from_dict(json.loads(metadata["train"])), json.loads(metadata["header"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged metadata ({error})") from None
+
+
+def check_same_training(path: Path, saved: TrainConfig, wanted: TrainConfig, step: int) -> None:
+    """ValueError naming the path and the first field in which the two differ.
+
+    Fields that decide no weight may differ, and ``steps`` where the schedule is constant.
+    """
+    model, other = saved.model.to_dict(), wanted.model.to_dict()
+    for name, value in other.items():
+        if model[name] != value:
+            raise ValueError(
+                f"{path}: of another configuration: model {name!r} is {model[name]!r} there, "
+                f"{value!r} here"
+            )
+    before, after = saved.to_dict(), wanted.to_dict()
+    for name, value in after.items():
+        if name in FREE_ON_RESUME or before[name] == value:
+            continue
+        if name == "steps" and wanted.schedule == "constant":
+            continue
+        hint = " (steps may change with a constant schedule only)" if name == "steps" else ""
+        raise ValueError(
+            f"{path}: of another configuration: {name!r} is {before[name]!r} there, "
+            f"{value!r} here{hint}"
+        )
+    if wanted.steps < step:
+        raise ValueError(f"{path}: already at step {step}, past steps {wanted.steps}")
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors, on the CPU. Raises as ``read_header`` does."""
+    tensors, _ = read_tensors(path)
+    require_finite(path, tensors)
+    return tensors
+
+
+def check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """ValueError naming the path and the tensor, where names, shapes or dtypes disagree."""
+    for kind, names in (("lacks", expected.keys() - tensors.keys()),
+                        ("has the unknown", tensors.keys() - expected.keys())):
+        if names:
+            raise ValueError(f"{path}: of another configuration: {kind} tensor {min(names)!r}")
+    for name, tensor in expected.items():
+        if name == "history":
+            continue  # as many rows as steps since the last log row
+        got = tensors[name]
+        if got.shape != tensor.shape or got.dtype != tensor.dtype:
+            raise ValueError(
+                f"{path}: of another configuration: tensor {name!r} is {got.dtype} "
+                f"{list(got.shape)}, expected {tensor.dtype} {list(tensor.shape)}"
+            )
+
+
+def adamw_tensors(optimizer: torch.optim.AdamW, names: list[str]) -> dict[str, Tensor]:
+    """AdamW's moments by parameter name, and its step, one for all; zeros before the first."""
+    parameters = optimizer.param_groups[0]["params"]
+    tensors = {}
+    step = torch.zeros(())
+    for name, parameter in zip(names, parameters, strict=True):
+        state = optimizer.state.get(parameter)
+        if state:
+            step = state["step"]
+        for key, moment in (("first", "exp_avg"), ("second", "exp_avg_sq")):
+            tensors[f"adamw/{key}/{name}"] = (
+                state[moment] if state else torch.zeros_like(parameter)
+            )
+    return {**tensors, "adamw/step": step}
+
+
+def load_adamw(optimizer: torch.optim.AdamW, names: list[str], tensors: dict[str, Tensor]) -> None:
+    """The inverse of ``adamw_tensors``."""
+    step = tensors["adamw/step"]
+    if step == 0:
+        return
+    optimizer.load_state_dict({
+        "param_groups": optimizer.state_dict()["param_groups"],
+        "state": {
+            index: {
+                "step": step.clone(),
+                "exp_avg": tensors[f"adamw/first/{name}"].clone(),
+                "exp_avg_sq": tensors[f"adamw/second/{name}"].clone(),
+            }
+            for index, name in enumerate(names)
+        },
+    })
