@@ -17,11 +17,11 @@ from ecar_kernels.registry import (
     use_backend,
 )
 from ecar_kernels.stage_attention.api import stage_attention
-
-__version__ = "0.1.0"
+from ecar_kernels.version import __version__
 
 __all__ = [
     "BackendUnavailableError",
+    "__version__",
     "active_backend",
     "adaln",
     "adaln_linear",

@@ -1,12 +1,12 @@
 """Which backend serves an op: what each can do, why not, and which one is asked for.
 
 State is process-wide and plain, so that torch.compile and torch.export see through it: a
-compiled graph guards on the active backend's name and holds the implementation as a constant.
+compiled graph guards on the active backend's name and takes the choice as a constant.
 """
 
 import importlib
 import os
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,17 +25,18 @@ def _always_available() -> str | None:
     return None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Implementation:
     """One backend's implementation of one op, and what it can serve."""
 
     target: str  # "module:function", imported on first use
     dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
     devices: tuple[str, ...] | None = None  # None: any
-    widths: Container[int] | None = None  # sizes of the last dimension; None: any
+    max_width: int | None = None  # largest last dimension; None: any
     missing: Callable[[], str | None] = _always_available  # what this machine lacks
+    function: Callable | None = None  # the loaded target: the op's signature, no validation
 
-    def why_not(self, device_type: str, dtype: torch.dtype, width: int | None) -> str | None:
+    def why_not(self, device_type: str, dtype: torch.dtype) -> str | None:
         """None where it can serve, else the reason."""
         if (reason := self.missing()) is not None:
             return reason
@@ -43,14 +44,12 @@ class Implementation:
             return f"it serves {' and '.join(self.devices)} tensors, not {device_type}"
         if dtype not in self.dtypes:
             return f"it does not serve {dtype}"
-        if self.widths is not None and width is not None and width not in self.widths:
-            return f"it does not serve a last dimension of {width}"
         return None
 
-    def load(self) -> Callable:
-        """The function, with the public op's signature and no validation."""
-        module, function = self.target.split(":")
-        return getattr(importlib.import_module(module), function)
+    def load(self) -> None:
+        if self.function is None:
+            module, name = self.target.split(":")
+            self.function = getattr(importlib.import_module(module), name)
 
 
 FAMILIES = {
@@ -70,7 +69,7 @@ IMPLEMENTATIONS["stage_attention"]["native"] = Implementation(
     "ecar_kernels.stage_attention.native:stage_attention")
 
 _active = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-_resolved: dict[tuple, Callable] = {}
+_servers: dict[tuple, tuple[str, ...]] = {}
 
 
 def _check_backend(name: str, source: str) -> None:
@@ -109,62 +108,68 @@ class use_backend:
         _active = self._previous.pop()
 
 
-def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype,
-            width: int | None = None) -> str | None:
-    """None where the backend can serve the op, else the reason."""
-    implementation = IMPLEMENTATIONS[op].get(backend)
-    if implementation is None:
-        return f"this version has no {backend} implementation of {op}"
-    return implementation.why_not(device_type, dtype, width)
+def _not_implemented(op: str, backend: str) -> str:
+    return f"this version has no {backend} implementation of {op}"
 
 
-def _find(op: str, backend: str, device_type: str, dtype: torch.dtype,
-          width: int | None) -> Callable:
+def _search(op: str, backend: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
     _check_backend(backend, f"environment variable {ENVIRONMENT_VARIABLE}")
-    reasons = []
+    names, reasons = [], []
     for name in AUTO_ORDER if backend == "auto" else (backend,):
-        reason = why_not(op, name, device_type, dtype, width)
+        found = IMPLEMENTATIONS[op].get(name)
+        reason = (_not_implemented(op, name) if found is None
+                  else found.why_not(device_type, dtype))
         if reason is None:
-            return IMPLEMENTATIONS[op][name].load()
-        reasons.append(f"backend '{name}' cannot serve {op}: {reason}")
-    raise BackendUnavailableError("; ".join(reasons))
+            found.load()
+            names.append(name)
+        else:
+            reasons.append(f"backend '{name}' cannot serve {op}: {reason}")
+    if not names:
+        raise BackendUnavailableError("; ".join(reasons))
+    return tuple(names)
 
 
-def _implementation(op: str, backend: str, device_type: str, dtype: torch.dtype,
-                    width: int | None) -> Callable:
-    key = (op, backend, device_type, dtype, width)
-    found = _resolved.get(key)
-    if found is None:
-        found = _resolved[key] = _find(*key)
-    return found
+def _candidates(op: str, backend: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """Backends that can serve, best first, their functions loaded; searched for once."""
+    key = (op, backend, device_type, dtype)
+    names = _servers.get(key)
+    if names is None:
+        names = _servers[key] = _search(*key)
+    return names
 
 
 # As torch.compiler.assume_constant_result does, which would import torch._dynamo (seconds).
-_implementation._dynamo_marked_constant = True
+_candidates._dynamo_marked_constant = True
 
 
-def implementation(op: str, device_type: str, dtype: torch.dtype,
-                   width: int | None = None) -> Callable:
-    """The active backend's implementation of an op; one dictionary look-up a call."""
-    return _implementation(op, _active, device_type, dtype, width)
+def implementation(op: str, device_type: str, dtype: torch.dtype, width: int = 0, *,
+                   backend: str | None = None) -> Callable:
+    """The active (or named) backend's function for an op: a few look-ups a call, no search."""
+    backend = _active if backend is None else backend
+    for name in _candidates(op, backend, device_type, dtype):
+        found = IMPLEMENTATIONS[op][name]
+        if found.max_width is None or width <= found.max_width:
+            return found.function
+    raise BackendUnavailableError(
+        f"backend '{backend}' cannot serve {op}: it serves a last dimension of at most "
+        f"{found.max_width}, not {width}")
 
 
-def resolve(op: str, *, device: torch.device | str, dtype: torch.dtype,
-            backend: str | None = None, width: int | None = None) -> Callable:
+def resolve(op: str, *, device: torch.device | str, dtype: torch.dtype, width: int = 0,
+            backend: str | None = None) -> Callable:
     """Bind an op's implementation ahead of time.
 
-    op: a name out of `OPS`. backend: None for the active one. width: the last dimension's size
-    (D of stage_attention, C of the others), where a backend's limits depend on it. Returns a
-    function with the op's signature that neither validates, casts nor looks anything up:
-    its arguments must meet the op's contract. Raises ValueError for an unknown op or backend,
-    BackendUnavailableError where the backend cannot serve it.
+    op: a name out of `OPS`. width: the last dimension's size (D of stage_attention, C of the
+    adaLN and fused ops), which some backends limit; 0 asks for no particular one. backend: None
+    for the active one. Returns a function with the op's signature that neither validates, casts
+    nor looks anything up: its arguments must meet the op's contract. Raises ValueError for an
+    unknown op or backend, BackendUnavailableError where the backend cannot serve it.
     """
     if op not in IMPLEMENTATIONS:
         raise ValueError(f"argument 'op': expected one of {', '.join(OPS)}, got {op!r}")
     if backend is not None:
         _check_backend(backend, "argument 'backend'")
-    return _implementation(op, _active if backend is None else backend,
-                           torch.device(device).type, dtype, width)
+    return implementation(op, torch.device(device).type, dtype, width, backend=backend)
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,6 @@ def backends() -> list[Availability]:
     for op in OPS:
         for backend in BACKENDS:
             found = IMPLEMENTATIONS[op].get(backend)
-            reason = (f"this version has no {backend} implementation of {op}" if found is None
-                      else found.missing())
+            reason = _not_implemented(op, backend) if found is None else found.missing()
             rows.append(Availability(op, backend, reason is None, reason or ""))
     return rows

@@ -37,7 +37,7 @@ def euler_step(x: Tensor, velocity: Tensor, dt: float, *, guidance_scale: float 
     """
     check_leading("x", x, "[B, C, h, w]")
     _check_step(x, velocity, dt, guidance_scale)
-    run = registry.implementation("euler_step", x.device.type, x.dtype, x.shape[-1])
+    run = registry.implementation("euler_step", x.device.type, x.dtype)
     return run(x, velocity, dt, guidance_scale=guidance_scale)
 
 
@@ -81,7 +81,7 @@ def upsample_renoise_euler(x: Tensor, velocity: Tensor, dt: float, *, time: floa
         if details.shape != (batch, channels, 3, height, width):
             raise shape_error("details", details, "[B, C, 3, h, w]", B=batch, C=channels,
                               h=height, w=width)
-    run = registry.implementation("upsample_renoise_euler", x.device.type, x.dtype, x.shape[-1])
+    run = registry.implementation("upsample_renoise_euler", x.device.type, x.dtype)
     return run(x, velocity, dt, time=time, stage=stage, seeds=seeds, details=details,
                guidance_scale=guidance_scale)
 
