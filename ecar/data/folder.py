@@ -1,11 +1,15 @@
 """Images in one folder per class."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from .base import ImageDataset
 
@@ -13,7 +17,7 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _DECODE_ALL_BELOW = 128 << 20  # bytes
 
 
-def center_crop(image, size):
+def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's centre crop: halve by box filter, then bicubic, then cut the middle `size` x `size`."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -24,7 +28,7 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def split_folder(root, split, is_layout):
+def split_folder(root: Path, split: str, is_layout: Callable[[Path], object]) -> Path:
     """root/split ("val" also serves as "test") if `is_layout` says so, else `root` for "train"."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
@@ -36,7 +40,7 @@ def split_folder(root, split, is_layout):
     raise FileNotFoundError(f"{root}: has no folder 'test' or 'val' for the held-out split")
 
 
-def _subfolders(folder):
+def _subfolders(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -57,7 +61,16 @@ class FolderDataset(ImageDataset):
         ValueError, TypeError: a wrong argument.
     """
 
-    def __init__(self, root, *, split="train", image_size, channels=None, flip=False, verify=True):
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        split: str = "train",
+        image_size: int,
+        channels: int | None = None,
+        flip: bool = False,
+        verify: bool = True,
+    ) -> None:
         if not isinstance(image_size, int) or isinstance(image_size, bool):
             raise TypeError(f"argument 'image_size': expected an int, got {image_size!r}")
         if image_size < 1:
@@ -97,18 +110,18 @@ class FolderDataset(ImageDataset):
             self._verify()
 
     @property
-    def labels(self):
+    def labels(self) -> Tensor:
         return self._labels
 
-    def _verify(self):
+    def _verify(self) -> None:
         decode = sum(os.path.getsize(path) for path in self._paths) < _DECODE_ALL_BELOW
         for path in self._paths:
             with _open(path) as image:
                 if decode:
                     _decode(path, image, self.shape[0])
 
-    def __getitem__(self, index):
-        index = self._index(index)
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        index = self._row(index)
         path = self._paths[index % len(self._paths)]
         with _open(path) as image:
             pixels = _decode(path, image, self.shape[0])
@@ -120,21 +133,21 @@ class FolderDataset(ImageDataset):
         return tensor, int(self._labels[index])
 
 
-def _open(path):
+def _open(path: str) -> Image.Image:
     try:
         return Image.open(path)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise OSError(f"{path}: not a readable image ({_reason(path, error)})") from error
 
 
-def _decode(path, image, channels):
+def _decode(path: str, image: Image.Image, channels: int) -> Image.Image:
     try:
         return image.convert("RGB" if channels == 3 else "L")
     except (OSError, ValueError, SyntaxError) as error:
         raise OSError(f"{path}: not a readable image ({_reason(path, error)})") from error
 
 
-def _reason(path, error):
+def _reason(path: str, error: Exception) -> str:
     if os.path.getsize(path) == 0:
         return "the file is empty"
     return str(error).replace("\n", " ")

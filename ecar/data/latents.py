@@ -5,17 +5,22 @@ A folder holds `index.json` and `latents-00000.safetensors`, ... Each shard has 
 remains of an interrupted run and is refused.
 """
 
+from __future__ import annotations
+
 import bisect
 import itertools
-import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+
+from ecar.files import read_json, write_json, write_tensors
+from ecar.images import check_output_folder
 
 from .base import ImageDataset
 from .folder import split_folder
@@ -26,17 +31,17 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def cache_latents(
-    dataset,
-    codec,
-    out_dir,
+    dataset: ImageDataset,
+    codec: Any,
+    out_dir: str | os.PathLike[str],
     *,
-    shard_size=10_000,
-    batch_size=64,
-    device="cpu",
-    dtype=torch.float32,
-    num_workers=0,
-    progress=True,
-):
+    shard_size: int = 10_000,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> Path:
     """Encode every image of `dataset` and write shards that `load_dataset("latents")` reads.
 
     For mirrored copies as well, open the data set with `flip=True`.
@@ -65,24 +70,22 @@ def cache_latents(
     if (out_dir / INDEX).exists():
         raise FileExistsError(f"{out_dir / INDEX}: exists; give another folder or remove it")
     out_dir.mkdir(parents=True, exist_ok=True)
-    if not os.access(out_dir, os.W_OK):
-        raise PermissionError(f"{out_dir}: not writable")
+    check_output_folder(out_dir)
 
-    shards, shape = [], None
-    kept_latents, kept_labels, kept = [], [], 0
+    shards: list[dict[str, Any]] = []
+    shape: tuple[int, ...] = ()
+    waiting: list[tuple[Tensor, Tensor]] = []  # (latents, labels) of batches not yet written
 
-    def write(count):
-        nonlocal kept_latents, kept_labels, kept
-        latents, labels = torch.cat(kept_latents), torch.cat(kept_labels)
-        path = out_dir / f"latents-{len(shards):05d}.safetensors"
-        temporary = path.with_name(path.name + ".tmp")
-        part = {"latents": latents[:count].contiguous(), "labels": labels[:count].contiguous()}
-        save_file(part, temporary)
-        os.replace(temporary, path)
-        shards.append({"file": path.name, "count": count})
-        kept_latents, kept_labels = [latents[count:]], [labels[count:]]
-        kept -= count
+    def write(count: int) -> None:
+        """Move the first `count` latents that are waiting to a shard."""
+        latents, labels = (torch.cat(parts) for parts in zip(*waiting, strict=True))
+        name = f"latents-{len(shards):05d}.safetensors"
+        write_tensors(out_dir / name, {"latents": latents[:count], "labels": labels[:count]})
+        shards.append({"file": name, "count": count})
+        # Cloned, or the rest of a batch would keep the written shard in memory.
+        waiting[:] = [(latents[count:].clone(), labels[count:].clone())]
 
+    left = 0
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
     with tqdm(total=len(dataset), unit="image", disable=not progress) as bar:
         for images, labels in loader:
@@ -99,14 +102,14 @@ def cache_latents(
                     "argument 'codec': latents hold NaN or infinity "
                     f"(encoded on {device}, stored as {dtype})"
                 )
-            kept_latents.append(latents)
-            kept_labels.append(labels)
-            kept += len(labels)
-            while kept >= shard_size:
+            waiting.append((latents, labels))
+            left += len(labels)
+            while left >= shard_size:
                 write(shard_size)
+                left -= shard_size
             bar.update(len(labels))
-    if kept:
-        write(kept)
+    if left:
+        write(left)
 
     index = {
         "format": _FORMAT,
@@ -120,9 +123,7 @@ def cache_latents(
         "codec": type(codec).__name__,
         "shards": shards,
     }
-    temporary = out_dir / (INDEX + ".tmp")
-    temporary.write_text(json.dumps(index, indent=2) + "\n")
-    os.replace(temporary, out_dir / INDEX)
+    write_json(out_dir / INDEX, index)
     return out_dir / INDEX
 
 
@@ -134,7 +135,7 @@ class LatentDataset(ImageDataset):
         ValueError: the index or a shard is damaged, or is not what the index says.
     """
 
-    def __init__(self, root, *, split="train"):
+    def __init__(self, root: str | os.PathLike[str], *, split: str = "train") -> None:
         folder = Path(root)
         if not (folder / INDEX).is_file():
             folder = split_folder(folder, split, lambda path: (path / INDEX).is_file())
@@ -149,7 +150,7 @@ class LatentDataset(ImageDataset):
         self._ends = list(itertools.accumulate(counts))
         if self._ends[-1] != index["count"]:
             raise ValueError(f"{folder / INDEX}: shards hold {self._ends[-1]}, not count")
-        self._open_shards = {}
+        self._open_shards: dict[int, Any] = {}
         self._labels = torch.cat(
             [
                 self._check_shard(path, count, index["dtype"])
@@ -157,7 +158,7 @@ class LatentDataset(ImageDataset):
             ]
         )
 
-    def _check_shard(self, path, count, dtype):
+    def _check_shard(self, path: str, count: int, dtype: str) -> Tensor:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: no such file, but {INDEX} lists it")
         try:
@@ -181,11 +182,11 @@ class LatentDataset(ImageDataset):
         return labels
 
     @property
-    def labels(self):
+    def labels(self) -> Tensor:
         return self._labels
 
-    def __getitem__(self, index):
-        index = self._index(index)
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        index = self._row(index)
         number = bisect.bisect_right(self._ends, index)
         if number not in self._open_shards:
             self._open_shards[number] = safe_open(self._paths[number], framework="pt")
@@ -193,24 +194,27 @@ class LatentDataset(ImageDataset):
         latent = self._open_shards[number].get_slice("latents")[row : row + 1]
         return latent[0].to(torch.float32), int(self._labels[index])
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         # Handles cannot go to a worker process; it opens its own.
         return {**self.__dict__, "_open_shards": {}}
 
 
-def _read_index(path):
+def _read_index(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such file; cached latents are written by ecar.data.cache_latents"
         )
-    try:
-        index = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+    index = read_json(path)
     if not isinstance(index, dict) or index.get("format") != _FORMAT:
         raise ValueError(f"{path}: not an index of cached latents")
     wanted = {"shape": list, "dtype": str, "count": int, "class_names": list, "shards": list}
     for key, kind in wanted.items():
         if not isinstance(index.get(key), kind) or not index[key]:
             raise ValueError(f"{path}: {key!r} is missing or damaged")
+    for shard in index["shards"]:
+        name, count = (
+            (shard.get("file"), shard.get("count")) if isinstance(shard, dict) else ("", 0)
+        )
+        if not name or Path(name).name != name or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{path}: 'shards' is damaged")
     return index

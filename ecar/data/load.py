@@ -1,5 +1,7 @@
 """`load_dataset` and the two data sets that come with the project."""
 
+from __future__ import annotations
+
 import os
 import zipfile
 from pathlib import Path
@@ -8,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .base import InMemoryDataset
+from .base import ImageDataset, InMemoryDataset
 from .folder import FolderDataset
 from .latents import LatentDataset
 
@@ -17,8 +19,15 @@ _TEN = tuple(str(digit) for digit in range(10))
 
 
 def load_dataset(
-    name, *, root=None, split="train", image_size=None, channels=None, flip=False, verify=True
-):
+    name: str,
+    *,
+    root: str | os.PathLike[str] | None = None,
+    split: str = "train",
+    image_size: int | None = None,
+    channels: int | None = None,
+    flip: bool = False,
+    verify: bool = True,
+) -> ImageDataset:
     """Open a data set by name.
 
     name        what                                                     C, H, W     train / test
@@ -65,7 +74,7 @@ def load_dataset(
     return dataset
 
 
-def _check_shape(dataset, image_size, channels):
+def _check_shape(dataset: ImageDataset, image_size: int | None, channels: int | None) -> None:
     have_channels, height, width = dataset.shape
     if image_size is not None and not height == width == image_size:
         raise ValueError(
@@ -77,7 +86,7 @@ def _check_shape(dataset, image_size, channels):
         )
 
 
-def _digits(split):
+def _digits(split: str) -> ImageDataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -98,7 +107,7 @@ def _digits(split):
     return InMemoryDataset("digits", split, pixels, labels, _TEN, maximum=16)
 
 
-def find_mnist(root=None):
+def find_mnist(root: str | os.PathLike[str] | None = None) -> Path:
     """The path of mnist.npz: `root` itself or in it, else $ECAR_DATA, the project, ./data."""
     if root is not None:
         places = [Path(root)]
@@ -118,7 +127,7 @@ def find_mnist(root=None):
     )
 
 
-def _mnist(path, split):
+def _mnist(path: Path, split: str) -> ImageDataset:
     try:
         with np.load(path, allow_pickle=False) as archive:
             images, labels = archive[f"{split}_images"], archive[f"{split}_labels"]

@@ -1,0 +1,114 @@
+"""The data sets that come with the project, and the arguments of load_dataset."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ecar.data.load as load
+from ecar.data import load_dataset
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "count", "shape"),
+    [
+        ("digits", "train", 1437, (1, 8, 8)),
+        ("digits", "test", 360, (1, 8, 8)),
+        ("mnist", "test", 10000, (1, 32, 32)),
+    ],
+)
+def test_what_comes_with_the_project(name, split, count, shape):
+    dataset = load_dataset(name, split=split)
+    assert (len(dataset), dataset.shape, dataset.num_classes) == (count, shape, 10)
+    assert dataset.class_names == tuple("0123456789")
+    images, labels = dataset.tensors()
+    assert images.shape == (count, *shape) and images.dtype == torch.float32
+    assert images.min() == -1 and images.max() == 1
+    assert labels.dtype == torch.int64 and set(labels.tolist()) == set(range(10))
+    for index in torch.randint(-count, count, (20,)).tolist():
+        image, label = dataset[index]
+        assert torch.equal(image, images[index]) and label == labels[index]
+        assert isinstance(label, int)
+    with pytest.raises(IndexError):
+        dataset[count]
+
+
+def test_mnist_is_mnist():
+    with np.load(REPOSITORY / "data" / "mnist.npz", allow_pickle=False) as archive:
+        assert archive["train_images"].shape == (60000, 28, 28)
+        # The mean and deviation that every MNIST tutorial normalises with.
+        assert round(archive["train_images"].mean() / 255, 4) == 0.1307
+        assert round(archive["train_images"].std() / 255, 4) == 0.3081
+        raw, labels = archive["test_images"], archive["test_labels"]
+    assert labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
+    images, loaded = load_dataset("mnist", split="test").tensors()
+    assert loaded.tolist() == labels.tolist()
+    inner = ((images[:, 0, 2:30, 2:30] + 1) * 127.5).round().to(torch.uint8)
+    assert np.array_equal(inner.numpy(), raw)
+    border = images.clone()
+    border[:, :, 2:30, 2:30] = -1
+    assert (border == -1).all()
+
+
+def test_digits_splits_are_disjoint_and_complete():
+    from sklearn.datasets import load_digits
+
+    train, _ = load_dataset("digits", split="train").tensors()
+    test, labels = load_dataset("digits", split="test").tensors()
+    assert labels.bincount().tolist() == [36] * 10
+    ours = sorted(tuple(row) for row in torch.cat([train, test]).flatten(1).tolist())
+    theirs = sorted(tuple(row) for row in (load_digits().data / 8 - 1).tolist())
+    assert ours == theirs
+
+
+def test_mnist_is_found(tmp_path, monkeypatch):
+    source = REPOSITORY / "data" / "mnist.npz"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    copy = shutil.copy(source, elsewhere)
+    assert load.find_mnist() == source
+    assert load.find_mnist(copy) == Path(copy)
+    assert load.find_mnist(elsewhere) == Path(copy)
+    monkeypatch.setenv("ECAR_DATA", str(elsewhere))
+    assert load.find_mnist() == Path(copy)
+    with pytest.raises(FileNotFoundError, match="ECAR_DATA") as caught:
+        load_dataset("mnist", root=tmp_path)
+    assert str(tmp_path / "mnist.npz") in str(caught.value)
+
+
+def test_damaged_mnist_is_refused(tmp_path):
+    path = tmp_path / "mnist.npz"
+    whole = (REPOSITORY / "data" / "mnist.npz").read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"mnist\.npz"):
+        load_dataset("mnist", root=path)
+    np.savez(path, test_images=np.zeros((3, 28, 28), np.uint8), test_labels=np.zeros(3, np.uint8))
+    with pytest.raises(ValueError, match="expected uint8 images"):
+        load_dataset("mnist", root=path, split="test")
+    with pytest.raises(ValueError, match="not the project's"):
+        load_dataset("mnist", root=path, split="train")
+    # An array of objects would need pickle.
+    np.savez(path, test_images=np.array([{}]), test_labels=np.zeros(1, np.uint8))
+    with pytest.raises(ValueError, match="not the project's"):
+        load_dataset("mnist", root=path, split="test")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "cifar"}, "argument 'name': expected one of digits, mnist, folder, latents"),
+        ({"name": "digits", "split": "valid"}, "argument 'split'"),
+        ({"name": "digits", "image_size": 32}, "argument 'image_size': 'digits' is 8 x 8, got 32"),
+        ({"name": "digits", "channels": 3}, "argument 'channels': 'digits' has 1, got 3"),
+        ({"name": "digits", "flip": True}, "argument 'flip'"),
+        ({"name": "folder", "image_size": 8}, "argument 'root'"),
+        ({"name": "latents"}, "argument 'root'"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_dataset(**arguments)
