@@ -354,7 +354,5 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         cpu=cpu, mixed_precision=config.mixed_precision,
         # Accumulation is the loop's: accelerate's would follow an environment variable.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[DistributedDataParallelKwargs(
-            broadcast_buffers=False, gradient_as_bucket_view=True
-        )],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
