@@ -8,7 +8,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-VERSION_FILE = Path(__file__).parent / "ecar_kernels" / "__init__.py"
+VERSION_FILE = Path(__file__).parent / "ecar_kernels" / "version.py"
 
 
 def read_version() -> str:

@@ -1,0 +1,166 @@
+"""What a user installs: the wheel, the sdist, their metadata, and imports without the extras."""
+
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# What `import ecar` and `import ecar_kernels` must do without.
+OPTIONAL = [
+    "accelerate",
+    "diffusers",
+    "flash_attn",
+    "matplotlib",
+    "scipy",
+    "sklearn",
+    "tensorboard",
+    "torch_fidelity",
+    "torchmetrics",
+    "torchvision",
+    "triton",
+    "xformers",
+]
+SOURCE_ENTRIES = [
+    "CMakeLists.txt",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "benchmarks",
+    "csrc",
+    "ecar",
+    "ecar_kernels",
+    "pyproject.toml",
+    "setup.py",
+    "tests",
+]
+
+
+def run(*command, cwd) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def build(hook: str, source: Path, out: Path) -> Path:
+    """Calls a hook of the build backend as `pip install --no-build-isolation` does."""
+    code = f"from setuptools.build_meta import {hook}; print({hook}({str(out)!r}))"
+    return out / run(sys.executable, "-c", code, cwd=source).splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """The sdist of a copy of the tree, so that the tree itself stays clean."""
+    source = tmp_path_factory.mktemp("tree")
+    for entry in SOURCE_ENTRIES:
+        if (ROOT / entry).is_dir():
+            ignore = shutil.ignore_patterns("__pycache__", "results")
+            shutil.copytree(ROOT / entry, source / entry, ignore=ignore)
+        else:
+            shutil.copy(ROOT / entry, source / entry)
+    return build("build_sdist", source, tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory) -> Path:
+    """The wheel built from the sdist alone: what is missing there is missing here."""
+    place = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(place, filter="data")
+    (source,) = place.iterdir()
+    return build("build_wheel", source, tmp_path_factory.mktemp("wheel"))
+
+
+def product_files() -> set[str]:
+    return {
+        str(path.relative_to(ROOT))
+        for package in ("ecar", "ecar_kernels")
+        for path in (ROOT / package).rglob("*.py")
+    }
+
+
+def test_sdist_is_complete(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {member.name.split("/", 1)[-1] for member in archive if member.isfile()}
+    wanted = product_files() | {entry for entry in SOURCE_ENTRIES if (ROOT / entry).is_file()}
+    for folder, patterns in {"csrc": ["*"], "tests": ["*.py"], "benchmarks": ["*.py"]}.items():
+        for pattern in patterns:
+            wanted |= {
+                str(path.relative_to(ROOT))
+                for path in (ROOT / folder).rglob(pattern)
+                if path.is_file() and "__pycache__" not in path.parts
+            }
+    assert wanted <= names, f"missing from the sdist: {sorted(wanted - names)}"
+    assert not [n for n in names if n.startswith("benchmarks/results") or n.endswith(".pyc")]
+
+
+def test_wheel_holds_both_packages_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert product_files() <= names, f"missing: {sorted(product_files() - names)}"
+    tops = {n.split("/")[0] for n in names}
+    assert tops == {"ecar", "ecar_kernels", wheel.name.split("-py3")[0] + ".dist-info"}
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+    for marker in ROOT.glob("ecar*/py.typed"):
+        assert str(marker.relative_to(ROOT)) in names
+
+
+def test_metadata(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (file,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+        metadata = Parser().parsestr(archive.read(file).decode())
+        (file,) = [n for n in archive.namelist() if n.endswith(".dist-info/entry_points.txt")]
+        assert "ecar = ecar.cli:main" in archive.read(file).decode()
+    import ecar_kernels
+
+    assert metadata["Name"] == "ecar"
+    assert metadata["Version"] == ecar_kernels.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.10"
+    requirements = metadata.get_all("Requires-Dist")
+    for requirement in requirements:
+        pinned = re.search(r"==|<|~=", requirement.split(";")[0])
+        assert not pinned, f"{requirement}: only lower bounds, or users cannot combine us"
+    base = {re.split(r"[ <>=;\[]", r)[0] for r in requirements if "extra ==" not in r}
+    assert base == {"huggingface_hub", "numpy", "pillow", "safetensors", "torch", "tqdm", "triton"}
+    extras = set(metadata.get_all("Provides-Extra"))
+    assert extras == {"all", "attention", "bench", "dev", "eval", "test", "train", "vae"}
+
+
+def test_installed_console_script():
+    scripts = importlib.metadata.entry_points(group="console_scripts", name="ecar")
+    assert [script.value for script in scripts] == ["ecar.cli:main"]
+    assert callable(next(iter(scripts)).load())
+
+
+def test_wheel_works_without_the_optional_packages(wheel, tmp_path):
+    """Both packages import, and an op runs, from the wheel alone, outside the source tree."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = f"""
+import sys
+for name in {OPTIONAL!r}:
+    sys.modules[name] = None  # any import of it raises ImportError
+sys.path.insert(0, {str(tmp_path)!r})
+import ecar, ecar_kernels, torch
+for package in (ecar, ecar_kernels):
+    assert package.__file__.startswith({str(tmp_path)!r}), package.__file__
+x = torch.randn(2, 3, 8, dtype=torch.float32)
+y = ecar_kernels.adaln(x, torch.zeros_like(x), torch.zeros_like(x))
+torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (8,), eps=1e-6))
+for name in ecar.__all__:
+    getattr(ecar, name)
+from ecar_kernels.__main__ import main
+main()
+"""
+    out = run(sys.executable, "-c", code, cwd=tmp_path)
+    assert "stage_attention" in out and "reference" in out
