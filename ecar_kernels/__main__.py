@@ -1,5 +1,7 @@
 """`python -m ecar_kernels`: which backend can serve which op on this machine, and why not."""
 
+import sys
+
 import torch
 
 from ecar_kernels.registry import active_backend, backends
@@ -9,10 +11,14 @@ HEADER = ("op", "backend", "available", "why not")
 
 
 def main() -> None:
+    try:
+        active = active_backend()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     rows = [(row.op, row.backend, "yes" if row.available else "no", row.why_not)
             for row in backends()]
     widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
-    print(f"ecar_kernels {__version__}, torch {torch.__version__}, active: {active_backend()}")
+    print(f"ecar_kernels {__version__}, torch {torch.__version__}, active: {active}")
     for row in (HEADER, *rows):
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())

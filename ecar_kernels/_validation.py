@@ -120,7 +120,8 @@ def _autocast(op: Callable, widest: bool) -> Callable:
     def cast(*args, **kwargs):
         values = (*args, *kwargs.values())
         device = values[0].device.type if values and isinstance(values[0], Tensor) else None
-        if device is None or not torch.is_autocast_enabled(device):
+        # torch raises for "meta", a device that autocast does not know.
+        if device in (None, "meta") or not torch.is_autocast_enabled(device):
             return op(*args, **kwargs)
         target = torch.get_autocast_dtype(device)
         if widest:

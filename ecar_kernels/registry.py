@@ -79,7 +79,11 @@ def _check_backend(name: str, source: str) -> None:
 
 
 def active_backend() -> str:
-    """The backend in force: the innermost `use_backend`, else $ECAR_BACKEND, else "auto"."""
+    """The backend in force: the innermost `use_backend`, else $ECAR_BACKEND, else "auto".
+
+    Raises ValueError for an unknown name in the environment variable: importing never does.
+    """
+    _check_backend(_active, f"environment variable {ENVIRONMENT_VARIABLE}")
     return _active
 
 

@@ -43,17 +43,23 @@ def philox4x32_10(counter: Tensor, key: Tensor) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
+def uniforms(words: Tensor) -> Tensor:
+    """u = (word + 0.5) 2^-32 in float32, in (0, 1].
+
+    The word is rounded to the nearest float32 (ties to even), 0.5 is added in float32, and 2^-32
+    is an exact factor: every backend gets the same bits. u is never 0, and 1 (whose logarithm
+    is a harmless 0) for the last 128 words.
+    """
+    return (words.to(torch.float32) + 0.5) * 2.0**-32
+
+
 def normals(words: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Four standard normals from four words (Box-Muller): [..., 4] -> [..., 4] in `dtype`.
 
-    Precision, which every backend keeps: a word is rounded to the nearest float32 (ties to
-    even), 0.5 is added in float32, and 2^-32 is an exact factor. So u is the same bits
-    everywhere; it is never 0, and 1 (whose logarithm is a harmless 0) for the last 128 words.
-    The rest is in float32, each function good to a few ulp, so that z is not the same bits
-    everywhere. With dtype float64 the rest is in float64, from the same u: the oracle.
+    From u on all is in float32, each function good to a few ulp, so that backends agree to
+    float32 rounding. With dtype float64 it is in float64, from the same u: the oracle.
     """
-    u = ((words.to(torch.float32) + 0.5) * 2.0**-32).to(accumulation_dtype(dtype))
-    u0, u1, u2, u3 = u.unbind(-1)
+    u0, u1, u2, u3 = uniforms(words).to(accumulation_dtype(dtype)).unbind(-1)
     radius0, radius1 = (-2 * u0.log()).sqrt(), (-2 * u2.log()).sqrt()
     angle0, angle1 = 2 * math.pi * u1, 2 * math.pi * u3
     return torch.stack((radius0 * angle0.cos(), radius0 * angle0.sin(),
