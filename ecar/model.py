@@ -1,0 +1,288 @@
+"""E-CAR: the AR transformer and one flow head per stage (paper, Figure 3)."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from torch import Tensor, nn
+
+from ecar import stages
+from ecar.config import ECARConfig
+from ecar.files import read_tensors, require_finite, write_tensors
+from ecar.flow import FlowHead
+from ecar.transformer import ARTransformer
+
+__all__ = ["ECAR", "SharedLayer", "load_weights"]
+
+
+@dataclass
+class SharedLayer:
+    """What GradNorm needs of W, the weight of the last layer shared by all stages.
+
+    A token of stage s reaches, after W, the loss L_s alone: so dL/dW of the weighted sum of
+    losses splits by token segment into the gradients of the stages, and one backward gives
+    all of their norms.
+    """
+
+    hidden: Tensor  # [B, N, hidden], W's input
+    output: Tensor  # [B, N, width], W's output, which keeps its gradient
+    stage_tokens: tuple[int, ...]
+
+    @torch.no_grad()
+    def gradient_norms(self, weights: Tensor | Sequence[float]) -> Tensor:
+        """||d L_s / d W|| of each stage, float32 [S], after the backward of sum_s weights_s L_s."""
+        if self.output.grad is None:
+            raise ValueError("gradient_norms: expected to be called after the losses' backward()")
+        hiddens = self.hidden.detach().float().split(self.stage_tokens, dim=1)
+        gradients = self.output.grad.float().split(self.stage_tokens, dim=1)
+        norms = [
+            torch.linalg.vector_norm(gradient.flatten(0, 1).T @ hidden.flatten(0, 1))
+            for gradient, hidden in zip(gradients, hiddens, strict=True)
+        ]
+        stacked = torch.stack(norms)
+        return stacked / torch.as_tensor(weights, dtype=stacked.dtype, device=stacked.device)
+
+
+class ECAR(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="ecar",
+    license="apache-2.0",
+    pipeline_tag="unconditional-image-generation",
+    tags=["ecar", "class-conditional", "autoregressive", "flow-matching"],
+):
+    """E-CAR with random weights; ``from_pretrained`` loads trained ones.
+
+    Args:
+        config: the sizes.
+    """
+
+    def __init__(self, config: ECARConfig) -> None:
+        if not isinstance(config, ECARConfig):
+            raise TypeError(
+                f"argument 'config': expected an ECARConfig, got {type(config).__name__}"
+            )
+        super().__init__()
+        self.config = config
+        self.ar = ARTransformer(config)
+        self.heads = nn.ModuleList(
+            FlowHead(config, stage) for stage in range(1, config.num_stages + 1)
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.ar.positions.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.ar.positions.dtype
+
+    def forward(
+        self, latents: Tensor, labels: Tensor, noise: Tensor, tau: Tensor,
+        return_shared: bool = False,
+    ) -> Tensor | tuple[Tensor, SharedLayer]:
+        """Stage losses of given draws (Eq. 3.14); a pure function, for compile and export.
+
+        Args:
+            latents: F1 [B, C, H, W].
+            labels: int64 [B] in [0, num_classes], where num_classes is the null class.
+            noise: n_S [B, C, H, W], standard normal.
+            tau: time within each stage [B, S], in [0, 1].
+            return_shared: also return the ``SharedLayer`` for GradNorm.
+
+        Returns:
+            The mean squared error of each stage's velocity, float32 [S].
+        """
+        count = self.config.num_stages
+        points = stages.end_points(latents, noise, count)
+        maps, hidden, output = self.ar(labels, [end for _, end in points[:-1]])
+        if return_shared:
+            output.retain_grad()
+        losses = []
+        for index, (head, token_map, (start, end)) in enumerate(
+            zip(self.heads, maps, points, strict=True)
+        ):
+            x = stages.interpolate(start, end, tau[:, index])
+            time = stages.global_time(index + 1, count, tau[:, index])
+            velocity = head(x, time, token_map)
+            losses.append((velocity.float() - (end - start).float()).square().mean())
+        stacked = torch.stack(losses)
+        if return_shared:
+            return stacked, SharedLayer(hidden, output, self.config.stage_tokens)
+        return stacked
+
+    def loss(
+        self, latents: Tensor, labels: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Stage losses with noise, tau ~ U(0, 1) and label dropout drawn here.
+
+        Args:
+            latents: F1 [B, C, H, W], in the model's dtype, on its device.
+            labels: int64 [B] in [0, num_classes).
+            generator: on the latents' device; torch's default one if None.
+
+        Returns:
+            float32 [S].
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        shape = self.config.latent_shape
+        if not latents.is_floating_point():
+            raise TypeError(f"argument 'latents': expected floating point, got {latents.dtype}")
+        if latents.dim() != 4 or tuple(latents.shape[1:]) != shape:
+            raise ValueError(
+                f"argument 'latents': expected shape [B, {', '.join(map(str, shape))}], got "
+                f"{list(latents.shape)}"
+            )
+        check_labels(labels, self.config.num_classes, rows=latents.shape[0])
+
+        def uniform(*size: int) -> Tensor:
+            return torch.rand(size, generator=generator, device=latents.device)
+
+        noise = torch.randn(
+            latents.shape, generator=generator, device=latents.device, dtype=latents.dtype
+        )
+        tau = uniform(latents.shape[0], self.config.num_stages)
+        dropped = uniform(latents.shape[0]) < self.config.class_dropout
+        return self(latents, labels.masked_fill(dropped, self.config.null_class), noise, tau)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute the blocks' activations in the backward instead of keeping them."""
+        self.ar.gradient_checkpointing = enabled
+        for head in self.heads:
+            head.gradient_checkpointing = enabled
+
+    def compile_regions(self, **options: Any) -> None:
+        """torch.compile the repeated parts in place: AR layers and flow heads.
+
+        One graph serves all layers of a kind. The last AR layer stays eager: GradNorm looks
+        inside it.
+        """
+        for block in self.ar.blocks[:-1]:
+            block.compile(**options)
+        for head in self.heads:
+            head.compile(**options)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> Any:
+        """Write config.json, model.safetensors and, where there is none, README.md.
+
+        Each file replaces the one from before whole or not at all.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        # The mixin deletes config.json before it writes: let it work beside the folder.
+        with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=".save-") as scratch:
+            result = super().save_pretrained(scratch, **options)
+            for file in Path(scratch).iterdir():
+                if file.name != "README.md" or not (folder / file.name).exists():
+                    os.replace(file, folder / file.name)
+        return result
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.config.to_json(save_directory / CONFIG_NAME)
+        write_tensors(save_directory / SAFETENSORS_SINGLE_FILE, self.state_dict(), {"format": "pt"})
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
+    ) -> ECAR:
+        """Load a folder that ``save_pretrained`` wrote, or a hub repository 'owner/name'.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or the repository.
+            options: of the hub: revision, token, cache_dir, force_download, local_files_only.
+
+        Returns:
+            The model in evaluation mode, on the CPU.
+
+        Raises:
+            FileNotFoundError: no such folder or file.
+            ValueError: weights cut short, of another configuration, not safetensors, or not
+                finite.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        if os.path.isdir(name):
+            return cls._from_pretrained(model_id=name)
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+            raise FileNotFoundError(f"checkpoint {name!r}: no such folder")
+        try:
+            return super().from_pretrained(name, **options)
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise FileNotFoundError(
+                f"checkpoint {name!r}: no such folder, and not had from the hub ({reason})"
+            ) from None
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, config: Any = None, **options: Any) -> ECAR:
+        del config  # read here, so that an unknown field is refused
+        files = [_checkpoint_file(model_id, name, options)
+                 for name in (CONFIG_NAME, SAFETENSORS_SINGLE_FILE)]
+        model = cls(ECARConfig.from_json(files[0]))
+        load_weights(model, files[1])
+        return model.eval()
+
+
+def _checkpoint_file(model_id: str, name: str, options: dict[str, Any]) -> Path:
+    if not os.path.isdir(model_id):
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(model_id, name, **options))
+    path = Path(model_id) / name
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {model_id!r}: no file {name}")
+    return path
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Copy the weights of a safetensors file into ``model``: all names and shapes must agree.
+
+    Raises:
+        ValueError: naming the file and the tensor. The model is then unchanged.
+    """
+    tensors, _ = read_tensors(path)
+    expected = model.state_dict()
+    name = os.fspath(path)
+    for kind, keys in (("lacks", expected.keys() - tensors.keys()),
+                       ("has the unknown", tensors.keys() - expected.keys())):
+        if keys:
+            raise ValueError(
+                f"{name}: of another configuration: {kind} tensor {min(keys)!r}"
+                + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+            )
+    for key, tensor in tensors.items():
+        if tensor.shape != expected[key].shape:
+            raise ValueError(
+                f"{name}: of another configuration: tensor {key!r} has shape {list(tensor.shape)}, "
+                f"expected {list(expected[key].shape)}"
+            )
+    require_finite(path, tensors)
+    model.load_state_dict(tensors)
+
+
+def check_labels(labels: Tensor, num_classes: int, *, rows: int | None = None) -> None:
+    """Validate int64 [B] class labels in [0, num_classes)."""
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        came = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"argument 'labels': expected an int64 tensor, got {came}")
+    if labels.dim() != 1 or (rows is not None and labels.shape[0] != rows):
+        raise ValueError(
+            f"argument 'labels': expected shape [{'B' if rows is None else rows}], got "
+            f"{list(labels.shape)}"
+        )
+    if labels.numel() and (labels.min() < 0 or labels.max() >= num_classes):
+        wrong = labels[(labels < 0) | (labels >= num_classes)][0]
+        raise ValueError(
+            f"argument 'labels': expected classes from 0 to {num_classes - 1}, got {int(wrong)}"
+        )

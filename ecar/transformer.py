@@ -1,0 +1,193 @@
+"""The AR transformer: a pre-LN ViT over the token maps of all stages (paper, section 3.2)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ecar.config import ECARConfig
+from ecar_kernels import stage_attention
+
+__all__ = ["ARTransformer", "KVCache", "patchify", "unpatchify"]
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """Cut images into row-major tokens: [B, C, h, w] -> [B, (h/p)(w/p), C p p]."""
+    b, c, h, w = x.shape
+    x = x.reshape(b, c, h // patch, patch, w // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * patch * patch)
+
+
+def unpatchify(tokens: Tensor, patch: int, shape: tuple[int, int, int]) -> Tensor:
+    """The inverse of ``patchify``: [B, N, C p p] -> [B, C, h, w], with shape = (C, h, w)."""
+    c, h, w = shape
+    x = tokens.reshape(-1, h // patch, w // patch, c, patch, patch)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, c, h, w)
+
+
+class KVCache:
+    """Keys and values of the stages seen so far, in buffers allocated once.
+
+    Args:
+        config: the model's configuration.
+        batch: rows.
+
+    Shapes: keys and values [layers, B, N, H, D], N = tokens of all stages.
+    """
+
+    def __init__(
+        self, config: ECARConfig, batch: int, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (config.ar_layers, batch, config.num_tokens, config.heads, config.head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.stage_tokens = config.stage_tokens
+        self.stages = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return sum(self.stage_tokens[: self.stages])
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the next stage's [B, n, H, D] of one layer; views of all of its stages so far."""
+        begin = self.length
+        end = begin + key.shape[1]
+        self.keys[layer, :, begin:end] = key
+        self.values[layer, :, begin:end] = value
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+
+class MLP(nn.Module):
+    """d -> hidden -> d with GELU (tanh)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return F.gelu(self.fc1(x), approximate="tanh")
+
+
+class ARBlock(nn.Module):
+    """One pre-LN layer: block-causal attention over stages, then the MLP."""
+
+    def __init__(self, config: ECARConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.proj = nn.Linear(config.width, config.width)
+        self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
+        self.mlp = MLP(config.width, config.mlp_width)
+
+    def attention(
+        self, x: Tensor, stage_lengths: tuple[int, ...], cache: KVCache | None, layer: int
+    ) -> Tensor:
+        b, n, c = x.shape
+        qkv = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, c // self.heads)
+        q, k, v = qkv.unbind(2)
+        if cache is not None:
+            k, v = cache.write(layer, k, v)
+        return self.proj(stage_attention(q, k, v, stage_lengths).reshape(b, n, c))
+
+    def forward(
+        self, x: Tensor, stage_lengths: tuple[int, ...], cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        x = x + self.attention(x, stage_lengths, cache, layer)
+        return x + self.mlp(self.norm2(x))
+
+
+class ARTransformer(nn.Module):
+    """Token maps M_1 .. M_S from the class and the flows' end states.
+
+    Stage 1's input tokens are the class embedding at every position; stage s's, the end state
+    of stage s - 1's flow embedded at stage s's grid. A token sees all tokens of its own stage
+    and of those before it.
+    """
+
+    def __init__(self, config: ECARConfig) -> None:
+        super().__init__()
+        self.config = config
+        # With patch p, one token of stage s covers (p/2)^2 pixels of stage s - 1; with patch 1,
+        # one nearest-upsampled pixel.
+        self.input_patch = max(config.patch_size // 2, 1)
+        patch_values = config.channels * self.input_patch**2
+        self.class_embedding = nn.Embedding(config.num_classes + 1, config.width)
+        self.inputs = nn.ModuleList(
+            nn.Linear(patch_values, config.width) for _ in range(config.num_stages - 1)
+        )
+        self.positions = nn.Parameter(torch.empty(config.num_tokens, config.width))
+        self.blocks = nn.ModuleList(ARBlock(config) for _ in range(config.ar_layers))
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.gradient_checkpointing = False
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.class_embedding.weight, std=0.02)
+        nn.init.normal_(self.positions, std=0.02)
+
+    @property
+    def last_mlp_output(self) -> nn.Linear:
+        """The last layer shared by all stages, whose weight GradNorm looks at."""
+        return self.blocks[-1].mlp.fc2
+
+    def embed_class(self, labels: Tensor) -> Tensor:
+        """Stage 1's input tokens: labels [B] -> [B, N_1, width]."""
+        count = self.config.stage_tokens[0]
+        return self.class_embedding(labels).unsqueeze(1) + self.positions[:count]
+
+    def embed_end(self, end: Tensor, stage: int) -> Tensor:
+        """Stage s > 1's input tokens [B, N_s, width], from stage s - 1's end state [B, C, h, w]."""
+        if self.config.patch_size == 1:
+            end = F.interpolate(end, scale_factor=2, mode="nearest")
+        begin = sum(self.config.stage_tokens[: stage - 1])
+        positions = self.positions[begin : begin + self.config.stage_tokens[stage - 1]]
+        return self.inputs[stage - 2](patchify(end, self.input_patch)) + positions
+
+    def forward(
+        self, labels: Tensor, ends: list[Tensor]
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """All stages at once, for training.
+
+        Args:
+            labels: int64 [B], the null class included.
+            ends: the end states of stages 1 .. S-1, [B, C, h_s, w_s] each.
+
+        Returns:
+            The maps M_s [B, N_s, width], and the last MLP's hidden tokens and output, which
+            GradNorm needs.
+        """
+        tokens = [self.embed_class(labels)]
+        tokens += [self.embed_end(end, stage) for stage, end in enumerate(ends, start=2)]
+        x = torch.cat(tokens, dim=1)
+        lengths = self.config.stage_tokens
+        for block in self.blocks[:-1]:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, lengths, use_reentrant=False)
+            else:
+                x = block(x, lengths)
+        last = self.blocks[-1]  # opened up: GradNorm looks inside its MLP
+        x = x + last.attention(x, lengths, None, 0)
+        hidden = last.mlp.hidden(last.norm2(x))
+        output = last.mlp.fc2(hidden)
+        return self.norm(x + output).split(lengths, dim=1), hidden, output
+
+    def stage(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """The next stage's map from its input tokens [B, N_s, width] and the cache: M_s."""
+        lengths = self.config.stage_tokens[: cache.stages + 1]
+        for layer, block in enumerate(self.blocks):
+            tokens = block(tokens, lengths, cache, layer)
+        cache.stages += 1
+        return self.norm(tokens)
