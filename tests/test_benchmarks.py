@@ -34,7 +34,7 @@ def test_a_run_writes_its_record(tmp_path):
     environment = record["environment"]
     assert {"device", "threads", "versions", "load_before", "date"} <= environment.keys()
     names = {(row["op"], row["backend"], row["n"]) for row in record["benchmarks"]}
-    assert names == {(op, "reference", 16) for op in ("euler_step", "upsample_renoise_euler")}
+    assert names == {("euler_step", "reference", 16)}
     for row in record["benchmarks"]:
         seconds = row["seconds"]
         assert 0 < seconds["min"] <= seconds["q1"] <= seconds["median"] <= seconds["q3"]
