@@ -1,0 +1,78 @@
+"""The README's examples run, and the commands and files that it names exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ecar import ECAR, ECARConfig
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")
+README = (ROOT / "README.md").read_text("utf-8")
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def in_a_folder_with_a_checkpoint(tmp_path, monkeypatch):
+    """A random model of MNIST's shape, but tiny, where the examples look for the real one."""
+    config = ECARConfig(stage_sides=(8, 16, 32), channels=1, num_classes=10, width=16, heads=2,
+                        ar_layers=1, flow_blocks=1)
+    ECAR(config).save_pretrained(tmp_path / "checkpoints" / "mnist")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_there_are_examples():
+    assert len(PYTHON_BLOCKS) == 2
+
+
+@pytest.mark.usefixtures("in_a_folder_with_a_checkpoint")
+@pytest.mark.parametrize("block", PYTHON_BLOCKS, ids=["pipeline", "ops"])
+def test_python_example_runs(block):
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_commands_exist():
+    """Each `ecar X` that the README's table names is a subcommand that explains itself."""
+    from ecar.cli import main
+
+    commands = set(re.findall(r"^\| `ecar (\w+)`", README, re.MULTILINE))
+    assert commands == {"sample", "train", "evaluate", "info"}
+    for command in commands:
+        with pytest.raises(SystemExit) as end:
+            main([command, "--help"])
+        assert end.value.code == 0
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text("utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if "://" not in target:
+            assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    for page in PAGES:
+        text = (ROOT / page).read_text("utf-8")
+        for target in re.findall(r"^make (\w[\w-]*)|`make (\w[\w-]*)`", text, re.MULTILINE):
+            name = "".join(target)
+            assert re.search(rf"^{re.escape(name)}:", makefile, re.MULTILINE), f"make {name}"
+
+
+def test_makefile_calls_options_that_exist(capsys):
+    """Every `ecar` command of the Makefile uses only options that --help shows."""
+    from ecar.cli import main
+
+    makefile = (ROOT / "Makefile").read_text("utf-8").replace("\\\n", " ")
+    calls = re.findall(r"^\t\$\(BIN\)/ecar (.+)$", makefile, re.MULTILINE)
+    assert calls
+    for call in calls:
+        command, *arguments = shlex.split(call)
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+        used = {word.split("=")[0] for word in arguments if word.startswith("--")}
+        assert used <= known, f"ecar {command}: no {used - known}"
