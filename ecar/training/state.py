@@ -36,12 +36,13 @@ def write_state(
     """Write the state, whole or not at all.
 
     Args:
-        header: step, seconds and other small values, JSON in the metadata.
+        header: step, seconds, interval (seconds since the last log row), scaler (fp16's), as
+            JSON in the metadata.
 
     Raises:
         ValueError: naming the tensor, where one is not finite; nothing is written then.
     """
-    require_finite(path, tensors)
+    _require_finite(path, tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, tensors, {
         "format": FORMAT,
@@ -72,7 +73,11 @@ def read_header(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
             f"{path}: expected state version {VERSION}, got {metadata.get('version')!r}"
         )
     try:
-        return TrainConfig.from_dict(json.loads(metadata["train"])), json.loads(metadata["header"])
+        config, header = (json.loads(metadata[name]) for name in ("train", "header"))
+        for name in ("step", "seconds", "interval", "scaler"):
+            if name not in header:
+                raise ValueError(f"{name!r} is missing")
+        return TrainConfig.from_dict(config), header
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: damaged metadata ({error})") from None
 
@@ -107,8 +112,13 @@ def check_same_training(path: Path, saved: TrainConfig, wanted: TrainConfig, ste
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors, on the CPU. Raises as ``read_header`` does."""
     tensors, _ = read_tensors(path)
-    require_finite(path, tensors)
+    _require_finite(path, tensors)
     return tensors
+
+
+def _require_finite(path: Path, tensors: dict[str, Tensor]) -> None:
+    # The history may hold gradient norms that overflowed fp16 and whose steps were skipped.
+    require_finite(path, {name: t for name, t in tensors.items() if name != "history"})
 
 
 def check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -27,6 +24,17 @@ from ecar.training.ema import EMA
 from ecar.training.gradnorm import GradNorm, stage_gradients
 from ecar.training.log import Log
 from ecar.training.sheet import write_sheet
+
+try:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        DistributedType,
+        GradientAccumulationPlugin,
+    )
+except ImportError as error:
+    raise ImportError("training needs accelerate: pip install 'ecar[train]'") from error
 
 __all__ = ["DivergenceError", "TrainResult", "Trainer"]
 
@@ -89,7 +97,7 @@ class Trainer:
         self.accelerator = _accelerator(config)
         self.device = self.accelerator.device
         self.batches = self._batches(dataset)
-        self._build()
+        self._build(fresh=not resume)
         if resume:
             self._load(header)
 
@@ -181,9 +189,9 @@ class Trainer:
             world=self.accelerator.num_processes,
         )
 
-    def _build(self) -> None:
+    def _build(self, *, fresh: bool) -> None:
         config = self.config
-        if config.init_from is None:
+        if config.init_from is None or not fresh:
             with torch.random.fork_rng():
                 torch.manual_seed(config.seed)
                 model = ECAR(config.model)
@@ -348,8 +356,10 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
     if config.mixed_precision == "fp16" and (cpu or not torch.cuda.is_available()):
         raise ValueError("argument 'mixed_precision': 'fp16' needs CUDA; use 'bf16' or 'no'")
-    # Mixed precision is held process-wide: a second training may want another.
-    AcceleratorState._reset_state(reset_partial_state=False)
+    # accelerate holds device and precision process-wide: a second training may want others. A
+    # process group, once there, stays.
+    alone = not PartialState._shared_state or PartialState().distributed_type == DistributedType.NO
+    AcceleratorState._reset_state(reset_partial_state=alone)
     return Accelerator(
         cpu=cpu, mixed_precision=config.mixed_precision,
         # Accumulation is the loop's: accelerate's would follow an environment variable.
