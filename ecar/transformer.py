@@ -17,14 +17,15 @@ def patchify(x: Tensor, patch: int) -> Tensor:
     """Cut images into row-major tokens: [B, C, h, w] -> [B, (h/p)(w/p), C p p]."""
     b, c, h, w = x.shape
     x = x.reshape(b, c, h // patch, patch, w // patch, patch)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * patch * patch)
+    count = (h // patch) * (w // patch)  # not -1, which an empty batch leaves open
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, count, c * patch * patch)
 
 
 def unpatchify(tokens: Tensor, patch: int, shape: tuple[int, int, int]) -> Tensor:
     """The inverse of ``patchify``: [B, N, C p p] -> [B, C, h, w], with shape = (C, h, w)."""
-    c, h, w = shape
-    x = tokens.reshape(-1, h // patch, w // patch, c, patch, patch)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, c, h, w)
+    b, (c, h, w) = tokens.shape[0], shape
+    x = tokens.reshape(b, h // patch, w // patch, c, patch, patch)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
 
 
 class KVCache:
