@@ -1,0 +1,356 @@
+"""ECARPipeline: from classes to pictures, with diffusers' conventions."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from torch import Tensor
+
+from ecar.codec import CODECS, AutoencoderKLCodec, IdentityCodec, load_codec
+from ecar.files import read_json, write_json
+from ecar.images import to_numpy, to_pil, to_unit
+from ecar.inputs import ClassNames, draw_seeds, pair
+from ecar.model import ECAR
+from ecar.sampler import SOLVERS, Guidance, StepInfo, sample, split_steps
+
+__all__ = ["ECARPipeline", "ECARPipelineOutput", "checkpoint_folder"]
+
+PIPELINE_FILE = "pipeline.json"
+VAE_FOLDER = "vae"
+CHECKPOINT_FILES = ("config.json", "model.safetensors", PIPELINE_FILE,
+                    f"{VAE_FOLDER}/config.json", f"{VAE_FOLDER}/*.safetensors")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+BUILT_IN_DEFAULTS = {
+    "num_inference_steps": 250, "guidance_scale": 1.0, "guidance_schedule": "constant",
+    "guidance_interval": (0.0, 1.0), "solver": "euler",
+}
+DECODE_ROWS = 8  # a VAE's decoder needs far more memory for an image than the model does
+
+
+@dataclass(frozen=True)
+class ECARPipelineOutput:
+    """What a pipeline call returns.
+
+    Attributes:
+        images: B pictures: a list of PIL ones (mode L or RGB), a float32 array [B, H, W, C] or a
+            float32 tensor [B, C, H, W], both in [0, 1], or float32 latents [B, c, h, w].
+        seeds: the seed of each; with it the same picture can be made again.
+        stage_images: with ``return_stages``, the end state of each stage, coarse to fine, in the
+            form of ``images``. All but the last are smaller and still partly noise.
+    """
+
+    images: Any
+    seeds: list[int]
+    stage_images: list[Any] | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """(images, seeds), and stage_images where they were asked for."""
+        parts = (self.images, self.seeds)
+        return parts if self.stage_images is None else (*parts, self.stage_images)
+
+
+class ECARPipeline:
+    """A model, the codec of its latents, and how it is best sampled.
+
+    Args:
+        model: put in evaluation mode.
+        codec: None is the identity: latents are pixels.
+        class_names: one name for each class; synonyms are separated by commas.
+        defaults: of the call's ``num_inference_steps``, ``guidance_scale``,
+            ``guidance_schedule``, ``guidance_interval`` and ``solver``.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        model: ECAR,
+        codec: IdentityCodec | AutoencoderKLCodec | None = None,
+        class_names: Sequence[str] | None = None,
+        defaults: dict[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(model, ECAR):
+            raise TypeError(f"argument 'model': expected an ECAR, got {type(model).__name__}")
+        codec = IdentityCodec() if codec is None else codec
+        if not isinstance(codec, tuple(CODECS.values())):
+            raise TypeError(
+                f"argument 'codec': expected one of {', '.join(CODECS)}, got {type(codec).__name__}"
+            )
+        channels = model.config.channels
+        if isinstance(codec, AutoencoderKLCodec) and codec.vae.config.latent_channels != channels:
+            raise ValueError(
+                f"argument 'codec': expected the model's {channels} latent channels, got "
+                f"{codec.vae.config.latent_channels}"
+            )
+        self.model = model.eval()
+        self.codec = codec
+        self.classes = ClassNames(class_names, model.config.num_classes)
+        self.defaults = self._checked_settings(defaults or {}, "argument 'defaults'")
+
+    @property
+    def class_names(self) -> list[str] | None:
+        return self.classes.names
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def to(
+        self, *targets: Any, device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> ECARPipeline:
+        """Move the model and the codec: ``pipe.to("cuda")``, ``pipe.to("cuda", torch.bfloat16)``.
+
+        A VAE that must not run in float16 stays in float32.
+        """
+        for target in targets:
+            if isinstance(target, torch.dtype):
+                dtype = target
+            else:
+                device = target
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"argument 'dtype': expected a floating-point dtype, got {dtype}")
+        self.model.to(device=device, dtype=dtype)
+        self.codec.to(device, dtype)
+        return self
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *,
+        torch_dtype: torch.dtype | None = None, **hub_options: Any,
+    ) -> ECARPipeline:
+        """Load a folder that ``save_pretrained`` wrote, or a hub repository 'owner/name'.
+
+        A folder without pipeline.json has the identity codec and no class names.
+
+        Args:
+            torch_dtype: of the weights; None is float32.
+            hub_options: revision, token, cache_dir, force_download, local_files_only.
+
+        Raises:
+            OSError: naming the folder or file that is missing.
+            ValueError: naming the file that holds something else.
+        """
+        folder = checkpoint_folder(pretrained_model_name_or_path, **hub_options)
+        settings = _read_settings(folder)
+        model = ECAR.from_pretrained(folder)
+        codec = load_codec(settings.pop("codec", IdentityCodec.kind), folder / VAE_FOLDER)
+        try:
+            pipeline = cls(model, codec, **settings)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder / PIPELINE_FILE}: {error}") from None
+        return pipeline if torch_dtype is None else pipeline.to(torch_dtype)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write config.json, model.safetensors, pipeline.json and, if there is a VAE, vae/."""
+        folder = Path(save_directory)
+        self.model.save_pretrained(folder)
+        if self.codec.kind != IdentityCodec.kind:
+            self.codec.save(folder / VAE_FOLDER)
+        settings = {"codec": self.codec.kind, "class_names": self.class_names,
+                    "defaults": self.defaults}
+        write_json(folder / PIPELINE_FILE, settings)
+
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | Tensor,
+        num_inference_steps: int | Sequence[int] | None = None,
+        guidance_scale: float | None = None,
+        *,
+        guidance_schedule: str | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        solver: str | None = None,
+        seeds: int | Sequence[int] | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_stages: bool = False,
+        progress: bool = True,
+        return_dict: bool = True,
+    ) -> ECARPipelineOutput | tuple[Any, ...]:
+        """Draw one picture for each class and seed.
+
+        A picture depends on its class, its seed and the settings alone, not on its batch.
+
+        Args:
+            class_labels: class numbers or names. One alone goes with every seed.
+            num_inference_steps: of all stages together, or a list with each stage's; here and
+                below None is the pipeline's default.
+            guidance_scale: w of classifier-free guidance; 1 is none.
+            guidance_schedule: "constant", or "linear" over stages.
+            guidance_interval: global times (low, high) outside which there is no guidance.
+            solver: "euler", or "heun" (order 2, two network calls a step).
+            seeds: int64 numbers. One alone goes with every class: the same noise.
+            generator: draws the seeds; not with ``seeds``. With neither, torch's default one.
+            output_type: "pil", "np" (float32 [B, H, W, C] in [0, 1]), "pt" (float32
+                [B, C, H, W] in [0, 1]) or "latent".
+            callback_on_step_end: called as ``callback(pipe, step_index, timestep, kwargs)``
+                after each step, with the global time in [0, 1] at which the step began and
+                ``kwargs["latents"]``, the state after it, [B, c, h, w] at its stage's size.
+                Returned ``{"latents": ...}`` take its place, except at the last step of a stage
+                before the final one, where another tensor is refused.
+            callback_on_step_end_tensor_inputs: what ``kwargs`` holds; "latents" is all there is.
+            return_stages: also return the end state of every stage.
+            progress: show a progress bar.
+            return_dict: False returns ``(images, seeds)``, or with ``return_stages``
+                ``(images, seeds, stage_images)``.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+            FloatingPointError: the states are not finite, as in a dtype with too small a range.
+        """
+        chosen = {
+            "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale,
+            "guidance_schedule": guidance_schedule, "guidance_interval": guidance_interval,
+            "solver": solver,
+        }
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        settings = {**self.defaults, **self._checked_settings(chosen, None)}
+        self._check_output_type(output_type)
+        if set(callback_on_step_end_tensor_inputs) - {"latents"}:
+            raise ValueError(
+                "argument 'callback_on_step_end_tensor_inputs': expected only 'latents', got "
+                f"{list(callback_on_step_end_tensor_inputs)}"
+            )
+        labels = self.classes.numbers(class_labels)
+        numbers = draw_seeds(seeds, generator, len(labels))
+        labels, numbers = pair(labels, numbers, class_labels, seeds)
+
+        def callback(info: StepInfo) -> Tensor | None:
+            time = (info.stage - 1 + info.tau) / self.model.config.num_stages
+            given = {name: info.latents for name in callback_on_step_end_tensor_inputs}
+            returned = callback_on_step_end(self, info.index, time, given)
+            if returned is None or isinstance(returned, dict):
+                return (returned or {}).get("latents")
+            raise TypeError(
+                "argument 'callback_on_step_end': expected it to return None or a dict, got "
+                f"{type(returned).__name__}"
+            )
+
+        drawn = sample(
+            self.model,
+            torch.tensor(labels, dtype=torch.int64),
+            seeds=torch.tensor(numbers, dtype=torch.int64),
+            steps=settings.pop("num_inference_steps"),
+            callback=None if callback_on_step_end is None else callback,
+            progress=progress,
+            return_stage_ends=return_stages,
+            **settings,
+        )
+        if not torch.isfinite(drawn.latents).all():
+            raise FloatingPointError(
+                f"sampling in {self.dtype} gave values that are not finite; use bfloat16 or float32"
+            )
+        stage_images = None
+        if return_stages:
+            stage_images = [self._pictures(end, output_type) for end in drawn.stage_ends]
+        output = ECARPipelineOutput(
+            self._pictures(drawn.latents, output_type), numbers, stage_images
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _pictures(self, latents: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return latents
+        images = torch.cat([self.codec.decode(rows) for rows in latents.split(DECODE_ROWS)])
+        return {"pil": to_pil, "np": to_numpy, "pt": to_unit}[output_type](images)
+
+    def _check_output_type(self, output_type: str) -> None:
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(
+                f"argument 'output_type': expected one of {OUTPUT_TYPES}, got {output_type!r}"
+            )
+        channels = self.model.config.channels
+        if output_type != "latent" and self.codec.kind == "identity" and channels not in (1, 3):
+            raise ValueError(
+                f"argument 'output_type': expected 'latent', got {output_type!r}: without a codec "
+                f"{channels}-channel latents are no pictures"
+            )
+
+    def _checked_settings(self, settings: dict[str, Any], prefix: str | None) -> dict[str, Any]:
+        """The settings, validated as the sampler does; ``prefix`` is put before a message."""
+        if not isinstance(settings, dict):
+            raise TypeError(f"{prefix}: expected settings by name, got {settings!r}")
+        unknown = sorted(settings.keys() - BUILT_IN_DEFAULTS.keys())
+        if unknown:
+            raise ValueError(
+                f"{prefix}: no setting {unknown[0]!r}; known are {', '.join(BUILT_IN_DEFAULTS)}"
+            )
+        complete = {**BUILT_IN_DEFAULTS, **settings}
+        try:
+            split_steps(complete["num_inference_steps"], self.model.config.num_stages)
+            Guidance(*(complete[f"guidance_{name}"] for name in ("scale", "schedule", "interval")))
+            if complete["solver"] not in SOLVERS:
+                raise ValueError(
+                    f"argument 'solver': expected one of {SOLVERS}, got {complete['solver']!r}"
+                )
+        except (TypeError, ValueError) as error:
+            message = str(error).replace("argument 'steps'", "argument 'num_inference_steps'")
+            raise type(error)(f"{prefix}: {message}" if prefix else message) from None
+        return complete if prefix else settings
+
+    def __repr__(self) -> str:
+        config = self.model.config
+        millions = sum(weight.numel() for weight in self.model.parameters()) / 1e6
+        names = "unnamed" if self.class_names is None else f"{', '.join(self.class_names[:3])}, .."
+        return (
+            f"ECARPipeline(\n"
+            f"  model: {millions:.1f} M parameters, stages "
+            f"{'/'.join(map(str, config.stage_sides))}, {self.dtype} on {self.device}\n"
+            f"  codec: {self.codec}\n"
+            f"  classes: {config.num_classes} ({names})\n"
+            f"  defaults: {self.defaults}\n"
+            f")"
+        )
+
+
+def checkpoint_folder(name: str | os.PathLike[str], **hub_options: Any) -> Path:
+    """The local folder of a checkpoint: ``name`` itself, or a snapshot of a hub repository.
+
+    Of a repository only the JSON and safetensors files of a checkpoint are fetched.
+
+    Raises:
+        FileNotFoundError: naming what is neither.
+    """
+    name = os.fspath(name)
+    if os.path.isdir(name):
+        return Path(name)
+    if os.path.exists(name) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        reason = "not a folder" if os.path.exists(name) else "no such folder"
+        raise FileNotFoundError(f"checkpoint {name!r}: {reason}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(CHECKPOINT_FILES), **hub_options))
+    except (HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"checkpoint {name!r}: no such folder, and not had from the hub ({reason})"
+        ) from None
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """What pipeline.json holds, or nothing where there is none."""
+    path = folder / PIPELINE_FILE
+    if not path.exists():
+        return {}
+    settings = read_json(path)
+    if not isinstance(settings, dict) or settings.keys() - {"codec", "class_names", "defaults"}:
+        raise ValueError(f"{path}: expected an object with codec, class_names and defaults")
+    if settings.get("codec", IdentityCodec.kind) not in CODECS:
+        raise ValueError(
+            f"{path}: expected a codec out of {', '.join(CODECS)}, got {settings['codec']!r}"
+        )
+    return settings
