@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ class SharedLayer:
 
     A token of stage s reaches, after W, the loss L_s alone: so dL/dW of the weighted sum of
     losses splits by token segment into the gradients of the stages, and one backward gives
-    all of their norms.
+    them all.
     """
 
     hidden: Tensor  # [B, N, hidden], W's input
@@ -39,18 +38,16 @@ class SharedLayer:
     stage_tokens: tuple[int, ...]
 
     @torch.no_grad()
-    def gradient_norms(self, weights: Tensor | Sequence[float]) -> Tensor:
-        """||d L_s / d W|| of each stage, float32 [S], after the backward of sum_s weights_s L_s."""
+    def stage_gradients(self) -> Tensor:
+        """d(w_s L_s)/dW of each stage, float32 [S, *W.shape], after sum_s w_s L_s's backward."""
         if self.output.grad is None:
-            raise ValueError("gradient_norms: expected to be called after the losses' backward()")
-        hiddens = self.hidden.detach().float().split(self.stage_tokens, dim=1)
-        gradients = self.output.grad.float().split(self.stage_tokens, dim=1)
-        norms = [
-            torch.linalg.vector_norm(gradient.flatten(0, 1).T @ hidden.flatten(0, 1))
+            raise ValueError("stage_gradients: expected to be called after the losses' backward")
+        gradients = self.output.grad.split(self.stage_tokens, dim=1)
+        hiddens = self.hidden.detach().split(self.stage_tokens, dim=1)
+        return torch.stack([
+            (gradient.flatten(0, 1).T @ hidden.flatten(0, 1)).float()
             for gradient, hidden in zip(gradients, hiddens, strict=True)
-        ]
-        stacked = torch.stack(norms)
-        return stacked / torch.as_tensor(weights, dtype=stacked.dtype, device=stacked.device)
+        ])
 
 
 class ECAR(

@@ -1,0 +1,275 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ecar import stages
+from ecar.model import ECAR
+
+from .conftest import tiny_config
+
+
+def training_inputs(config, rows=4):
+    labels = torch.randint(config.num_classes + 1, (rows,))
+    latents, noise = (torch.randn(rows, *config.latent_shape) for _ in range(2))
+    return latents, labels, noise, torch.rand(rows, config.num_stages)
+
+
+def test_losses_are_the_mean_squared_errors_of_the_velocities():
+    """A new model's velocity is zero, so each loss is the mean square of the target."""
+    model = ECAR(tiny_config(stage_sides=(4, 8, 16)))
+    latents, labels, noise, tau = training_inputs(model.config)
+    expected = [
+        (end - start).square().mean() for start, end in stages.end_points(latents, noise, 3)
+    ]
+    losses = model(latents, labels, noise, tau)
+    assert torch.allclose(losses, torch.stack(expected), rtol=1e-6)
+
+
+def test_a_perfect_velocity_has_no_loss(model):
+    latents, labels, noise, tau = training_inputs(model.config)
+    points = iter(stages.end_points(latents, noise, 2))
+
+    def perfect(x, time, token_map):
+        start, end = next(points)
+        return end - start
+
+    for head in model.heads:
+        head.forward = perfect
+    assert torch.count_nonzero(model(latents, labels, noise, tau)) == 0
+
+
+def test_loss_draws_from_the_generator(model):
+    latents, _, _, _ = training_inputs(model.config)
+    labels = torch.randint(10, (4,))
+    first, again, other = (
+        model.loss(latents, labels, generator=torch.Generator().manual_seed(seed))
+        for seed in (5, 5, 6)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_label_dropout_reaches_the_null_class(make_model):
+    """With nearly all labels dropped, the losses do not depend on them."""
+    model = make_model(class_dropout=0.999999)
+    latents, _, _, _ = training_inputs(model.config)
+    losses = [
+        model.loss(latents, torch.full((4,), label), generator=torch.Generator().manual_seed(1))
+        for label in (2, 8)
+    ]
+    assert torch.equal(*losses)
+
+
+def test_shared_gradients_are_those_of_autograd(make_model):
+    """All stages' gradients from one backward of the weighted sum."""
+    model = make_model(stage_sides=(4, 8, 16)).train()
+    inputs = training_inputs(model.config)
+    losses, shared = model(*inputs, return_shared=True)
+    weight = model.ar.last_mlp_output.weight
+    expected = [torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in losses]
+    weights = torch.tensor([0.5, 2.0, 0.25])
+    (weights * losses).sum().backward()
+    found = shared.stage_gradients() / weights.view(-1, 1, 1)
+    for ours, autograd in zip(found, expected, strict=True):
+        assert (ours - autograd).abs().max() < 1e-5 * autograd.abs().max()
+
+
+def test_shared_gradients_need_the_backward(make_model):
+    model = make_model().train()
+    _, shared = model(*training_inputs(model.config), return_shared=True)
+    with pytest.raises(ValueError, match="after the losses' backward"):
+        shared.stage_gradients()
+
+
+@pytest.mark.slow
+def test_compiled_training_forward_equals_eager(make_model):
+    model = make_model(ar_layers=1, flow_blocks=1)
+    inputs = training_inputs(model.config)
+    eager = model(*inputs)
+    compiled = torch.compile(model, fullgraph=True)(*inputs)
+    assert torch.allclose(eager, compiled, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_flow_step_equals_eager(model):
+    from ecar_kernels import euler_step
+
+    head = model.heads[1]
+    x = torch.randn(3, *model.config.stage_shape(2))
+
+    def step(x, spatial, time):
+        return euler_step(x, head.velocity(x, spatial, time), 0.125)
+
+    with torch.no_grad():
+        spatial = head.spatial_modulation(torch.randn(3, 16, model.config.width))
+        time = head.step_modulation(torch.tensor([0.6]))
+        eager = step(x, spatial, time)
+        compiled = torch.compile(step, fullgraph=True)(x, spatial, time)
+    assert (eager - compiled).abs().max() < 1e-5
+
+
+def test_compiled_regions_train_the_same(make_model):
+    model = make_model().train()
+    inputs = training_inputs(model.config)
+    eager = model(*inputs)
+    model.compile_regions(backend="aot_eager", fullgraph=True)
+    losses, _ = model(*inputs, return_shared=True)
+    assert torch.allclose(eager, losses, rtol=1e-5)
+
+
+def test_exported_training_forward_equals_eager(model):
+    inputs = training_inputs(model.config)
+    exported = torch.export.export(model, inputs)
+    assert torch.allclose(model(*inputs), exported.module()(*inputs), rtol=1e-5)
+
+
+def test_exported_flow_step_equals_eager(model):
+    head = model.heads[1]
+
+    class Velocity(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = head
+
+        def forward(self, x, spatial, step):
+            return self.head.velocity(x, spatial, step)
+
+    with torch.no_grad():
+        inputs = (
+            torch.randn(3, *model.config.stage_shape(2)),
+            head.spatial_modulation(torch.randn(3, 16, model.config.width)),
+            head.step_modulation(torch.tensor([0.6])),
+        )
+        exported = torch.export.export(Velocity(), inputs)
+        assert (head.velocity(*inputs) - exported.module()(*inputs)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_16_bits_follows_the_float32_one(model, dtype):
+    inputs = training_inputs(model.config)
+    expected = model(*inputs)
+    model.to(dtype)
+    latents, labels, noise, tau = inputs
+    losses = model(latents.to(dtype), labels, noise.to(dtype), tau)
+    assert losses.dtype == torch.float32
+    # Relative rounding of one weight or activation, added up over a few layers.
+    assert torch.allclose(losses, expected, rtol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"latents": torch.zeros(2, 1, 4, 4)}, ValueError, r"'latents'.*\[B, 1, 8, 8\]"),
+        ({"latents": torch.zeros(2, 1, 8, 8, dtype=torch.int64)}, TypeError, "'latents'"),
+        ({"labels": torch.tensor([1, 10])}, ValueError, "'labels'.*0 to 9, got 10"),
+        ({"labels": torch.tensor([-1, 1])}, ValueError, "'labels'.*got -1"),
+        ({"labels": torch.tensor([1])}, ValueError, r"'labels'.*\[2\]"),
+        ({"labels": torch.tensor([1.0, 2.0])}, TypeError, "'labels'.*int64"),
+    ],
+)
+def test_loss_names_a_bad_argument(model, change, error, words):
+    arguments = {"latents": torch.zeros(2, 1, 8, 8), "labels": torch.tensor([1, 2]), **change}
+    with pytest.raises(error, match=words):
+        model.loss(**arguments)
+
+
+def test_saved_and_loaded(model, tmp_path):
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md", "config.json", "model.safetensors"
+    ]
+    loaded = ECAR.from_pretrained(folder)
+    assert loaded.config == model.config
+    assert not loaded.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_saving_again_keeps_the_readme(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_push_to_hub_uploads_config_and_safetensors_only(model, monkeypatch):
+    """The mixin's upload, with the network's end replaced."""
+    from huggingface_hub import hub_mixin
+
+    sent = {}
+
+    class Api:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def create_repo(self, repo_id, **kwargs):
+            return type("Url", (), {"repo_id": repo_id})
+
+        def upload_folder(self, *, repo_id, folder_path, **kwargs):
+            sent[repo_id] = sorted(p.name for p in folder_path.iterdir())
+
+    monkeypatch.setattr(hub_mixin, "HfApi", Api)
+    model.push_to_hub("someone/digits")
+    assert sent == {"someone/digits": ["README.md", "config.json", "model.safetensors"]}
+
+
+class TestRefusedCheckpoints:
+    @pytest.fixture
+    def folder(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        return tmp_path
+
+    def refused(self, folder, error, words):
+        before = {p.name: p.read_bytes() for p in folder.iterdir()}
+        with pytest.raises(error, match=words) as raised:
+            ECAR.from_pretrained(folder)
+        assert "\n" not in str(raised.value)
+        assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def test_cut_short(self, folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        self.refused(folder, ValueError, r"model\.safetensors: not a safetensors file, or cut")
+
+    def test_not_safetensors(self, folder):
+        (folder / "model.safetensors").write_bytes(b"\x80\x04 a pickle")
+        self.refused(folder, ValueError, r"model\.safetensors: not a safetensors file")
+
+    def test_of_another_width(self, folder):
+        tiny_config(width=64).to_json(folder / "config.json")
+        self.refused(folder, ValueError, "of another configuration: tensor .* has shape")
+
+    def test_of_more_layers(self, folder):
+        tiny_config(ar_layers=3).to_json(folder / "config.json")
+        self.refused(folder, ValueError, r"lacks tensor 'ar\.blocks\.2.* and \d+ more")
+
+    def test_of_fewer_layers(self, folder):
+        tiny_config(ar_layers=1).to_json(folder / "config.json")
+        self.refused(folder, ValueError, r"unknown tensor 'ar\.blocks\.1")
+
+    def test_not_finite(self, folder):
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        tensors["ar.norm.weight"][3] = float("nan")
+        save_file(tensors, path)
+        self.refused(folder, ValueError, r"'ar\.norm\.weight' holds NaN")
+
+    def test_config_of_something_else(self, folder):
+        (folder / "config.json").write_text(json.dumps({"hidden_size": 3}))
+        self.refused(folder, ValueError, "'hidden_size': no such field")
+
+    def test_no_config(self, folder):
+        (folder / "config.json").unlink()
+        self.refused(folder, FileNotFoundError, r"no file config\.json")
+
+    def test_no_folder(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="no such folder"):
+            ECAR.from_pretrained(tmp_path / "nowhere")
+
+    def test_no_repository(self):
+        with pytest.raises(FileNotFoundError, match="nobody/nothing.*not had from the hub"):
+            ECAR.from_pretrained("nobody/nothing")
