@@ -67,11 +67,11 @@ def test_shared_gradients_are_those_of_autograd(make_model):
     model = make_model(stage_sides=(4, 8, 16)).train()
     inputs = training_inputs(model.config)
     losses, shared = model(*inputs, return_shared=True)
+    weights = torch.tensor([0.5, 2.0, 0.25])
+    (weights * losses).sum().backward(retain_graph=True)
+    found = shared.stage_gradients() / weights.view(-1, 1, 1)
     weight = model.ar.last_mlp_output.weight
     expected = [torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in losses]
-    weights = torch.tensor([0.5, 2.0, 0.25])
-    (weights * losses).sum().backward()
-    found = shared.stage_gradients() / weights.view(-1, 1, 1)
     for ours, autograd in zip(found, expected, strict=True):
         assert (ours - autograd).abs().max() < 1e-5 * autograd.abs().max()
 
@@ -271,5 +271,5 @@ class TestRefusedCheckpoints:
             ECAR.from_pretrained(tmp_path / "nowhere")
 
     def test_no_repository(self):
-        with pytest.raises(FileNotFoundError, match="nobody/nothing.*not had from the hub"):
+        with pytest.raises(FileNotFoundError, match=r"nobody/nothing.*not had from the hub"):
             ECAR.from_pretrained("nobody/nothing")
