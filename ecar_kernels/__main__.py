@@ -10,11 +10,12 @@ from ecar_kernels.version import __version__
 HEADER = ("op", "backend", "available", "why not")
 
 
-def main() -> None:
+def main() -> int:
     try:
         active = active_backend()
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     rows = [(row.op, row.backend, "yes" if row.available else "no", row.why_not)
             for row in backends()]
     widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
@@ -22,7 +23,8 @@ def main() -> None:
     for row in (HEADER, *rows):
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""The fused GEMMs: the oracles against the formulas and against the ops they fuse."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ecar_kernels import adaln, adaln_linear, gated_residual, linear_gated_residual
+from ecar_kernels.flow_block import reference
+from ecar_kernels.registry import KERNEL_DTYPES
+from tests.support.ops import arguments
+
+MODULATION = ("x", "shift", "scale", "step_shift", "step_scale")
+
+
+@pytest.mark.parametrize("activation", [None, "gelu_tanh"])
+def test_adaln_linear_is_its_formula(activation):
+    call = arguments("adaln_linear", dtype=torch.float64) | {"activation": activation}
+    x, weight, bias = call["x"], call["weight"], call["bias"]
+    centred = x - x.mean(-1, keepdim=True)
+    y = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    y = y * (1 + call["scale"] + call["step_scale"]) + call["shift"] + call["step_shift"]
+    y = torch.einsum("bnc,kc->bnk", y, weight) + bias
+    if activation:
+        y = y / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
+    torch.testing.assert_close(reference.adaln_linear(**call), y, rtol=1e-11, atol=1e-11)
+
+
+def test_linear_gated_residual_is_its_formula():
+    call = arguments("linear_gated_residual", dtype=torch.float64)
+    branch = torch.einsum("bnk,ck->bnc", call["h"], call["weight"]) + call["bias"]
+    expected = call["residual"] + (call["gate"] + call["step_gate"]) * branch
+    result = reference.linear_gated_residual(**call)
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("optional", [True, False])
+@torch.no_grad()
+def test_fused_is_unfused(dtype, optional):
+    call = arguments("adaln_linear", dtype=dtype, optional=optional) | {"activation": None}
+    y = adaln(**{name: call[name] for name in MODULATION if name in call})
+    assert adaln_linear(**call).equal(F.linear(y, call["weight"], call["bias"]))
+    call = arguments("linear_gated_residual", dtype=dtype, optional=optional)
+    branch = F.linear(call["h"], call["weight"], call["bias"])
+    expected = gated_residual(call["residual"], branch, call["gate"],
+                              step_gate=call.get("step_gate"))
+    assert linear_gated_residual(**call).equal(expected)
+
+
+@pytest.mark.parametrize("op", [adaln_linear, linear_gated_residual])
+def test_the_bias_may_be_none(op):
+    call = arguments(op.__name__)
+    without = op(**call | {"bias": None})
+    torch.testing.assert_close(without, op(**call | {"bias": torch.zeros_like(call["bias"])}))

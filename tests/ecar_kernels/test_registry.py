@@ -1,0 +1,201 @@
+"""Backends: what is chosen, what is refused and why, and that importing does nothing else."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import ecar_kernels
+from ecar_kernels import BackendUnavailableError, backends, registry, resolve, use_backend
+from ecar_kernels.registry import BACKENDS, OPS, Implementation
+from ecar_kernels.stage_attention import native, reference
+from tests.support.ops import arguments, function
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | environment)
+
+
+def bound(op: str, **kwargs) -> object:
+    return resolve(op, **({"device": "cpu", "dtype": torch.float32} | kwargs))
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Gives adaln a native implementation with limits of the test's choosing."""
+    def install(**limits) -> Implementation:
+        implementation = Implementation("ecar_kernels.adaln.reference:gated_residual", **limits)
+        monkeypatch.setitem(registry.IMPLEMENTATIONS["adaln"], "native", implementation)
+        monkeypatch.setattr(registry, "_servers", {})
+        return implementation
+    return install
+
+
+def test_auto_prefers_the_dense_attention_per_stage():
+    assert bound("stage_attention") is native.stage_attention
+    assert bound("stage_attention", backend="reference") is reference.stage_attention
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_auto_serves_every_op(op):
+    for dtype in registry.KERNEL_DTYPES:
+        assert callable(bound(op, dtype=dtype))
+
+
+def test_use_backend_nests_and_ends_with_its_block():
+    outside = ecar_kernels.active_backend()
+    with use_backend("reference"):
+        assert bound("stage_attention") is reference.stage_attention
+        with use_backend("native"):
+            assert bound("stage_attention") is native.stage_attention
+        assert ecar_kernels.active_backend() == "reference"
+        with pytest.raises(ZeroDivisionError), use_backend("triton"):
+            raise ZeroDivisionError
+        assert ecar_kernels.active_backend() == "reference"
+    assert ecar_kernels.active_backend() == outside
+
+
+def test_one_use_backend_may_be_entered_again():
+    choice = use_backend("reference")
+    with choice, use_backend("native"), choice:
+        assert ecar_kernels.active_backend() == "reference"
+    assert ecar_kernels.active_backend() == "auto"
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_named_backend_serves_or_says_why_not(op, backend):
+    missing = {(row.op, row.backend): row.why_not for row in backends()}[op, backend]
+    with use_backend(backend):
+        if not missing:
+            function(op)(**arguments(op))
+        else:
+            with pytest.raises(BackendUnavailableError, match=f"'{backend}' cannot serve {op}: "):
+                function(op)(**arguments(op))
+
+
+def test_auto_falls_back_where_a_named_backend_refuses(fake):
+    reasons = {"devices": (("cuda",), "it serves cuda tensors, not cpu"),
+               "dtypes": ((torch.float16,), "it does not serve torch.float32"),
+               "missing": (lambda: "no compiler was found", "no compiler was found"),
+               "max_width": (8, "it serves a last dimension of at most 8, not 9")}
+    for limit, (value, reason) in reasons.items():
+        fake(**{limit: value})
+        assert bound("adaln", width=9).__name__ == "adaln", limit
+        with pytest.raises(BackendUnavailableError) as caught:
+            bound("adaln", width=9, backend="native")
+        assert str(caught.value) == f"backend 'native' cannot serve adaln: {reason}"
+
+
+def test_an_implementation_within_its_limits_is_chosen(fake):
+    fake(devices=("cpu",), dtypes=(torch.float32,), max_width=8)
+    assert bound("adaln", width=8).__name__ == "gated_residual"
+    assert bound("adaln", width=9).__name__ == "adaln"
+
+
+def test_the_search_runs_once(fake):
+    calls = []
+    fake(missing=lambda: calls.append(None))
+    for _ in range(3):
+        bound("adaln")
+    assert len(calls) == 1
+
+
+def test_what_this_machine_lacks_is_in_the_table(fake):
+    fake(missing=lambda: "no compiler was found")
+    row = next(row for row in backends() if (row.op, row.backend) == ("adaln", "native"))
+    assert (row.available, row.why_not) == (False, "no compiler was found")
+
+
+def test_unknown_names_are_refused():
+    expected = "expected one of 'reference', 'native', 'triton', 'auto', got 'fast'"
+    with pytest.raises(ValueError, match=f"argument 'name': {expected}"):
+        use_backend("fast")
+    with pytest.raises(ValueError, match=f"argument 'backend': {expected}"):
+        bound("adaln", backend="fast")
+    with pytest.raises(ValueError, match=r"argument 'op': expected one of .*, got 'relu'"):
+        bound("relu")
+
+
+def test_the_environment_variable_sets_the_backend():
+    code = """if True:
+        import torch, ecar_kernels as ek
+        print(ek.active_backend())
+        with ek.use_backend("auto"):
+            print(ek.active_backend())
+        x = torch.ones(1, 1, 4)
+        try:
+            ek.adaln(x, x, x)
+        except RuntimeError as error:
+            print(type(error).__name__)
+    """
+    assert python(code, ECAR_BACKEND="native").stdout.split() == [
+        "native", "auto", "BackendUnavailableError"]
+
+
+def test_a_wrong_environment_variable_is_named_on_use_not_on_import():
+    code = """if True:
+        import torch, ecar_kernels as ek
+        x = torch.ones(1, 1, 4)
+        for call in (ek.active_backend, lambda: ek.adaln(x, x, x)):
+            try:
+                call()
+            except ValueError as error:
+                print(error)
+    """
+    result = python(code, ECAR_BACKEND="fast")
+    expected = ("environment variable ECAR_BACKEND: expected one of 'reference', 'native', "
+                "'triton', 'auto', got 'fast'")
+    assert result.stdout.splitlines() == [expected] * 2, result.stderr
+
+
+def test_import_needs_torch_alone_and_leaves_no_trace():
+    code = """if True:
+        import sys
+
+        class Block:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] in {"triton", "sklearn", "scipy", "diffusers", "ecar",
+                        "accelerate", "setuptools", "safetensors", "huggingface_hub"}:
+                    raise ImportError(f"{name} is blocked")
+
+        sys.meta_path.insert(0, Block())
+        import torch
+        before = set(sys.modules)
+        import ecar_kernels
+        ours = {name for name in set(sys.modules) - before if not name.startswith("ecar_kernels")}
+        assert not [name for name in ours if name.startswith(("torch._dynamo", "torch._inductor",
+            "torch.utils.cpp_extension", "triton"))], ours
+        x = torch.randn(1, 2, 4)
+        print(ecar_kernels.adaln(x, x, x).shape)
+    """
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "torch.Size([1, 2, 4])"
+
+
+def test_the_command_prints_the_table():
+    command = [sys.executable, "-m", "ecar_kernels"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    head, columns, *rows = result.stdout.splitlines()
+    assert head.startswith(f"ecar_kernels {ecar_kernels.__version__}, ")
+    assert columns.split(maxsplit=3) == ["op", "backend", "available", "why not"]
+    for row, line in zip(backends(), rows, strict=True):
+        said = [row.op, row.backend, "yes" if row.available else "no", row.why_not]
+        assert line.split(maxsplit=3) == [cell for cell in said if cell]
+
+    result = subprocess.run(command, capture_output=True, text=True,
+                            env=os.environ | {"ECAR_BACKEND": "fast"})
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: environment variable ECAR_BACKEND")
+
+
+def test_ops_win_their_names_over_the_families_folders():
+    from ecar_kernels.adaln import reference as found
+
+    assert callable(ecar_kernels.adaln) and callable(ecar_kernels.stage_attention)
+    assert callable(found.adaln)
