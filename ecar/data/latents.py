@@ -40,6 +40,7 @@ def cache_latents(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     num_workers: int = 0,
+    seed: int = 0,
     progress: bool = True,
 ) -> Path:
     """Encode every image of `dataset` and write shards that `load_dataset("latents")` reads.
@@ -53,6 +54,8 @@ def cache_latents(
         shard_size: latents per file.
         device: where images are put before `codec.encode`; put the codec there yourself.
         dtype: float32, bfloat16 or float16, as stored; they are read back as float32.
+        seed: of torch's default generators meanwhile, for a codec that draws its latents. Their
+            state outside is left alone.
 
     Returns: the path of the index.
     Raises:
@@ -87,7 +90,11 @@ def cache_latents(
 
     left = 0
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
-    with tqdm(total=len(dataset), unit="image", disable=not progress) as bar:
+    with (
+        torch.random.fork_rng(),
+        tqdm(total=len(dataset), desc="encoding", unit="image", disable=not progress) as bar,
+    ):
+        torch.manual_seed(seed)
         for images, labels in loader:
             with torch.no_grad():
                 latents = codec.encode(images.to(device)).to("cpu", dtype)
@@ -120,7 +127,8 @@ def cache_latents(
         "split": dataset.split,
         "source": dataset.name,
         "source_shape": list(dataset.shape),
-        "codec": type(codec).__name__,
+        "codec": repr(codec),
+        "seed": seed,
         "shards": shards,
     }
     write_json(out_dir / INDEX, index)

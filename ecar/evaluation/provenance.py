@@ -1,0 +1,54 @@
+"""What a reported number was made with: code, versions, weights, device."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+__all__ = ["device_name", "versions", "weights_sha256"]
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """Digest of names, dtypes, shapes and bytes of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def device_name(device: torch.device) -> str:
+    """Such as "cuda:0 (NVIDIA H100)" or "cpu (x86_64)"."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({platform.processor() or platform.machine()})"
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and the packages that take part, and this source's commit."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("ecar", "torch", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    found["ecar_commit"] = _commit()
+    return found
+
+
+def _commit() -> str | None:
+    """The source's git commit, with -dirty if it was changed; None outside a repository."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
