@@ -7,6 +7,9 @@ With W the last weight that all stages share, n_s = ||dL_s/dW|| and G_s = w_s n_
 
 so dL_grad/dw_s = n_s sign(G_s - target_s). A step on w by Adam, then w is kept positive and
 renormalised to sum S.
+
+Under data parallelism and accumulation the gradients dL_s/dW are averaged, not their norms: so
+n_s is that of the global batch, however it was split.
 """
 
 from __future__ import annotations
@@ -14,28 +17,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ecar.model import SharedLayer
-
-__all__ = ["GradNorm", "stage_gradients"]
+__all__ = ["GradNorm"]
 
 _BETAS = (0.9, 0.999)
 _EPS = 1e-8
 _LOWEST = 1e-3  # a weight never falls below this before the renormalisation
-
-
-@torch.no_grad()
-def stage_gradients(shared: SharedLayer) -> Tensor:
-    """d(w_s L_s)/dW of each stage, float32 [S, *W.shape], after the backward of sum_s w_s L_s.
-
-    Under data parallelism and accumulation these are averaged, not their norms: the norm of
-    the global batch's gradient does not depend on how the batch was split.
-    """
-    gradients = shared.output.grad.split(shared.stage_tokens, dim=1)
-    hiddens = shared.hidden.detach().split(shared.stage_tokens, dim=1)
-    return torch.stack([
-        (gradient.flatten(0, 1).T @ hidden.flatten(0, 1)).float()
-        for gradient, hidden in zip(gradients, hiddens, strict=True)
-    ])
 
 
 class GradNorm:

@@ -21,7 +21,7 @@ from ecar.training import state as states
 from ecar.training.batches import Batch, Batches
 from ecar.training.config import TrainConfig
 from ecar.training.ema import EMA
-from ecar.training.gradnorm import GradNorm, stage_gradients
+from ecar.training.gradnorm import GradNorm
 from ecar.training.log import Log
 from ecar.training.sheet import write_sheet
 
@@ -257,7 +257,7 @@ class Trainer:
                 accelerator.backward((weights * stage_losses).sum() / len(parts))
             losses = losses + stage_losses.detach() / len(parts)
             if self.gradnorm is not None:
-                gradients = gradients + stage_gradients(shared)
+                gradients = gradients + shared.stage_gradients()
         losses = accelerator.reduce(losses, "mean")
         clip = self.config.grad_clip
         norm = accelerator.clip_grad_norm_(
