@@ -25,12 +25,12 @@ help:
 	@echo "make lint        ruff: rules and format"
 	@echo "make bench       time the reference ops on this machine"
 	@echo "make evaluate    judge the samples of $(CHECKPOINT)"
-	@echo "make train-demo  train a small model on 8 x 8 digits (minutes)"
+	@echo "make train-demo  train a small model on 8 x 8 digits (20 minutes on 2 cores)"
 	@echo "make clean       remove builds and caches (not $(VENV))"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' CHECKPOINT=$(CHECKPOINT)"
 
 demo: $(STAMPS)/base
-	$(BIN)/ecar sample --checkpoint $(CHECKPOINT) --output $(DEMO)
+	$(BIN)/ecar sample --checkpoint $(CHECKPOINT) --sheet 10x10 --scale 2 --output $(DEMO)
 
 test: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --timeout 600 tests
@@ -46,7 +46,8 @@ evaluate: $(STAMPS)/test
 	$(BIN)/ecar evaluate --checkpoint $(CHECKPOINT)
 
 train-demo: $(STAMPS)/test
-	$(BIN)/ecar train --data digits --preset digits --output runs/digits
+	$(BIN)/ecar train --preset digits --dataset digits --output runs/digits --steps 3300 \
+	  --batch-size 128 --learning-rate 1e-3 --warmup-steps 200 --schedule linear
 
 clean:
 	rm -rf build dist .benchmarks .hypothesis .pytest_cache .ruff_cache *.egg-info
