@@ -15,7 +15,12 @@ from torch import Tensor
 from ecar.files import atomic_path
 
 __all__ = [
-    "check_output_file", "check_output_folder", "make_sheet", "save_image", "to_numpy", "to_pil",
+    "check_output_file",
+    "check_output_folder",
+    "make_sheet",
+    "save_image",
+    "to_numpy",
+    "to_pil",
     "to_unit",
 ]
 
@@ -59,8 +64,12 @@ def make_sheet(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    for name, value, least in (("rows", rows, 1), ("columns", columns, 1),
-                               ("padding", padding, 0), ("scale", scale, 1)):
+    for name, value, least in (
+        ("rows", rows, 1),
+        ("columns", columns, 1),
+        ("padding", padding, 0),
+        ("scale", scale, 1),
+    ):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"argument {name!r}: expected an integer, got {value!r}")
         if value < least:
@@ -73,9 +82,7 @@ def make_sheet(
         )
     kinds = {(image.mode, image.size) for image in images}
     if len(kinds) > 1:
-        raise ValueError(
-            f"argument 'images': expected one mode and size, got {sorted(kinds)}"
-        )
+        raise ValueError(f"argument 'images': expected one mode and size, got {sorted(kinds)}")
     mode, (width, height) = kinds.pop()
     width, height = width * scale, height * scale
     sheet = Image.new(

@@ -20,8 +20,14 @@ from ecar_kernels.registry import AUTO_ORDER
 
 __all__ = ["StageCost", "backends_in_use", "count_multiply_adds", "count_parameters"]
 
-SAMPLING_OPS = ("stage_attention", "adaln_linear", "linear_gated_residual", "euler_step",
-                "upsample_renoise_euler", "initial_noise")
+SAMPLING_OPS = (
+    "stage_attention",
+    "adaln_linear",
+    "linear_gated_residual",
+    "euler_step",
+    "upsample_renoise_euler",
+    "initial_noise",
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,8 @@ def count_parameters(config: ECARConfig) -> dict[str, int]:
 
     def size(*parts: nn.Module | nn.Parameter) -> int:
         return sum(
-            part.numel() if isinstance(part, nn.Parameter)
+            part.numel()
+            if isinstance(part, nn.Parameter)
             else sum(parameter.numel() for parameter in part.parameters())
             for part in parts
         )
@@ -60,12 +67,19 @@ def count_parameters(config: ECARConfig) -> dict[str, int]:
     ar = model.ar
     embeddings = size(ar.class_embedding, ar.inputs, ar.positions)
     heads = {f"flow_head_{stage}": size(head) for stage, head in enumerate(model.heads, start=1)}
-    return {"ar_embeddings": embeddings, "ar_layers": size(ar) - embeddings, **heads,
-            "total": size(model)}
+    return {
+        "ar_embeddings": embeddings,
+        "ar_layers": size(ar) - embeddings,
+        **heads,
+        "total": size(model),
+    }
 
 
 def count_multiply_adds(
-    config: ECARConfig, *, steps: int | Sequence[int] = 250, guidance_scale: float = 1.0,
+    config: ECARConfig,
+    *,
+    steps: int | Sequence[int] = 250,
+    guidance_scale: float = 1.0,
     **settings: Any,
 ) -> list[StageCost]:
     """Multiply-adds of sampling one image, stage by stage.
@@ -89,7 +103,10 @@ def count_multiply_adds(
         sample(model, zero, seeds=zero, steps=counts, guidance_scale=guidance_scale, **settings)
     stages = [
         StageCost(
-            stage, config.stage_sides[stage - 1], config.stage_tokens[stage - 1], count,
+            stage,
+            config.stage_sides[stage - 1],
+            config.stage_tokens[stage - 1],
+            count,
             **{part: ledger.flops[stage, part] // 2 for part in ("ar", "modulation", "flow")},
         )
         for stage, count in enumerate(counts, start=1)
@@ -111,14 +128,22 @@ def backends_in_use(
     for op in SAMPLING_OPS:
         width = config.head_dim if op == "stage_attention" else config.width
         chosen = resolve(op, device=device, dtype=dtype, width=width)
-        serving[op] = active if active != "auto" else next(
-            name for name in AUTO_ORDER if _serves(name, chosen, op, device, dtype, width)
+        serving[op] = (
+            active
+            if active != "auto"
+            else next(
+                name for name in AUTO_ORDER if _serves(name, chosen, op, device, dtype, width)
+            )
         )
     return serving
 
 
 def _serves(
-    backend: str, chosen: Callable, op: str, device: torch.device | str, dtype: torch.dtype,
+    backend: str,
+    chosen: Callable,
+    op: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
     width: int,
 ) -> bool:
     try:

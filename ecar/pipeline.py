@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
+from ecar.checkpoint import (
+    PIPELINE_FILE,
+    VAE_FOLDER,
+    check_settings,
+    checkpoint_folder,
+    complete_settings,
+    read_settings,
+    write_settings,
+)
 from ecar.codec import CODECS, AutoencoderKLCodec, IdentityCodec, load_codec
-from ecar.files import read_json, write_json
 from ecar.images import to_numpy, to_pil, to_unit
 from ecar.inputs import ClassNames, draw_seeds, pair
 from ecar.model import ECAR
-from ecar.sampler import SOLVERS, Guidance, StepInfo, sample, split_steps
+from ecar.sampler import StepInfo, sample
 
-__all__ = ["ECARPipeline", "ECARPipelineOutput", "checkpoint_folder"]
+__all__ = ["ECARPipeline", "ECARPipelineOutput"]
 
-PIPELINE_FILE = "pipeline.json"
-VAE_FOLDER = "vae"
-CHECKPOINT_FILES = ("config.json", "model.safetensors", PIPELINE_FILE,
-                    f"{VAE_FOLDER}/config.json", f"{VAE_FOLDER}/*.safetensors")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-BUILT_IN_DEFAULTS = {
-    "num_inference_steps": 250, "guidance_scale": 1.0, "guidance_schedule": "constant",
-    "guidance_interval": (0.0, 1.0), "solver": "euler",
-}
 DECODE_ROWS = 8  # a VAE's decoder needs far more memory for an image than the model does
 
 
@@ -94,7 +91,7 @@ class ECARPipeline:
         self.model = model.eval()
         self.codec = codec
         self.classes = ClassNames(class_names, model.config.num_classes)
-        self.defaults = self._checked_settings(defaults or {}, "argument 'defaults'")
+        self.defaults = complete_settings(defaults or {}, model.config.num_stages)
 
     @property
     def class_names(self) -> list[str] | None:
@@ -109,7 +106,9 @@ class ECARPipeline:
         return self.model.dtype
 
     def to(
-        self, *targets: Any, device: torch.device | str | None = None,
+        self,
+        *targets: Any,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> ECARPipeline:
         """Move the model and the codec: ``pipe.to("cuda")``, ``pipe.to("cuda", torch.bfloat16)``.
@@ -129,8 +128,11 @@ class ECARPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], *,
-        torch_dtype: torch.dtype | None = None, **hub_options: Any,
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        torch_dtype: torch.dtype | None = None,
+        **hub_options: Any,
     ) -> ECARPipeline:
         """Load a folder that ``save_pretrained`` wrote, or a hub repository 'owner/name'.
 
@@ -145,7 +147,7 @@ class ECARPipeline:
             ValueError: naming the file that holds something else.
         """
         folder = checkpoint_folder(pretrained_model_name_or_path, **hub_options)
-        settings = _read_settings(folder)
+        settings = read_settings(folder)
         model = ECAR.from_pretrained(folder)
         codec = load_codec(settings.pop("codec", IdentityCodec.kind), folder / VAE_FOLDER)
         try:
@@ -158,11 +160,7 @@ class ECARPipeline:
         """Write config.json, model.safetensors, pipeline.json and, if there is a VAE, vae/."""
         folder = Path(save_directory)
         self.model.save_pretrained(folder)
-        if self.codec.kind != IdentityCodec.kind:
-            self.codec.save(folder / VAE_FOLDER)
-        settings = {"codec": self.codec.kind, "class_names": self.class_names,
-                    "defaults": self.defaults}
-        write_json(folder / PIPELINE_FILE, settings)
+        write_settings(folder, self.codec, self.class_names, self.defaults)
 
     def __call__(
         self,
@@ -214,12 +212,15 @@ class ECARPipeline:
             FloatingPointError: the states are not finite, as in a dtype with too small a range.
         """
         chosen = {
-            "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale,
-            "guidance_schedule": guidance_schedule, "guidance_interval": guidance_interval,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_schedule": guidance_schedule,
+            "guidance_interval": guidance_interval,
             "solver": solver,
         }
         chosen = {name: value for name, value in chosen.items() if value is not None}
-        settings = {**self.defaults, **self._checked_settings(chosen, None)}
+        settings = {**self.defaults, **chosen}
+        check_settings(settings, self.model.config.num_stages)
         self._check_output_type(output_type)
         if set(callback_on_step_end_tensor_inputs) - {"latents"}:
             raise ValueError(
@@ -281,28 +282,6 @@ class ECARPipeline:
                 f"{channels}-channel latents are no pictures"
             )
 
-    def _checked_settings(self, settings: dict[str, Any], prefix: str | None) -> dict[str, Any]:
-        """The settings, validated as the sampler does; ``prefix`` is put before a message."""
-        if not isinstance(settings, dict):
-            raise TypeError(f"{prefix}: expected settings by name, got {settings!r}")
-        unknown = sorted(settings.keys() - BUILT_IN_DEFAULTS.keys())
-        if unknown:
-            raise ValueError(
-                f"{prefix}: no setting {unknown[0]!r}; known are {', '.join(BUILT_IN_DEFAULTS)}"
-            )
-        complete = {**BUILT_IN_DEFAULTS, **settings}
-        try:
-            split_steps(complete["num_inference_steps"], self.model.config.num_stages)
-            Guidance(*(complete[f"guidance_{name}"] for name in ("scale", "schedule", "interval")))
-            if complete["solver"] not in SOLVERS:
-                raise ValueError(
-                    f"argument 'solver': expected one of {SOLVERS}, got {complete['solver']!r}"
-                )
-        except (TypeError, ValueError) as error:
-            message = str(error).replace("argument 'steps'", "argument 'num_inference_steps'")
-            raise type(error)(f"{prefix}: {message}" if prefix else message) from None
-        return complete if prefix else settings
-
     def __repr__(self) -> str:
         config = self.model.config
         millions = sum(weight.numel() for weight in self.model.parameters()) / 1e6
@@ -316,41 +295,3 @@ class ECARPipeline:
             f"  defaults: {self.defaults}\n"
             f")"
         )
-
-
-def checkpoint_folder(name: str | os.PathLike[str], **hub_options: Any) -> Path:
-    """The local folder of a checkpoint: ``name`` itself, or a snapshot of a hub repository.
-
-    Of a repository only the JSON and safetensors files of a checkpoint are fetched.
-
-    Raises:
-        FileNotFoundError: naming what is neither.
-    """
-    name = os.fspath(name)
-    if os.path.isdir(name):
-        return Path(name)
-    if os.path.exists(name) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        reason = "not a folder" if os.path.exists(name) else "no such folder"
-        raise FileNotFoundError(f"checkpoint {name!r}: {reason}")
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(CHECKPOINT_FILES), **hub_options))
-    except (HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"checkpoint {name!r}: no such folder, and not had from the hub ({reason})"
-        ) from None
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    """What pipeline.json holds, or nothing where there is none."""
-    path = folder / PIPELINE_FILE
-    if not path.exists():
-        return {}
-    settings = read_json(path)
-    if not isinstance(settings, dict) or settings.keys() - {"codec", "class_names", "defaults"}:
-        raise ValueError(f"{path}: expected an object with codec, class_names and defaults")
-    if settings.get("codec", IdentityCodec.kind) not in CODECS:
-        raise ValueError(
-            f"{path}: expected a codec out of {', '.join(CODECS)}, got {settings['codec']!r}"
-        )
-    return settings

@@ -11,8 +11,16 @@ from ecar.model import ECAR
 from ecar.sampler import sample
 from ecar_kernels import BackendUnavailableError, use_backend
 
-TINY = ECARConfig(stage_sides=(4, 8), channels=1, patch_size=2, num_classes=10, width=32, heads=2,
-                  ar_layers=2, flow_blocks=1)
+TINY = ECARConfig(
+    stage_sides=(4, 8),
+    channels=1,
+    patch_size=2,
+    num_classes=10,
+    width=32,
+    heads=2,
+    ar_layers=2,
+    flow_blocks=1,
+)
 
 
 @pytest.mark.parametrize(
@@ -22,7 +30,11 @@ TINY = ECARConfig(stage_sides=(4, 8), channels=1, patch_size=2, num_classes=10, 
 def test_presets_meet_the_paper(preset, parameters, multiply_adds):
     config = ECARConfig.preset(preset)
     assert (config.stage_sides, config.channels, config.patch_size, config.num_classes) == (
-        (8, 16, 32), 4, 2, 1000)
+        (8, 16, 32),
+        4,
+        2,
+        1000,
+    )
     assert count_parameters(config)["total"] == pytest.approx(parameters, rel=0.01)
     stages = count_multiply_adds(config, steps=250, guidance_scale=4.0)
     assert [stage.tokens for stage in stages] == [16, 64, 256]
@@ -73,8 +85,14 @@ def test_backends_in_use_under_reference_and_auto():
         assert set(backends_in_use(TINY, "cpu", torch.float32).values()) == {"reference"}
     with use_backend("auto"):
         serving = backends_in_use(TINY, "cpu", torch.float32)
-    assert serving.keys() == {"stage_attention", "adaln_linear", "linear_gated_residual",
-                              "euler_step", "upsample_renoise_euler", "initial_noise"}
+    assert serving.keys() == {
+        "stage_attention",
+        "adaln_linear",
+        "linear_gated_residual",
+        "euler_step",
+        "upsample_renoise_euler",
+        "initial_noise",
+    }
     assert set(serving.values()) <= {"reference", "native", "triton"}
 
 

@@ -7,13 +7,22 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from ecar.checkpoint import checkpoint_folder
 from ecar.codec import AutoencoderKLCodec, IdentityCodec
 from ecar.config import ECARConfig
 from ecar.model import ECAR
-from ecar.pipeline import ECARPipeline, checkpoint_folder
+from ecar.pipeline import ECARPipeline
 
-TINY = ECARConfig(stage_sides=(4, 8), channels=1, patch_size=2, num_classes=10, width=32, heads=2,
-                  ar_layers=2, flow_blocks=1)
+TINY = ECARConfig(
+    stage_sides=(4, 8),
+    channels=1,
+    patch_size=2,
+    num_classes=10,
+    width=32,
+    heads=2,
+    ar_layers=2,
+    flow_blocks=1,
+)
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
@@ -37,8 +46,12 @@ def draw(pipe, *arguments, **options):
 
 def make_vae():
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16), latent_channels=4, norm_num_groups=4, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
         scaling_factor=0.13025,
     )
 
@@ -106,7 +119,9 @@ def test_guidance_and_steps_reach_the_sampler(pipe):
     plain = draw(pipe, 1, seeds=0).images
     assert torch.equal(draw(pipe, 1, [2, 2], 1.0, seeds=0).images, plain)
     for options in (
-        {"guidance_scale": 3.0}, {"num_inference_steps": [1, 3]}, {"solver": "heun"},
+        {"guidance_scale": 3.0},
+        {"num_inference_steps": [1, 3]},
+        {"solver": "heun"},
         {"guidance_scale": 3.0, "guidance_schedule": "linear"},
         {"guidance_scale": 3.0, "guidance_interval": (0.5, 1.0)},
     ):
@@ -145,8 +160,12 @@ def test_callback_sees_every_step_and_may_change_the_state(pipe):
 
     same = draw(pipe, [1, 2], seeds=0, callback_on_step_end=look).images
     assert torch.equal(same, draw(pipe, [1, 2], seeds=0).images)
-    assert calls == [(0, 0.0, (2, 1, 4, 4)), (1, 0.25, (2, 1, 4, 4)),
-                     (2, 0.5, (2, 1, 8, 8)), (3, 0.75, (2, 1, 8, 8))]
+    assert calls == [
+        (0, 0.0, (2, 1, 4, 4)),
+        (1, 0.25, (2, 1, 4, 4)),
+        (2, 0.5, (2, 1, 8, 8)),
+        (3, 0.75, (2, 1, 8, 8)),
+    ]
 
     def blank(given, index, time, kwargs):
         return {"latents": torch.zeros_like(kwargs["latents"])} if index == 3 else {}
@@ -261,7 +280,10 @@ def test_round_trip_through_a_folder(pipe, tmp_path):
     expected = draw(pipe, ["two", 5], seeds=[8, 9]).images
     assert torch.equal(draw(loaded, ["two", 5], seeds=[8, 9]).images, expected)
     assert {entry.suffix for entry in (tmp_path / "model").iterdir()} <= {
-        ".json", ".safetensors", ".md"}
+        ".json",
+        ".safetensors",
+        ".md",
+    }
 
 
 def test_a_folder_without_pipeline_json_has_the_identity_codec(pipe, tmp_path):
@@ -273,8 +295,9 @@ def test_a_folder_without_pipeline_json_has_the_identity_codec(pipe, tmp_path):
 
 def test_round_trip_with_a_vae(tmp_path):
     config = ECARConfig.from_dict({**TINY.to_dict(), "channels": 4})
-    pipe = ECARPipeline(make_model(config), AutoencoderKLCodec(make_vae()),
-                        defaults={"num_inference_steps": 2})
+    pipe = ECARPipeline(
+        make_model(config), AutoencoderKLCodec(make_vae()), defaults={"num_inference_steps": 2}
+    )
     pipe.save_pretrained(tmp_path)
     loaded = ECARPipeline.from_pretrained(tmp_path)
     first, second = (draw(p, range(10), seeds=3, return_stages=True) for p in (pipe, loaded))
@@ -325,7 +348,7 @@ def test_a_hub_repository_is_fetched_as_json_and_safetensors_only(pipe, tmp_path
         asked.update(name=name, patterns=allow_patterns, **options)
         return str(tmp_path)
 
-    monkeypatch.setattr("ecar.pipeline.snapshot_download", fetch)
+    monkeypatch.setattr("ecar.checkpoint.snapshot_download", fetch)
     loaded = ECARPipeline.from_pretrained("someone/e-car", revision="v1")
     assert loaded.class_names == NAMES
     assert (asked["name"], asked["revision"]) == ("someone/e-car", "v1")
@@ -334,7 +357,7 @@ def test_a_hub_repository_is_fetched_as_json_and_safetensors_only(pipe, tmp_path
 
 @pytest.mark.parametrize("name", ["nowhere", "./a/b", "/a/b", "a/b/c", "../b"])
 def test_what_can_be_no_repository_is_not_looked_for(name, monkeypatch):
-    monkeypatch.delattr("ecar.pipeline.snapshot_download")
+    monkeypatch.delattr("ecar.checkpoint.snapshot_download")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         checkpoint_folder(name)
 
@@ -349,6 +372,6 @@ def test_a_repository_that_cannot_be_had_is_one_line(monkeypatch):
     def fail(name, **options):
         raise OSError("no network\nsecond line")
 
-    monkeypatch.setattr("ecar.pipeline.snapshot_download", fail)
+    monkeypatch.setattr("ecar.checkpoint.snapshot_download", fail)
     with pytest.raises(FileNotFoundError, match=r"'someone/none': no such folder.*\(no network\)$"):
         checkpoint_folder("someone/none")

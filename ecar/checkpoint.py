@@ -1,0 +1,157 @@
+"""A checkpoint's folder: where it is, and what it holds beside the model.
+
+config.json, model.safetensors   the model
+pipeline.json                    codec, class names, default settings; may be missing
+vae/                             diffusers' AutoencoderKL, where that is the codec
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
+from huggingface_hub.errors import HFValidationError
+
+from ecar.codec import CODECS, AutoencoderKLCodec, IdentityCodec
+from ecar.config import ECARConfig
+from ecar.files import read_json, write_json
+from ecar.sampler import SOLVERS, Guidance, split_steps
+
+__all__ = [
+    "BUILT_IN_DEFAULTS",
+    "PIPELINE_FILE",
+    "VAE_FOLDER",
+    "check_settings",
+    "checkpoint_config",
+    "checkpoint_folder",
+    "complete_settings",
+    "read_settings",
+    "write_settings",
+]
+
+PIPELINE_FILE = "pipeline.json"
+VAE_FOLDER = "vae"
+CHECKPOINT_FILES = (
+    CONFIG_NAME,
+    SAFETENSORS_SINGLE_FILE,
+    PIPELINE_FILE,
+    f"{VAE_FOLDER}/{CONFIG_NAME}",
+    f"{VAE_FOLDER}/*.safetensors",
+)
+BUILT_IN_DEFAULTS = {
+    "num_inference_steps": 250,
+    "guidance_scale": 1.0,
+    "guidance_schedule": "constant",
+    "guidance_interval": (0.0, 1.0),
+    "solver": "euler",
+}
+
+
+def checkpoint_folder(
+    name: str | os.PathLike[str], *, files: Sequence[str] = CHECKPOINT_FILES, **hub_options: Any
+) -> Path:
+    """The local folder of a checkpoint: ``name`` itself, or a snapshot of a hub repository.
+
+    Args:
+        files: what is fetched of a repository; by default a checkpoint's JSON and safetensors.
+
+    Raises:
+        FileNotFoundError: naming what is neither.
+    """
+    name = os.fspath(name)
+    if os.path.isdir(name):
+        return Path(name)
+    if os.path.exists(name) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        reason = "not a folder" if os.path.exists(name) else "no such folder"
+        raise FileNotFoundError(f"checkpoint {name!r}: {reason}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files), **hub_options))
+    except (HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"checkpoint {name!r}: no such folder, and not had from the hub ({reason})"
+        ) from None
+
+
+def checkpoint_config(name: str | os.PathLike[str]) -> tuple[ECARConfig, dict[str, Any]]:
+    """The configuration of a checkpoint and the defaults of its pipeline, without its weights.
+
+    Raises:
+        OSError, ValueError: as ``ECARPipeline.from_pretrained``.
+    """
+    folder = checkpoint_folder(name, files=(CONFIG_NAME, PIPELINE_FILE))
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {os.fspath(name)!r}: no file {CONFIG_NAME}")
+    config = ECARConfig.from_json(path)
+    defaults = read_settings(folder).get("defaults") or {}
+    try:
+        return config, complete_settings(defaults, config.num_stages)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / PIPELINE_FILE}: {error}") from None
+
+
+def complete_settings(defaults: dict[str, Any], num_stages: int) -> dict[str, Any]:
+    """The pipeline's defaults over the built-in ones, validated."""
+    if not isinstance(defaults, dict):
+        raise TypeError(f"argument 'defaults': expected settings by name, got {defaults!r}")
+    unknown = sorted(defaults.keys() - BUILT_IN_DEFAULTS.keys())
+    if unknown:
+        raise ValueError(
+            f"argument 'defaults': expected settings out of {', '.join(BUILT_IN_DEFAULTS)}, got "
+            f"{unknown[0]!r}"
+        )
+    complete = {**BUILT_IN_DEFAULTS, **defaults}
+    try:
+        check_settings(complete, num_stages)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"argument 'defaults': {error}") from None
+    return complete
+
+
+def check_settings(settings: dict[str, Any], num_stages: int) -> None:
+    """Validate as the sampler does, by the pipeline's names."""
+    try:
+        split_steps(settings["num_inference_steps"], num_stages)
+    except (TypeError, ValueError) as error:
+        message = str(error).replace("argument 'steps'", "argument 'num_inference_steps'")
+        raise type(error)(message) from None
+    Guidance(*(settings[f"guidance_{name}"] for name in ("scale", "schedule", "interval")))
+    if settings["solver"] not in SOLVERS:
+        raise ValueError(
+            f"argument 'solver': expected one of {SOLVERS}, got {settings['solver']!r}"
+        )
+
+
+def write_settings(
+    folder: str | os.PathLike[str],
+    codec: IdentityCodec | AutoencoderKLCodec | None,
+    class_names: Sequence[str] | None,
+    defaults: dict[str, Any],
+) -> None:
+    """Write what a checkpoint's folder holds beside the model: pipeline.json, and vae/ if any."""
+    codec = IdentityCodec() if codec is None else codec
+    if codec.kind != IdentityCodec.kind:
+        codec.save(Path(folder) / VAE_FOLDER)
+    settings = {"codec": codec.kind, "class_names": class_names, "defaults": defaults}
+    write_json(Path(folder) / PIPELINE_FILE, settings)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What pipeline.json holds, or nothing where there is none."""
+    path = folder / PIPELINE_FILE
+    if not path.exists():
+        return {}
+    settings = read_json(path)
+    if not isinstance(settings, dict) or settings.keys() - {"codec", "class_names", "defaults"}:
+        raise ValueError(f"{path}: expected an object with codec, class_names and defaults")
+    if settings.get("codec", IdentityCodec.kind) not in CODECS:
+        raise ValueError(
+            f"{path}: expected a codec out of {', '.join(CODECS)}, got {settings['codec']!r}"
+        )
+    return settings

@@ -1,0 +1,108 @@
+"""The command line: `ecar sample`, `ecar train`, `ecar evaluate`, `ecar info`.
+
+Each subcommand is a module with ``add_arguments(parser)``, ``run(arguments)``, ``EXAMPLES``, and
+``FLAGS``: the flags of what the library's messages call by an argument's name. It is imported
+when it is asked for, so that `ecar --help` needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+
+from ecar.cli.parser import Parser, UsageError
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "sample": "draw images, or a sheet of them, from a checkpoint",
+    "train": "train on digits, MNIST, a folder of images or cached latents",
+    "evaluate": "measure a checkpoint's samples against a data set",
+    "info": "count the tokens, parameters and multiply-adds of a preset or checkpoint",
+}
+OUR_PACKAGES = ("ecar", "ecar_kernels")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; what a user did wrong is one line on stderr.
+
+    Returns:
+        The exit code: 0; 2 for bad input; 130 after Ctrl-C. Internal errors keep their traceback.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    flags: dict[str, str] = {}
+    try:
+        command, rest = _command(argv)
+        module = importlib.import_module(f"ecar.cli.{command}")
+        flags = module.FLAGS
+        parser = Parser(prog=f"ecar {command}", description=module.__doc__, epilog=module.EXAMPLES)
+        module.add_arguments(parser)
+        module.run(parser.parse_args(rest))
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("ecar: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has gone, as in `ecar info .. | head`; the interpreter's last flush would fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    except Exception as error:
+        if not _is_the_users(error):
+            raise
+        line = " ".join(str(error).split())
+        line = re.sub(r"argument '(\w+)'", lambda name: flags.get(name[1], name[0]), line)
+        print(f"ecar: error: {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _command(argv: list[str]) -> tuple[str, list[str]]:
+    """The subcommand and its arguments."""
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
+    parser = Parser(
+        prog="ecar",
+        usage="ecar COMMAND ...",
+        description="E-CAR: image generation by stages.",
+        epilog=f"commands:\n{listing}\n\n`ecar COMMAND --help` explains each, with examples.",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and end")
+    if argv and not argv[0].startswith("-"):
+        if argv[0] not in COMMANDS:
+            raise UsageError(f"no command {argv[0]!r}; commands are {', '.join(COMMANDS)}")
+        return argv[0], argv[1:]
+    if parser.parse_args(argv).version:
+        from ecar_kernels import __version__
+
+        print(f"ecar {__version__}")
+        raise SystemExit(0)
+    raise UsageError(f"a command is needed: {', '.join(COMMANDS)}; see `ecar --help`")
+
+
+def _is_the_users(error: Exception) -> bool:
+    """Whether the error says what the user did wrong, rather than what we did."""
+    if isinstance(error, (UsageError, OSError, FloatingPointError)):
+        return True
+    if isinstance(error, ImportError):
+        return "pip install" in str(error)
+    if isinstance(error, ValueError):
+        return _raised_by_us(error.__traceback__)
+    if isinstance(error, TypeError):
+        return _raised_by_us(error.__traceback__) and ": expected " in str(error)
+    if isinstance(error, RuntimeError):
+        from ecar_kernels import BackendUnavailableError
+
+        return isinstance(error, BackendUnavailableError)
+    return False
+
+
+def _raised_by_us(traceback: TracebackType | None) -> bool:
+    """Whether our own code raised it: a library's ValueError would be an accident."""
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    name = "" if traceback is None else traceback.tb_frame.f_globals.get("__name__", "")
+    return name.partition(".")[0] in OUR_PACKAGES

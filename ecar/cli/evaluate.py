@@ -1,0 +1,130 @@
+"""`ecar evaluate`: measure a checkpoint's samples against a data set.
+
+Fréchet distance, Inception Score, precision and recall, and the share of images that are read as
+the class asked for; the report holds the protocol with every number.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ecar.checkpoint import checkpoint_folder
+from ecar.cli.parser import UsageError, add_device, add_sampling, positive
+from ecar.cli.runtime import chosen_backend, chosen_device, chosen_settings
+from ecar.evaluation import DigitClassifier, InceptionExtractor, evaluate, summary
+from ecar.files import read_json
+
+EXAMPLES = """\
+examples:
+  ecar evaluate --checkpoint checkpoints/mnist --dataset mnist --output evaluation.json
+  ecar evaluate --checkpoint runs/birds --dataset folder --data-root birds/ --samples 50000 \\
+      --inception weights-inception-2015-12-05-6726825d.pth --npz samples.npz
+"""
+FLAGS = {
+    "dataset": "--dataset",
+    "name": "--dataset",
+    "root": "--data-root",
+    "num_images": "--samples",
+    "first_seed": "--seed",
+    "report": "--output",
+    "samples": "--npz",
+    "extractor": "--classifier",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "guidance_interval": "--guidance-interval",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR|OWNER/NAME",
+        help="a folder, or a repository of the Hugging Face hub",
+    )
+    parser.add_argument(
+        "--dataset",
+        choices=("digits", "mnist", "folder"),
+        help="whose held-out images to compare with; by default what the "
+        "checkpoint's train.json says",
+    )
+    parser.add_argument("--data-root", metavar="DIR", help="where it lies, for mnist and folder")
+    parser.add_argument(
+        "--samples",
+        type=positive,
+        default=5000,
+        metavar="N",
+        help="images to draw (5000), of classes as frequent as in training",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the first image; image i has seed N + i (0)",
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=100, metavar="N", help="images drawn at once (100)"
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--classifier",
+        metavar="FILE",
+        help="whose features to measure in: a DigitClassifier's safetensors; by "
+        "default the project's own for this data set",
+    )
+    which.add_argument(
+        "--inception",
+        metavar="FILE",
+        help="torch-fidelity's Inception weights, for figures that compare to published ones",
+    )
+    parser.add_argument("--output", metavar="FILE", help="write the report as JSON")
+    parser.add_argument(
+        "--npz", metavar="FILE", help="write the samples in the format of ADM's evaluator"
+    )
+    add_sampling(parser)
+    add_device(parser)
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    dataset, root = chosen_dataset(arguments)
+    device = chosen_device(arguments.device)
+    extractor: Any = None
+    if arguments.inception is not None:
+        extractor = InceptionExtractor(arguments.inception)
+    elif arguments.classifier is not None:
+        extractor = DigitClassifier.load(arguments.classifier)
+    with chosen_backend(arguments.backend):
+        report = evaluate(
+            arguments.checkpoint,
+            dataset,
+            root=root,
+            num_images=arguments.samples,
+            first_seed=arguments.seed,
+            batch_size=arguments.batch_size,
+            extractor=extractor,
+            device=device,
+            report=arguments.output,
+            samples=arguments.npz,
+            progress=not arguments.no_progress,
+            **chosen_settings(arguments),
+        )
+    print(summary(report))
+    for path in (arguments.output, arguments.npz):
+        if path is not None:
+            print(path)
+
+
+def chosen_dataset(arguments: argparse.Namespace) -> tuple[str, str | None]:
+    """The data set given, or the one that the checkpoint was trained on, and where it lies."""
+    if arguments.dataset is not None:
+        return arguments.dataset, arguments.data_root
+    path = checkpoint_folder(arguments.checkpoint, files=("train.json",)) / "train.json"
+    if not path.is_file():
+        raise UsageError(f"--dataset: is needed, {arguments.checkpoint!r} holds no train.json")
+    trained = read_json(path)
+    if not isinstance(trained, dict) or "dataset" not in trained:
+        raise UsageError(f"--dataset: is needed, {path} names none")
+    return trained["dataset"], arguments.data_root or trained.get("data_root")

@@ -1,0 +1,148 @@
+"""`ecar info`: tokens, parameters, multiply-adds and backends of a preset or a checkpoint.
+
+Parameters and multiply-adds are counted from the modules: the sampler runs on shapes alone, and
+torch's FlopCounterMode counts its matrix products and attention. Units are powers of 1000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import torch
+
+from ecar.checkpoint import BUILT_IN_DEFAULTS, checkpoint_config
+from ecar.cli.parser import add_device, add_sampling
+from ecar.cli.runtime import chosen_backend, chosen_device, chosen_settings
+from ecar.config import PRESETS, ECARConfig
+from ecar.info import StageCost, backends_in_use, count_multiply_adds, count_parameters
+
+EXAMPLES = """\
+examples:
+  ecar info --preset S
+      E-CAR-S of the paper, 250 steps
+  ecar info --checkpoint checkpoints/mnist --steps 10,20,30 --json
+"""
+FLAGS = {
+    "steps": "--steps",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "guidance_interval": "--guidance-interval",
+}
+SHOWN_GUIDANCE = 2.0  # any scale but 1 costs the same
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--preset", choices=tuple(PRESETS))
+    which.add_argument(
+        "--checkpoint", metavar="DIR|OWNER/NAME", help="only its configuration is read"
+    )
+    add_sampling(parser)
+    add_device(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.preset is not None:
+        config, settings = ECARConfig.preset(arguments.preset), BUILT_IN_DEFAULTS
+        name = f"preset {arguments.preset}"
+    else:
+        config, settings = checkpoint_config(arguments.checkpoint)
+        name = str(arguments.checkpoint)
+    settings = {**settings, **chosen_settings(arguments)}
+    with chosen_backend(arguments.backend):
+        backends = backends_in_use(config, chosen_device(arguments.device), torch.float32)
+    report = make_report(name, config, settings, backends)
+    print(json.dumps(report, indent=2) if arguments.json else describe(report))
+
+
+def make_report(
+    name: str, config: ECARConfig, settings: dict[str, Any], backends: dict[str, str]
+) -> dict[str, Any]:
+    """All figures, as JSON can hold them."""
+    settings = dict(settings)
+    steps, scale = (settings.pop(key) for key in ("num_inference_steps", "guidance_scale"))
+    plain = count_multiply_adds(config, steps=steps, **settings)
+    guided = count_multiply_adds(
+        config, steps=steps, guidance_scale=SHOWN_GUIDANCE if scale == 1 else scale, **settings
+    )
+    return {
+        "name": name,
+        "config": config.to_dict(),
+        "parameters": count_parameters(config),
+        "sampling": {"steps": [stage.steps for stage in plain], **settings},
+        "multiply_adds_per_image": {
+            "without_guidance": _costs(plain),
+            "with_guidance": _costs(guided),
+        },
+        "backends": backends,
+    }
+
+
+def _costs(stages: list[StageCost]) -> dict[str, Any]:
+    rows = [
+        {
+            "stage": stage.stage,
+            "side": stage.side,
+            "tokens": stage.tokens,
+            "steps": stage.steps,
+            "ar": stage.ar,
+            "modulation": stage.modulation,
+            "flow": stage.flow,
+            "total": stage.total,
+        }
+        for stage in stages
+    ]
+    return {"stages": rows, "total": sum(stage.total for stage in stages)}
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report as tables."""
+    config = report["config"]
+    lines = [
+        f"{report['name']}: width {config['width']}, {config['heads']} heads, "
+        f"{config['ar_layers']} AR layers, {config['flow_blocks']} flow blocks a stage, "
+        f"{config['channels']} channels, patch {config['patch_size']}, "
+        f"{config['num_classes']} classes",
+        "",
+        f"{'parameters':<16}{'':>10}",
+    ]
+    lines += [
+        f"  {part.replace('_', ' '):<16}{_short(count):>10}"
+        for part, count in report["parameters"].items()
+    ]
+    plain, guided = report["multiply_adds_per_image"].values()
+    columns = ("stage", "side", "tokens", "steps", "AR", "modulation", "flow", "unguided", "guided")
+    lines += [
+        "",
+        "multiply-adds of one image",
+        "".join(
+            f"{column:>12}" if index > 3 else f"{column:>8}" for index, column in enumerate(columns)
+        ),
+    ]
+    for row, with_guidance in zip(plain["stages"], guided["stages"], strict=True):
+        lines.append(
+            "".join(f"{row[key]:>8}" for key in ("stage", "side", "tokens", "steps"))
+            + "".join(f"{_short(row[key]):>12}" for key in ("ar", "modulation", "flow", "total"))
+            + f"{_short(with_guidance['total']):>12}"
+        )
+    tokens, steps = (sum(row[key] for row in plain["stages"]) for key in ("tokens", "steps"))
+    lines.append(
+        f"{'all':>8}{'':>8}{tokens:>8}{steps:>8}{'':>36}{_short(plain['total']):>12}"
+        f"{_short(guided['total']):>12}"
+    )
+    lines += ["", "backends"]
+    lines += [f"  {op:<24}{backend}" for op, backend in report["backends"].items()]
+    return "\n".join(lines)
+
+
+def _short(count: int) -> str:
+    """1234567 -> "1.23 M"."""
+    value = float(count)
+    for unit in ("", " k", " M", " G"):
+        if value < 999.5:
+            return f"{value:.0f}" if not unit else f"{value:.{2 if value < 100 else 1}f}{unit}"
+        value /= 1000
+    return f"{value:.2f} T"

@@ -1,0 +1,157 @@
+"""argparse with errors of one line, and the types of arguments that commands share."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any, NoReturn
+
+__all__ = [
+    "Parser",
+    "UsageError",
+    "add_device",
+    "add_sampling",
+    "class_list",
+    "interval",
+    "positive",
+    "seed_list",
+    "sheet_size",
+    "step_list",
+]
+
+
+class UsageError(ValueError):
+    """What the user typed cannot be; the message is one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Help as written; an error is a UsageError instead of usage on stderr and exit."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not re.fullmatch(r"\d+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    return int(text)
+
+
+def step_list(text: str) -> int | list[int]:
+    """ "40" -> 40; "10,20,30" -> [10, 20, 30]."""
+    if not re.fullmatch(r"\d+(,\d+)*", text) or any(int(part) < 1 for part in text.split(",")):
+        raise argparse.ArgumentTypeError(
+            "expected a positive whole number, or one for each stage such as 10,20,30, got "
+            f"{text!r}"
+        )
+    steps = [int(part) for part in text.split(",")]
+    return steps if "," in text else steps[0]
+
+
+def seed_list(text: str) -> list[int]:
+    """ "3,7-9" -> [3, 7, 8, 9]; seeds may be negative, ranges of them not."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        if bounds := _range(part):
+            seeds.extend(bounds)
+        elif re.fullmatch(r"-?\d+", part.strip()):
+            seeds.append(int(part))
+        else:
+            raise argparse.ArgumentTypeError(
+                f"expected whole numbers such as 0,1,5-9, got {part.strip()!r}"
+            )
+    return seeds
+
+
+def class_list(text: str) -> list[int | str]:
+    """ "3,7-9,cat" -> [3, 7, 8, 9, "cat"]: numbers, ranges and names."""
+    classes: list[int | str] = []
+    for part in (part.strip() for part in text.split(",")):
+        if bounds := _range(part):
+            classes.extend(bounds)
+        elif re.fullmatch(r"-?\d+", part):
+            classes.append(int(part))
+        elif part:
+            classes.append(part)
+        else:
+            raise argparse.ArgumentTypeError(
+                f"expected class numbers or names such as 0,3-5,cat, got {text!r}"
+            )
+    return classes
+
+
+def sheet_size(text: str) -> tuple[int, int]:
+    """ "10x8" -> (10, 8)."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected ROWSxCOLUMNS such as 10x8, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def interval(text: str) -> tuple[float, float]:
+    """ "0.1,0.8" -> (0.1, 0.8)."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected two numbers LOW,HIGH such as 0.1,0.8, got {text!r}"
+        ) from None
+    return low, high
+
+
+def _range(text: str) -> range | None:
+    """ "3-5" -> 3, 4, 5."""
+    match = re.fullmatch(r"\s*(\d+)-(\d+)\s*", text)
+    if match is None:
+        return None
+    first, last = int(match[1]), int(match[2])
+    if not first <= last < first + 1_000_000:
+        raise argparse.ArgumentTypeError(f"expected a range such as 3-5, got {text.strip()!r}")
+    return range(first, last + 1)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How to sample; what is not given is the checkpoint's default."""
+    group = parser.add_argument_group("sampling (by default as the checkpoint says)")
+    group.add_argument(
+        "--steps",
+        type=step_list,
+        metavar="N[,N..]",
+        help="network calls in all, or of each stage; Heun makes two a step",
+    )
+    group.add_argument("--solver", choices=("euler", "heun"))
+    group.add_argument(
+        "--guidance", type=float, metavar="W", help="scale of classifier-free guidance; 1 is none"
+    )
+    group.add_argument(
+        "--guidance-schedule",
+        choices=("constant", "linear"),
+        help="the same scale at all stages, or from 1 at the first to W at the last",
+    )
+    group.add_argument(
+        "--guidance-interval",
+        type=interval,
+        metavar="LOW,HIGH",
+        help="times in 0..1 outside which there is no guidance",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where to run, and on which kernels."""
+    group = parser.add_argument_group("device")
+    group.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, ..; auto (default) is CUDA where there is one",
+    )
+    group.add_argument(
+        "--backend",
+        choices=("auto", "reference", "native", "triton"),
+        help="kernels; by default $ECAR_BACKEND, or auto: the best that can serve",
+    )

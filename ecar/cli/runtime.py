@@ -1,0 +1,64 @@
+"""What commands do alike once torch is there: settings, devices, backends."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from ecar.cli.parser import UsageError
+from ecar.config import ECARConfig
+from ecar.info import backends_in_use
+from ecar_kernels import use_backend
+
+__all__ = ["SETTINGS", "chosen_backend", "chosen_device", "chosen_settings", "describe_backends"]
+
+# The pipeline's settings and the arguments that give them.
+SETTINGS = {
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "guidance_schedule": "guidance_schedule",
+    "guidance_interval": "guidance_interval",
+    "solver": "solver",
+}
+
+
+def chosen_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The sampling settings that were given."""
+    values = {name: getattr(arguments, flag) for name, flag in SETTINGS.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device, if there is one here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"--device: cannot use {name!r} here ({reason})") from None
+    if device.type == "meta":
+        raise UsageError("--device: 'meta' holds no values")
+    return device
+
+
+def chosen_backend(name: str | None) -> AbstractContextManager[Any]:
+    """A block in which that backend serves; None changes nothing."""
+    return contextlib.nullcontext() if name is None else use_backend(name)
+
+
+def describe_backends(config: ECARConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """ "native (stage_attention), reference (adaln_linear, ..)".
+
+    Raises:
+        BackendUnavailableError: the backend asked for cannot serve an op.
+    """
+    ops_of: dict[str, list[str]] = {}
+    for op, backend in backends_in_use(config, device, dtype).items():
+        ops_of.setdefault(backend, []).append(op)
+    return ", ".join(f"{backend} ({', '.join(ops)})" for backend, ops in ops_of.items())

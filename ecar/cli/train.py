@@ -1,0 +1,181 @@
+"""`ecar train`: train on digits, MNIST, a folder of images, or cached latents.
+
+The output folder gets the checkpoint (averaged weights), train.json, log.csv, sample sheets and
+the state that --resume goes on from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import textwrap
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from ecar.checkpoint import write_settings
+from ecar.cli.parser import UsageError
+from ecar.codec import AutoencoderKLCodec
+from ecar.config import PRESETS, ECARConfig
+from ecar.files import read_json
+from ecar.images import check_output_folder
+from ecar.training import TrainConfig, Trainer
+
+EXAMPLES = """\
+examples:
+  ecar train --preset digits --dataset digits --output runs/digits --steps 3300 \\
+      --batch-size 128 --learning-rate 1e-3 --warmup-steps 200 --schedule linear
+  ecar train --resume runs/digits
+      goes on after a kill, to the same weights, bit for bit
+  ecar train --preset S --dataset latents --data-root latents/ --vae sdxl-vae/ --output runs/s \\
+      --mixed-precision bf16 --tf32 --compile
+  accelerate launch --num-processes 8 -m ecar train --config runs/s.json
+"""
+SHORTER = {"dataset": ("--data",), "output_dir": ("--output",)}
+FLAGS = {
+    field.name: "--" + field.name.replace("_", "-")
+    for field in dataclasses.fields(TrainConfig)
+    if field.name != "model"
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="sizes of the model")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a train.json to start from; flags that are given take its fields' place",
+    )
+    parser.add_argument("--resume", metavar="DIR", help="go on with the training in this folder")
+    parser.add_argument(
+        "--vae",
+        metavar="DIR",
+        help="diffusers' AutoencoderKL whose latents the "
+        "data are: decodes sheets, goes into the "
+        "checkpoint",
+    )
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    group = parser.add_argument_group("training (with the defaults of a new one)")
+    hints, texts = typing.get_type_hints(TrainConfig), field_texts()
+    for field in dataclasses.fields(TrainConfig):
+        if field.name == "model":
+            continue
+        names = (*SHORTER.get(field.name, ()), FLAGS[field.name])
+        text = texts[field.name]
+        if field.default is not dataclasses.MISSING:
+            text += f" (default: {_written(field.default)})"
+        options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
+        if hints[field.name] is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = _reader(hints[field.name])
+            options["metavar"] = field.name.split("_")[-1].upper()
+        group.add_argument(*names, **options)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    given = {name: value for name, value in vars(arguments).items() if name in FLAGS}
+    codec = None if arguments.vae is None else AutoencoderKLCodec.load(arguments.vae)
+    options = {"decode": codec and codec.decode, "progress": not arguments.no_progress}
+    if arguments.resume is not None:
+        for name in ("config", "preset"):
+            if getattr(arguments, name) is not None:
+                raise UsageError(f"--resume: --{name} does not go with it")
+        if "output_dir" in given:
+            raise UsageError("--resume: names the folder; --output-dir does not go with it")
+        trainer = Trainer.resume(arguments.resume, **options, **given)
+    else:
+        config = new_config(arguments, given)
+        check_output_folder(_first_that_exists(config.output_dir))
+        trainer = Trainer(config, **options)
+    if codec is not None:
+        codec.to(trainer.device)
+    if trainer.accelerator.is_main_process:
+        trainer.output.mkdir(parents=True, exist_ok=True)
+        names = getattr(trainer.batches.dataset, "class_names", None)
+        defaults = {"guidance_scale": float(trainer.config.sample_guidance)}
+        write_settings(trainer.output, codec, names and list(names), defaults)
+    result = trainer.run()
+    if trainer.accelerator.is_main_process:
+        losses = ", ".join(f"{loss:.4f}" for loss in result.losses)
+        print(result.output_dir)
+        print(f"{result.step} steps in {result.seconds:.3g} s; loss of each stage: {losses}")
+
+
+def new_config(arguments: argparse.Namespace, given: dict[str, Any]) -> TrainConfig:
+    """The file's fields, then the preset's model, then the flags."""
+    values: dict[str, Any] = {}
+    if arguments.config is not None:
+        values = read_json(arguments.config)
+        if not isinstance(values, dict):
+            raise UsageError(f"--config: {arguments.config} holds no object of fields")
+    if arguments.preset is not None:
+        values["model"] = ECARConfig.preset(arguments.preset).to_dict()
+    values.update(given)
+    if "model" not in values:
+        raise UsageError("--preset: is needed for a new training, or a --config that has a model")
+    if "output_dir" not in values:
+        raise UsageError("--output: is needed for a new training")
+    return TrainConfig.from_dict(values)
+
+
+def _first_that_exists(folder: str) -> Path:
+    """The folder, or the nearest above it: what says whether it can be made."""
+    path = Path(folder).absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def field_texts() -> dict[str, str]:
+    """What TrainConfig's docstring says of each field, which it does for "a, b: text" at once."""
+    section = textwrap.dedent(re.split(r"\n\s*(?:Args|Raises):\n", TrainConfig.__doc__ or "")[1])
+    texts = {}
+    for entry in re.split(r"\n(?=\S)", section.strip("\n")):
+        names, _, text = entry.partition(":")
+        text = " ".join(text.split()).replace("%", "%%").replace("`", "").rstrip(".")
+        texts.update({name.strip(): text for name in names.split(",")})
+    return texts
+
+
+def _reader(hint: Any) -> Any:
+    """The function that reads a value of this type; of a union, the first member that can."""
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    # A string can be anything, so that it is tried last.
+    members = sorted(members, key=lambda member: member is str)
+    wanted = " or ".join(_type_name(member) for member in members)
+
+    def read(text: str) -> Any:
+        for member in members:
+            try:
+                return _read(text, member)
+            except ValueError:
+                continue
+        raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+
+    return read
+
+
+def _read(text: str, kind: Any) -> Any:
+    if kind is types.NoneType:
+        if text.lower() != "none":
+            raise ValueError
+        return None
+    if typing.get_origin(kind) is tuple:
+        return tuple(float(part) for part in text.split(","))
+    return kind(text)
+
+
+def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is tuple:
+        return "numbers with commas between"
+    return {int: "a whole number", float: "a number", str: "a text"}.get(kind, "none")
+
+
+def _written(value: Any) -> str:
+    """A default as it would be typed."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value))
+    return "none" if value is None else str(value)
