@@ -52,7 +52,8 @@ class TrainConfig:
         dataset: a name that ``ecar.data.load_dataset`` knows: "digits", "mnist", "folder",
             "latents".
         data_root: where the data lies, for "folder" and "latents".
-        flip: mirror each image left to right with probability 1/2.
+        flip: mirror each image left to right with probability 1/2; not for "latents", where
+            images are mirrored before they are encoded and cached.
         steps: optimizer steps in all.
         batch_size: images of one optimizer step, over all processes and accumulation steps.
         gradient_accumulation: backward passes that one optimizer step is split into.
@@ -153,6 +154,11 @@ class TrainConfig:
             _check_number(name, value, lowest, inclusive, highest)
         if self.seed >= 2**63:
             raise _value("seed", "an integer below 2^63", self.seed)
+        if self.flip and self.dataset == "latents":
+            raise ValueError(
+                "argument 'flip': expected False for dataset 'latents' (a mirrored latent is not "
+                "the latent of the mirrored image; cache both instead), got True"
+            )
         self._check_betas()
         self._check_stage_weights()
         if self.batch_size % self.gradient_accumulation:

@@ -57,6 +57,11 @@ def test_sheets_need_a_step_for_each_stage(make_config):
     assert make_config(sample_every=0, sample_steps=1).sample_steps == 1
 
 
+def test_latents_are_not_mirrored(make_config):
+    with pytest.raises(ValueError, match="argument 'flip': expected False for dataset 'latents'"):
+        make_config(dataset="latents", flip=True)
+
+
 def test_decay_needs_steps_after_the_warm_up(make_config):
     with pytest.raises(ValueError, match="argument 'warmup_steps': expected fewer than steps 4"):
         make_config(schedule="linear", warmup_steps=4)
