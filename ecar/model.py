@@ -178,8 +178,8 @@ class ECAR(
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        # The mixin deletes config.json before it writes: let it work beside the folder.
-        with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=".save-") as scratch:
+        # The mixin deletes config.json before it writes: let it work in a folder of its own.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".save-") as scratch:
             result = super().save_pretrained(scratch, **options)
             for file in Path(scratch).iterdir():
                 if file.name != "README.md" or not (folder / file.name).exists():
