@@ -69,7 +69,7 @@ $(STAMPS)/base: $(STAMPS)/venv pyproject.toml setup.py
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install $(TORCH)
 	@$(BIN)/python -c 'from importlib.metadata import version as v; print("torch==" + v("torch"))' \
 	  > $(KEEP_TORCH)
-	$(PIP) install 'setuptools>=77'
+	$(PIP) install 'setuptools>=77' 'cmake>=3.18' 'ninja>=1.11'
 	$(INSTALL) .
 	@touch $@
 

@@ -1,0 +1,37 @@
+"""The compiled library: found and loaded on first need, never at import."""
+
+import functools
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent
+NAMES = ("libecar_cpu.so", "libecar_cpu.dylib")
+WHY_NOT_BUILT = "libecar_cpu.why_not.txt"  # left by setup.py where it could not build
+
+
+@functools.cache
+def why_not() -> str | None:
+    """None once the library is loaded, else why it can't be; tried once a process."""
+    path = next((FOLDER / name for name in NAMES if (FOLDER / name).is_file()), None)
+    if path is None:
+        note = FOLDER / WHY_NOT_BUILT
+        said = note.read_text("utf-8").strip() if note.is_file() else "run pip install ."
+        return f"the C++ library is not built: {said}"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"the C++ library does not load: {error.__cause__ or error}"
+    return None
+
+
+def require() -> None:
+    """For the modules that bind ops: the library is loaded, or ImportError says why not."""
+    if (reason := why_not()) is not None:
+        raise ImportError(reason)
+
+
+def instruction_set() -> str:
+    """What the CPU kernels use on this machine: avx512, avx2 or baseline."""
+    require()
+    return torch.ops.ecar.cpu_instruction_set()
