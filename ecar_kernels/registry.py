@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ecar_kernels import _native
+
 BACKENDS = ("reference", "native", "triton")
 AUTO_ORDER = ("triton", "native", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,6 +69,10 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
 }
 IMPLEMENTATIONS["stage_attention"]["native"] = Implementation(
     "ecar_kernels.stage_attention.native:stage_attention")
+for family in ("adaln",):
+    for op in FAMILIES[family]:
+        IMPLEMENTATIONS[op]["native"] = Implementation(
+            f"ecar_kernels.{family}.native:{op}", devices=("cpu",), missing=_native.why_not)
 
 _active = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
 _servers: dict[tuple, tuple[str, ...]] = {}

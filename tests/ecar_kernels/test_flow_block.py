@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ecar_kernels import adaln, adaln_linear, gated_residual, linear_gated_residual
+from ecar_kernels import adaln_linear, linear_gated_residual
+from ecar_kernels.adaln import reference as unfused
 from ecar_kernels.flow_block import reference
 from ecar_kernels.registry import KERNEL_DTYPES
 from tests.support.ops import arguments
@@ -38,13 +39,13 @@ def test_linear_gated_residual_is_its_formula():
 @torch.no_grad()
 def test_fused_is_unfused(dtype, optional):
     call = arguments("adaln_linear", dtype=dtype, optional=optional) | {"activation": None}
-    y = adaln(**{name: call[name] for name in MODULATION if name in call})
-    assert adaln_linear(**call).equal(F.linear(y, call["weight"], call["bias"]))
+    y = unfused.adaln(**{name: call[name] for name in MODULATION if name in call})
+    assert reference.adaln_linear(**call).equal(F.linear(y, call["weight"], call["bias"]))
     call = arguments("linear_gated_residual", dtype=dtype, optional=optional)
     branch = F.linear(call["h"], call["weight"], call["bias"])
-    expected = gated_residual(call["residual"], branch, call["gate"],
-                              step_gate=call.get("step_gate"))
-    assert linear_gated_residual(**call).equal(expected)
+    expected = unfused.gated_residual(call["residual"], branch, call["gate"],
+                                      step_gate=call.get("step_gate"))
+    assert reference.linear_gated_residual(**call).equal(expected)
 
 
 @pytest.mark.parametrize("op", [adaln_linear, linear_gated_residual])

@@ -132,8 +132,8 @@ def test_the_environment_variable_sets_the_backend():
         except RuntimeError as error:
             print(type(error).__name__)
     """
-    assert python(code, ECAR_BACKEND="native").stdout.split() == [
-        "native", "auto", "BackendUnavailableError"]
+    assert python(code, ECAR_BACKEND="triton").stdout.split() == [
+        "triton", "auto", "BackendUnavailableError"]
 
 
 def test_a_wrong_environment_variable_is_named_on_use_not_on_import():

@@ -1,0 +1,117 @@
+#pragma once
+
+// What the bindings share: checks whose messages name the argument, outputs, and threads.
+//
+// The public functions check before they call an op and say more; these checks are the last
+// line: whatever is asked of an op, its kernel stays inside its tensors.
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <string>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "cpu/dtypes.h"
+
+namespace ecar {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// The wording of an error: "argument 'x': expected ..., got ...".
+template <class... Parts>
+[[noreturn]] inline void refuse(const char* name, const Parts&... parts) {
+  std::ostringstream message;
+  message << "argument '" << name << "': expected ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string text(Sizes sizes) {
+  std::ostringstream out;
+  out << '[';
+  for (std::size_t i = 0; i < sizes.size(); ++i) out << (i == 0 ? "" : ", ") << sizes[i];
+  out << ']';
+  return out.str();
+}
+
+inline std::int32_t dtype_code(const Tensor& tensor) {
+  std::int32_t code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  return code;
+}
+
+// The tensor that sets the type: its dimensions, its entry in the kernels' tables.
+inline Dtype check_leading(const char* name, const Tensor& tensor, std::size_t dims) {
+  const Sizes sizes = tensor.sizes(), strides = tensor.strides();
+  if (sizes.size() != dims) refuse(name, dims, " dimensions, got ", text(sizes));
+  if (sizes[dims - 1] > 1 && strides[dims - 1] != 1) {
+    refuse(name, "a contiguous last dimension, got strides ", text(strides));
+  }
+  const std::int32_t code = dtype_code(tensor);
+  if (code == aoti_torch_dtype_float32()) return kFloat32;
+  if (code == aoti_torch_dtype_bfloat16()) return kBFloat16;
+  if (code == aoti_torch_dtype_float16()) return kFloat16;
+  refuse(name, "float32, bfloat16 or float16, got another type");
+}
+
+// A tensor of the leading one's type and of these sizes.
+inline void check_sizes(const char* name, const Tensor& tensor, const Tensor& leading,
+                        std::initializer_list<std::int64_t> expected) {
+  const Sizes sizes = tensor.sizes(), strides = tensor.strides();
+  const Sizes wanted(expected.begin(), expected.size());
+  bool same = sizes.size() == wanted.size();
+  for (std::size_t i = 0; same && i < wanted.size(); ++i) same = sizes[i] == wanted[i];
+  if (!same) refuse(name, text(wanted), ", got ", text(sizes));
+  const std::size_t last = wanted.size() - 1;
+  if (sizes[last] > 1 && strides[last] != 1) {
+    refuse(name, "a contiguous last dimension, got strides ", text(strides));
+  }
+  if (dtype_code(tensor) != dtype_code(leading)) {
+    refuse(name, "the first argument's type, got another one");
+  }
+}
+
+// A new contiguous tensor of the type and device of `like`.
+inline Tensor empty(const Tensor& like, std::initializer_list<std::int64_t> sizes,
+                    std::int32_t dtype) {
+  std::int64_t strides[8];
+  std::int64_t stride = 1;
+  for (std::size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes.begin()[i] > 1 ? sizes.begin()[i] : 1;
+  }
+  std::int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<std::int64_t>(sizes.size()), sizes.begin(), strides, dtype, device_type,
+      device_index, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty(const Tensor& like, std::initializer_list<std::int64_t> sizes) {
+  return empty(like, sizes, dtype_code(like));
+}
+
+// Elements that a thread should have before another one is worth waking.
+constexpr std::int64_t kGrain = 32768;
+
+// work(begin, end) over [0, count), on torch's threads where there is enough of it.
+template <class Work>
+inline void parallel(std::int64_t count, std::int64_t elements_each, const Work& work) {
+  const std::int64_t grain = kGrain / (elements_each > 0 ? elements_each : 1) + 1;
+  if (count <= grain) {
+    if (count > 0) work(std::int64_t{0}, count);
+  } else {
+    torch::stable::parallel_for(0, count, grain, work);
+  }
+}
+
+}  // namespace ecar

@@ -1,0 +1,217 @@
+#include "cpu/adaln.h"
+
+#include "cpu/vec.h"
+
+namespace ecar {
+namespace ECAR_ISA {
+namespace {
+
+template <class T>
+const T* row(const Rows& rows, std::int64_t image, std::int64_t token) {
+  const T* data = static_cast<const T*>(rows.data);
+  return data == nullptr ? nullptr
+                         : data + image * rows.image_stride + token * rows.token_stride;
+}
+
+template <class T>
+T* output(void* data, std::int64_t row, std::int64_t channels) {
+  return data == nullptr ? nullptr : static_cast<T*>(data) + row * channels;
+}
+
+// A modulation's spatial and step part at one offset.
+template <class T, class Access>
+inline Vec combine(Access io, const T* spatial, const T* step, std::int64_t at) {
+  const Vec part = io.load(spatial + at);
+  return step == nullptr ? part : part + io.load(step + at);
+}
+
+struct Moments {
+  Vec mean, inverse_deviation;
+};
+
+// Two passes: E[x^2] - mean^2 would lose every digit where the mean is large.
+template <class T>
+inline Moments moments(const T* x, float sum, std::int64_t channels, float eps) {
+  const Vec mean = splat(sum / channels);
+  const float squares = sum_of(channels, [&](auto io, std::int64_t at) {
+    const Vec centred = io.load(x + at) - mean;
+    return centred * centred;
+  });
+  return {mean, splat(1.0f / __builtin_sqrtf(squares / channels + eps))};
+}
+
+template <class T>
+inline float sum(const T* x, std::int64_t channels) {
+  return sum_of(channels, [&](auto io, std::int64_t at) { return io.load(x + at); });
+}
+
+template <class T, bool kGated, bool kNorm>
+void forward(const AdalnForward& a, std::int64_t begin, std::int64_t end) {
+  const std::int64_t channels = a.channels;
+  for (std::int64_t index = begin; index < end; ++index) {
+    const std::int64_t image = index / a.tokens, token = index % a.tokens;
+    const T* x = row<T>(a.x, image, token);
+    float total = 0;
+    if constexpr (kGated) {
+      const T* branch = row<T>(a.branch, image, token);
+      const T* gate = row<T>(a.gate, image, token);
+      const T* step_gate = row<T>(a.step_gate, image, 0);
+      T* new_x = output<T>(a.new_x, index, channels);
+      const auto residual = [&](auto io, std::int64_t at) {
+        const Vec value = fma(combine(io, gate, step_gate, at), io.load(branch + at),
+                              io.load(x + at));
+        io.store(new_x + at, value);
+        return rounded<T>(value);
+      };
+      if constexpr (kNorm) {
+        total = sum_of(channels, residual);
+      } else {
+        for_each(channels, residual);
+      }
+      x = new_x;
+    } else {
+      total = sum(x, channels);
+    }
+    if constexpr (kNorm) {
+      const auto [mean, inverse_deviation] = moments(x, total, channels, a.eps);
+      const T* shift = row<T>(a.shift, image, token);
+      const T* step_shift = row<T>(a.step_shift, image, 0);
+      const T* scale = row<T>(a.scale, image, token);
+      const T* step_scale = row<T>(a.step_scale, image, 0);
+      T* y = output<T>(a.y, index, channels);
+      for_each(channels, [&, mean = mean, deviation = inverse_deviation](auto io,
+                                                                         std::int64_t at) {
+        const Vec normal = (io.load(x + at) - mean) * deviation;
+        io.store(y + at, fma(normal, 1.0f + combine(io, scale, step_scale, at),
+                             combine(io, shift, step_shift, at)));
+      });
+    }
+  }
+}
+
+template <class Access>
+inline void accumulate(Access io, float* sums, std::int64_t at, Vec value) {
+  io.store(sums + at, io.load(sums + at) + value);
+}
+
+template <class T, bool kGated, bool kNorm>
+void backward_token(const AdalnBackward& a, std::int64_t image, std::int64_t token, float* sums) {
+  const std::int64_t channels = a.channels, index = image * a.tokens + token;
+  const T* grad_new_x = row<T>(a.grad_new_x, image, token);
+  const T* grad_y = row<T>(a.grad_y, image, token);
+  const T* x = row<T>(a.x, image, token);
+  const T* scale = row<T>(a.scale, image, token);
+  const T* step_scale = row<T>(a.step_scale, image, 0);
+  const T* branch = row<T>(a.branch, image, token);
+  const T* gate = row<T>(a.gate, image, token);
+  const T* step_gate = row<T>(a.step_gate, image, 0);
+  T* grad_x = output<T>(a.grad_x, index, channels);
+  T* grad_branch = output<T>(a.grad_branch, index, channels);
+  T* grad_gate = output<T>(a.grad_gate, index, channels);
+  T* grad_scale = output<T>(a.grad_scale, index, channels);
+  float* gate_sums = kGated ? sums : nullptr;
+  float* shift_sums = kGated && sums != nullptr ? sums + channels : sums;
+  float* scale_sums = sums == nullptr ? nullptr : shift_sums + channels;
+
+  // dx = deviation (g - mean(g) - n mean(g n)), with g = dy (1 + scale) and n = LN(x).
+  Vec mean{}, deviation{}, mean_grad{}, mean_grad_normal{};
+  if constexpr (kNorm) {
+    const Moments found = moments(x, sum(x, channels), channels, a.eps);
+    mean = found.mean, deviation = found.inverse_deviation;
+    const auto modulated = [&](auto io, std::int64_t at) {
+      return io.load(grad_y + at) * (1.0f + combine(io, scale, step_scale, at));
+    };
+    mean_grad = splat(sum_of(channels, modulated) / channels);
+    mean_grad_normal = splat(sum_of(channels, [&](auto io, std::int64_t at) {
+      return modulated(io, at) * ((io.load(x + at) - mean) * deviation);
+    }) / channels);
+  }
+  for_each(channels, [&](auto io, std::int64_t at) {
+    Vec grad = grad_new_x == nullptr ? Vec{} : io.load(grad_new_x + at);
+    if constexpr (kNorm) {
+      const Vec normal = (io.load(x + at) - mean) * deviation;
+      const Vec dy = io.load(grad_y + at);
+      const Vec modulated = dy * (1.0f + combine(io, scale, step_scale, at));
+      grad = fma(deviation, modulated - mean_grad - normal * mean_grad_normal, grad);
+      io.store(grad_x + at, grad);
+      if (grad_scale != nullptr) io.store(grad_scale + at, dy * normal);
+      if (sums != nullptr) {
+        accumulate(io, shift_sums, at, dy);
+        accumulate(io, scale_sums, at, dy * normal);
+      }
+    }
+    if constexpr (kGated) {
+      const Vec gate_grad = grad * io.load(branch + at);
+      io.store(grad_branch + at, grad * combine(io, gate, step_gate, at));
+      if (grad_gate != nullptr) io.store(grad_gate + at, gate_grad);
+      if (sums != nullptr) accumulate(io, gate_sums, at, gate_grad);
+    }
+  });
+}
+
+template <class T, bool kGated, bool kNorm>
+void backward(const AdalnBackward& a, std::int64_t begin, std::int64_t end) {
+  constexpr int kSlots = (kGated ? 1 : 0) + (kNorm ? 2 : 0);
+  for (std::int64_t unit = begin; unit < end; ++unit) {
+    const std::int64_t image = unit / a.blocks, first = unit % a.blocks * a.block;
+    const std::int64_t last = first + a.block < a.tokens ? first + a.block : a.tokens;
+    float* sums = nullptr;
+    if (a.sums != nullptr) {
+      const std::int64_t count = kSlots * a.channels;
+      sums = a.sums + unit * count;
+      for_each(count, [&](auto io, std::int64_t at) { io.store(sums + at, Vec{}); });
+    }
+    for (std::int64_t token = first; token < last; ++token) {
+      backward_token<T, kGated, kNorm>(a, image, token, sums);
+    }
+  }
+}
+
+// In double: there may be many blocks, and they are few beside the tensors.
+template <class T>
+void sums(const AdalnSums& a, std::int64_t begin, std::int64_t end) {
+  constexpr int kColumns = 4 * kWidth;
+  const std::int64_t width = a.slots * a.channels;
+  for (std::int64_t at = begin; at < end;) {
+    const std::int64_t slot = at / a.channels, column = at % a.channels;
+    std::int64_t count = a.channels - column;
+    if (count > end - at) count = end - at;
+    if (count > kColumns) count = kColumns;
+    T* out = static_cast<T*>(a.out) + slot * (a.images + 1) * a.channels + column;
+    const auto write = [&](const double* values, std::int64_t image) {
+      float narrow[kColumns];
+      for (int i = 0; i < kColumns; ++i) narrow[i] = static_cast<float>(values[i]);
+      T* to = out + image * a.channels;
+      for_each(count, [&](auto io, std::int64_t i) { io.store(to + i, Full{}.load(narrow + i)); });
+    };
+    double total[kColumns] = {};
+    for (std::int64_t image = 0; image < a.images; ++image) {
+      double rows[kColumns] = {};
+      for (std::int64_t block = 0; block < a.blocks; ++block) {
+        const float* from = a.sums + (image * a.blocks + block) * width + at;
+        for (int i = 0; i < count; ++i) rows[i] += from[i];
+      }
+      write(rows, image);
+      for (int i = 0; i < count; ++i) total[i] += rows[i];
+    }
+    write(total, a.images);
+    at += count;
+  }
+}
+
+}  // namespace
+
+const AdalnKernels adaln_kernels = {
+    {forward<float, false, true>, forward<BFloat16, false, true>, forward<Float16, false, true>},
+    {forward<float, true, false>, forward<BFloat16, true, false>, forward<Float16, true, false>},
+    {forward<float, true, true>, forward<BFloat16, true, true>, forward<Float16, true, true>},
+    {backward<float, false, true>, backward<BFloat16, false, true>,
+     backward<Float16, false, true>},
+    {backward<float, true, false>, backward<BFloat16, true, false>,
+     backward<Float16, true, false>},
+    {backward<float, true, true>, backward<BFloat16, true, true>, backward<Float16, true, true>},
+    {sums<float>, sums<BFloat16>, sums<Float16>},
+};
+
+}  // namespace ECAR_ISA
+}  // namespace ecar

@@ -1,0 +1,203 @@
+#pragma once
+
+// Vectors of floats as wide as the instruction set's registers. For *_isa.cpp files only: all of
+// it has internal linkage. Plain operators are GCC's and Clang's vector extensions, which every
+// architecture has; fma() is one rounding where the set has it. The build forbids the compiler to
+// contract on its own, so that one formula gives the same bits in every kernel.
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "cpu/dtypes.h"
+
+namespace ecar {
+namespace ECAR_ISA {
+namespace {
+
+#if defined(ECAR_ISA_avx512)
+constexpr int kWidth = 16;
+#elif defined(ECAR_ISA_avx2)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kWidth)));
+typedef std::int32_t IVec __attribute__((vector_size(4 * kWidth)));
+typedef std::uint32_t UVec __attribute__((vector_size(4 * kWidth)));
+typedef std::uint16_t HVec __attribute__((vector_size(2 * kWidth)));
+
+inline Vec splat(float value) { return Vec{} + value; }
+
+inline IVec lane_numbers() {
+  IVec lanes;
+  for (int i = 0; i < kWidth; ++i) lanes[i] = i;
+  return lanes;
+}
+
+// a b + c
+inline Vec fma(Vec a, Vec b, Vec c) {
+#if defined(ECAR_ISA_avx512)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(ECAR_ISA_avx2)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Vec sqrt(Vec v) {
+#if defined(ECAR_ISA_avx512)
+  return _mm512_sqrt_ps(v);
+#elif defined(ECAR_ISA_avx2)
+  return _mm256_sqrt_ps(v);
+#else
+  for (int i = 0; i < kWidth; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+
+// The sum of all lanes, by halves.
+inline float horizontal_sum(Vec v) {
+#if defined(ECAR_ISA_avx512)
+  return _mm512_reduce_add_ps(v);
+#else
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  }
+  return v[0];
+#endif
+}
+
+// Between storage and float: to the nearest, ties to even; a NaN stays one.
+
+inline Vec widen(Vec v, float) { return v; }
+inline Vec narrow(Vec v, float) { return v; }
+
+inline Vec widen(HVec half, BFloat16) {
+  return (Vec)(__builtin_convertvector(half, UVec) << 16);
+}
+
+inline HVec narrow(Vec v, BFloat16) {
+  const UVec u = (UVec)v;
+  const UVec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(v != v ? UVec{} + 0x7fc0u : rounded, HVec);
+}
+
+inline Vec widen(HVec half, Float16) {
+#if defined(ECAR_ISA_avx512)
+  return _mm512_cvtph_ps((__m256i)half);
+#elif defined(ECAR_ISA_avx2)
+  return _mm256_cvtph_ps((__m128i)half);
+#else
+  const UVec h = __builtin_convertvector(half, UVec);
+  const UVec magnitude = (h & 0x7fffu) << 13;
+  // The exponent's bias goes from 15 to 127; a subnormal becomes normal in the product.
+  const UVec scaled = (UVec)((Vec)magnitude * 0x1p112f);
+  const UVec special = (UVec)(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
+  return (Vec)(scaled | special | ((h & 0x8000u) << 16));
+#endif
+}
+
+inline HVec narrow(Vec v, Float16) {
+#if defined(ECAR_ISA_avx512)
+  return (HVec)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(ECAR_ISA_avx2)
+  return (HVec)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const UVec u = (UVec)v, magnitude = u & 0x7fffffffu;
+  const UVec normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Adding 0.5 shifts a subnormal's bits to the float's end, rounded.
+  const UVec subnormal = (UVec)((Vec)magnitude + 0.5f) - 0x3f000000u;
+  const UVec special = magnitude > 0x7f800000u ? UVec{} + 0x7e00u : UVec{} + 0x7c00u;
+  UVec h = magnitude < (113u << 23) ? subnormal : normal;
+  h = magnitude >= (143u << 23) ? special : h;
+  return __builtin_convertvector(h | ((u >> 16) & 0x8000u), HVec);
+#endif
+}
+
+template <class T>
+struct StorageOf {
+  using type = HVec;
+};
+template <>
+struct StorageOf<float> {
+  using type = Vec;
+};
+
+// What a store followed by a load would give.
+template <class T>
+inline Vec rounded(Vec v) {
+  return widen(narrow(v, T{}), T{});
+}
+
+// Access to kWidth elements.
+struct Full {
+  template <class T>
+  Vec load(const T* from) const {
+    typename StorageOf<T>::type storage;
+    __builtin_memcpy(&storage, from, sizeof storage);
+    return widen(storage, T{});
+  }
+  template <class T>
+  void store(T* to, Vec v) const {
+    const typename StorageOf<T>::type storage = narrow(v, T{});
+    __builtin_memcpy(to, &storage, sizeof storage);
+  }
+  Vec keep(Vec v) const { return v; }
+};
+
+// Access to the first `count` < kWidth elements, the others reading as 0.
+struct Partial {
+  int count;
+  template <class T>
+  Vec load(const T* from) const {
+    typename StorageOf<T>::type storage = {};
+    __builtin_memcpy(&storage, from, count * sizeof(T));
+    return widen(storage, T{});
+  }
+  template <class T>
+  void store(T* to, Vec v) const {
+    const typename StorageOf<T>::type storage = narrow(v, T{});
+    __builtin_memcpy(to, &storage, count * sizeof(T));
+  }
+  Vec keep(Vec v) const { return lane_numbers() < count ? v : Vec{}; }
+};
+
+// body(access, offset) over a row of `count` elements.
+template <class Body>
+inline void for_each(std::int64_t count, Body body) {
+  std::int64_t at = 0;
+  for (; at + kWidth <= count; at += kWidth) body(Full{}, at);
+  if (at < count) body(Partial{static_cast<int>(count - at)}, at);
+}
+
+// The sum of body(access, offset) over a row; in four chains, for an addition takes four cycles.
+template <class Body>
+inline float sum_of(std::int64_t count, Body body) {
+  Vec a{}, b{}, c{}, d{};
+  std::int64_t at = 0;
+  for (; at + 4 * kWidth <= count; at += 4 * kWidth) {
+    a += body(Full{}, at);
+    b += body(Full{}, at + kWidth);
+    c += body(Full{}, at + 2 * kWidth);
+    d += body(Full{}, at + 3 * kWidth);
+  }
+  for (; at + kWidth <= count; at += kWidth) a += body(Full{}, at);
+  if (at < count) {
+    const Partial rest{static_cast<int>(count - at)};
+    b += rest.keep(body(rest, at));
+  }
+  return horizontal_sum((a + b) + (c + d));
+}
+
+}  // namespace
+}  // namespace ECAR_ISA
+}  // namespace ecar
