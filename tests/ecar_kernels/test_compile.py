@@ -50,7 +50,8 @@ def test_fullgraph_gradients_equal_eager(op):
     close(run(compiled, call, None, weights), run(function(op), call, None, weights))
 
 
-@pytest.mark.parametrize("op", ["gated_residual_adaln", "upsample_renoise_euler"])
+@pytest.mark.parametrize("op", ["stage_attention", "gated_residual_adaln",
+                                "upsample_renoise_euler"])
 def test_inductor_is_as_accurate_as_the_reference(op):
     compiled = torch.compile(function(op), fullgraph=True)
     with use_backend("reference"), torch.no_grad():
