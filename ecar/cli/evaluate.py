@@ -25,6 +25,8 @@ FLAGS = {
     "dataset": "--dataset",
     "name": "--dataset",
     "root": "--data-root",
+    "image_size": "--dataset",
+    "channels": "--dataset",
     "num_images": "--samples",
     "first_seed": "--seed",
     "report": "--output",
