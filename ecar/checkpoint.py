@@ -8,27 +8,25 @@ vae/                             diffusers' AutoencoderKL, where that is the cod
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
-from huggingface_hub.errors import HFValidationError
 
 from ecar.codec import CODECS, AutoencoderKLCodec, IdentityCodec
 from ecar.config import ECARConfig
 from ecar.files import read_json, write_json
+from ecar.hub import checkpoint_folder
 from ecar.sampler import SOLVERS, Guidance, split_steps
 
 __all__ = [
     "BUILT_IN_DEFAULTS",
+    "CHECKPOINT_FILES",
     "PIPELINE_FILE",
     "VAE_FOLDER",
     "check_settings",
     "checkpoint_config",
-    "checkpoint_folder",
     "complete_settings",
     "read_settings",
     "write_settings",
@@ -50,32 +48,6 @@ BUILT_IN_DEFAULTS = {
     "guidance_interval": (0.0, 1.0),
     "solver": "euler",
 }
-
-
-def checkpoint_folder(
-    name: str | os.PathLike[str], *, files: Sequence[str] = CHECKPOINT_FILES, **hub_options: Any
-) -> Path:
-    """The local folder of a checkpoint: ``name`` itself, or a snapshot of a hub repository.
-
-    Args:
-        files: what is fetched of a repository; by default a checkpoint's JSON and safetensors.
-
-    Raises:
-        FileNotFoundError: naming what is neither.
-    """
-    name = os.fspath(name)
-    if os.path.isdir(name):
-        return Path(name)
-    if os.path.exists(name) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        reason = "not a folder" if os.path.exists(name) else "no such folder"
-        raise FileNotFoundError(f"checkpoint {name!r}: {reason}")
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(files), **hub_options))
-    except (HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"checkpoint {name!r}: no such folder, and not had from the hub ({reason})"
-        ) from None
 
 
 def checkpoint_config(name: str | os.PathLike[str]) -> tuple[ECARConfig, dict[str, Any]]:

@@ -94,7 +94,8 @@ class AutoencoderKLCodec:
         dtype = dtype or self.dtype
         if dtype == torch.float16 and self.vae.config.force_upcast:
             dtype = torch.float32
-        self.vae.to(device=device, dtype=dtype)
+        # Not diffusers' own `to`, which warns at every cast of modules that it may not cast.
+        torch.nn.Module.to(self.vae, device=device, dtype=dtype)
         return self
 
     @torch.no_grad()

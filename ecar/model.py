@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,13 @@ from typing import Any
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from ecar import stages
 from ecar.config import ECARConfig
 from ecar.files import read_tensors, require_finite, write_tensors
 from ecar.flow import FlowHead
+from ecar.hub import checkpoint_folder
 from ecar.transformer import ARTransformer
 
 __all__ = ["ECAR", "SharedLayer", "load_weights"]
@@ -208,38 +207,15 @@ class ECAR(
             ValueError: weights cut short, of another configuration, not safetensors, or not
                 finite.
         """
-        name = os.fspath(pretrained_model_name_or_path)
-        if os.path.isdir(name):
-            return cls._from_pretrained(model_id=name)
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-            raise FileNotFoundError(f"checkpoint {name!r}: no such folder")
-        try:
-            return super().from_pretrained(name, **options)
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise FileNotFoundError(
-                f"checkpoint {name!r}: no such folder, and not had from the hub ({reason})"
-            ) from None
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, config: Any = None, **options: Any) -> ECAR:
-        del config  # read here, so that an unknown field is refused
-        files = [_checkpoint_file(model_id, name, options)
-                 for name in (CONFIG_NAME, SAFETENSORS_SINGLE_FILE)]
-        model = cls(ECARConfig.from_json(files[0]))
-        load_weights(model, files[1])
+        files = (CONFIG_NAME, SAFETENSORS_SINGLE_FILE)
+        folder = checkpoint_folder(pretrained_model_name_or_path, files, **options)
+        for file in files:
+            if not (folder / file).is_file():
+                name = os.fspath(pretrained_model_name_or_path)
+                raise FileNotFoundError(f"checkpoint {name!r}: no file {file}")
+        model = cls(ECARConfig.from_json(folder / CONFIG_NAME))
+        load_weights(model, folder / SAFETENSORS_SINGLE_FILE)
         return model.eval()
-
-
-def _checkpoint_file(model_id: str, name: str, options: dict[str, Any]) -> Path:
-    if not os.path.isdir(model_id):
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(model_id, name, **options))
-    path = Path(model_id) / name
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {model_id!r}: no file {name}")
-    return path
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:

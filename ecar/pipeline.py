@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from ecar.checkpoint import (
+    CHECKPOINT_FILES,
     PIPELINE_FILE,
     VAE_FOLDER,
     check_settings,
-    checkpoint_folder,
     complete_settings,
     read_settings,
     write_settings,
 )
 from ecar.codec import CODECS, AutoencoderKLCodec, IdentityCodec, load_codec
+from ecar.hub import checkpoint_folder
 from ecar.images import to_numpy, to_pil, to_unit
 from ecar.inputs import ClassNames, draw_seeds, pair
 from ecar.model import ECAR
@@ -146,7 +147,9 @@ class ECARPipeline:
             OSError: naming the folder or file that is missing.
             ValueError: naming the file that holds something else.
         """
-        folder = checkpoint_folder(pretrained_model_name_or_path, **hub_options)
+        folder = checkpoint_folder(
+            pretrained_model_name_or_path, CHECKPOINT_FILES, **hub_options
+        )
         settings = read_settings(folder)
         model = ECAR.from_pretrained(folder)
         codec = load_codec(settings.pop("codec", IdentityCodec.kind), folder / VAE_FOLDER)

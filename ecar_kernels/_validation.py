@@ -119,7 +119,7 @@ def _autocast(op: Callable, widest: bool) -> Callable:
     @functools.wraps(op)
     def cast(*args, **kwargs):
         values = (*args, *kwargs.values())
-        device = values[0].device.type if values and isinstance(values[0], Tensor) else None
+        device = next((x.device.type for x in values if isinstance(x, Tensor)), None)
         # torch raises for "meta", a device that autocast does not know.
         if device in (None, "meta") or not torch.is_autocast_enabled(device):
             return op(*args, **kwargs)

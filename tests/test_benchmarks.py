@@ -1,6 +1,7 @@
 """`make bench` works: every case runs, and a run writes a complete record."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,15 @@ ROOT = Path(__file__).parent.parent
 
 
 def python(*arguments) -> str:
+    # pytest-benchmark measures nothing where it sees that it is in a worker of xdist.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

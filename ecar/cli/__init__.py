@@ -7,6 +7,7 @@ when it is asked for, so that `ecar --help` needs no torch.
 
 from __future__ import annotations
 
+import dis
 import importlib
 import os
 import re
@@ -53,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_the_users(error):
             raise
-        line = " ".join(str(error).split())
-        line = re.sub(r"argument '(\w+)'", lambda name: flags.get(name[1], name[0]), line)
-        print(f"ecar: error: {line}", file=sys.stderr)
+        print(f"ecar: error: {_line(error, flags)}", file=sys.stderr)
         return 2
     return 0
 
@@ -89,10 +88,8 @@ def _is_the_users(error: Exception) -> bool:
         return True
     if isinstance(error, ImportError):
         return "pip install" in str(error)
-    if isinstance(error, ValueError):
+    if isinstance(error, (TypeError, ValueError)):
         return _raised_by_us(error.__traceback__)
-    if isinstance(error, TypeError):
-        return _raised_by_us(error.__traceback__) and ": expected " in str(error)
     if isinstance(error, RuntimeError):
         from ecar_kernels import BackendUnavailableError
 
@@ -101,8 +98,20 @@ def _is_the_users(error: Exception) -> bool:
 
 
 def _raised_by_us(traceback: TracebackType | None) -> bool:
-    """Whether our own code raised it: a library's ValueError would be an accident."""
-    while traceback is not None and traceback.tb_next is not None:
+    """Whether a raise statement of ours is its origin; an operation that fails is an accident."""
+    if traceback is None:
+        return False
+    while traceback.tb_next is not None:
         traceback = traceback.tb_next
-    name = "" if traceback is None else traceback.tb_frame.f_globals.get("__name__", "")
-    return name.partition(".")[0] in OUR_PACKAGES
+    frame = traceback.tb_frame
+    ours = frame.f_globals.get("__name__", "").partition(".")[0] in OUR_PACKAGES
+    return ours and dis.opname[frame.f_code.co_code[traceback.tb_lasti]] == "RAISE_VARARGS"
+
+
+def _line(error: Exception, flags: dict[str, str]) -> str:
+    """The message as one line, with arguments named as they are typed."""
+    message = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        message = f"{os.fspath(error.filename)}: {error.strerror}"
+    message = " ".join(message.split())
+    return re.sub(r"argument '(\w+)'", lambda name: flags.get(name[1], name[0]), message)

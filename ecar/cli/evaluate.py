@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ecar.checkpoint import checkpoint_folder
 from ecar.cli.parser import UsageError, add_device, add_sampling, positive
 from ecar.cli.runtime import chosen_backend, chosen_device, chosen_settings
 from ecar.evaluation import DigitClassifier, InceptionExtractor, evaluate, summary
 from ecar.files import read_json
+from ecar.hub import checkpoint_folder
 
 EXAMPLES = """\
 examples:
@@ -25,6 +25,8 @@ FLAGS = {
     "dataset": "--dataset",
     "name": "--dataset",
     "root": "--data-root",
+    "image_size": "--dataset",
+    "channels": "--dataset",
     "num_images": "--samples",
     "first_seed": "--seed",
     "report": "--output",

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ecar.checkpoint import BUILT_IN_DEFAULTS, checkpoint_config
+from ecar.checkpoint import BUILT_IN_DEFAULTS, check_settings, checkpoint_config
 from ecar.cli.parser import add_device, add_sampling
 from ecar.cli.runtime import chosen_backend, chosen_device, chosen_settings
 from ecar.config import PRESETS, ECARConfig
@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
         config, settings = checkpoint_config(arguments.checkpoint)
         name = str(arguments.checkpoint)
     settings = {**settings, **chosen_settings(arguments)}
+    check_settings(settings, config.num_stages)
     with chosen_backend(arguments.backend):
         backends = backends_in_use(config, chosen_device(arguments.device), torch.float32)
     report = make_report(name, config, settings, backends)
@@ -62,6 +63,7 @@ def make_report(
     name: str, config: ECARConfig, settings: dict[str, Any], backends: dict[str, str]
 ) -> dict[str, Any]:
     """All figures, as JSON can hold them."""
+    parameters = count_parameters(config)
     settings = dict(settings)
     steps, scale = (settings.pop(key) for key in ("num_inference_steps", "guidance_scale"))
     plain = count_multiply_adds(config, steps=steps, **settings)
@@ -71,7 +73,7 @@ def make_report(
     return {
         "name": name,
         "config": config.to_dict(),
-        "parameters": count_parameters(config),
+        "parameters": parameters,
         "sampling": {"steps": [stage.steps for stage in plain], **settings},
         "multiply_adds_per_image": {
             "without_guidance": _costs(plain),

@@ -13,6 +13,7 @@ import torch
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
+from ecar.checkpoint import check_settings
 from ecar.cli.parser import (
     UsageError,
     add_device,
@@ -24,6 +25,7 @@ from ecar.cli.parser import (
 )
 from ecar.cli.runtime import chosen_backend, chosen_device, chosen_settings, describe_backends
 from ecar.images import check_output_file, check_output_folder, make_sheet, save_image
+from ecar.inputs import draw_seeds
 from ecar.pipeline import ECARPipeline
 from ecar.sampler import split_steps
 
@@ -38,6 +40,7 @@ examples:
 FLAGS = {
     "class_labels": "--classes",
     "seeds": "--seeds",
+    "steps": "--steps",
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
     "guidance_schedule": "--guidance-schedule",
@@ -133,10 +136,12 @@ def run(arguments: argparse.Namespace) -> None:
     pipe = ECARPipeline.from_pretrained(arguments.checkpoint)
     pipe.to(device, getattr(torch, arguments.dtype))
     grid = choose_grid(arguments, pipe)
+    settings = {**pipe.defaults, **chosen_settings(arguments)}
+    check_settings(settings, pipe.model.config.num_stages)
     with chosen_backend(arguments.backend):
         backends = describe_backends(pipe.model.config, pipe.device, pipe.dtype)
         begin = time.perf_counter()
-        images, stages = draw(pipe, grid, arguments, chosen_settings(arguments))
+        images, stages = draw(pipe, grid, arguments, settings)
         seconds = time.perf_counter() - begin
     if to_folder:
         output.mkdir(exist_ok=True)
@@ -166,7 +171,7 @@ def choose_grid(arguments: argparse.Namespace, pipe: ECARPipeline) -> Grid:
     if arguments.seeds is not None:
         if arguments.seed is not None or arguments.per_class is not None:
             raise UsageError("--seeds: lists all seeds; --seed and --per-class do not go with it")
-        seeds = arguments.seeds
+        seeds = draw_seeds(arguments.seeds, None, len(arguments.seeds))
         if columns not in (None, len(seeds)):
             raise UsageError(
                 f"--seeds: expected {columns} seeds for the columns of the sheet, got {len(seeds)}"
@@ -188,9 +193,8 @@ def draw(
     """All images of the grid, and of each stage but the last its end states."""
     size, pairs = arguments.batch_size, grid.pairs
     batches = [pairs[first : first + size] for first in range(0, len(pairs), size)]
-    steps = settings.get("num_inference_steps", pipe.defaults["num_inference_steps"])
     stage_count = pipe.model.config.num_stages
-    total = len(batches) * sum(split_steps(steps, stage_count))
+    total = len(batches) * sum(split_steps(settings["num_inference_steps"], stage_count))
     images: list[Image] = []
     stages: list[list[Image]] = [[] for _ in range(stage_count - 1)] if arguments.stages else []
     with tqdm(

@@ -34,10 +34,19 @@ examples:
   accelerate launch --num-processes 8 -m ecar train --config runs/s.json
 """
 SHORTER = {"dataset": ("--data",), "output_dir": ("--output",)}
-FLAGS = {
+FIELD_FLAGS = {
     field.name: "--" + field.name.replace("_", "-")
     for field in dataclasses.fields(TrainConfig)
     if field.name != "model"
+}
+
+# What data sets and models say of their arguments, which the configuration gives.
+FLAGS = {
+    **FIELD_FLAGS,
+    "name": "--dataset",
+    "root": "--data-root",
+    "image_size": "--dataset",
+    "channels": "--dataset",
 }
 
 
@@ -62,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(TrainConfig):
         if field.name == "model":
             continue
-        names = (*SHORTER.get(field.name, ()), FLAGS[field.name])
+        names = (*SHORTER.get(field.name, ()), FIELD_FLAGS[field.name])
         text = texts[field.name]
         if field.default is not dataclasses.MISSING:
             text += f" (default: {_written(field.default)})"
@@ -76,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    given = {name: value for name, value in vars(arguments).items() if name in FLAGS}
+    given = {name: value for name, value in vars(arguments).items() if name in FIELD_FLAGS}
     codec = None if arguments.vae is None else AutoencoderKLCodec.load(arguments.vae)
     options = {"decode": codec and codec.decode, "progress": not arguments.no_progress}
     if arguments.resume is not None:

@@ -80,7 +80,7 @@ def initial_noise(seeds: Tensor, shape: Sequence[int], *, device: torch.device |
     """n_1: seeds int64 [B], shape (C, h, w) -> [B, C, h, w]. Call i yields elements 4i .. 4i+3."""
     count = math.prod(shape)
     noise = _image_normals(seeds.to(device), 1, (count + 3) // 4, dtype)
-    return noise.flatten(1)[:, :count].reshape(len(seeds), *shape)
+    return noise.flatten(1)[:, :count].unflatten(1, tuple(shape)).contiguous()
 
 
 def block_details(seeds: Tensor, stage: int, shape: Sequence[int],
@@ -92,8 +92,8 @@ def block_details(seeds: Tensor, stage: int, shape: Sequence[int],
     """
     channels, height, width = shape
     noise = _image_normals(seeds, stage, channels * height * width, dtype)[..., :3]
-    return noise.unflatten(1, (channels, height * width)).transpose(2, 3).unflatten(
-        3, (height, width))
+    noise = noise.unflatten(1, (channels, height, width))
+    return noise.movedim(4, 2).contiguous()
 
 
 def haar_high_pass(details: Tensor) -> Tensor:
@@ -112,8 +112,9 @@ def haar_high_pass(details: Tensor) -> Tensor:
 def _euler(x: Tensor, velocity: Tensor, dt: float, guidance_scale: float) -> Tensor:
     """x + dt v in the wide type; v is guided where the velocity has both halves."""
     v = widen(velocity)
-    if velocity.shape[0] != x.shape[0]:
-        conditional, unconditional = v.chunk(2)
+    batch = x.shape[0]
+    if velocity.shape[0] != batch:
+        conditional, unconditional = v[:batch], v[batch:]
         v = unconditional + guidance_scale * (conditional - unconditional)
     return widen(x) + dt * v
 

@@ -1,5 +1,6 @@
 """The oracle of stage attention: an explicit block-causal mask, any floating dtype."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -15,8 +16,9 @@ def block_causal_mask(stage_lengths: Sequence[int], num_queries: int, *,
     A token of stage s sees every token of the stages up to s. The queries are the last
     `num_queries` of the N tokens.
     """
-    lengths = torch.tensor(tuple(stage_lengths), device=device)
-    stage = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+    ends = torch.tensor(tuple(itertools.accumulate(stage_lengths)), device=device)
+    tokens = torch.arange(sum(stage_lengths), device=device)
+    stage = torch.bucketize(tokens, ends, right=True)
     return stage[len(stage) - num_queries:, None] >= stage[None, :]
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from ecar.checkpoint import checkpoint_folder
 from ecar.codec import AutoencoderKLCodec, IdentityCodec
 from ecar.config import ECARConfig
+from ecar.hub import checkpoint_folder
 from ecar.model import ECAR
 from ecar.pipeline import ECARPipeline
 
@@ -348,7 +348,7 @@ def test_a_hub_repository_is_fetched_as_json_and_safetensors_only(pipe, tmp_path
         asked.update(name=name, patterns=allow_patterns, **options)
         return str(tmp_path)
 
-    monkeypatch.setattr("ecar.checkpoint.snapshot_download", fetch)
+    monkeypatch.setattr("ecar.hub.snapshot_download", fetch)
     loaded = ECARPipeline.from_pretrained("someone/e-car", revision="v1")
     assert loaded.class_names == NAMES
     assert (asked["name"], asked["revision"]) == ("someone/e-car", "v1")
@@ -357,21 +357,21 @@ def test_a_hub_repository_is_fetched_as_json_and_safetensors_only(pipe, tmp_path
 
 @pytest.mark.parametrize("name", ["nowhere", "./a/b", "/a/b", "a/b/c", "../b"])
 def test_what_can_be_no_repository_is_not_looked_for(name, monkeypatch):
-    monkeypatch.delattr("ecar.checkpoint.snapshot_download")
+    monkeypatch.delattr("ecar.hub.snapshot_download")
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        checkpoint_folder(name)
+        checkpoint_folder(name, ("config.json",))
 
 
 def test_a_file_is_no_checkpoint(tmp_path):
     (tmp_path / "x").write_text("")
     with pytest.raises(FileNotFoundError, match="not a folder"):
-        checkpoint_folder(tmp_path / "x")
+        checkpoint_folder(tmp_path / "x", ("config.json",))
 
 
 def test_a_repository_that_cannot_be_had_is_one_line(monkeypatch):
     def fail(name, **options):
         raise OSError("no network\nsecond line")
 
-    monkeypatch.setattr("ecar.checkpoint.snapshot_download", fail)
+    monkeypatch.setattr("ecar.hub.snapshot_download", fail)
     with pytest.raises(FileNotFoundError, match=r"'someone/none': no such folder.*\(no network\)$"):
-        checkpoint_folder("someone/none")
+        checkpoint_folder("someone/none", ("config.json",))

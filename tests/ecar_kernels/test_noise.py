@@ -97,13 +97,13 @@ def test_each_element_comes_from_its_own_counter(seed, stage, channels, height, 
     seeds = torch.tensor([seed])
     noise = initial_noise(seeds, shape, device="cpu", dtype=torch.float32)
     expected = torch.tensor([call_by_hand(seed, 1, i // 4)[i % 4] for i in range(count)])
-    assert noise.shape == (1, *shape) and noise.dtype == torch.float32
+    assert noise.shape == (1, *shape) and noise.dtype == torch.float32 and noise.is_contiguous()
     torch.testing.assert_close(noise.flatten(), expected, rtol=2e-6, atol=2e-6)
 
     details = block_details(seeds, stage, shape)
     expected = torch.tensor([call_by_hand(seed, stage, i)[:3] for i in range(count)])
     found = details.transpose(1, 2).reshape(3, count).T
-    assert details.shape == (1, channels, 3, height, width)
+    assert details.shape == (1, channels, 3, height, width) and details.is_contiguous()
     torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)
 
 

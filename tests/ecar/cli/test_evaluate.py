@@ -1,0 +1,56 @@
+"""`ecar evaluate`: a report and an npz, and what is refused before sampling begins."""
+
+import json
+
+import numpy as np
+import pytest
+
+LINE = "evaluate --checkpoint model --no-progress --samples 20 --steps 2"
+
+
+@pytest.mark.parametrize("how", ["by flag", "from train.json"])
+def test_report_and_samples(folder, run, how):
+    option = ""
+    if how == "by flag":
+        option = "--dataset digits"
+    else:
+        (folder / "model" / "train.json").write_text('{"dataset": "digits"}')
+    code, output, errors = run(
+        f"{LINE} {option} --guidance 2 --seed 7 --output report.json --npz samples.npz"
+    )
+    assert (code, errors) == (0, "")
+    assert "Fréchet distance" in output
+    assert output.splitlines()[-2:] == ["report.json", "samples.npz"]
+    report = json.loads((folder / "report.json").read_text())
+    sampling = report["protocol"]["sampling"]
+    assert (sampling["num_inference_steps"], sampling["guidance_scale"]) == (2, 2.0)
+    assert sampling["seeds"] == [7, 26]
+    assert report["protocol"]["generated_images"] == 20
+    with np.load(folder / "samples.npz") as archive:
+        assert archive["arr_0"].shape == (20, 8, 8, 3)  # ADM's evaluator reads colours
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("", "--dataset: is needed, 'model' holds no train.json"),
+        ("--dataset birds", "--dataset: invalid choice: 'birds'"),
+        ("--dataset folder", "--data-root: the data set 'folder' needs a folder"),
+        ("--dataset folder --data-root empty", "empty"),
+        ("--dataset mnist", "--dataset: 'mnist' is 32 x 32, got 8"),
+        ("--dataset digits --samples 0", "--samples: expected a positive whole number, got '0'"),
+        ("--dataset digits --samples 2", "--samples: expected at least 4, got 2"),
+        ("--dataset digits --classifier nowhere", "nowhere: no such file"),
+        ("--dataset digits --classifier model/config.json", "model/config.json: not a safetensors"),
+        ("--dataset digits --inception nowhere", "nowhere: no such file"),
+        ("--dataset digits --output nowhere/x.json", "output folder nowhere: does not exist"),
+        ("--dataset digits --output empty", "empty: is a folder"),
+        ("--dataset digits --npz x.txt", "--npz: expected a name that ends in .npz, got x.txt"),
+        ("--dataset digits --npz /proc/self/x.npz", "output folder /proc/self: not writable"),
+        ("--dataset digits --steps 1,2,3", "--steps: expected a list of 2 numbers"),
+        ("--dataset digits --device gpu", "--device: cannot use 'gpu' here"),
+    ],
+)
+def test_bad_evaluation_is_one_line(folder, refused, options, message):
+    (folder / "empty").mkdir()
+    assert message in refused(f"{LINE} {options}")

@@ -1,0 +1,134 @@
+"""The command line as a process: exit codes, Ctrl-C, a reader that goes away, missing extras."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+TIMEOUT = 120
+
+
+def command(*words):
+    return [sys.executable, "-m", "ecar", *words]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a command in the working folder."""
+    root = os.path.dirname(os.path.dirname(sys.modules["ecar"].__file__))
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    begun = []
+
+    def start(arguments):
+        process = subprocess.Popen(
+            arguments,
+            cwd=tmp_path,
+            env=environment,
+            text=True,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        begun.append(process)
+        return process
+
+    yield start
+    for process in begun:
+        process.kill()
+        process.communicate()
+
+
+def test_samples(folder, start):
+    process = start(command("sample", "--checkpoint", "model", "--output", "x.png"))
+    output, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, errors
+    assert output.startswith("x.png\n")
+    assert (folder / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("sample", "--checkpoint", "nowhere"), "checkpoint 'nowhere': no such folder"),
+        (("train", "--preset", "digits", "--output", "/proc/self/x"), "/proc/self: not writable"),
+        ((), "a command is needed"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(folder, start, words, message):
+    before = sorted(folder.rglob("*"))
+    process = start(command(*words))
+    output, errors = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, output) == (2, "")
+    assert errors.startswith("ecar: error: ")
+    assert errors.count("\n") == 1
+    assert message in errors
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_missing_accelerate_names_the_extra(start):
+    program = (
+        "import sys; sys.modules['accelerate'] = None\n"
+        "from ecar.cli import main; sys.exit(main(['train', '--preset', 'S']))"
+    )
+    process = start([sys.executable, "-c", program])
+    _, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 2
+    assert errors.count("\n") == 1
+    assert "pip install 'ecar[train]'" in errors
+
+
+def test_an_internal_bug_shows_its_traceback(start):
+    program = (
+        "import sys, ecar.cli.info as info; from ecar.cli import main\n"
+        "def fail(*_): raise RuntimeError('a bug')\n"
+        "info.count_parameters = fail\n"
+        "sys.exit(main(['info', '--preset', 'digits']))"
+    )
+    process = start([sys.executable, "-c", program])
+    _, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 1
+    assert "Traceback" in errors
+    assert errors.endswith("RuntimeError: a bug\n")
+
+
+@pytest.mark.parametrize("name", ["sample", "train"])
+def test_ctrl_c_is_130_without_a_traceback(folder, start, name):
+    values = {
+        "model": json.loads((folder / "model" / "config.json").read_text()),
+        "batch_size": 4,
+        "steps": 10**6,
+        "sample_every": 0,
+        "device": "cpu",
+    }
+    (folder / "train.json").write_text(json.dumps(values))
+    words = {
+        "sample": ("--checkpoint", "model", "--steps", "1000000"),
+        "train": ("--config", "train.json", "--output", "out"),
+    }[name]
+    process = start(command(name, *words))
+    shown = ""
+    deadline = time.monotonic() + TIMEOUT
+    while "step/s" not in shown:  # the progress bar: it is at work
+        assert time.monotonic() < deadline
+        character = process.stderr.read(1)
+        assert character, shown
+        shown += character
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, output) == (130, "")
+    assert "Traceback" not in errors
+    assert errors.endswith("ecar: interrupted\n")
+    assert not (folder / "samples.png").exists()
+
+
+def test_a_reader_that_goes_away_is_no_error(start):
+    process = start(command("info", "--preset", "digits", "--steps", "2"))
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.wait(timeout=TIMEOUT)
+    assert (process.returncode, errors) == (128 + signal.SIGPIPE, "")

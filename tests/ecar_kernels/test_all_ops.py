@@ -1,0 +1,167 @@
+"""What holds for every op: gradients, views, empty batches, autocast, determinism."""
+
+import inspect
+
+import pytest
+import torch
+
+import ecar_kernels
+from ecar_kernels import registry, use_backend
+from ecar_kernels.registry import KERNEL_DTYPES, OPS
+from tests.support.accuracy import run, tensors
+from tests.support.ops import DIFFERENTIABLE, arguments, function, tensor_names
+
+IMAGE_OPS = ("euler_step", "upsample_renoise_euler")
+WITH_TENSORS = tuple(op for op in OPS if op != "initial_noise")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_backend_has_the_public_signature(op):
+    public = inspect.signature(function(op))
+    assert all(p.annotation is not p.empty for p in public.parameters.values())
+    for implementation in registry.IMPLEMENTATIONS[op].values():
+        implementation.load()
+        assert inspect.signature(implementation.function) == public
+
+
+def test_every_op_is_public():
+    assert set(OPS) <= set(ecar_kernels.__all__)
+    assert all(function(op).__doc__ for op in OPS)
+
+
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_gradients_of_the_reference(op, optional):
+    """Every floating tensor argument, numerically, in float64."""
+    call = arguments(op, dtype=torch.float64, optional=optional)
+    names = [name for name in tensor_names(op) if name in call]
+    # A corner of each is enough: gradcheck calls the op twice for each element.
+    if op == "stage_attention":
+        call |= {name: call[name][:, :4, :2, :3].contiguous() for name in names}
+        call["stage_lengths"] = (1, 3)
+    elif op in IMAGE_OPS:
+        call |= {name: call[name][..., :2, :3].contiguous() for name in names}
+    else:
+        call |= {name: call[name][:, :4, :5].contiguous() for name in names}
+
+    def of_tensors(*values):
+        return function(op)(**call | dict(zip(names, values, strict=True)))
+
+    with use_backend("reference"):
+        assert torch.autograd.gradcheck(
+            of_tensors, [call[name].requires_grad_() for name in names])
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_types_go_through(op, dtype):
+    call = arguments(op, dtype=dtype)
+    for result in tensors(function(op)(**call)):
+        assert result.dtype == dtype
+        assert result.isfinite().all()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_empty_batch(op):
+    for optional in (True, False):
+        call = arguments(op, batch=0, optional=optional)
+        full = tensors(function(op)(**arguments(op, optional=optional)))
+        for empty, usual in zip(tensors(function(op)(**call)), full, strict=True):
+            assert empty.shape == (0, *usual.shape[1:])
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_gradients_of_an_empty_batch(op):
+    call = arguments(op, batch=0)
+    weights = [torch.zeros_like(y) for y in tensors(function(op)(**call))]
+    for result in run(function(op), call, None, weights):
+        assert result.numel() == 0 or not result.any()
+
+
+@pytest.mark.parametrize("op", WITH_TENSORS)
+def test_views_give_what_copies_give(op):
+    """Padding around every dimension but the last one's stride."""
+    call = arguments(op)
+    padded = {}
+    for name in tensor_names(op):
+        value = call[name]
+        room = torch.randn([size + 2 for size in value.shape])
+        view = room[tuple(slice(1, -1) for _ in value.shape)]
+        view.copy_(value)
+        padded[name] = view
+    contiguous = {name: call[name].contiguous() for name in padded}
+    before = {name: value.clone() for name, value in padded.items()}
+    results = [tensors(function(op)(**call | them)) for them in (contiguous, padded)]
+    for copied, viewed in zip(*results, strict=True):
+        torch.testing.assert_close(viewed, copied, rtol=1e-6, atol=1e-6)
+    assert all(padded[name].equal(value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_same_inputs_same_bits(op):
+    call = arguments(op)
+    for once, again in zip(tensors(function(op)(**call)), tensors(function(op)(**call)),
+                           strict=True):
+        assert once.equal(again)
+
+
+@pytest.mark.parametrize("op", WITH_TENSORS)
+def test_autocast(op):
+    """Into the autocast type, as a product; the flow step into the widest, as an addition."""
+    call = arguments(op)
+    first = tensor_names(op)[0]
+    mixed = call | {first: call[first].bfloat16()}
+    target = torch.float32 if op in IMAGE_OPS else torch.bfloat16
+    expected = tensors(function(op)(**{
+        name: value.to(target) if name in tensor_names(op) else value
+        for name, value in mixed.items()}))
+    with torch.autocast("cpu", torch.bfloat16):
+        results = tensors(function(op)(**mixed))
+        keywords_in_another_order = tensors(function(op)(**dict(reversed(mixed.items()))))
+    for result, other, wanted in zip(results, keywords_in_another_order, expected, strict=True):
+        assert result.dtype == target
+        assert result.equal(wanted) and other.equal(wanted)
+    with pytest.raises(TypeError):
+        function(op)(**mixed)
+
+
+def test_autocast_leaves_noise_alone():
+    call = arguments("initial_noise")
+    expected = ecar_kernels.initial_noise(**call)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ecar_kernels.initial_noise(**call).equal(expected)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_gradients_flow_through_autocast_in_float32(op):
+    call = {name: value.detach().requires_grad_() if name in tensor_names(op) else value
+            for name, value in arguments(op).items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        results = tensors(function(op)(**call))
+    sum(result.float().square().sum() for result in results).backward()
+    for name in tensor_names(op):
+        assert call[name].grad.dtype == torch.float32
+        assert call[name].grad.any()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_on_the_meta_device(op):
+    """Shapes without data, for counting a model's cost."""
+    call = arguments(op, optional=False)
+    meta = {name: value.to("meta") if isinstance(value, torch.Tensor) else value
+            for name, value in call.items()}
+    if "device" in meta:
+        meta["device"] = "meta"
+    for result, usual in zip(tensors(function(op)(**meta)), tensors(function(op)(**call)),
+                             strict=True):
+        assert result.device.type == "meta"
+        assert result.shape == usual.shape
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_bound_implementation_is_the_op(op):
+    call = arguments(op)
+    run_bound = registry.resolve(op, device="cpu", dtype=torch.float32)
+    for ours, public in zip(tensors(run_bound(**call)), tensors(function(op)(**call)),
+                            strict=True):
+        assert ours.equal(public)

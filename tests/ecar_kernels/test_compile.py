@@ -1,0 +1,152 @@
+"""torch.compile(fullgraph=True) and torch.export see through every op."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import ecar_kernels
+from ecar_kernels import euler_step, stage_attention, use_backend
+from ecar_kernels.registry import OPS
+from tests.support.accuracy import assert_accurate, run, tensors
+from tests.support.ops import CHANNELS, DIFFERENTIABLE, IMAGE, TOKENS, arguments, function
+
+
+@pytest.fixture(autouse=True)
+def fresh_graphs():
+    torch._dynamo.reset()
+
+
+def close(results, expected) -> None:
+    for result, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize("op", OPS)
+@torch.no_grad()
+def test_fullgraph_equals_eager(op, optional):
+    call = arguments(op, optional=optional)
+    compiled = torch.compile(function(op), fullgraph=True, backend="eager")
+    close(tensors(compiled(**call)), tensors(function(op)(**call)))
+
+
+@pytest.mark.parametrize("op", OPS)
+@torch.no_grad()
+def test_one_graph_serves_every_batch_size(op):
+    counter = CompileCounter()
+    compiled = torch.compile(function(op), fullgraph=True, backend=counter, dynamic=True)
+    # No size of the first batch equals another: dynamic shapes would take them for one.
+    for batch in (7, 9, 11):
+        call = arguments(op, batch=batch)
+        close(tensors(compiled(**call)), tensors(function(op)(**call)))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_fullgraph_gradients_equal_eager(op):
+    call = arguments(op)
+    compiled = torch.compile(function(op), fullgraph=True, backend="aot_eager")
+    weights = [torch.randn_like(y) for y in tensors(function(op)(**call))]
+    close(run(compiled, call, None, weights), run(function(op), call, None, weights))
+
+
+@pytest.mark.parametrize("op", ["stage_attention", "gated_residual_adaln",
+                                "upsample_renoise_euler"])
+def test_inductor_is_as_accurate_as_the_reference(op):
+    compiled = torch.compile(function(op), fullgraph=True)
+    with use_backend("reference"), torch.no_grad():
+        assert_accurate(compiled, function(op), arguments(op))
+
+
+def test_inductor_draws_the_same_noise():
+    """Its integer arithmetic must not be optimised as if it could not wrap."""
+    call = arguments("initial_noise", batch=9)
+    compiled = torch.compile(ecar_kernels.initial_noise, fullgraph=True)
+    torch.testing.assert_close(compiled(**call), ecar_kernels.initial_noise(**call),
+                               rtol=2e-6, atol=2e-6)
+
+
+def test_fullgraph_under_autocast():
+    call = arguments("stage_attention")
+
+    def attend(q, k, v):
+        with torch.autocast("cpu", torch.bfloat16):
+            return stage_attention(q, k, v, call["stage_lengths"])
+
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    result = compiled(call["q"], call["k"], call["v"])
+    assert result.dtype == torch.bfloat16
+    assert result.equal(attend(call["q"], call["k"], call["v"]))
+
+
+def test_steps_of_many_lengths_are_one_graph():
+    counter = CompileCounter()
+    compiled = torch.compile(euler_step, fullgraph=True, backend=counter)
+    call = arguments("euler_step")
+    for dt in (0.5, 0.25, 0.125, 0.0625, 0.1, 0.2):
+        assert compiled(**call | {"dt": dt}).equal(euler_step(**call | {"dt": dt}))
+    assert counter.frame_count <= 2  # a constant, then a number
+
+
+def test_a_graph_follows_the_backend_in_force():
+    counter = CompileCounter()
+    compiled = torch.compile(stage_attention, fullgraph=True, backend=counter)
+    call = arguments("stage_attention")
+    for backend, graphs in (("native", 1), ("reference", 2), ("native", 2)):
+        with use_backend(backend):
+            assert compiled(**call).equal(stage_attention(**call))
+        assert counter.frame_count == graphs
+    with use_backend("triton"), pytest.raises(Exception, match="'triton' cannot serve"):
+        compiled(**call)
+
+
+def test_a_backend_may_be_chosen_inside_a_graph():
+    call = arguments("stage_attention")
+
+    def attend():
+        with use_backend("reference"):
+            return stage_attention(**call)
+
+    assert torch.compile(attend, fullgraph=True, backend="eager")().equal(attend())
+    assert ecar_kernels.active_backend() == "auto"
+
+
+class Block(torch.nn.Module):
+    """Every op that works on a model's tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = torch.nn.Linear(CHANNELS, 3 * CHANNELS)
+        self.out = torch.nn.Linear(CHANNELS, CHANNELS)
+
+    def forward(self, x, modulation, seeds, state, velocity):
+        shift, scale, gate = modulation.chunk(3, -1)
+        qkv = ecar_kernels.adaln_linear(x, shift, scale, self.qkv.weight, self.qkv.bias)
+        q, k, v = qkv.unflatten(-1, (3, 3, 8)).unbind(2)
+        h = stage_attention(q, k, v, (1, 4, 16)).flatten(2)
+        x = ecar_kernels.linear_gated_residual(h, self.out.weight, self.out.bias, gate, x)
+        x, y = ecar_kernels.gated_residual_adaln(x, h, gate, shift, scale)
+        y = ecar_kernels.adaln(ecar_kernels.gated_residual(x, y, gate), shift, scale)
+        state = euler_step(state, velocity, 0.1, guidance_scale=2.0)
+        return y, ecar_kernels.upsample_renoise_euler(
+            state, velocity, 0.1, time=0.5, stage=2, seeds=seeds, guidance_scale=2.0)
+
+
+def block_inputs(batch: int) -> tuple:
+    return (torch.randn(batch, TOKENS, CHANNELS), torch.randn(batch, TOKENS, 3 * CHANNELS),
+            torch.arange(batch), torch.randn(batch, *IMAGE), torch.randn(2 * batch, *IMAGE))
+
+
+@torch.no_grad()
+def test_export():
+    """One exported program for every batch size."""
+    block = Block().requires_grad_(False)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(
+        block, block_inputs(3),
+        dynamic_shapes=({0: batch}, {0: batch}, {0: batch}, {0: batch}, {0: 2 * batch}))
+    for size in (2, 5):
+        inputs = block_inputs(size)
+        y, (end, start) = program.module()(*inputs)
+        expected, (expected_end, expected_start) = block(*inputs)
+        close((y, end, start), (expected, expected_end, expected_start))
