@@ -64,8 +64,11 @@ def find_torch() -> Path:
     places += [Path(sysconfig.get_path(key)) / "torch" for key in ("platlib", "purelib")]
     for place in places:
         if (place / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
-            version = re.search(r"^__version__ = '(\d+)\.(\d+)",
-                                (place / "version.py").read_text("utf-8"), re.MULTILINE)
+            version = re.search(
+                r"^__version__ = '(\d+)\.(\d+)",
+                (place / "version.py").read_text("utf-8"),
+                re.MULTILINE,
+            )
             if version is not None and tuple(map(int, version.groups())) >= OLDEST_TORCH:
                 return place
     oldest = ".".join(map(str, OLDEST_TORCH))
@@ -86,8 +89,10 @@ class BuildNative(build_ext):
         except CannotBuildError as error:
             if os.environ.get("ECAR_REQUIRE_NATIVE") == "1":
                 raise SystemExit(f"ecar: the C++ library cannot be built: {error}") from error
-            print(f"ecar: the C++ library is left out, the references serve every op: {error}",
-                  file=sys.stderr)
+            print(
+                f"ecar: the C++ library is left out, the references serve every op: {error}",
+                file=sys.stderr,
+            )
             (package / WHY_NOT_BUILT).write_text(f"{error} when ecar was installed\n", "utf-8")
 
     def build_into(self, package: Path) -> None:
@@ -98,9 +103,19 @@ class BuildNative(build_ext):
         log = folder / "log.txt"
         with log.open("w", encoding="utf-8") as output:
             for command in (
-                [cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
-                 f"-DECAR_TORCH_DIR={torch}", "-DBUILD_TESTING=OFF",
-                 *os.environ.get("CMAKE_ARGS", "").split()],
+                [
+                    cmake,
+                    "-S",
+                    ROOT,
+                    "-B",
+                    folder,
+                    "-G",
+                    "Ninja",
+                    f"-DCMAKE_MAKE_PROGRAM={ninja}",
+                    f"-DECAR_TORCH_DIR={torch}",
+                    "-DBUILD_TESTING=OFF",
+                    *os.environ.get("CMAKE_ARGS", "").split(),
+                ],
                 [cmake, "--build", folder],
             ):
                 done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT)
@@ -114,8 +129,11 @@ class BuildNative(build_ext):
 
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib) / "ecar_kernels"
-        return [str(package / name) for name in (*LIBRARIES, WHY_NOT_BUILT)
-                if (package / name).is_file()]
+        return [
+            str(package / name)
+            for name in (*LIBRARIES, WHY_NOT_BUILT)
+            if (package / name).is_file()
+        ]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

@@ -20,26 +20,42 @@ _both = torch.ops.ecar.gated_residual_adaln.default
 _both_backward = torch.ops.ecar.gated_residual_adaln_backward.default
 
 
-def adaln(x: Tensor, shift: Tensor, scale: Tensor, *, step_shift: Tensor | None = None,
-          step_scale: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+def adaln(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    step_shift: Tensor | None = None,
+    step_scale: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
     """y = LN(x) (1 + scale + step_scale) + shift + step_shift."""
     if torch.is_grad_enabled() and _any_requires_grad(x, shift, scale, step_shift, step_scale):
         return _AdaLN.apply(x, shift, scale, step_shift, step_scale, eps)
     return _adaln(x, shift, scale, step_shift, step_scale, eps)
 
 
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *,
-                   step_gate: Tensor | None = None) -> Tensor:
+def gated_residual(
+    x: Tensor, branch: Tensor, gate: Tensor, *, step_gate: Tensor | None = None
+) -> Tensor:
     """x + (gate + step_gate) branch."""
     if torch.is_grad_enabled() and _any_requires_grad(x, branch, gate, step_gate):
         return _GatedResidual.apply(x, branch, gate, step_gate)
     return _gated_residual(x, branch, gate, step_gate)
 
 
-def gated_residual_adaln(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *,
-                         step_gate: Tensor | None = None, step_shift: Tensor | None = None,
-                         step_scale: Tensor | None = None,
-                         eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def gated_residual_adaln(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    step_gate: Tensor | None = None,
+    step_shift: Tensor | None = None,
+    step_scale: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
     """The new residual stream, and its adaLN, in one pass."""
     tensors = (x, branch, gate, shift, scale, step_gate, step_shift, step_scale)
     if torch.is_grad_enabled() and _any_requires_grad(*tensors):
@@ -94,15 +110,25 @@ class _AdaLN(torch.autograd.Function):
         whole_shift, whole_scale = shift_shape == x.shape, scale.shape == x.shape
         grad_y = _rows(grad_y)
         grad_x, grad_scale, sums = _adaln_backward(
-            grad_y, x, scale, step_scale, ctx.eps, scale_ and whole_scale,
-            step_shift or step_scale_ or shift and not whole_shift
-            or scale_ and not whole_scale)
-        return (grad_x,
-                _spatial(shift, grad_y if whole_shift else None, sums, 0),
-                _spatial(scale_, grad_scale if whole_scale else None, sums, 1),
-                _step(step_shift, step_shift_shape, sums, 0),
-                _step(step_scale_, step_scale_shape, sums, 1),
-                None)
+            grad_y,
+            x,
+            scale,
+            step_scale,
+            ctx.eps,
+            scale_ and whole_scale,
+            step_shift
+            or step_scale_
+            or (shift and not whole_shift)
+            or (scale_ and not whole_scale),
+        )
+        return (
+            grad_x,
+            _spatial(shift, grad_y if whole_shift else None, sums, 0),
+            _spatial(scale_, grad_scale if whole_scale else None, sums, 1),
+            _step(step_shift, step_shift_shape, sums, 0),
+            _step(step_scale_, step_scale_shape, sums, 1),
+            None,
+        )
 
 
 class _GatedResidual(torch.autograd.Function):
@@ -120,10 +146,14 @@ class _GatedResidual(torch.autograd.Function):
             return grad, None, None, None
         whole = gate.shape == branch.shape
         grad_branch, grad_gate, sums = _gated_residual_backward(
-            _rows(grad), branch, gate, step_gate, gate_ and whole, step_ or gate_ and not whole)
-        return (grad if x_ else None, grad_branch,
-                _spatial(gate_, grad_gate if whole else None, sums, 0),
-                _step(step_, _shape(step_gate), sums, 0))
+            _rows(grad), branch, gate, step_gate, gate_ and whole, step_ or (gate_ and not whole)
+        )
+        return (
+            grad if x_ else None,
+            grad_branch,
+            _spatial(gate_, grad_gate if whole else None, sums, 0),
+            _step(step_, _shape(step_gate), sums, 0),
+        )
 
 
 class _GatedResidualAdaLN(torch.autograd.Function):
@@ -145,17 +175,29 @@ class _GatedResidualAdaLN(torch.autograd.Function):
         whole = [shape == new_x.shape for shape in (gate.shape, shift_shape, scale.shape)]
         wanted = (gate_, shift_, scale_)
         grad_x, grad_branch, grad_gate, grad_scale, sums = _both_backward(
-            _rows(grad_new_x), grad_y, new_x, branch, gate, scale, step_gate, step_scale, ctx.eps,
-            gate_ and whole[0], scale_ and whole[2],
-            any(steps) or any(want and not all_of_it for want, all_of_it in
-                              zip(wanted, whole, strict=True)))
+            _rows(grad_new_x),
+            grad_y,
+            new_x,
+            branch,
+            gate,
+            scale,
+            step_gate,
+            step_scale,
+            ctx.eps,
+            gate_ and whole[0],
+            scale_ and whole[2],
+            any(steps)
+            or any(want and not all_of_it for want, all_of_it in zip(wanted, whole, strict=True)),
+        )
         wholes = (grad_gate, grad_y, grad_scale)
         shapes = (_shape(step_gate), step_shift_shape, _shape(step_scale))
-        return (grad_x, grad_branch,
-                *(_spatial(wanted[i], wholes[i] if whole[i] else None, sums, i)
-                  for i in range(3)),
-                *(_step(steps[i], shapes[i], sums, i) for i in range(3)),
-                None)
+        return (
+            grad_x,
+            grad_branch,
+            *(_spatial(wanted[i], wholes[i] if whole[i] else None, sums, i) for i in range(3)),
+            *(_step(steps[i], shapes[i], sums, i) for i in range(3)),
+            None,
+        )
 
 
 def _gradient(x: Tensor, wanted: bool) -> Tensor:
@@ -188,13 +230,32 @@ def _(grad_y, x, scale, step_scale, eps, scale_wanted, sums_wanted):
 
 @torch.library.register_fake("ecar::gated_residual_backward")
 def _(grad_new_x, branch, gate, step_gate, gate_wanted, sums_wanted):
-    return (branch.new_empty(branch.shape), _gradient(branch, gate_wanted),
-            _sums(branch, 1, sums_wanted))
+    return (
+        branch.new_empty(branch.shape),
+        _gradient(branch, gate_wanted),
+        _sums(branch, 1, sums_wanted),
+    )
 
 
 @torch.library.register_fake("ecar::gated_residual_adaln_backward")
-def _(grad_new_x, grad_y, new_x, branch, gate, scale, step_gate, step_scale, eps, gate_wanted,
-      scale_wanted, sums_wanted):
-    return (new_x.new_empty(new_x.shape), new_x.new_empty(new_x.shape),
-            _gradient(new_x, gate_wanted), _gradient(new_x, scale_wanted),
-            _sums(new_x, 3, sums_wanted))
+def _(
+    grad_new_x,
+    grad_y,
+    new_x,
+    branch,
+    gate,
+    scale,
+    step_gate,
+    step_scale,
+    eps,
+    gate_wanted,
+    scale_wanted,
+    sums_wanted,
+):
+    return (
+        new_x.new_empty(new_x.shape),
+        new_x.new_empty(new_x.shape),
+        _gradient(new_x, gate_wanted),
+        _gradient(new_x, scale_wanted),
+        _sums(new_x, 3, sums_wanted),
+    )

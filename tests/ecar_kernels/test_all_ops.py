@@ -20,6 +20,8 @@ def test_every_backend_has_the_public_signature(op):
     public = inspect.signature(function(op))
     assert all(p.annotation is not p.empty for p in public.parameters.values())
     for implementation in registry.IMPLEMENTATIONS[op].values():
+        if implementation.missing() is not None:
+            continue
         implementation.load()
         assert inspect.signature(implementation.function) == public
 
