@@ -69,7 +69,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
 }
 IMPLEMENTATIONS["stage_attention"]["native"] = Implementation(
     "ecar_kernels.stage_attention.native:stage_attention")
-for family in ("adaln", "flow_step"):
+for family in ("adaln", "flow_block", "flow_step"):
     for op in FAMILIES[family]:
         IMPLEMENTATIONS[op]["native"] = Implementation(
             f"ecar_kernels.{family}.native:{op}", devices=("cpu",), missing=_native.why_not)

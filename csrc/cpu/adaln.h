@@ -7,16 +7,9 @@
 
 #include "cpu/dtypes.h"
 #include "cpu/isa.h"
+#include "cpu/rows.h"
 
 namespace ecar {
-
-// Rows of C contiguous elements at data + image * batch + token * token_stride; strides in
-// elements, 0 where broadcast. data is null for a step's part that is absent.
-struct Rows {
-  const void* data = nullptr;
-  std::int64_t image_stride = 0;
-  std::int64_t token_stride = 0;
-};
 
 struct AdalnForward {
   Rows x, branch, gate, step_gate, shift, step_shift, scale, step_scale;

@@ -1,0 +1,145 @@
+// The fused GEMMs of a flow block on CPU tensors, with the weight packed ahead of time.
+
+#include "bindings/tokens.h"
+#include "cpu/gemm.h"
+#include "cpu/pages.h"
+
+namespace ecar {
+namespace {
+
+using std::int64_t;
+
+// Multiply-adds that cost about as much as one element of elementwise work: see kGrain.
+constexpr int64_t kMultiplyAddsAnElement = 8;
+
+Tensor pack_linear_weight(const Tensor& weight) {
+  const Dtype dtype = check_leading("weight", weight, 2);
+  const int64_t outputs = weight.size(0), depth = weight.size(1);
+  const int64_t size = gemm::packed_size(outputs, depth);
+  const int64_t item = weight.element_size(), page = kLargePage;
+  const bool large = size * item >= page;
+  // Rounded up to whole pages, and one more to align the first.
+  const int64_t whole = large ? gemm::ceil_div(size * item, page) * page / item : size;
+  Tensor packed = empty(weight, {large ? whole + page / item : whole});
+  if (large) {
+    const int64_t address = reinterpret_cast<int64_t>(packed.const_data_ptr());
+    const int64_t skipped = (gemm::ceil_div(address, page) * page - address) / item;
+    packed = torch::stable::narrow(packed, 0, skipped, whole);
+    ask_for_large_pages(packed.mutable_data_ptr(), whole * item);
+  }
+  const gemm::Weight a{weight.const_data_ptr(), weight.stride(0), outputs, depth,
+                       packed.mutable_data_ptr()};
+  const gemm::Pack kernel = ECAR_CHOOSE(gemm_kernels).pack[dtype];
+  parallel(gemm::panels(outputs), gemm::kPanelColumns * depth, [&](int64_t begin, int64_t end) {
+    kernel(a, begin, end);
+  });
+  if (large) move_to_large_pages(packed.mutable_data_ptr(), whole * item);
+  return packed;
+}
+
+void check_packed(const Tensor& packed, const Tensor& x, int64_t outputs, int64_t depth) {
+  const int64_t size = gemm::packed_size(outputs, depth);
+  if (packed.dim() != 1 || packed.size(0) < size || packed.stride(0) != 1) {
+    refuse("packed", "pack_linear_weight's result for a weight of ", outputs, " x ", depth,
+           ", got ", text(packed.sizes()));
+  }
+  if (dtype_code(packed) != dtype_code(x)) {
+    refuse("packed", "the first argument's type, got another one");
+  }
+}
+
+const void* bias_of(const MaybeTensor& bias, const Tensor& x, int64_t outputs) {
+  if (!bias.has_value()) return nullptr;
+  check_sizes("bias", *bias, x, {outputs});
+  return bias->const_data_ptr();
+}
+
+void run(Dtype dtype, gemm::Input input, gemm::Output output, const Tensor& x, const Tokens& t) {
+  const int64_t all = t.images * t.tokens;
+  if (all == 0 || output.outputs == 0) return;
+  const Tensor workspace = empty(x, {gemm::workspace_size(all, t.channels)},
+                                 aoti_torch_dtype_float32());
+  input.tokens = output.tokens = t.tokens;
+  input.depth = output.depth = t.channels;
+  input.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+  output.workspace = input.workspace;
+  const gemm::Kernels& kernels = ECAR_CHOOSE(gemm_kernels);
+  const gemm::Prepare prepare = kernels.prepare[dtype];
+  const gemm::Multiply multiply = kernels.multiply[dtype];
+  for (int64_t first = 0; first < all; first += gemm::kSlabRows) {
+    const int64_t rows = all - first < gemm::kSlabRows ? all - first : gemm::kSlabRows;
+    parallel(gemm::ceil_div(rows, gemm::kBlockRows), gemm::kBlockRows * t.channels,
+             [&](int64_t begin, int64_t end) { prepare(input, first, rows, begin, end); });
+    const int64_t chunks = gemm::ceil_div(rows, gemm::kChunkRows);
+    const int64_t cost = rows / chunks * gemm::kPanelColumns * t.channels;
+    parallel(gemm::panels(output.outputs) * chunks, cost / kMultiplyAddsAnElement,
+             [&](int64_t begin, int64_t end) { multiply(output, first, rows, begin, end); });
+  }
+}
+
+Tensor packed_adaln_linear(const Tensor& x, const Tensor& shift, const Tensor& scale,
+                           const Tensor& packed, int64_t outputs, const MaybeTensor& bias,
+                           const MaybeTensor& step_shift, const MaybeTensor& step_scale,
+                           bool gelu, double eps) {
+  const Dtype dtype = check_leading("x", x, 3);
+  const Tokens t = tokens_of(x);
+  check_packed(packed, x, outputs, t.channels);
+  const Tensor y = empty(x, {t.images, t.tokens, outputs});
+  gemm::Input input{};
+  input.x = rows_of(x);
+  input.shift = spatial("shift", shift, x, t);
+  input.scale = spatial("scale", scale, x, t);
+  input.step_shift = step("step_shift", step_shift, x, t);
+  input.step_scale = step("step_scale", step_scale, x, t);
+  input.eps = static_cast<float>(eps);
+  gemm::Output output{};
+  output.packed = packed.const_data_ptr();
+  output.bias = bias_of(bias, x, outputs);
+  output.gelu = gelu;
+  output.outputs = outputs;
+  output.y = y.mutable_data_ptr();
+  run(dtype, input, output, x, t);
+  return y;
+}
+
+Tensor packed_linear_gated_residual(const Tensor& h, const Tensor& packed,
+                                    const MaybeTensor& bias, const Tensor& gate,
+                                    const Tensor& residual, const MaybeTensor& step_gate) {
+  const Dtype dtype = check_leading("h", h, 3);
+  const Tokens t = tokens_of(h);
+  check_leading("residual", residual, 3);
+  const Tokens out{t.images, t.tokens, residual.size(2)};
+  check_packed(packed, h, out.channels, t.channels);
+  const Tensor y = empty(h, {out.images, out.tokens, out.channels});
+  gemm::Input input{};
+  input.x = rows_of(h);
+  gemm::Output output{};
+  output.packed = packed.const_data_ptr();
+  output.bias = bias_of(bias, h, out.channels);
+  output.gate = spatial("gate", gate, h, out);
+  output.step_gate = step("step_gate", step_gate, h, out);
+  output.residual = like("residual", residual, h, out);
+  output.outputs = out.channels;
+  output.y = y.mutable_data_ptr();
+  run(dtype, input, output, h, t);
+  return y;
+}
+
+}  // namespace
+}  // namespace ecar
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
+  library.def("pack_linear_weight(Tensor weight) -> Tensor");
+  library.def(
+      "packed_adaln_linear(Tensor x, Tensor shift, Tensor scale, Tensor packed, int outputs, "
+      "Tensor? bias, Tensor? step_shift, Tensor? step_scale, bool gelu, float eps) -> Tensor");
+  library.def(
+      "packed_linear_gated_residual(Tensor h, Tensor packed, Tensor? bias, Tensor gate, "
+      "Tensor residual, Tensor? step_gate) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ecar, CPU, library) {
+  library.impl("pack_linear_weight", TORCH_BOX(&ecar::pack_linear_weight));
+  library.impl("packed_adaln_linear", TORCH_BOX(&ecar::packed_adaln_linear));
+  library.impl("packed_linear_gated_residual", TORCH_BOX(&ecar::packed_linear_gated_residual));
+}

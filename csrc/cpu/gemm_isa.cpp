@@ -1,0 +1,335 @@
+#include "cpu/gemm.h"
+
+#include "cpu/gemm_gelu.h"
+#include "cpu/vec.h"
+
+namespace ecar {
+namespace ECAR_ISA {
+namespace {
+
+using gemm::ceil_div;
+using gemm::Input;
+using gemm::kBlockRows;
+using gemm::kChunkRows;
+using gemm::kDepth;
+using gemm::kPanelColumns;
+using gemm::Output;
+using gemm::Weight;
+using std::int64_t;
+
+// A tile of sums fills the registers: 24 of 32 with AVX-512, 12 of 16 elsewhere.
+#if defined(ECAR_ISA_avx512)
+constexpr int kTileRows = 8;
+#else
+constexpr int kTileRows = 4;
+#endif
+constexpr int kTileVectors = 3;
+constexpr int kTileColumns = kTileVectors * kWidth;
+static_assert(kBlockRows % kTileRows == 0 && kPanelColumns % kTileColumns == 0, "whole tiles");
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Row `index` of all images' tokens; null where the tensor is absent.
+template <class T>
+const T* row_at(const Rows& rows, int64_t index, int64_t tokens) {
+  const T* data = static_cast<const T*>(rows.data);
+  return data == nullptr ? nullptr
+                         : data + index / tokens * rows.image_stride +
+                               index % tokens * rows.token_stride;
+}
+
+// body(access) for the kWidth or fewer elements that are left.
+template <class Body>
+inline void with_access(int64_t left, Body body) {
+  if (left >= kWidth) {
+    body(Full{});
+  } else {
+    body(Partial{static_cast<int>(left)});
+  }
+}
+
+template <class T, class Access>
+inline Vec combine(Access io, const T* spatial, const T* step, int64_t at) {
+  const Vec part = io.load(spatial + at);
+  return step == nullptr ? part : part + io.load(step + at);
+}
+
+// --- the weight -----------------------------------------------------------------------------
+
+template <class T>
+void pack(const Weight& weight, int64_t begin, int64_t end) {
+  constexpr int64_t square = 16;  // neither side is walked a cache line an element
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t first = panel * kPanelColumns;
+    const T* from = static_cast<const T*>(weight.data) + first * weight.row_stride;
+    T* to = static_cast<T*>(weight.packed) + first * weight.depth;
+    const int64_t columns = smaller(kPanelColumns, weight.outputs - first);
+    for (int64_t k0 = 0; k0 < weight.depth; k0 += square) {
+      for (int64_t n0 = 0; n0 < kPanelColumns; n0 += square) {
+        for (int64_t k = k0; k < smaller(k0 + square, weight.depth); ++k) {
+          for (int64_t n = n0; n < n0 + square; ++n) {
+            to[k * kPanelColumns + n] = n < columns ? from[n * weight.row_stride + k] : T{};
+          }
+        }
+      }
+    }
+  }
+}
+
+// --- the rows -------------------------------------------------------------------------------
+
+// A row that is normalised and modulated as it is read.
+template <class T>
+struct Source {
+  const T *x, *shift, *step_shift, *scale, *step_scale;
+  Vec mean, inverse_deviation;
+
+  void open(const Input& input, int64_t index) {
+    x = row_at<T>(input.x, index, input.tokens);
+    scale = row_at<T>(input.scale, index, input.tokens);
+    if (scale == nullptr) return;
+    shift = row_at<T>(input.shift, index, input.tokens);
+    step_shift = row_at<T>(input.step_shift, index, input.tokens);
+    step_scale = row_at<T>(input.step_scale, index, input.tokens);
+    const float sum =
+        sum_of(input.depth, [&](auto io, int64_t at) { return io.load(x + at); });
+    mean = splat(sum / input.depth);
+    const float squares = sum_of(input.depth, [&](auto io, int64_t at) {
+      const Vec centred = io.load(x + at) - mean;
+      return centred * centred;
+    });
+    inverse_deviation = splat(1.0f / __builtin_sqrtf(squares / input.depth + input.eps));
+  }
+
+  template <class Access>
+  Vec load(Access io, int64_t at) const {
+    const Vec value = io.load(x + at);
+    if (scale == nullptr) return value;
+    return fma((value - mean) * inverse_deviation, 1.0f + combine(io, scale, step_scale, at),
+               combine(io, shift, step_shift, at));
+  }
+};
+
+// [8 rows][8] to [8][8 rows].
+inline void transpose(const float (&rows)[8][8], float* to) {
+#if defined(ECAR_ISA_avx512) || defined(ECAR_ISA_avx2)
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(rows[i]);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {  // a[i + j]: columns j and j + 4 of rows i to i + 3
+    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+  }
+  for (int j = 0; j < 4; ++j) {
+    _mm256_storeu_ps(to + 8 * j, _mm256_permute2f128_ps(a[j], a[4 + j], 0x20));
+    _mm256_storeu_ps(to + 8 * (j + 4), _mm256_permute2f128_ps(a[j], a[4 + j], 0x31));
+  }
+#else
+  for (int i = 0; i < 8; ++i) {
+    for (int j = 0; j < 8; ++j) to[8 * j + i] = rows[i][j];
+  }
+#endif
+}
+
+// Block `block` of a chunk of `blocks`; rows beyond `rows` are zeros.
+template <class T>
+void prepare_block(const Input& input, int64_t first, int64_t rows, int64_t block,
+                   int64_t blocks, float* chunk) {
+  static_assert(kBlockRows == 8, "transpose() is for 8 rows");
+  constexpr int64_t piece = 16;
+  static_assert(piece % kWidth == 0 && kDepth % piece == 0, "a piece is whole vectors of a pass");
+  Source<T> sources[kBlockRows];
+  for (int64_t row = 0; row < rows; ++row) sources[row].open(input, first + row);
+  float values[piece / 8][kBlockRows][8] = {};
+  for (int64_t k = 0; k < input.depth; k += piece) {
+    const int64_t size = smaller(piece, input.depth - k);
+    for (int64_t row = 0; row < rows; ++row) {
+      float read[piece];
+      for (int64_t i = 0; i < size; i += kWidth) {
+        with_access(size - i, [&](auto io) {
+          Full{}.store(read + i, sources[row].load(io, k + i));
+        });
+      }
+      for (int64_t i = 0; i < piece; i += 8) {
+        __builtin_memcpy(values[i / 8][row], read + i, sizeof values[0][0]);
+      }
+    }
+    const int64_t pass = k / kDepth * kDepth, depth = smaller(kDepth, input.depth - pass);
+    float* to = chunk + (pass * blocks + depth * block + k - pass) * kBlockRows;
+    for (int64_t i = 0; i < size; i += 8, to += 8 * kBlockRows) {
+      if (size - i >= 8) {
+        transpose(values[i / 8], to);
+      } else {
+        float last[8 * kBlockRows];
+        transpose(values[i / 8], last);
+        __builtin_memcpy(to, last, (size - i) * kBlockRows * sizeof(float));
+      }
+    }
+  }
+}
+
+template <class T>
+void prepare(const Input& input, int64_t first, int64_t rows, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t row = i * kBlockRows, chunk = row / kChunkRows * kChunkRows;
+    prepare_block<T>(input, first + row, smaller(kBlockRows, rows - row),
+                     (row - chunk) / kBlockRows,
+                     ceil_div(smaller(kChunkRows, rows - chunk), kBlockRows),
+                     input.workspace + chunk * input.depth);
+  }
+}
+
+// --- the product ----------------------------------------------------------------------------
+
+// One pass over a tile of R rows by V vectors: its sums are stored to `to` where `fresh`, else
+// added. Each step also asks for `Lines` cache lines from `next`.
+template <int R, int V, int Lines>
+void tile(const float* a, const float* b, int64_t depth, bool fresh, float* to,
+          const char* next) {
+  Vec sums[R][V] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec columns[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) columns[v] = Full{}.load(b + v * kWidth);
+    for (int line = 0; line < Lines; ++line) __builtin_prefetch(next + 64 * line, 0, 2);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec x = splat(a[r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sums[r][v] = fma(x, columns[v], sums[r][v]);
+    }
+    a += kBlockRows;
+    b += kPanelColumns;
+    next += 64 * Lines;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      float* p = to + r * kPanelColumns + v * kWidth;
+      Full{}.store(p, fresh ? sums[r][v] : Full{}.load(p) + sums[r][v]);
+    }
+  }
+}
+
+template <int R, int Lines>
+void tiles(const float* a, const float* b, int64_t depth, int64_t columns, bool fresh, float* to,
+           const char* next) {
+  for (int64_t n = 0; n < columns; n += kTileColumns) {
+    const int64_t vectors = ceil_div(columns - n, kWidth);
+    if (vectors >= kTileVectors) {
+      tile<R, kTileVectors, Lines>(a, b + n, depth, fresh, to + n, next);
+    } else if (vectors == 2) {
+      tile<R, 2, 0>(a, b + n, depth, fresh, to + n, next);
+    } else {
+      tile<R, 1, 0>(a, b + n, depth, fresh, to + n, next);
+    }
+  }
+}
+
+// A block of `rows` rows or more; less than half a block takes the smallest tile that holds it.
+void multiply_block(const float* a, const float* b, int64_t depth, int64_t rows, int64_t columns,
+                    bool fresh, float* to, const char* next, int64_t lines) {
+  if (rows <= 1) return tiles<1, 0>(a, b, depth, columns, fresh, to, next);
+  if (rows <= 2) return tiles<2, 0>(a, b, depth, columns, fresh, to, next);
+  if (rows <= 4) return tiles<4, 0>(a, b, depth, columns, fresh, to, next);
+  for (int r = 0; r < kBlockRows; r += kTileRows) {
+    float* out = to + r * kPanelColumns;
+    if (lines == 3) {
+      tiles<kTileRows, 3>(a + r, b, depth, columns, fresh, out, next);
+    } else if (lines == 2) {
+      tiles<kTileRows, 2>(a + r, b, depth, columns, fresh, out, next);
+    } else if (lines == 1) {
+      tiles<kTileRows, 1>(a + r, b, depth, columns, fresh, out, next);
+    } else {
+      tiles<kTileRows, 0>(a + r, b, depth, columns, fresh, out, next);
+    }
+  }
+}
+
+template <class T>
+void finish_row(const Output& output, int64_t row, int64_t first, int64_t columns,
+                const float* sums) {
+  T* y = static_cast<T*>(output.y) + row * output.outputs + first;
+  const T* bias = output.bias == nullptr ? nullptr : static_cast<const T*>(output.bias) + first;
+  const T* gate = row_at<T>(output.gate, row, output.tokens);
+  const T* step_gate = row_at<T>(output.step_gate, row, output.tokens);
+  const T* residual = row_at<T>(output.residual, row, output.tokens);
+  for (int64_t i = 0; i < columns; i += kWidth) {
+    with_access(columns - i, [&](auto io) {
+      Vec value = Full{}.load(sums + i);
+      if (bias != nullptr) value += io.load(bias + i);
+      if (output.gelu) value = gelu_tanh(value);
+      if (gate != nullptr) {
+        value = fma(combine(io, gate, step_gate, first + i), value,
+                    io.load(residual + first + i));
+      }
+      io.store(y + i, value);
+    });
+  }
+}
+
+// A piece of a panel as floats: itself, or converted.
+inline const float* as_floats(const float* piece, int64_t, float*) { return piece; }
+template <class T>
+inline const float* as_floats(const T* piece, int64_t size, float* converted) {
+  for (int64_t i = 0; i < size; i += kWidth) Full{}.store(converted + i, Full{}.load(piece + i));
+  return converted;
+}
+
+// A panel by a chunk of up to kChunkRows rows, of which `row` is the first.
+template <class T>
+void multiply_unit(const Output& output, int64_t panel, const float* chunk, int64_t row,
+                   int64_t rows) {
+  alignas(64) float sums[kChunkRows * kPanelColumns];
+  alignas(64) float converted[sizeof(T) == sizeof(float) ? 1 : kDepth * kPanelColumns];
+  const int64_t first = panel * kPanelColumns;
+  const int64_t columns = smaller(kPanelColumns, output.outputs - first);
+  const int64_t blocks = ceil_div(rows, kBlockRows);
+  const T* weight = static_cast<const T*>(output.packed) + first * output.depth;
+  // While one piece is used the next is fetched from memory, in the first block or spread over
+  // the first two or three: 3 lines a step in all.
+  const int64_t lines = blocks == 1 ? 3 : blocks == 2 ? 2 : 1;
+  for (int64_t k = 0; k < output.depth; k += kDepth) {
+    const int64_t depth = smaller(kDepth, output.depth - k);
+    const T* piece = weight + k * kPanelColumns;
+    const char* next = reinterpret_cast<const char*>(piece + depth * kPanelColumns);
+    const float* b = as_floats(piece, depth * kPanelColumns, converted);
+    for (int64_t i = 0; i < blocks; ++i) {
+      multiply_block(chunk + (k * blocks + depth * i) * kBlockRows, b, depth,
+                     rows - i * kBlockRows, columns, k == 0,
+                     sums + i * kBlockRows * kPanelColumns, next + i * lines * depth * 64,
+                     i * lines < 3 ? lines : 0);
+    }
+  }
+  if (output.depth == 0) __builtin_memset(sums, 0, sizeof sums);
+  for (int64_t i = 0; i < rows; ++i) {
+    finish_row<T>(output, row + i, first, columns, sums + i * kPanelColumns);
+  }
+}
+
+template <class T>
+void multiply(const Output& output, int64_t first, int64_t rows, int64_t begin, int64_t end) {
+  const int64_t chunks = ceil_div(rows, kChunkRows);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t row = unit % chunks * kChunkRows;
+    multiply_unit<T>(output, unit / chunks, output.workspace + row * output.depth, first + row,
+                     smaller(kChunkRows, rows - row));
+  }
+}
+
+}  // namespace
+
+extern const gemm::Kernels gemm_kernels = {
+    {pack<float>, pack<BFloat16>, pack<Float16>},
+    {prepare<float>, prepare<BFloat16>, prepare<Float16>},
+    {multiply<float>, multiply<BFloat16>, multiply<Float16>},
+};
+
+}  // namespace ECAR_ISA
+}  // namespace ecar

@@ -1,0 +1,32 @@
+#include "cpu/pages.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace ecar {
+
+#if defined(__linux__)
+
+namespace {
+
+constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1; older headers lack the name
+
+// Only advice, so a refusal is no error; whole pages, lest memory of others be moved.
+void advise(void* data, std::size_t bytes, int advice) {
+  madvise(data, bytes / kLargePage * kLargePage, advice);
+}
+
+}  // namespace
+
+void ask_for_large_pages(void* data, std::size_t bytes) { advise(data, bytes, MADV_HUGEPAGE); }
+void move_to_large_pages(void* data, std::size_t bytes) { advise(data, bytes, kCollapse); }
+
+#else
+
+void ask_for_large_pages(void*, std::size_t) {}
+void move_to_large_pages(void*, std::size_t) {}
+
+#endif
+
+}  // namespace ecar

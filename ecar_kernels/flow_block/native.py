@@ -1,0 +1,120 @@
+"""The fused GEMMs in C++, for CPU tensors: csrc/cpu/gemm_isa.cpp.
+
+A weight is packed on its first use; the packed copy lives as long as the weight and is made anew
+when the weight changes. A change is seen by the tensor's version and address, as autograd sees
+it: writing through `weight.data` into the same memory goes unseen, and `forget_packed` is then
+to be called.
+"""
+
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ecar_kernels import _native
+from ecar_kernels.flow_block import reference
+
+_native.require()
+
+_pack = torch.ops.ecar.pack_linear_weight.default
+_packed_adaln_linear = torch.ops.ecar.packed_adaln_linear.default
+_packed_linear_gated_residual = torch.ops.ecar.packed_linear_gated_residual.default
+
+
+class _Packed(NamedTuple):
+    weight: weakref.ref
+    version: int
+    address: int
+    tensor: Tensor
+
+
+_packed: dict[int, _Packed] = {}  # by the weight's id
+
+
+def packed_weight(weight: Tensor) -> Tensor:
+    """The weight as the kernels take it: from the cache, or packed now."""
+    found = _packed.get(id(weight))
+    if (found is not None and found.weight() is weight and found.version == weight._version
+            and found.address == weight.data_ptr()):
+        return found.tensor
+    key = id(weight)
+
+    def forget(dead: weakref.ref) -> None:
+        if (entry := _packed.get(key)) is not None and entry.weight is dead:
+            del _packed[key]
+
+    tensor = _pack(weight.detach())
+    _packed[key] = _Packed(weakref.ref(weight, forget), weight._version, weight.data_ptr(), tensor)
+    return tensor
+
+
+def forget_packed() -> None:
+    """Drops every packed weight: memory is freed, and the next calls pack anew."""
+    _packed.clear()
+
+
+def adaln_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, *,
+                 step_shift: Tensor | None = None, step_scale: Tensor | None = None,
+                 activation: str | None = None, eps: float = 1e-6) -> Tensor:
+    """act(adaln(x) weight^T + bias)."""
+    call = _adaln_linear if torch.compiler.is_compiling() else _run_adaln_linear
+    return call(x, shift, scale, weight, bias, step_shift, step_scale,
+                activation == "gelu_tanh", eps)
+
+
+def linear_gated_residual(h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor,
+                          residual: Tensor, *, step_gate: Tensor | None = None) -> Tensor:
+    """residual + (gate + step_gate) (h weight^T + bias)."""
+    call = (_linear_gated_residual if torch.compiler.is_compiling()
+            else _run_linear_gated_residual)
+    return call(h, weight, bias, gate, residual, step_gate)
+
+
+def _run_adaln_linear(x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps):
+    if weight.is_inference():  # has no version: a packed copy could go stale unseen
+        return reference.adaln_linear(
+            x, shift, scale, weight, bias, step_shift=step_shift, step_scale=step_scale,
+            activation="gelu_tanh" if gelu else None, eps=eps)
+    return _packed_adaln_linear(x, shift, scale, packed_weight(weight), weight.shape[0], bias,
+                                step_shift, step_scale, gelu, eps)
+
+
+def _run_linear_gated_residual(h, weight, bias, gate, residual, step_gate):
+    if weight.is_inference():
+        return reference.linear_gated_residual(h, weight, bias, gate, residual,
+                                               step_gate=step_gate)
+    return _packed_linear_gated_residual(h, packed_weight(weight), bias, gate, residual,
+                                         step_gate)
+
+
+# What a compiled graph calls: the cache is looked into when it runs, not when it is traced.
+_library = torch.library.Library("ecar", "FRAGMENT")
+_library.define("adaln_linear(Tensor x, Tensor shift, Tensor scale, Tensor weight, Tensor? bias, "
+                "Tensor? step_shift, Tensor? step_scale, bool gelu, float eps) -> Tensor")
+_library.define("linear_gated_residual(Tensor h, Tensor weight, Tensor? bias, Tensor gate, "
+                "Tensor residual, Tensor? step_gate) -> Tensor")
+_library.impl("adaln_linear", _run_adaln_linear, "CPU")
+_library.impl("linear_gated_residual", _run_linear_gated_residual, "CPU")
+_adaln_linear = torch.ops.ecar.adaln_linear.default
+_linear_gated_residual = torch.ops.ecar.linear_gated_residual.default
+
+
+@torch.library.register_fake("ecar::adaln_linear", lib=_library)
+def _(x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("ecar::linear_gated_residual", lib=_library)
+def _(h, weight, bias, gate, residual, step_gate):
+    return h.new_empty(residual.shape)
+
+
+@torch.library.register_fake("ecar::packed_adaln_linear", lib=_library)
+def _(x, shift, scale, packed, outputs, bias, step_shift, step_scale, gelu, eps):
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
+@torch.library.register_fake("ecar::packed_linear_gated_residual", lib=_library)
+def _(h, packed, bias, gate, residual, step_gate):
+    return h.new_empty(residual.shape)
