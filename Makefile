@@ -22,7 +22,7 @@ INSTALL := $(PIP) install --constraint $(KEEP_TORCH) --no-build-isolation --edit
 help:
 	@echo "make demo        install, then draw a 10 x 10 sheet of digits into $(DEMO)"
 	@echo "make test        install, then run the tests on $(JOBS) processes"
-	@echo "make lint        ruff: rules and format"
+	@echo "make lint        ruff"
 	@echo "make bench       time the reference ops on this machine"
 	@echo "make evaluate    judge the samples of $(CHECKPOINT)"
 	@echo "make train-demo  train a small model on 8 x 8 digits (20 minutes on 2 cores)"
@@ -37,7 +37,6 @@ test: $(STAMPS)/test
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
 
 bench: $(STAMPS)/bench
 	$(BIN)/python -m benchmarks
