@@ -17,6 +17,8 @@ from ecar_kernels.flow_block import reference
 
 _native.require()
 
+PANEL, LARGE_PAGE = 48, 2**21  # kPanelColumns of csrc/cpu/gemm.h, kLargePage of pages.h
+
 _pack = torch.ops.ecar.pack_linear_weight.default
 _packed_adaln_linear = torch.ops.ecar.packed_adaln_linear.default
 _packed_linear_gated_residual = torch.ops.ecar.packed_linear_gated_residual.default
@@ -118,3 +120,11 @@ def _(x, shift, scale, packed, outputs, bias, step_shift, step_scale, gelu, eps)
 @torch.library.register_fake("ecar::packed_linear_gated_residual", lib=_library)
 def _(h, packed, bias, gate, residual, step_gate):
     return h.new_empty(residual.shape)
+
+
+@torch.library.register_fake("ecar::pack_linear_weight", lib=_library)
+def _(weight):
+    outputs, depth = weight.shape
+    size = -(-outputs // PANEL) * PANEL * depth
+    items = LARGE_PAGE // weight.element_size()
+    return weight.new_empty(size if size < items else -(-size // items) * items)
