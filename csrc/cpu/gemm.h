@@ -5,9 +5,11 @@
 // alone, so a row's result depends neither on the other rows nor on the threads.
 //
 // A call is cut into slabs of kSlabRows rows. A slab's rows are first written to a workspace,
-// normalised and modulated, as floats; then units of one weight panel by one chunk of rows are
-// computed. The weight is packed into panels of kPanelColumns outputs, [panel][k][output], zeros
-// beyond the last. The workspace is [chunk][k / kDepth][block][k % kDepth][row of the block].
+// normalised and modulated, as floats or, where the CPU multiplies those, as pairs of bfloat16;
+// then units of one weight panel by one chunk of rows are computed. The weight is packed into
+// panels of kPanelColumns outputs, [panel][k][output], zeros beyond the last; bfloat16 as
+// [panel][k / 2][output][k % 2]. The workspace is
+// [chunk][k / kDepth][block][k % kDepth][row of the block], pairs as one word.
 
 #include <cstdint>
 
@@ -28,9 +30,12 @@ inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1
 
 inline std::int64_t panels(std::int64_t outputs) { return ceil_div(outputs, kPanelColumns); }
 
+// Panels are as deep as the next even number: bfloat16 is packed in pairs of k.
+inline std::int64_t whole_pairs(std::int64_t depth) { return depth + depth % 2; }
+
 // In elements; in floats.
 inline std::int64_t packed_size(std::int64_t outputs, std::int64_t depth) {
-  return panels(outputs) * kPanelColumns * depth;
+  return panels(outputs) * kPanelColumns * whole_pairs(depth);
 }
 inline std::int64_t workspace_size(std::int64_t rows, std::int64_t depth) {
   return ceil_div(rows < kSlabRows ? rows : kSlabRows, kBlockRows) * kBlockRows * depth;

@@ -1,5 +1,7 @@
 #include "cpu/gemm.h"
 
+#include <type_traits>
+
 #include "cpu/gemm_gelu.h"
 #include "cpu/vec.h"
 
@@ -13,6 +15,7 @@ using gemm::kBlockRows;
 using gemm::kChunkRows;
 using gemm::kDepth;
 using gemm::kPanelColumns;
+using gemm::whole_pairs;
 using gemm::Output;
 using gemm::Weight;
 using std::int64_t;
@@ -26,6 +29,30 @@ constexpr int kTileRows = 4;
 constexpr int kTileVectors = 3;
 constexpr int kTileColumns = kTileVectors * kWidth;
 static_assert(kBlockRows % kTileRows == 0 && kPanelColumns % kTileColumns == 0, "whole tiles");
+
+// A 4-byte word in every lane, its bits as they are.
+inline Vec broadcast(const float* word) {
+#if defined(ECAR_ISA_avx512)
+  return _mm512_set1_ps(*word);
+#elif defined(ECAR_ISA_avx2)
+  return _mm256_broadcast_ss(word);
+#else
+  return Vec{*word, *word, *word, *word};
+#endif
+}
+
+// Whether bfloat16 rows are multiplied as pairs by AVX512_BF16's instruction, with twice the rate
+// of floats. Elsewhere they and their weights are widened.
+template <class T>
+bool multiplies_pairs() {
+#if defined(ECAR_ISA_avx512)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    static const bool supported = __builtin_cpu_supports("avx512bf16");
+    return supported;
+  }
+#endif
+  return false;
+}
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -56,19 +83,28 @@ inline Vec combine(Access io, const T* spatial, const T* step, int64_t at) {
 
 // --- the weight -----------------------------------------------------------------------------
 
+// Where element k of an output lies in its panel: bfloat16 has k and k + 1 in one word.
+template <class T>
+int64_t packed_at(int64_t k, int64_t column) {
+  return std::is_same_v<T, BFloat16> ? (k / 2 * kPanelColumns + column) * 2 + k % 2
+                                     : k * kPanelColumns + column;
+}
+
 template <class T>
 void pack(const Weight& weight, int64_t begin, int64_t end) {
   constexpr int64_t square = 16;  // neither side is walked a cache line an element
+  const int64_t depth = whole_pairs(weight.depth);
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t first = panel * kPanelColumns;
     const T* from = static_cast<const T*>(weight.data) + first * weight.row_stride;
-    T* to = static_cast<T*>(weight.packed) + first * weight.depth;
+    T* to = static_cast<T*>(weight.packed) + first * depth;
     const int64_t columns = smaller(kPanelColumns, weight.outputs - first);
-    for (int64_t k0 = 0; k0 < weight.depth; k0 += square) {
+    for (int64_t k0 = 0; k0 < depth; k0 += square) {
       for (int64_t n0 = 0; n0 < kPanelColumns; n0 += square) {
-        for (int64_t k = k0; k < smaller(k0 + square, weight.depth); ++k) {
+        for (int64_t k = k0; k < smaller(k0 + square, depth); ++k) {
           for (int64_t n = n0; n < n0 + square; ++n) {
-            to[k * kPanelColumns + n] = n < columns ? from[n * weight.row_stride + k] : T{};
+            to[packed_at<T>(k, n)] =
+                n < columns && k < weight.depth ? from[n * weight.row_stride + k] : T{};
           }
         }
       }
@@ -105,8 +141,10 @@ struct Source {
   Vec load(Access io, int64_t at) const {
     const Vec value = io.load(x + at);
     if (scale == nullptr) return value;
-    return fma((value - mean) * inverse_deviation, 1.0f + combine(io, scale, step_scale, at),
-               combine(io, shift, step_shift, at));
+    const Vec modulated = fma((value - mean) * inverse_deviation,
+                              1.0f + combine(io, scale, step_scale, at),
+                              combine(io, shift, step_shift, at));
+    return io.keep(modulated);
   }
 };
 
@@ -143,31 +181,40 @@ void prepare_block(const Input& input, int64_t first, int64_t rows, int64_t bloc
   static_assert(kBlockRows == 8, "transpose() is for 8 rows");
   constexpr int64_t piece = 16;
   static_assert(piece % kWidth == 0 && kDepth % piece == 0, "a piece is whole vectors of a pass");
+  const int64_t per_word = multiplies_pairs<T>() ? 2 : 1;
   Source<T> sources[kBlockRows];
   for (int64_t row = 0; row < rows; ++row) sources[row].open(input, first + row);
-  float values[piece / 8][kBlockRows][8] = {};
+  float words[piece / 8][kBlockRows][8] = {};
   for (int64_t k = 0; k < input.depth; k += piece) {
     const int64_t size = smaller(piece, input.depth - k);
     for (int64_t row = 0; row < rows; ++row) {
       float read[piece];
       for (int64_t i = 0; i < size; i += kWidth) {
         with_access(size - i, [&](auto io) {
-          Full{}.store(read + i, sources[row].load(io, k + i));
+          const Vec values = sources[row].load(io, k + i);
+          if (per_word == 2) {
+            Full{}.store(reinterpret_cast<T*>(read) + i, values);
+          } else {
+            Full{}.store(read + i, values);
+          }
         });
       }
-      for (int64_t i = 0; i < piece; i += 8) {
-        __builtin_memcpy(values[i / 8][row], read + i, sizeof values[0][0]);
+      for (int64_t i = 0; i < piece / per_word; i += 8) {
+        __builtin_memcpy(words[i / 8][row], read + i, sizeof words[0][0]);
       }
     }
-    const int64_t pass = k / kDepth * kDepth, depth = smaller(kDepth, input.depth - pass);
-    float* to = chunk + (pass * blocks + depth * block + k - pass) * kBlockRows;
-    for (int64_t i = 0; i < size; i += 8, to += 8 * kBlockRows) {
-      if (size - i >= 8) {
-        transpose(values[i / 8], to);
+    const int64_t pass = k / kDepth * kDepth;
+    const int64_t steps = ceil_div(smaller(kDepth, input.depth - pass), per_word);
+    float* to = chunk + (pass / per_word * blocks + steps * block + (k - pass) / per_word) *
+                            kBlockRows;
+    const int64_t count = ceil_div(size, per_word);
+    for (int64_t i = 0; i < count; i += 8, to += 8 * kBlockRows) {
+      if (count - i >= 8) {
+        transpose(words[i / 8], to);
       } else {
         float last[8 * kBlockRows];
-        transpose(values[i / 8], last);
-        __builtin_memcpy(to, last, (size - i) * kBlockRows * sizeof(float));
+        transpose(words[i / 8], last);
+        __builtin_memcpy(to, last, (count - i) * kBlockRows * sizeof(float));
       }
     }
   }
@@ -187,67 +234,84 @@ void prepare(const Input& input, int64_t first, int64_t rows, int64_t begin, int
 // --- the product ----------------------------------------------------------------------------
 
 // One pass over a tile of R rows by V vectors: its sums are stored to `to` where `fresh`, else
-// added. Each step also asks for `Lines` cache lines from `next`.
-template <int R, int V, int Lines>
-void tile(const float* a, const float* b, int64_t depth, bool fresh, float* to,
-          const char* next) {
-  Vec sums[R][V] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec columns[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) columns[v] = Full{}.load(b + v * kWidth);
-    for (int line = 0; line < Lines; ++line) __builtin_prefetch(next + 64 * line, 0, 2);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vec x = splat(a[r]);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sums[r][v] = fma(x, columns[v], sums[r][v]);
-    }
-    a += kBlockRows;
-    b += kPanelColumns;
-    next += 64 * Lines;
+// added. Each step takes a word of each row and asks for `Lines` cache lines from `next`.
+#define ECAR_TILE(TARGET, MULTIPLY_ADD)                                                      \
+  template <int R, int V, int Lines>                                                         \
+  TARGET static void tile(const float* a, const float* b, int64_t steps, bool fresh,         \
+                          float* to, const char* next) {                                     \
+    Vec sums[R][V] = {};                                                                     \
+    for (int64_t k = 0; k < steps; ++k) {                                                    \
+      Vec columns[V];                                                                        \
+      ECAR_UNROLL for (int v = 0; v < V; ++v) columns[v] = Full{}.load(b + v * kWidth);      \
+      for (int line = 0; line < Lines; ++line) __builtin_prefetch(next + 64 * line, 0, 2);   \
+      ECAR_UNROLL for (int r = 0; r < R; ++r) {                                              \
+        const Vec x = broadcast(a + r);                                                      \
+        ECAR_UNROLL for (int v = 0; v < V; ++v) {                                            \
+          sums[r][v] = MULTIPLY_ADD(x, columns[v], sums[r][v]);                              \
+        }                                                                                    \
+      }                                                                                      \
+      a += kBlockRows;                                                                       \
+      b += kPanelColumns;                                                                    \
+      next += 64 * Lines;                                                                    \
+    }                                                                                        \
+    ECAR_UNROLL for (int r = 0; r < R; ++r) {                                                \
+      ECAR_UNROLL for (int v = 0; v < V; ++v) {                                              \
+        float* p = to + r * kPanelColumns + v * kWidth;                                      \
+        Full{}.store(p, fresh ? sums[r][v] : Full{}.load(p) + sums[r][v]);                   \
+      }                                                                                      \
+    }                                                                                        \
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      float* p = to + r * kPanelColumns + v * kWidth;
-      Full{}.store(p, fresh ? sums[r][v] : Full{}.load(p) + sums[r][v]);
-    }
-  }
-}
+#define ECAR_UNROLL _Pragma("GCC unroll 8")
 
-template <int R, int Lines>
-void tiles(const float* a, const float* b, int64_t depth, int64_t columns, bool fresh, float* to,
+struct Floats {
+  ECAR_TILE(, fma)
+};
+
+#if defined(ECAR_ISA_avx512)
+#define ECAR_BF16 __attribute__((target("avx512bf16")))
+struct Pairs {
+  ECAR_BF16 static Vec multiply_add(Vec a, Vec b, Vec sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+  ECAR_TILE(ECAR_BF16, multiply_add)
+};
+#else
+using Pairs = Floats;  // never called
+#endif
+#undef ECAR_TILE
+
+template <class Product, int R, int Lines>
+void tiles(const float* a, const float* b, int64_t steps, int64_t columns, bool fresh, float* to,
            const char* next) {
   for (int64_t n = 0; n < columns; n += kTileColumns) {
     const int64_t vectors = ceil_div(columns - n, kWidth);
     if (vectors >= kTileVectors) {
-      tile<R, kTileVectors, Lines>(a, b + n, depth, fresh, to + n, next);
+      Product::template tile<R, kTileVectors, Lines>(a, b + n, steps, fresh, to + n, next);
     } else if (vectors == 2) {
-      tile<R, 2, 0>(a, b + n, depth, fresh, to + n, next);
+      Product::template tile<R, 2, 0>(a, b + n, steps, fresh, to + n, next);
     } else {
-      tile<R, 1, 0>(a, b + n, depth, fresh, to + n, next);
+      Product::template tile<R, 1, 0>(a, b + n, steps, fresh, to + n, next);
     }
   }
 }
 
 // A block of `rows` rows or more; less than half a block takes the smallest tile that holds it.
-void multiply_block(const float* a, const float* b, int64_t depth, int64_t rows, int64_t columns,
+template <class Product>
+void multiply_block(const float* a, const float* b, int64_t steps, int64_t rows, int64_t columns,
                     bool fresh, float* to, const char* next, int64_t lines) {
-  if (rows <= 1) return tiles<1, 0>(a, b, depth, columns, fresh, to, next);
-  if (rows <= 2) return tiles<2, 0>(a, b, depth, columns, fresh, to, next);
-  if (rows <= 4) return tiles<4, 0>(a, b, depth, columns, fresh, to, next);
+  if (rows <= 1) return tiles<Product, 1, 0>(a, b, steps, columns, fresh, to, next);
+  if (rows <= 2) return tiles<Product, 2, 0>(a, b, steps, columns, fresh, to, next);
+  if (rows <= 4) return tiles<Product, 4, 0>(a, b, steps, columns, fresh, to, next);
   for (int r = 0; r < kBlockRows; r += kTileRows) {
     float* out = to + r * kPanelColumns;
     if (lines == 3) {
-      tiles<kTileRows, 3>(a + r, b, depth, columns, fresh, out, next);
+      tiles<Product, kTileRows, 3>(a + r, b, steps, columns, fresh, out, next);
     } else if (lines == 2) {
-      tiles<kTileRows, 2>(a + r, b, depth, columns, fresh, out, next);
+      tiles<Product, kTileRows, 2>(a + r, b, steps, columns, fresh, out, next);
     } else if (lines == 1) {
-      tiles<kTileRows, 1>(a + r, b, depth, columns, fresh, out, next);
+      tiles<Product, kTileRows, 1>(a + r, b, steps, columns, fresh, out, next);
     } else {
-      tiles<kTileRows, 0>(a + r, b, depth, columns, fresh, out, next);
+      tiles<Product, kTileRows, 0>(a + r, b, steps, columns, fresh, out, next);
     }
   }
 }
@@ -276,35 +340,57 @@ void finish_row(const Output& output, int64_t row, int64_t first, int64_t column
 
 // A piece of a panel as floats: itself, or converted.
 inline const float* as_floats(const float* piece, int64_t, float*) { return piece; }
-template <class T>
-inline const float* as_floats(const T* piece, int64_t size, float* converted) {
-  for (int64_t i = 0; i < size; i += kWidth) Full{}.store(converted + i, Full{}.load(piece + i));
+inline const float* as_floats(const Float16* piece, int64_t depth, float* converted) {
+  for (int64_t i = 0; i < depth * kPanelColumns; i += kWidth) {
+    Full{}.store(converted + i, Full{}.load(piece + i));
+  }
+  return converted;
+}
+inline const float* as_floats(const BFloat16* piece, int64_t depth, float* converted) {
+  const std::uint32_t* words = reinterpret_cast<const std::uint32_t*>(piece);
+  for (int64_t k = 0; k < depth; k += 2, words += kPanelColumns) {
+    float* even = converted + k * kPanelColumns;
+    for (int64_t i = 0; i < kPanelColumns; i += kWidth) {
+      UVec both;
+      __builtin_memcpy(&both, words + i, sizeof both);
+      Full{}.store(even + i, (Vec)(both << 16));
+      Full{}.store(even + kPanelColumns + i, (Vec)(both & 0xffff0000u));
+    }
+  }
   return converted;
 }
 
 // A panel by a chunk of up to kChunkRows rows, of which `row` is the first.
-template <class T>
+template <class T, class Product>
 void multiply_unit(const Output& output, int64_t panel, const float* chunk, int64_t row,
                    int64_t rows) {
+  constexpr bool pairs = !std::is_same_v<Product, Floats>;
+  constexpr int64_t per_word = pairs ? 2 : 1;
   alignas(64) float sums[kChunkRows * kPanelColumns];
-  alignas(64) float converted[sizeof(T) == sizeof(float) ? 1 : kDepth * kPanelColumns];
+  alignas(64) float converted[pairs || sizeof(T) == sizeof(float) ? 1 : kDepth * kPanelColumns];
   const int64_t first = panel * kPanelColumns;
   const int64_t columns = smaller(kPanelColumns, output.outputs - first);
   const int64_t blocks = ceil_div(rows, kBlockRows);
-  const T* weight = static_cast<const T*>(output.packed) + first * output.depth;
+  const T* weight = static_cast<const T*>(output.packed) + first * whole_pairs(output.depth);
   // While one piece is used the next is fetched from memory, in the first block or spread over
   // the first two or three: 3 lines a step in all.
   const int64_t lines = blocks == 1 ? 3 : blocks == 2 ? 2 : 1;
   for (int64_t k = 0; k < output.depth; k += kDepth) {
     const int64_t depth = smaller(kDepth, output.depth - k);
+    const int64_t steps = ceil_div(depth, per_word);
     const T* piece = weight + k * kPanelColumns;
     const char* next = reinterpret_cast<const char*>(piece + depth * kPanelColumns);
-    const float* b = as_floats(piece, depth * kPanelColumns, converted);
+    const float* b;
+    if constexpr (pairs) {
+      b = reinterpret_cast<const float*>(piece);
+    } else {
+      b = as_floats(piece, depth, converted);
+    }
     for (int64_t i = 0; i < blocks; ++i) {
-      multiply_block(chunk + (k * blocks + depth * i) * kBlockRows, b, depth,
-                     rows - i * kBlockRows, columns, k == 0,
-                     sums + i * kBlockRows * kPanelColumns, next + i * lines * depth * 64,
-                     i * lines < 3 ? lines : 0);
+      multiply_block<Product>(chunk + (k / per_word * blocks + steps * i) * kBlockRows, b, steps,
+                              rows - i * kBlockRows, columns, k == 0,
+                              sums + i * kBlockRows * kPanelColumns,
+                              next + i * lines * steps * 64, i * lines < 3 ? lines : 0);
     }
   }
   if (output.depth == 0) __builtin_memset(sums, 0, sizeof sums);
@@ -316,10 +402,11 @@ void multiply_unit(const Output& output, int64_t panel, const float* chunk, int6
 template <class T>
 void multiply(const Output& output, int64_t first, int64_t rows, int64_t begin, int64_t end) {
   const int64_t chunks = ceil_div(rows, kChunkRows);
+  const auto run = multiplies_pairs<T>() ? multiply_unit<T, Pairs> : multiply_unit<T, Floats>;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t row = unit % chunks * kChunkRows;
-    multiply_unit<T>(output, unit / chunks, output.workspace + row * output.depth, first + row,
-                     smaller(kChunkRows, rows - row));
+    run(output, unit / chunks, output.workspace + row * output.depth, first + row,
+        smaller(kChunkRows, rows - row));
   }
 }
 

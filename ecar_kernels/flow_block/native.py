@@ -125,6 +125,6 @@ def _(h, packed, bias, gate, residual, step_gate):
 @torch.library.register_fake("ecar::pack_linear_weight", lib=_library)
 def _(weight):
     outputs, depth = weight.shape
-    size = -(-outputs // PANEL) * PANEL * depth
+    size = -(-outputs // PANEL) * PANEL * (depth + depth % 2)
     items = LARGE_PAGE // weight.element_size()
     return weight.new_empty(size if size < items else -(-size // items) * items)
