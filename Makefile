@@ -6,6 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 
+CASES ?= 10000
 CHECKPOINT ?= checkpoints/mnist
 DEMO ?= demo.png
 
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 KEEP_TORCH := $(VENV)/torch-version.txt
 INSTALL := $(PIP) install --constraint $(KEEP_TORCH) --no-build-isolation --editable
 
-.PHONY: help demo test lint bench evaluate train-demo clean
+.PHONY: help demo test lint bench sanitize fuzz evaluate train-demo clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +25,8 @@ help:
 	@echo "make test        install, then run the tests on $(JOBS) processes"
 	@echo "make lint        ruff"
 	@echo "make bench       time the reference ops on this machine"
+	@echo "make sanitize    the C++ ops' tests under the address and undefined-behaviour sanitizers"
+	@echo "make fuzz        $(CASES) random calls of every op, valid and invalid mixed"
 	@echo "make evaluate    judge the samples of $(CHECKPOINT)"
 	@echo "make train-demo  train a small model on 8 x 8 digits (20 minutes on 2 cores)"
 	@echo "make clean       remove builds and caches (not $(VENV))"
@@ -40,6 +43,28 @@ lint: $(STAMPS)/dev
 
 bench: $(STAMPS)/bench
 	$(BIN)/python -m benchmarks
+
+# In a library of its own, on each instruction set; torch's allocations are watched too, for the
+# sanitizers' allocator is loaded first. Graphs that Inductor compiles are left out.
+SANITIZED := build/sanitize
+PRELOAD = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+WATCHED = env LD_PRELOAD='$(PRELOAD)' ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+  UBSAN_OPTIONS=print_stacktrace=1 ECAR_LIBRARY=$(SANITIZED)/libecar_cpu.so
+
+sanitize: $(STAMPS)/test
+	PATH="$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DECAR_SANITIZE=ON -DECAR_TORCH_DIR="$$( \
+	  $(BIN)/python -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent)')"
+	PATH="$(BIN):$$PATH" cmake --build $(SANITIZED)
+	$(SANITIZED)/known_answers
+	for isa in avx512 avx2 baseline; do \
+	  $(WATCHED) ECAR_CPU_ISA=$$isa $(BIN)/python -m pytest -q -p no:cacheprovider \
+	    -k 'not inductor and not graph and not instruction and not Absence' \
+	    tests/ecar_kernels/test_*native.py || exit 1; \
+	  $(WATCHED) ECAR_CPU_ISA=$$isa $(BIN)/python -m tests.fuzz --cases $(CASES) || exit 1; \
+	done
+
+fuzz: $(STAMPS)/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases $(CASES)
 
 evaluate: $(STAMPS)/test
 	$(BIN)/ecar evaluate --checkpoint $(CHECKPOINT)

@@ -1,6 +1,10 @@
-"""The compiled library: found and loaded on first need, never at import."""
+"""The compiled library: found and loaded on first need, never at import.
+
+ECAR_LIBRARY names another file to load in its place, one with sanitizers for instance.
+"""
 
 import functools
+import os
 from pathlib import Path
 
 import torch
@@ -8,12 +12,17 @@ import torch
 FOLDER = Path(__file__).parent
 NAMES = ("libecar_cpu.so", "libecar_cpu.dylib")
 WHY_NOT_BUILT = "libecar_cpu.why_not.txt"  # left by setup.py where it could not build
+ENVIRONMENT_VARIABLE = "ECAR_LIBRARY"
 
 
 @functools.cache
 def why_not() -> str | None:
     """None once the library is loaded, else why it can't be; tried once a process."""
-    path = next((FOLDER / name for name in NAMES if (FOLDER / name).is_file()), None)
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    places = [Path(named)] if named else [FOLDER / name for name in NAMES]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None and named:
+        return f"environment variable {ENVIRONMENT_VARIABLE}: no file {named}"
     if path is None:
         note = FOLDER / WHY_NOT_BUILT
         said = note.read_text("utf-8").strip() if note.is_file() else "run pip install ."

@@ -37,6 +37,17 @@ def check_dtype(name: str, dtype: object) -> None:
                     f"(torch.float64 only under use_backend('reference')), got {dtype}")
 
 
+def check_device(name: str, device: object) -> torch.device:
+    """A device, its name or its index."""
+    if isinstance(device, (torch.device, str)) or type(device) is int:
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"argument '{name}': expected a device, got {device!r}") from error
+    raise TypeError(f"argument '{name}': expected a torch.device or its name, "
+                    f"got {type(device).__name__}")
+
+
 def _check_last_dim(name: str, value: Tensor) -> None:
     if value.stride(-1) != 1 and value.shape[-1] > 1:
         raise ValueError(f"argument '{name}': expected a tensor whose last dimension is "

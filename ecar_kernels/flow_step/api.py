@@ -17,6 +17,7 @@ from ecar_kernels import registry
 from ecar_kernels._validation import (
     autocast_widest,
     check_count,
+    check_device,
     check_dtype,
     check_leading,
     check_like,
@@ -102,7 +103,10 @@ def initial_noise(seeds: Tensor, shape: Sequence[int], *, device: torch.device |
     for index, size in enumerate(shape):
         check_count(f"shape[{index}]", size)
     check_dtype("dtype", dtype)
-    run = registry.implementation("initial_noise", torch.device(device).type, dtype)
+    where = check_device("device", device).type
+    if seeds.is_meta and where != "meta":
+        raise ValueError("argument 'seeds': expected a tensor with data, got one on meta")
+    run = registry.implementation("initial_noise", where, dtype)
     return run(seeds, shape, device=device, dtype=dtype)
 
 

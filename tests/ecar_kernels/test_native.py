@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ecar_kernels import _native, registry, use_backend
 from ecar_kernels.registry import KERNEL_DTYPES, OPS
+from tests import fuzz
 from tests.support.accuracy import assert_accurate, run, tensors
 from tests.support.native import needs_native
 from tests.support.ops import DIFFERENTIABLE, INFERENCE_ONLY, arguments, function
@@ -204,6 +205,13 @@ def test_a_wrong_call_of_the_op_itself_is_refused():
     for call, message in wrong:
         with pytest.raises(RuntimeError, match=message):
             torch.ops.ecar.adaln(*call)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_random_calls_of_every_op(backend, seed, capsys):
+    """A few of `make fuzz`'s."""
+    failed = fuzz.main(["--cases", "600", "--seed", str(seed), "--backend", backend])
+    assert not failed, capsys.readouterr().out
 
 
 class TestAbsence:
