@@ -1,0 +1,123 @@
+#pragma once
+
+// The innermost part of the product, for *_isa.cpp files: a block of rows by a piece of a panel.
+
+#include "cpu/gemm.h"
+#include "cpu/vec.h"
+
+namespace ecar {
+namespace ECAR_ISA {
+namespace {
+
+using gemm::ceil_div;
+using gemm::kBlockRows;
+using gemm::kPanelColumns;
+using std::int64_t;
+
+// A tile of sums fills the registers: 24 of 32 with AVX-512, 12 of 16 elsewhere.
+#if defined(ECAR_ISA_avx512)
+constexpr int kTileRows = 8;
+#else
+constexpr int kTileRows = 4;
+#endif
+constexpr int kTileVectors = 3;
+constexpr int kTileColumns = kTileVectors * kWidth;
+static_assert(kBlockRows % kTileRows == 0 && kPanelColumns % kTileColumns == 0, "whole tiles");
+
+// A 4-byte word in every lane, its bits as they are.
+inline Vec broadcast(const float* word) {
+#if defined(ECAR_ISA_avx512)
+  return _mm512_set1_ps(*word);
+#elif defined(ECAR_ISA_avx2)
+  return _mm256_broadcast_ss(word);
+#else
+  return Vec{*word, *word, *word, *word};
+#endif
+}
+
+// One pass over a tile of R rows by V vectors: its sums are stored to `to` where `fresh`, else
+// added. Each step takes a word of each row and asks for `Lines` cache lines from `next`.
+#define ECAR_TILE(TARGET, MULTIPLY_ADD)                                                      \
+  template <int R, int V, int Lines>                                                         \
+  TARGET static void tile(const float* a, const float* b, int64_t steps, bool fresh,         \
+                          float* to, const char* next) {                                     \
+    Vec sums[R][V] = {};                                                                     \
+    for (int64_t k = 0; k < steps; ++k) {                                                    \
+      Vec columns[V];                                                                        \
+      ECAR_UNROLL for (int v = 0; v < V; ++v) columns[v] = Full{}.load(b + v * kWidth);      \
+      for (int line = 0; line < Lines; ++line) __builtin_prefetch(next + 64 * line, 0, 2);   \
+      ECAR_UNROLL for (int r = 0; r < R; ++r) {                                              \
+        const Vec x = broadcast(a + r);                                                      \
+        ECAR_UNROLL for (int v = 0; v < V; ++v) {                                            \
+          sums[r][v] = MULTIPLY_ADD(x, columns[v], sums[r][v]);                              \
+        }                                                                                    \
+      }                                                                                      \
+      a += kBlockRows;                                                                       \
+      b += kPanelColumns;                                                                    \
+      next += 64 * Lines;                                                                    \
+    }                                                                                        \
+    ECAR_UNROLL for (int r = 0; r < R; ++r) {                                                \
+      ECAR_UNROLL for (int v = 0; v < V; ++v) {                                              \
+        float* p = to + r * kPanelColumns + v * kWidth;                                      \
+        Full{}.store(p, fresh ? sums[r][v] : Full{}.load(p) + sums[r][v]);                   \
+      }                                                                                      \
+    }                                                                                        \
+  }
+#define ECAR_UNROLL _Pragma("GCC unroll 8")
+
+struct Floats {
+  ECAR_TILE(, fma)
+};
+
+#if defined(ECAR_ISA_avx512)
+#define ECAR_BF16 __attribute__((target("avx512bf16")))
+struct Pairs {
+  ECAR_BF16 static Vec multiply_add(Vec a, Vec b, Vec sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+  ECAR_TILE(ECAR_BF16, multiply_add)
+};
+#else
+using Pairs = Floats;  // never called
+#endif
+#undef ECAR_TILE
+
+template <class Product, int R, int Lines>
+void tiles(const float* a, const float* b, int64_t steps, int64_t columns, bool fresh, float* to,
+           const char* next) {
+  for (int64_t n = 0; n < columns; n += kTileColumns) {
+    const int64_t vectors = ceil_div(columns - n, kWidth);
+    if (vectors >= kTileVectors) {
+      Product::template tile<R, kTileVectors, Lines>(a, b + n, steps, fresh, to + n, next);
+    } else if (vectors == 2) {
+      Product::template tile<R, 2, 0>(a, b + n, steps, fresh, to + n, next);
+    } else {
+      Product::template tile<R, 1, 0>(a, b + n, steps, fresh, to + n, next);
+    }
+  }
+}
+
+// A block of `rows` rows or more; less than half a block takes the smallest tile that holds it.
+template <class Product>
+void multiply_block(const float* a, const float* b, int64_t steps, int64_t rows, int64_t columns,
+                    bool fresh, float* to, const char* next, int64_t lines) {
+  if (rows <= 1) return tiles<Product, 1, 0>(a, b, steps, columns, fresh, to, next);
+  if (rows <= 2) return tiles<Product, 2, 0>(a, b, steps, columns, fresh, to, next);
+  if (rows <= 4) return tiles<Product, 4, 0>(a, b, steps, columns, fresh, to, next);
+  for (int r = 0; r < kBlockRows; r += kTileRows) {
+    float* out = to + r * kPanelColumns;
+    if (lines == 3) {
+      tiles<Product, kTileRows, 3>(a + r, b, steps, columns, fresh, out, next);
+    } else if (lines == 2) {
+      tiles<Product, kTileRows, 2>(a + r, b, steps, columns, fresh, out, next);
+    } else if (lines == 1) {
+      tiles<Product, kTileRows, 1>(a + r, b, steps, columns, fresh, out, next);
+    } else {
+      tiles<Product, kTileRows, 0>(a + r, b, steps, columns, fresh, out, next);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ECAR_ISA
+}  // namespace ecar
