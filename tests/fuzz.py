@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--backend", default="auto", choices=("auto", "native", "reference"))
+    parser.add_argument("--backend", default="auto", choices=("auto", "native"))
     arguments = parser.parse_args(argv)
     seed = random.SystemRandom().randrange(2**32) if arguments.seed is None else arguments.seed
     print(f"seed {seed}, {arguments.cases} cases", flush=True)

@@ -11,6 +11,10 @@
 #include <sstream>
 #include <string>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -77,13 +81,31 @@ inline void check_sizes(const char* name, const Tensor& tensor, const Tensor& le
   }
 }
 
+// From this size on, an output's memory usually comes fresh from the kernel.
+constexpr std::int64_t kLarge = std::int64_t{4} << 20;
+
+// Asks for huge pages before the first touch, as torch's THP_MEM_ALLOC_ENABLE=1 does for all of
+// its memory: faults of 4 KiB cost more than the kernels do. On a virtual Zen 4, 64 MiB outputs:
+// adaln 441 ms without, 186 ms with.
+inline void prepare_large(void* data, std::int64_t bytes) {
+#if defined(__linux__)
+  constexpr std::uintptr_t kHugePage = std::uintptr_t{2} << 20;
+  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(data);
+  const std::uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
+  const std::uintptr_t last = (begin + bytes) & ~(kHugePage - 1);
+  // A kernel that refuses leaves the pages small.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 // A new contiguous tensor of the type and device of `like`.
 inline Tensor empty(const Tensor& like, std::initializer_list<std::int64_t> sizes,
                     std::int32_t dtype) {
   std::int64_t strides[8];
-  std::int64_t stride = 1;
+  std::int64_t stride = 1, count = 1;
   for (std::size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
+    count *= sizes.begin()[i];
     stride *= sizes.begin()[i] > 1 ? sizes.begin()[i] : 1;
   }
   std::int32_t device_type, device_index;
@@ -93,7 +115,10 @@ inline Tensor empty(const Tensor& like, std::initializer_list<std::int64_t> size
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<std::int64_t>(sizes.size()), sizes.begin(), strides, dtype, device_type,
       device_index, &handle));
-  return Tensor(handle);
+  const Tensor tensor(handle);
+  const std::int64_t bytes = count * static_cast<std::int64_t>(aoti_torch_dtype_element_size(dtype));
+  if (bytes >= kLarge) prepare_large(tensor.mutable_data_ptr(), bytes);
+  return tensor;
 }
 
 inline Tensor empty(const Tensor& like, std::initializer_list<std::int64_t> sizes) {
