@@ -50,7 +50,7 @@ def fused_op(layer: str, rows: int, outputs: int, inputs: int,
 
 def candidates(layer: str, rows: int, outputs: int, inputs: int) -> dict[str, list[Callable]]:
     """For each path one call for every weight; packing is done here, outside the timing."""
-    count = max(2, WEIGHTS_BYTES // (4 * outputs * inputs))
+    count = min(64, max(2, WEIGHTS_BYTES // (4 * outputs * inputs)))
     weights = [torch.randn(outputs, inputs) for _ in range(count)]
     bias, x = torch.randn(outputs), torch.randn(rows, inputs)
     found = {"nn.Linear": [lambda w=w: F.linear(x, w, bias) for w in weights]}
