@@ -30,6 +30,7 @@ Tensor adaln(const Tensor& x, const Tensor& shift, const Tensor& scale,
   a.step_scale = step("step_scale", step_scale, x, t);
   a.y = y.mutable_data_ptr();
   a.tokens = t.tokens, a.channels = t.channels, a.eps = static_cast<float>(eps);
+  a.stream = stream(y);
   run_forward(ECAR_CHOOSE(adaln_kernels).adaln, dtype, a, t);
   return y;
 }
@@ -45,7 +46,7 @@ Tensor gated_residual(const Tensor& x, const Tensor& branch, const Tensor& gate,
   a.gate = spatial("gate", gate, x, t);
   a.step_gate = step("step_gate", step_gate, x, t);
   a.new_x = new_x.mutable_data_ptr();
-  a.tokens = t.tokens, a.channels = t.channels;
+  a.tokens = t.tokens, a.channels = t.channels, a.stream = stream(new_x);
   run_forward(ECAR_CHOOSE(adaln_kernels).gated_residual, dtype, a, t);
   return new_x;
 }
@@ -70,6 +71,7 @@ std::tuple<Tensor, Tensor> gated_residual_adaln(
   a.new_x = new_x.mutable_data_ptr();
   a.y = y.mutable_data_ptr();
   a.tokens = t.tokens, a.channels = t.channels, a.eps = static_cast<float>(eps);
+  a.stream = stream(y);
   run_forward(ECAR_CHOOSE(adaln_kernels).gated_residual_adaln, dtype, a, t);
   return {new_x, y};
 }

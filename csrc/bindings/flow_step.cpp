@@ -54,6 +54,7 @@ Tensor euler_step(const Tensor& x, const Tensor& velocity, double dt, double gui
   const Sizes sizes = x.sizes();
   const Tensor out = empty(x, {sizes[0], sizes[1], sizes[2], sizes[3]});
   EulerStep a = euler_arguments(x, velocity, dt, guidance_scale, out);
+  a.stream = stream(out);
   merge_dimensions(a);
   const std::int64_t rows = a.sizes[0] * a.sizes[1] * a.sizes[2];
   const std::int64_t blocks = (a.inner + kEulerBlock - 1) / kEulerBlock;

@@ -98,6 +98,14 @@ inline void prepare_large(void* data, std::int64_t bytes) {
 #endif
 }
 
+// Outputs from here on are written past the caches, which could not hold them: it spares the
+// read of each line that an ordinary store makes first.
+constexpr std::int64_t kStreamBytes = std::int64_t{32} << 20;
+
+inline bool stream(const Tensor& output) {
+  return output.numel() * static_cast<std::int64_t>(output.element_size()) >= kStreamBytes;
+}
+
 // A new contiguous tensor of the type and device of `like`.
 inline Tensor empty(const Tensor& like, std::initializer_list<std::int64_t> sizes,
                     std::int32_t dtype) {

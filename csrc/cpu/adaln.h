@@ -17,6 +17,7 @@ struct AdalnForward {
   void* y;
   std::int64_t tokens, channels;  // of one image
   float eps;
+  bool stream;  // the last output goes past the caches
 };
 
 // Works on tokens [begin, end) of all images in a row.

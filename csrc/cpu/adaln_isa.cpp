@@ -45,8 +45,8 @@ inline float sum(const T* x, std::int64_t channels) {
   return sum_of(channels, [&](auto io, std::int64_t at) { return io.load(x + at); });
 }
 
-template <class T, bool kGated, bool kNorm>
-void forward(const AdalnForward& a, std::int64_t begin, std::int64_t end) {
+template <class T, bool kGated, bool kNorm, class Whole>
+void forward_rows(const AdalnForward& a, std::int64_t begin, std::int64_t end) {
   const std::int64_t channels = a.channels;
   for (std::int64_t index = begin; index < end; ++index) {
     const std::int64_t image = index / a.tokens, token = index % a.tokens;
@@ -66,7 +66,7 @@ void forward(const AdalnForward& a, std::int64_t begin, std::int64_t end) {
       if constexpr (kNorm) {
         total = sum_of(channels, residual);
       } else {
-        for_each(channels, residual);
+        for_each<Whole>(channels, residual);
       }
       x = new_x;
     } else {
@@ -79,13 +79,23 @@ void forward(const AdalnForward& a, std::int64_t begin, std::int64_t end) {
       const T* scale = row<T>(a.scale, image, token);
       const T* step_scale = row<T>(a.step_scale, image, 0);
       T* y = output<T>(a.y, index, channels);
-      for_each(channels, [&, mean = mean, deviation = inverse_deviation](auto io,
+      for_each<Whole>(channels, [&, mean = mean, deviation = inverse_deviation](auto io,
                                                                          std::int64_t at) {
         const Vec normal = (io.load(x + at) - mean) * deviation;
         io.store(y + at, fma(normal, 1.0f + combine(io, scale, step_scale, at),
                              combine(io, shift, step_shift, at)));
       });
     }
+  }
+}
+
+template <class T, bool kGated, bool kNorm>
+void forward(const AdalnForward& a, std::int64_t begin, std::int64_t end) {
+  if (a.stream) {
+    forward_rows<T, kGated, kNorm, Stream>(a, begin, end);
+    fence();
+  } else {
+    forward_rows<T, kGated, kNorm, Full>(a, begin, end);
   }
 }
 

@@ -17,6 +17,7 @@ struct EulerStep {
   std::int64_t x_strides[3], velocity_strides[3];  // of the former; the latter's are 1
   void* out;                                       // contiguous
   float dt, guidance;
+  bool stream;  // the output goes past the caches
 };
 
 // Elements of a row that are one unit of work.

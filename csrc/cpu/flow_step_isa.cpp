@@ -42,16 +42,26 @@ inline Vec stepped(Access io, const EulerStep& a, const StepRow<T>& row, std::in
   return io.load(row.x + at) + a.dt * velocity;
 }
 
-template <class T>
-void euler_step(const EulerStep& a, std::int64_t begin, std::int64_t end) {
+template <class T, class Whole>
+void euler_rows(const EulerStep& a, std::int64_t begin, std::int64_t end) {
   const std::int64_t blocks = (a.inner + kEulerBlock - 1) / kEulerBlock;
   for (std::int64_t unit = begin; unit < end; ++unit) {
     const StepRow<T> row = step_row<T>(a, unit / blocks);
     const std::int64_t first = unit % blocks * kEulerBlock;
     const std::int64_t rest = a.inner - first;
-    for_each(rest < kEulerBlock ? rest : kEulerBlock, [&](auto io, std::int64_t at) {
+    for_each<Whole>(rest < kEulerBlock ? rest : kEulerBlock, [&](auto io, std::int64_t at) {
       io.store(row.out + first + at, stepped(io, a, row, first + at));
     });
+  }
+}
+
+template <class T>
+void euler_step(const EulerStep& a, std::int64_t begin, std::int64_t end) {
+  if (a.stream) {
+    euler_rows<T, Stream>(a, begin, end);
+    fence();
+  } else {
+    euler_rows<T, Full>(a, begin, end);
   }
 }
 

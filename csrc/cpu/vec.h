@@ -154,6 +154,48 @@ struct Full {
   Vec keep(Vec v) const { return v; }
 };
 
+// As Full, past the caches where `to` is aligned to what is stored: for outputs that no cache
+// could hold. fence() before another thread may look.
+struct Stream : Full {
+  template <class T>
+  void store(T* to, Vec v) const {
+    const typename StorageOf<T>::type storage = narrow(v, T{});
+#if defined(__x86_64__)
+    if (reinterpret_cast<std::uintptr_t>(to) % sizeof storage == 0) {
+#if defined(ECAR_ISA_avx512)
+      if constexpr (sizeof storage == 64) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)storage);
+        return;
+      } else {
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)storage);
+        return;
+      }
+#elif defined(ECAR_ISA_avx2)
+      if constexpr (sizeof storage == 32) {
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)storage);
+        return;
+      } else {
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)storage);
+        return;
+      }
+#else
+      if constexpr (sizeof storage == 16) {
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)storage);
+        return;
+      }
+#endif
+    }
+#endif
+    __builtin_memcpy(to, &storage, sizeof storage);
+  }
+};
+
+inline void fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // Access to the first `count` < kWidth elements, the others reading as 0.
 struct Partial {
   int count;
@@ -172,10 +214,10 @@ struct Partial {
 };
 
 // body(access, offset) over a row of `count` elements.
-template <class Body>
+template <class Whole = Full, class Body>
 inline void for_each(std::int64_t count, Body body) {
   std::int64_t at = 0;
-  for (; at + kWidth <= count; at += kWidth) body(Full{}, at);
+  for (; at + kWidth <= count; at += kWidth) body(Whole{}, at);
   if (at < count) body(Partial{static_cast<int>(count - at)}, at);
 }
 

@@ -164,6 +164,26 @@ def test_an_image_does_not_depend_on_its_batch(op, batch, seed):
 
 
 @needs_native
+@pytest.mark.parametrize("channels", [768, 767])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_outputs_too_large_for_a_cache_have_the_same_bits(dtype, channels):
+    """They are written past the caches, rows aligned or not; halves of them are not."""
+    count = (36 << 20) // (channels * dtype.itemsize)
+    x, branch, gate, shift, scale = torch.randn(5, 2, count // 2, channels).to(dtype)
+    calls = {"adaln": (x, shift, scale), "gated_residual": (x, branch, gate),
+             "gated_residual_adaln": (x, branch, gate, shift, scale)}
+    with use_backend("native"):
+        for op, call in calls.items():
+            whole = tensors(function(op)(*call))
+            for half in (0, 1):
+                part = tensors(function(op)(*(value[half:half + 1] for value in call)))
+                assert all(a[0].equal(b[half]) for a, b in zip(part, whole, strict=True)), op
+        state, velocity = x.unflatten(1, (-1, 1)), branch.unflatten(1, (-1, 1))
+        whole = function("euler_step")(state, velocity, 0.1)
+        assert function("euler_step")(state[:1], velocity[:1], 0.1)[0].equal(whole[0])
+
+
+@needs_native
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", SETS[1:])
 def test_lesser_instruction_sets(isa):
