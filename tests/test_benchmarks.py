@@ -12,8 +12,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def python(*arguments) -> str:
-    # pytest-benchmark measures nothing where it sees that it is in a worker of xdist.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    # A pytest of its own: options of the outer one may not fit it, and pytest-benchmark measures
+    # nothing where it sees that it is in a worker of xdist.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,

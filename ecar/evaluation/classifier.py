@@ -130,9 +130,14 @@ def find_classifier(name: str) -> Path:
     )
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image turned by up to 10 degrees, scaled by 0.9 .. 1.1, sheared by up to 0.15, and
-    shifted by up to 1/16 of its side."""
+def augment(images: Tensor, generator: torch.Generator, *, noise: float = 0.1) -> Tensor:
+    """Move and roughen each image a little, [B, C, H, W] in [-1, 1].
+
+    Turned by up to 10 degrees, scaled by 0.9 .. 1.1, sheared by up to 0.15, shifted by up to 1/16
+    of its side; then Gaussian noise of deviation up to `noise`. In the features of an MNIST
+    classifier trained without the noise, a background lighter by 4 / 255, which nobody sees, was
+    three times as far from real digits as a 30 % blend with a 3x3 blur; with it, less than half.
+    """
     count = len(images)
 
     def uniform(limit: float) -> Tensor:
@@ -145,7 +150,9 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     )
     grid = F.affine_grid(theta.view(count, 2, 3), images.shape, align_corners=False)
     # Outside is black, which is -1: shift by one so that zero padding means that.
-    return F.grid_sample(images + 1, grid, align_corners=False) - 1
+    moved = F.grid_sample(images + 1, grid, align_corners=False) - 1
+    deviation = uniform(noise).view(count, 1, 1, 1)
+    return (moved + deviation * torch.randn(moved.shape, generator=generator)).clamp(-1, 1)
 
 
 def train_classifier(

@@ -123,3 +123,17 @@ def test_damage_is_named(tmp_path):
         refused(message)
     index.write_text(index.read_text()[:20])
     refused("not valid JSON")
+
+
+def test_a_codec_that_draws_is_reproducible(tmp_path):
+    class Draws(Halve):
+        def encode(self, images):
+            pooled = super().encode(images)
+            return pooled + torch.randn_like(pooled)
+
+    source, before = dataset(), torch.random.get_rng_state()
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        cache_latents(source, Draws(), tmp_path / name, seed=seed, progress=False)
+    a, b, c = (load_dataset("latents", root=tmp_path / name).tensors()[0] for name in "abc")
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(torch.random.get_rng_state(), before)

@@ -150,6 +150,7 @@ def test_inception_score_of_splits():
     assert (mean, deviation) == (pytest.approx(2.5), pytest.approx(1.5))
 
 
+@pytest.mark.filterwarnings("ignore:Metric `InceptionScore`", "ignore:std\\(\\):UserWarning")
 def test_inception_score_agrees_with_torchmetrics():
     from torchmetrics.image.inception import InceptionScore
 
