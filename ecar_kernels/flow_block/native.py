@@ -4,9 +4,9 @@ One rule for every size, `ours`, measured by `python -m benchmarks.gemm` (EPYC o
 thread, weights from memory; of the best library's own rate at 512 rows, which oneDNN has):
 
     rows      nn.Linear   oneDNN packed   ours, all fused   therefore
-    16        37-51 %     64-71 %         89-99 %           no library comes near 85 %
-    64        61-73 %     79-92 %         87-101 %          oneDNN reaches it, without the fusion
-    256, 512  80-93 %     98-100 %        92-98 %           what oneDNN gains is less than the
+    16        31-51 %     49-75 %         82-100 %          no library comes near 85 %
+    64        55-76 %     79-94 %         87-101 %          oneDNN reaches it, without the fusion
+    256, 512  72-93 %     96-100 %        90-98 %           what oneDNN gains is less than the
                                                             passes that would surround it cost
     bfloat16: 188-204 GFLOP/s fused against 84-208 of nn.Linear alone; float16: 87-102 against 20.
 
