@@ -30,7 +30,7 @@ help:
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' CHECKPOINT=$(CHECKPOINT)"
 
 demo: $(STAMPS)/base
-	$(BIN)/ecar sample --checkpoint $(CHECKPOINT) --scale 4 --output $(DEMO)
+	$(BIN)/ecar sample --checkpoint $(CHECKPOINT) --sheet 10x10 --scale 4 --output $(DEMO)
 
 test: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --timeout 600 tests
