@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 
 CASES ?= 10000
-CHECKPOINT ?= checkpoints/mnist
+CHECKPOINT ?= checkpoints/digits
 DEMO ?= demo.png
 
 BIN := $(VENV)/bin
@@ -33,7 +33,7 @@ help:
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' CHECKPOINT=$(CHECKPOINT)"
 
 demo: $(STAMPS)/base
-	$(BIN)/ecar sample --checkpoint $(CHECKPOINT) --sheet 10x10 --scale 2 --output $(DEMO)
+	$(BIN)/ecar sample --checkpoint $(CHECKPOINT) --sheet 10x10 --scale 4 --output $(DEMO)
 
 test: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --timeout 600 tests

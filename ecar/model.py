@@ -49,10 +49,19 @@ class SharedLayer:
         ])
 
 
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+An E-CAR model: `ecar.ECARPipeline.from_pretrained` loads this folder, `config.json` holds its sizes.
+"""
+
+
 class ECAR(
     nn.Module,
     PyTorchModelHubMixin,
     library_name="ecar",
+    model_card_template=MODEL_CARD,
     license="apache-2.0",
     pipeline_tag="unconditional-image-generation",
     tags=["ecar", "class-conditional", "autoregressive", "flow-matching"],

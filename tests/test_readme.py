@@ -16,10 +16,10 @@ PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 @pytest.fixture
 def in_a_folder_with_a_checkpoint(tmp_path, monkeypatch):
-    """A random model of MNIST's shape, but tiny, where the examples look for the real one."""
+    """A tiny random model where the examples look for the real one."""
     config = ECARConfig(stage_sides=(8, 16, 32), channels=1, num_classes=10, width=16, heads=2,
                         ar_layers=1, flow_blocks=1)
-    ECAR(config).save_pretrained(tmp_path / "checkpoints" / "mnist")
+    ECAR(config).save_pretrained(tmp_path / "checkpoints" / "digits")
     monkeypatch.chdir(tmp_path)
 
 
