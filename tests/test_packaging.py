@@ -133,7 +133,9 @@ def test_metadata(wheel):
     base = {re.split(r"[ <>=;\[]", r)[0] for r in requirements if "extra ==" not in r}
     assert base == {"huggingface_hub", "numpy", "pillow", "safetensors", "torch", "tqdm", "triton"}
     extras = set(metadata.get_all("Provides-Extra"))
-    assert extras == {"all", "attention", "bench", "dev", "eval", "test", "train", "vae"}
+    assert extras == {
+        "all", "attention", "bench", "dev", "eval", "inception", "test", "train", "vae"
+    }
 
 
 def test_installed_console_script():

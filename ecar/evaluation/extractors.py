@@ -62,7 +62,7 @@ class InceptionExtractor(nn.Module):
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
             raise ImportError(
-                "Inception features need torch-fidelity: pip install torch-fidelity"
+                "Inception features need torch-fidelity: pip install ecar[inception]"
             ) from error
         self.network = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], os.fspath(weights)

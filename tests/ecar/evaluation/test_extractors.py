@@ -55,7 +55,7 @@ def test_inception_weights_are_checked_before_they_are_read(tmp_path, monkeypatc
     monkeypatch.setattr("ecar.evaluation.extractors._INCEPTION_SHA256", "")
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(ImportError, match="pip install torch-fidelity"):
+    with pytest.raises(ImportError, match=r"pip install ecar\[inception\]"):
         InceptionExtractor(path)
 
 
