@@ -53,7 +53,7 @@ MODEL_CARD = """---
 {{ card_data }}
 ---
 
-An E-CAR model: `ecar.ECARPipeline.from_pretrained` loads this folder, `config.json` holds its sizes.
+An E-CAR model: `ecar.ECARPipeline.from_pretrained` loads it; `config.json` holds its sizes.
 """
 
 
