@@ -30,6 +30,9 @@ def start(tmp_path):
             env=environment,
             text=True,
             start_new_session=True,
+            # Where the tests themselves run in the background, Ctrl-C is ignored, and that is
+            # inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
