@@ -195,7 +195,8 @@ def test_lesser_instruction_sets(isa):
             f"assert _native.instruction_set() == {isa!r}; "
             f"sys.exit(pytest.main(['-q', '-p', 'no:xdist', '-p', 'no:cacheprovider', *{files}]))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"ECAR_CPU_ISA": isa, "OMP_NUM_THREADS": "1"})
+                          env=os.environ | {"ECAR_CPU_ISA": isa, "OMP_NUM_THREADS": "1",
+                                            "PYTEST_ADDOPTS": ""})
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
