@@ -25,19 +25,10 @@ inline Vec combine(Access io, const T* spatial, const T* step, std::int64_t at) 
   return step == nullptr ? part : part + io.load(step + at);
 }
 
-struct Moments {
-  Vec mean, inverse_deviation;
-};
-
-// Two passes: E[x^2] - mean^2 would lose every digit where the mean is large.
 template <class T>
 inline Moments moments(const T* x, float sum, std::int64_t channels, float eps) {
-  const Vec mean = splat(sum / channels);
-  const float squares = sum_of(channels, [&](auto io, std::int64_t at) {
-    const Vec centred = io.load(x + at) - mean;
-    return centred * centred;
-  });
-  return {mean, splat(1.0f / __builtin_sqrtf(squares / channels + eps))};
+  return moments_of(channels, sum, eps,
+                    [&](auto io, std::int64_t at) { return io.load(x + at); });
 }
 
 template <class T>
@@ -124,7 +115,8 @@ void backward_token(const AdalnBackward& a, std::int64_t image, std::int64_t tok
   float* scale_sums = sums == nullptr ? nullptr : shift_sums + channels;
 
   // dx = deviation (g - mean(g) - n mean(g n)), with g = dy (1 + scale) and n = LN(x).
-  Vec mean{}, deviation{}, mean_grad{}, mean_grad_normal{};
+  Mean mean;
+  Vec deviation{}, mean_grad{}, mean_grad_normal{};
   if constexpr (kNorm) {
     const Moments found = moments(x, sum(x, channels), channels, a.eps);
     mean = found.mean, deviation = found.inverse_deviation;

@@ -94,7 +94,7 @@ void pack(const Weight& weight, int64_t begin, int64_t end) {
 template <class T>
 struct Source {
   const T *x, *shift, *step_shift, *scale, *step_scale;
-  Vec mean, inverse_deviation;
+  Moments moments;
 
   void open(const Input& input, int64_t index) {
     x = row_at<T>(input.x, index, input.tokens);
@@ -103,21 +103,15 @@ struct Source {
     shift = row_at<T>(input.shift, index, input.tokens);
     step_shift = row_at<T>(input.step_shift, index, input.tokens);
     step_scale = row_at<T>(input.step_scale, index, input.tokens);
-    const float sum =
-        sum_of(input.depth, [&](auto io, int64_t at) { return io.load(x + at); });
-    mean = splat(sum / input.depth);
-    const float squares = sum_of(input.depth, [&](auto io, int64_t at) {
-      const Vec centred = io.load(x + at) - mean;
-      return centred * centred;
-    });
-    inverse_deviation = splat(1.0f / __builtin_sqrtf(squares / input.depth + input.eps));
+    const auto value = [&](auto io, int64_t at) { return io.load(x + at); };
+    moments = moments_of(input.depth, sum_of(input.depth, value), input.eps, value);
   }
 
   template <class Access>
   Vec load(Access io, int64_t at) const {
     const Vec value = io.load(x + at);
     if (scale == nullptr) return value;
-    const Vec modulated = fma((value - mean) * inverse_deviation,
+    const Vec modulated = fma((value - moments.mean) * moments.inverse_deviation,
                               1.0f + combine(io, scale, step_scale, at),
                               combine(io, shift, step_shift, at));
     return io.keep(modulated);

@@ -240,6 +240,36 @@ inline float sum_of(std::int64_t count, Body body) {
   return horizontal_sum((a + b) + (c + d));
 }
 
+// A mean to more than float's digits: where it is large against the spread, its own rounding would
+// be seen. `value - mean` is what it is for.
+struct Mean {
+  Vec pivot{}, rest{};
+};
+
+inline Vec operator-(Vec value, const Mean& mean) { return (value - mean.pivot) - mean.rest; }
+
+struct Moments {
+  Mean mean;
+  Vec inverse_deviation{};
+};
+
+// LayerNorm's statistics of the `count` values that `load` gives, from their rounded sum. The
+// deviations are summed themselves: E[x^2] - mean^2 would lose every digit where the mean is large.
+template <class Load>
+inline Moments moments_of(std::int64_t count, float sum, float eps, Load load) {
+  Moments found;
+  found.mean.pivot = splat(sum / count);
+  found.mean.rest = splat(sum_of(count, [&](auto io, std::int64_t at) {
+                            return load(io, at) - found.mean.pivot;
+                          }) / count);
+  const float squares = sum_of(count, [&](auto io, std::int64_t at) {
+    const Vec centred = load(io, at) - found.mean;
+    return centred * centred;
+  });
+  found.inverse_deviation = splat(1.0f / __builtin_sqrtf(squares / count + eps));
+  return found;
+}
+
 }  // namespace
 }  // namespace ECAR_ISA
 }  // namespace ecar
