@@ -1,0 +1,113 @@
+"""What the Triton backends share: whether they can run here, how their ops are registered.
+
+On CUDA tensors they are compiled; on CPU tensors they run only in Triton's interpreter, where
+TRITON_INTERPRET=1 was set before Triton was first imported.
+"""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+OLDEST_CAPABILITY = (8, 0)
+NAMESPACE = "ecar_triton"
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def interpreting() -> bool:
+    """Does Triton interpret kernels, on the CPU, instead of compiling them?"""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _not_installed() -> bool:
+    return importlib.util.find_spec("triton") is None
+
+
+def why_not() -> str | None:
+    """None where kernels can run on this machine, else the reason."""
+    if _not_installed():
+        return "triton is not installed"
+    if interpreting():
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU, and TRITON_INTERPRET=1 is not set"
+    if torch.version.hip is not None:
+        return "its kernels were written and checked for NVIDIA GPUs, this is ROCm"
+    found = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    if found < OLDEST_CAPABILITY:
+        return (f"needs a GPU of compute capability {_dotted(OLDEST_CAPABILITY)} or newer, "
+                f"this is {_dotted(found)}")
+    return None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+@functools.cache
+def architecture(device_index: int | None = None) -> int:
+    """80, 90, 100, 120 and so on; the interpreter takes the settings of 80."""
+    if interpreting():
+        return 80
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return 10 * major + minor
+
+
+@functools.cache
+def multiprocessors(device_index: int | None = None) -> int:
+    """Streaming multiprocessors of the GPU; the interpreter pretends to a small chip."""
+    if interpreting():
+        return 4
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of tl.dot: TF32 only where torch's own setting allows it."""
+    allowed = dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
+
+
+def register(schema: str, function: Callable, fake: Callable) -> Callable:
+    """Define `schema` ("name(Tensor x, ...) -> Tensor") with a CUDA implementation and a fake.
+
+    Returns the op's only overload. A plain Library op costs a few microseconds a call where
+    torch.library.custom_op costs thirty.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, _on_its_device(function), "CUDA")
+    if interpreting():
+        _library.impl(name, function, "CPU")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _on_its_device(function: Callable) -> Callable:
+    """Triton launches on the current device, which need not be the tensors'."""
+    @functools.wraps(function)
+    def call(first, *rest):
+        if first.device.index == torch.cuda.current_device():
+            return function(first, *rest)
+        with torch.cuda.device(first.device):
+            return function(first, *rest)
+    return call
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel under one launch setting, to be compiled without a GPU."""
+
+    name: str  # "adaln_forward bf16 C=1152"
+    kernel: Any  # the triton.jit function
+    signature: dict[str, str]  # argument -> "*fp32", "i32", "i64", "fp32", or "constexpr"
+    constants: dict[str, Any]  # values of the constexpr arguments
+    num_warps: int = 4
+    num_stages: int = 3
+    # Arguments known to be divisible by 16: pointers and what the launcher would specialise.
+    aligned: tuple[str, ...] = field(default=())
