@@ -21,12 +21,15 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 def interpreting() -> bool:
     """Does Triton interpret kernels, on the CPU, instead of compiling them?"""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 @functools.cache
 def _not_installed() -> bool:
-    return importlib.util.find_spec("triton") is None
+    try:
+        return importlib.util.find_spec("triton") is None
+    except ImportError:  # from a finder that blocks it
+        return True
 
 
 def why_not() -> str | None:

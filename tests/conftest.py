@@ -1,4 +1,7 @@
-"""What every test shares: threads, fresh but reproducible random inputs, the `gpu` marker."""
+"""What every test shares: threads, fresh but reproducible random inputs, the `gpu` marker.
+
+Triton's kernels are interpreted where there is no GPU to compile them for.
+"""
 
 import os
 
@@ -15,6 +18,11 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when a kernel is defined: before any test imports one. The commands that
+    # tests run inherit it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SEED_VARIABLE = "ECAR_TEST_SEED"
 SEED = pytest.StashKey[int]()
