@@ -1,0 +1,108 @@
+"""Costs against values counted by hand, and against what the backwards really are given."""
+
+import pytest
+import torch
+
+from ecar_kernels import costs, resolve
+from ecar_kernels.registry import FAMILIES, OPS
+from tests.support.native import needs_native
+from tests.support.ops import DIFFERENTIABLE, arguments, function, tensor_names
+
+B, N, C, H, D, K = 2, 21, 24, 3, 8, 40  # of tests.support.ops; stages 1, 4, 16
+TOKENS, STEP, IMAGE = 4 * B * N * C, 4 * C, 4 * B * 3 * 4 * 6
+HEADS = 4 * B * N * H * D
+
+# Bytes and multiply-adds of the support module's float32 calls, step parts included.
+FORWARD = {
+    "stage_attention": (4 * HEADS, 2 * B * H * D * (1 * 1 + 4 * 5 + 16 * 21)),
+    "adaln": (4 * TOKENS + 2 * STEP, 0),
+    "gated_residual": (4 * TOKENS + STEP, 0),
+    "gated_residual_adaln": (7 * TOKENS + 3 * STEP, 0),
+    "adaln_linear": (3 * TOKENS + 4 * (K * C + K + B * N * K) + 2 * STEP, B * N * C * K),
+    "linear_gated_residual": (3 * TOKENS + 4 * (K * C + C + B * N * K) + STEP, B * N * C * K),
+    "euler_step": (4 * IMAGE, 0),
+    "upsample_renoise_euler": ((1 + 2 + 3 + 1 + 4) * IMAGE, 0),
+    "initial_noise": (8 * B + IMAGE, 0),
+}
+BACKWARD = {
+    # q, k, v, the output and its gradient in; dq, dk, dv out
+    "stage_attention": (8 * HEADS, 5 * B * H * D * (1 * 1 + 4 * 5 + 16 * 21)),
+    # dy, x, scale in; dx, dscale out (dshift is dy); step_scale in, two steps out
+    "adaln": (5 * TOKENS + 3 * STEP, 0),
+    # dx', branch, gate in; dbranch, dgate out (dx is dx')
+    "gated_residual": (5 * TOKENS + 2 * STEP, 0),
+    # dx', dy, x', branch, gate, scale in; dx, dbranch, dgate, dscale out
+    "gated_residual_adaln": (10 * TOKENS + 5 * STEP, 0),
+    # d in; dvelocity, of 2B rows, out
+    "euler_step": (3 * IMAGE, 0),
+    # dend, dstart in; dx, dvelocity, ddetails out
+    "upsample_renoise_euler": ((1 + 4 + 1 + 2 + 3) * IMAGE, 0),
+}
+
+
+def call(op):
+    given = arguments(op)
+    return given, function(op)(**given)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_forward(op):
+    assert costs.cost(op, *call(op)) == costs.Cost(*FORWARD[op])
+
+
+@pytest.mark.parametrize("op", BACKWARD)
+def test_backward(op):
+    assert costs.backward_cost(op, *call(op)) == costs.Cost(*BACKWARD[op])
+
+
+def test_every_op_with_a_backward_has_a_cost():
+    assert set(costs.BACKWARD_READS) == set(DIFFERENTIABLE) == set(BACKWARD)
+
+
+@needs_native
+@pytest.mark.parametrize("op", FAMILIES["adaln"])
+def test_backward_reads_no_more_than_autograd_keeps(op):
+    """The floor of a backward counts nothing that the native one does without."""
+    given = arguments(op)
+    for name in tensor_names(op):
+        given[name].requires_grad_()
+    outputs = resolve(op, device="cpu", dtype=torch.float32, backend="native")(**given)
+    node = (outputs if isinstance(outputs, torch.Tensor) else outputs[0]).grad_fn
+    kept = {tensor.data_ptr() for tensor in node.saved_tensors if tensor is not None}
+    assert {given[name].data_ptr() for name in costs.BACKWARD_READS[op]} <= kept
+
+
+def test_broadcast_tensors_count_once():
+    x, row = torch.empty(B, N, C, device="meta"), torch.empty(B, 1, C, device="meta")
+    given = {"x": x, "shift": row, "scale": row.expand(B, N, C), "eps": 1e-6}
+    assert costs.cost("adaln", given, x) == costs.Cost(2 * TOKENS + 2 * B * STEP, 0)
+    # A broadcast shift's gradient is a sum, and written; so is the scale's, whole.
+    given = {"x": x, "shift": row, "scale": x}
+    assert costs.backward_cost("adaln", given, x).bytes == 5 * TOKENS + B * STEP
+
+
+def test_half_precision_halves_the_bytes():
+    given = {"x": torch.empty(B, 3, 4, 6, dtype=torch.bfloat16)}
+    given |= {"velocity": given["x"], "dt": 0.1}
+    assert costs.cost("euler_step", given, given["x"]) == costs.Cost(3 * IMAGE // 2, 0)
+
+
+def test_queries_of_the_newest_stages_see_all_before_them():
+    q, kv = torch.empty(B, 20, H, D), torch.empty(B, N, H, D)
+    given = {"q": q, "k": kv, "v": kv, "stage_lengths": (1, 4, 16)}
+    assert costs.cost("stage_attention", given, q).multiply_adds == (
+        2 * B * H * D * (4 * 5 + 16 * 21))
+
+
+def test_floor_is_the_longer_of_both():
+    rates = costs.Rates(bytes_per_second=10.0, multiply_adds_per_second=100.0)
+    assert costs.floor_seconds(costs.Cost(20, 100), rates) == 2.0
+    assert costs.floor_seconds(costs.Cost(20, 1000), rates) == 10.0
+    assert costs.Cost(20, 1) + costs.Cost(1, 2) == costs.Cost(21, 3)
+
+
+def test_errors_name_the_argument():
+    with pytest.raises(ValueError, match=r"argument 'op': expected one of .*, got 'nothing'"):
+        costs.cost("nothing", {}, ())
+    with pytest.raises(ValueError, match=r"argument 'op': .* backward, got 'adaln_linear'"):
+        costs.backward_cost("adaln_linear", *call("adaln_linear"))
