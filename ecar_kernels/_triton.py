@@ -114,3 +114,4 @@ class CompileCase:
     num_stages: int = 3
     # Arguments known to be divisible by 16: pointers and what the launcher would specialise.
     aligned: tuple[str, ...] = field(default=())
+    max_registers: int | None = None  # of a thread, `maxnreg`; None leaves it to ptxas

@@ -9,50 +9,14 @@ from ecar_kernels import adaln, use_backend
 from ecar_kernels.adaln import reference
 from ecar_kernels.registry import KERNEL_DTYPES, resolve
 from tests.support.accuracy import assert_accurate, largest_error, run, ulp
+from tests.support.adaln import LAYOUTS, MODULATION, call_of
 from tests.support.native import needs_native
 
 pytestmark = needs_native
 
-MODULATION = {
-    "adaln": ("shift", "scale"),
-    "gated_residual": ("gate",),
-    "gated_residual_adaln": ("gate", "shift", "scale"),
-}
-LAYOUTS = ("contiguous", "chunk", "transposed", "expanded", "sliced")
-
 
 def native(op):
     return resolve(op, device="cpu", dtype=torch.float32, backend="native")
-
-
-def tokens(batch, count, channels, dtype, layout):
-    """Random [batch, count, channels] in memory as asked."""
-    def normal(*shape):
-        return torch.randn(*shape).to(dtype)
-
-    if layout == "chunk":
-        return normal(batch, count, 6 * channels).chunk(6, -1)[4]
-    if layout == "transposed":
-        return normal(count, batch, channels).transpose(0, 1)
-    if layout == "expanded":
-        return normal(1, 1, channels).expand(batch, count, channels)
-    if layout == "sliced":
-        return normal(batch + 2, 2 * count + 1, channels + 3)[1:-1, 1::2, 1:-2]
-    return normal(batch, count, channels)
-
-
-def call_of(op, batch, count, channels, dtype, layouts, broadcast, steps):
-    """Arguments; the lists are for each tensor, modulation or step in turn."""
-    layout = iter(layouts)
-    call = {"x": tokens(batch, count, channels, dtype, next(layout))}
-    if op != "adaln":
-        call["branch"] = tokens(batch, count, channels, dtype, next(layout))
-    for name, whole, step in zip(MODULATION[op], broadcast, steps, strict=False):
-        call[name] = tokens(batch, count if whole else 1, channels, dtype, next(layout))
-        if step is not None:
-            rows = batch if step == "rows" else 1
-            call[f"step_{name}"] = tokens(rows, 1, channels, dtype, next(layout))
-    return call
 
 
 @st.composite
