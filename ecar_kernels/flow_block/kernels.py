@@ -1,0 +1,277 @@
+"""The Triton kernels of the fused GEMMs.
+
+A row is a token, counted over all images; it is found in a view [B, N, C] by the strides of B
+and N, so that views cost no copy. A product's program computes BLOCK_M rows of BLOCK_N outputs.
+With several splits it adds up only its share of the inputs and stores the bare sums in float32,
+[splits, rows, outputs]; a second kernel adds these in their order and does the epilogue.
+
+Rows past the last, of the tokens or of the weight, are read as the last one, and only stores
+need their bounds; inputs past the end are masked. An argument that is None is None to the
+compiler too.
+"""
+
+import triton
+import triton.language as tl
+
+from ecar_kernels import _triton
+
+# The interpreter of Triton 3.6 to 3.9 multiplies bfloat16 operands as if their bits were integers.
+_INTERPRETED = tl.constexpr(_triton.interpreting())
+_GELU_SLOPE = tl.constexpr(-2 * 0.7978845608028654 * 1.4426950408889634)  # -2 sqrt(2/pi) log2(e)
+
+
+@triton.jit
+def _place(row, tokens, image_stride, token_stride):
+    """The offset of rows in a view [B, N, C]."""
+    image, token = row // tokens, row % tokens
+    return image.to(tl.int64) * image_stride + token.to(tl.int64) * token_stride
+
+
+@triton.jit
+def _add_step(value, step, row, tokens, image_stride, column, mask):
+    """value, plus a step's part [B, 1, C] or, by a stride of 0, [1, 1, C] of it; or None."""
+    if step is not None:
+        place = (row // tokens).to(tl.int64) * image_stride
+        value += tl.load(step + (place + column), mask=mask, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def normalise_rows(x, x_image, x_token, shift, shift_image, shift_token,
+                   scale, scale_image, scale_token, step_shift, step_shift_image,
+                   step_scale, step_scale_image, out, tokens, channels, eps,
+                   BLOCK: tl.constexpr):
+    """adaln(x) of one row a program, into out [rows, channels].
+
+    Where `shift` is None, only the statistics, into out [rows, 3], float32: the mean, what its
+    rounding left of it, and 1 / sqrt(variance + eps).
+    """
+    row = tl.program_id(0)
+    x += _place(row, tokens, x_image, x_token)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, channels, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        total += tl.load(x + column, mask=column < channels, other=0.0).to(tl.float32)
+    mean = tl.sum(total) / channels
+    # Beside a large mean the variance is small, and the mean's rounding would show.
+    first = tl.zeros((BLOCK,), tl.float32)
+    second = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, channels, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        value = tl.load(x + column, mask=column < channels, other=0.0).to(tl.float32)
+        deviation = tl.where(column < channels, value - mean, 0.0)
+        first += deviation
+        second += deviation * deviation
+    rest = tl.sum(first) / channels
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(second) / channels - rest * rest + eps)
+    if shift is None:
+        out += row.to(tl.int64) * 3
+        tl.store(out, mean)
+        tl.store(out + 1, rest)
+        tl.store(out + 2, rstd)
+    else:
+        shift += _place(row, tokens, shift_image, shift_token)
+        scale += _place(row, tokens, scale_image, scale_token)
+        out += row.to(tl.int64) * channels
+        for begin in range(0, channels, BLOCK):
+            column = begin + tl.arange(0, BLOCK)
+            mask = column < channels
+            value = tl.load(x + column, mask=mask, other=0.0).to(tl.float32)
+            factor = 1 + tl.load(scale + column, mask=mask, other=0.0).to(tl.float32)
+            offset = tl.load(shift + column, mask=mask, other=0.0).to(tl.float32)
+            factor = _add_step(factor, step_scale, row, tokens, step_scale_image, column, mask)
+            offset = _add_step(offset, step_shift, row, tokens, step_shift_image, column, mask)
+            y = (value - mean - rest) * rstd * factor + offset
+            tl.store(out + column, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _multiply(a, weight, inside, total, PRECISION: tl.constexpr):
+    """total + a [BLOCK_M, BLOCK_K] times the weight's tile, which `weight` points to."""
+    w = tl.load(weight, mask=inside[:, None], other=0.0)
+    if _INTERPRETED:
+        a, w = a.to(tl.float32), w.to(tl.float32)
+    return tl.dot(a, w, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _tile(rows, outputs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This program's rows and outputs. Programs that share rows are neighbours in time: the
+    rows come from memory once, and the weight, which all share, stays in the L2 cache."""
+    columns = tl.cdiv(outputs, BLOCK_N)
+    row = tl.program_id(0) // columns * BLOCK_M + tl.arange(0, BLOCK_M)
+    output = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
+    return row, output
+
+
+@triton.jit
+def _share(inputs, BLOCK_K: tl.constexpr):
+    """Where this program's inputs begin and end: whole blocks, as evenly as can be."""
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    blocks = tl.cdiv(inputs, BLOCK_K)
+    begin, end = split * blocks // splits, (split + 1) * blocks // splits
+    return begin * BLOCK_K, tl.minimum(end * BLOCK_K, inputs)
+
+
+@triton.jit
+def _product(x, x_image, x_token, weight, weight_row, rows, tokens, outputs, inputs, row, output,
+             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+             PRECISION: tl.constexpr):
+    """x weight^T of this program's rows, outputs and share of the inputs."""
+    x += _place(tl.minimum(row, rows - 1), tokens, x_image, x_token)[:, None]
+    weight += tl.minimum(output, outputs - 1).to(tl.int64)[None, :] * weight_row
+    begin, end = _share(inputs, BLOCK_K)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(begin, end, BLOCK_K):
+        channel = first + tl.arange(0, BLOCK_K)
+        inside = channel < inputs
+        a = tl.load(x + channel[None, :], mask=inside[None, :], other=0.0)
+        total = _multiply(a, weight + channel[:, None], inside, total, PRECISION)
+    return total
+
+
+@triton.jit
+def _normalised_product(x, x_image, x_token, statistics, shift, shift_image, shift_token,
+                        scale, scale_image, scale_token, step_shift, step_shift_image,
+                        step_scale, step_scale_image, weight, weight_row, rows, tokens, outputs,
+                        inputs, row, output, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                        BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+    """adaln(x) weight^T, the normalised x made in registers and rounded to x's type."""
+    row = tl.minimum(row, rows - 1)
+    statistics += row.to(tl.int64) * 3
+    mean = tl.load(statistics)[:, None]
+    rest = tl.load(statistics + 1)[:, None]
+    rstd = tl.load(statistics + 2)[:, None]
+    x += _place(row, tokens, x_image, x_token)[:, None]
+    shift += _place(row, tokens, shift_image, shift_token)[:, None]
+    scale += _place(row, tokens, scale_image, scale_token)[:, None]
+    weight += tl.minimum(output, outputs - 1).to(tl.int64)[None, :] * weight_row
+    begin, end = _share(inputs, BLOCK_K)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    row = row[:, None]
+    for first in range(begin, end, BLOCK_K):
+        channel = first + tl.arange(0, BLOCK_K)
+        inside = channel < inputs
+        column, mask = channel[None, :], inside[None, :]
+        value = tl.load(x + column, mask=mask, other=0.0)
+        factor = 1 + tl.load(scale + column, mask=mask, other=0.0).to(tl.float32)
+        offset = tl.load(shift + column, mask=mask, other=0.0).to(tl.float32)
+        factor = _add_step(factor, step_scale, row, tokens, step_scale_image, column, mask)
+        offset = _add_step(offset, step_shift, row, tokens, step_shift_image, column, mask)
+        a = (value.to(tl.float32) - mean - rest) * rstd * factor + offset
+        # Past the last input the mean remains, and in float16 it may overflow.
+        a = tl.where(mask, a, 0.0).to(value.dtype)
+        total = _multiply(a, weight + channel[:, None], inside, total, PRECISION)
+    return total
+
+
+@triton.jit
+def _store_split(total, out, rows, outputs, row, output):
+    place = (tl.program_id(1).to(tl.int64) * rows + row)[:, None] * outputs + output[None, :]
+    tl.store(out + place, total, mask=(row < rows)[:, None] & (output < outputs)[None, :])
+
+
+@triton.jit
+def _finish_adaln_linear(y, bias, out, rows, outputs, row, output, GELU: tl.constexpr):
+    """Stores act(y + bias): the epilogue of adaln_linear."""
+    if bias is not None:
+        y += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
+    if GELU:
+        # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), which does not cancel where y < 0.
+        y = y / (1 + tl.exp2((y + 0.044715 * y * y * y) * _GELU_SLOPE))
+    place = row.to(tl.int64)[:, None] * outputs + output[None, :]
+    mask = (row < rows)[:, None] & (output < outputs)[None, :]
+    tl.store(out + place, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _finish_gated_residual(y, bias, gate, gate_image, gate_token, step_gate, step_gate_image,
+                           residual, residual_image, residual_token, out, rows, tokens, outputs,
+                           row, output):
+    """Stores residual + (gate + step_gate) (y + bias): the epilogue of linear_gated_residual."""
+    column = output[None, :]
+    mask = (row < rows)[:, None] & (column < outputs)
+    if bias is not None:
+        y += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
+    gate += _place(row, tokens, gate_image, gate_token)[:, None]
+    residual += _place(row, tokens, residual_image, residual_token)[:, None]
+    factor = tl.load(gate + column, mask=mask, other=0.0).to(tl.float32)
+    factor = _add_step(factor, step_gate, row[:, None], tokens, step_gate_image, column, mask)
+    y = tl.load(residual + column, mask=mask, other=0.0).to(tl.float32) + factor * y
+    place = row.to(tl.int64)[:, None] * outputs + column
+    tl.store(out + place, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def adaln_linear(x, x_image, x_token, statistics, shift, shift_image, shift_token,
+                 scale, scale_image, scale_token, step_shift, step_shift_image,
+                 step_scale, step_scale_image, weight, weight_row, bias, out, rows, tokens,
+                 outputs, inputs, GELU: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr,
+                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+    """act(adaln(x) weight^T + bias), or a split's sums. x is already normalised where
+    `statistics` is None, and then shift and scale are too."""
+    row, output = _tile(rows, outputs, BLOCK_M, BLOCK_N)
+    if statistics is None:
+        y = _product(x, x_image, x_token, weight, weight_row, rows, tokens, outputs, inputs,
+                     row, output, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+    else:
+        y = _normalised_product(x, x_image, x_token, statistics, shift, shift_image, shift_token,
+                                scale, scale_image, scale_token, step_shift, step_shift_image,
+                                step_scale, step_scale_image, weight, weight_row, rows, tokens,
+                                outputs, inputs, row, output, BLOCK_M, BLOCK_N, BLOCK_K,
+                                PRECISION)
+    if SPLIT:
+        _store_split(y, out, rows, outputs, row, output)
+    else:
+        _finish_adaln_linear(y, bias, out, rows, outputs, row, output, GELU)
+
+
+@triton.jit
+def linear_gated_residual(h, h_image, h_token, weight, weight_row, bias, gate, gate_image,
+                          gate_token, step_gate, step_gate_image, residual, residual_image,
+                          residual_token, out, rows, tokens, outputs, inputs,
+                          SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                          BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+    """residual + (gate + step_gate) (h weight^T + bias), or a split's sums."""
+    row, output = _tile(rows, outputs, BLOCK_M, BLOCK_N)
+    y = _product(h, h_image, h_token, weight, weight_row, rows, tokens, outputs, inputs,
+                 row, output, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+    if SPLIT:
+        _store_split(y, out, rows, outputs, row, output)
+    else:
+        _finish_gated_residual(y, bias, gate, gate_image, gate_token, step_gate, step_gate_image,
+                               residual, residual_image, residual_token, out, rows, tokens,
+                               outputs, row, output)
+
+
+@triton.jit
+def _add_splits(sums, rows, outputs, row, output, SPLITS: tl.constexpr):
+    """The splits' sums in their order; unrolled, so that all loads are under way at once."""
+    column = output[None, :]
+    mask = column < outputs
+    row = row.to(tl.int64)[:, None]
+    y = tl.load(sums + (row * outputs + column), mask=mask, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        y += tl.load(sums + ((row + split * rows) * outputs + column), mask=mask, other=0.0)
+    return y
+
+
+@triton.jit
+def reduce_adaln_linear(sums, bias, out, rows, outputs, GELU: tl.constexpr,
+                        SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """act(the splits' sums, added up, + bias) of BLOCK_N outputs of one row."""
+    row, output = _tile(rows, outputs, 1, BLOCK_N)
+    y = _add_splits(sums, rows, outputs, row, output, SPLITS)
+    _finish_adaln_linear(y, bias, out, rows, outputs, row, output, GELU)
+
+
+@triton.jit
+def reduce_gated_residual(sums, bias, gate, gate_image, gate_token, step_gate, step_gate_image,
+                          residual, residual_image, residual_token, out, rows, tokens, outputs,
+                          SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """residual + (gate + step_gate) (the splits' sums, added up, + bias), likewise."""
+    row, output = _tile(rows, outputs, 1, BLOCK_N)
+    y = _add_splits(sums, rows, outputs, row, output, SPLITS)
+    _finish_gated_residual(y, bias, gate, gate_image, gate_token, step_gate, step_gate_image,
+                           residual, residual_image, residual_token, out, rows, tokens, outputs,
+                           row, output)

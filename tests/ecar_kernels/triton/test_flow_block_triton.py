@@ -1,0 +1,271 @@
+"""The fused GEMMs' Triton kernels: interpreted on the CPU, or compiled where there is a GPU."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ecar_kernels.flow_block import launch, reference
+from ecar_kernels.registry import KERNEL_DTYPES
+from tests.support.accuracy import assert_accurate
+from tests.support.adaln import LAYOUTS
+from tests.support.flow_block import OPS, call_of
+
+triton = pytest.importorskip("ecar_kernels.flow_block.triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STEPS = (None, "one", "rows")
+SMALL, MEDIUM = launch.Settings(16, 64, 64, 4, 3), launch.Settings(64, 64, 32, 4, 3)
+H100 = {"itemsize": 2, "precision": "ieee", "sms": 132, "arch": 90}
+
+
+def call(op, *shape, **kinds):
+    return call_of(op, *shape, **kinds, device=DEVICE)
+
+
+def positional(op, arguments):
+    """As the registered op and the launchers take them."""
+    if op == "adaln_linear":
+        return (*(arguments[name] for name in ("x", "shift", "scale", "weight", "bias")),
+                arguments.get("step_shift"), arguments.get("step_scale"),
+                arguments["activation"] is not None, 1e-6)
+    return (*(arguments[name] for name in ("h", "weight", "bias", "gate", "residual")),
+            arguments.get("step_gate"))
+
+
+def under(op, its):
+    """The op under settings of the test's."""
+    launcher = getattr(triton, f"launch_{op}")
+    return lambda **arguments: launcher(its, *positional(op, arguments))
+
+
+def check(op, arguments, its=None):
+    run = getattr(triton, op) if its is None else under(op, its)
+    assert_accurate(run, getattr(reference, op), arguments)
+
+
+@st.composite
+def calls(draw, op):
+    two = {"min_size": 2, "max_size": 2}
+    shape = [draw(st.integers(0, 3)), draw(st.integers(0, 40)), draw(st.integers(1, 300)),
+             draw(st.integers(1, 120))]
+    kinds = {"dtype": draw(st.sampled_from(KERNEL_DTYPES)),
+             "layouts": draw(st.lists(st.sampled_from(LAYOUTS), min_size=6, max_size=6)),
+             "whole": draw(st.lists(st.booleans(), **two)),
+             "steps": draw(st.lists(st.sampled_from(STEPS), **two)),
+             "sliced": draw(st.booleans()), "bias": draw(st.booleans()),
+             "gelu": draw(st.booleans())}
+    torch.manual_seed(draw(st.integers(0, 2**32)))
+    return call(op, *shape, **kinds)
+
+
+@pytest.mark.parametrize("op", OPS)
+@settings(max_examples=15)
+@given(st.data())
+def test_outputs(op, data):
+    check(op, data.draw(calls(op)))
+
+
+@pytest.mark.parametrize("op", OPS)
+@settings(max_examples=10)
+@given(st.data())
+def test_outputs_under_other_settings(op, data):
+    """Every tile against every shape, also those that the rules would not choose."""
+    its = data.draw(st.sampled_from([SMALL, MEDIUM]))
+    its = replace(its, splits=data.draw(st.sampled_from(launch.SPLITS)),
+                  prologue=data.draw(st.booleans()))
+    check(op, data.draw(calls(op)), its)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 16, 33])
+@pytest.mark.parametrize("op", OPS)
+def test_rows(op, rows, dtype):
+    """One image of them, and as many images of one token; inputs and outputs with tails."""
+    for batch, count in ((1, rows), (rows, 1)):
+        check(op, call(op, batch, count, 203, 77, dtype=dtype))
+
+
+@pytest.mark.parametrize("splits", [1, 2, 8])
+@pytest.mark.parametrize("prologue", [True, False])
+@pytest.mark.parametrize("op", OPS)
+def test_splits(op, prologue, splits):
+    """Also more of them than there are blocks of inputs."""
+    for depth, steps in ((64, (None, None)), (459, ("one", "rows"))):
+        its = replace(SMALL, splits=splits, prologue=prologue)
+        check(op, call(op, 2, 9, depth, 100, steps=steps, whole=(False, True)), its)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("prologue", [True, False])
+def test_a_mean_far_from_zero(prologue, dtype):
+    arguments = call("adaln_linear", 1, 5, 200, 30, dtype=dtype)
+    arguments["x"] = (torch.randn(1, 5, 200, device=DEVICE) + 3000).to(dtype)
+    check("adaln_linear", arguments, replace(SMALL, prologue=prologue))
+
+
+def test_inputs_past_the_end_stay_out_of_float16s_range():
+    """Normalised, the padding's 0 would be -mean / deviation, beyond what float16 holds."""
+    arguments = call("adaln_linear", 1, 5, 70, 30, dtype=torch.float16, steps=(None, None))
+    arguments["x"] = torch.full((1, 5, 70), 3000.0, dtype=torch.float16, device=DEVICE)
+    arguments["scale"] *= 100
+    check("adaln_linear", arguments, replace(SMALL, prologue=True))
+
+
+def test_channels_beyond_one_block():
+    """Three blocks in each of the passes over a row."""
+    for prologue in (True, False):
+        check("adaln_linear", call("adaln_linear", 1, 2, 5000, 20),
+              replace(SMALL, prologue=prologue))
+
+
+def test_gelu_is_exact_to_a_few_units():
+    """Of the result where it does not vanish, else of 1: torch's own cancels for x < 0."""
+    values = torch.cat([torch.linspace(-20, 20, 4001), torch.logspace(-30, 4, 100),
+                        -torch.logspace(-30, 4, 100), torch.tensor([0.0, -1e20, 1e20])])
+    zeros = torch.zeros(1, 1, 8, device=DEVICE)
+    weight = torch.zeros(len(values), 8, device=DEVICE)
+    found = triton.adaln_linear(zeros, zeros, zeros, weight, values.to(DEVICE),
+                                activation="gelu_tanh")[0, 0].cpu()
+    exact = F.gelu(values.double(), approximate="tanh")
+    error = (found.double() - exact).abs()
+    assert (error <= torch.where(values >= -1, 8 * exact.abs(), 1) * 2**-24).all()
+    assert (error[values < -15] < 1e-30).all()
+    assert found[values > 10].equal(values[values > 10])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_not_a_number_and_infinity_stay_in_their_row(op):
+    arguments = call(op, 1, 21, 70, 53)
+    first = next(iter(arguments))
+    for its in (SMALL, replace(SMALL, prologue=True, splits=2)):
+        clean = under(op, its)(**arguments)
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            broken = arguments[first].clone()
+            broken[0, 13, 69] = bad
+            result = under(op, its)(**arguments | {first: broken})
+            assert not result[0, 13].isfinite().any()
+            assert result[0, :13].equal(clean[0, :13]) and result[0, 14:].equal(clean[0, 14:])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_same_inputs_same_bits(op):
+    arguments = call(op, 2, 10, 300, 100, dtype=torch.bfloat16)
+    for splits in (1, 4):
+        run = under(op, replace(SMALL, splits=splits))
+        assert run(**arguments).equal(run(**arguments))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_views_give_what_copies_give(op):
+    layouts = ("chunk", "transposed", "expanded", "sliced", "chunk", "transposed")
+    arguments = call(op, 3, 7, 80, 40, layouts=layouts, sliced=True, steps=("rows", "rows"))
+    copies = {name: value.contiguous() if isinstance(value, torch.Tensor) else value
+              for name, value in arguments.items()}
+    run = getattr(triton, op)
+    assert run(**arguments).equal(run(**copies))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_to_do(op):
+    for batch, count, outputs in ((0, 5, 8), (2, 0, 8), (2, 5, 0)):
+        arguments = call(op, batch, count, 24, outputs)
+        assert getattr(triton, op)(**arguments).shape == (batch, count, outputs)
+
+
+def test_no_inputs():
+    arguments = call("linear_gated_residual", 2, 3, 0, 5)
+    check("linear_gated_residual", arguments)
+    check("linear_gated_residual", arguments, replace(SMALL, splits=2))
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op, optional, dtype):
+    arguments = call(op, 2, 9, 24, 40, dtype=dtype, bias=optional,
+                     steps=("one", "rows") if optional else (None, None),
+                     layouts=("transposed", "chunk", "sliced", "chunk", "expanded", "sliced"))
+    registered = getattr(torch.ops.ecar_triton, op).default
+    torch.library.opcheck(registered, positional(op, arguments))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_fullgraph(op):
+    torch._dynamo.reset()
+    arguments = call(op, 2, 9, 24, 40)
+    run = getattr(triton, op)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert compiled(**arguments).equal(run(**arguments))
+
+
+@pytest.mark.parametrize("sms, arch", [(108, 80), (132, 90), (148, 100), (170, 120)])
+@pytest.mark.parametrize("width", [768, 1024, 1152])
+def test_default_fills_the_chip(width, sms, arch):
+    """Three quarters of it, or as many splits as pay; and it is one of the tiles and candidates."""
+    kinds = ((4, "ieee"), (4, "tf32"), (2, "ieee"))
+    layers = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
+    for kind, rows, layer in itertools.product(kinds, (1, 16, 32, 64, 256, 8192), layers):
+        its = launch.default(rows, *layer, *kind, sms, arch)
+        assert replace(its, splits=1) in launch.tiles(*kind, arch)
+        assert its in launch.candidates(rows, *layer, *kind, sms, arch)
+        assert its.block_m < 2 * max(rows, 16)
+        assert its.splits == 1 or its.splittable
+        programs = -(-rows // its.block_m) * -(-layer[0] // its.block_n) * its.splits
+        assert rows < 8192 or its.splits == 1
+        assert 4 * programs >= 3 * sms or its.splits == launch.SPLITS[-1] or (
+            2 * its.splits > launch._most_splits(its, layer[1], kind[0]))
+
+
+def test_few_rows_of_a_long_product_have_many_programs():
+    its = launch.default(16, 768, 3072, **H100)
+    assert (its.block_m, its.splits, its.prologue) == (16, 16, True)
+    assert not launch.default(64, 4608, 1152, **H100).prologue
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("width", [768, 1024, 1152])
+@pytest.mark.parametrize("op", OPS)
+def test_real_sizes(op, width, dtype):
+    layers = (((width, 3 * width), (width, 4 * width)) if op == "adaln_linear"
+              else ((width, width), (4 * width, width)))
+    for (depth, outputs), (batch, count) in itertools.product(
+            layers, ((1, 16), (2, 16), (1, 64), (1, 256), (2, 256), (32, 256))):
+        layouts = ("contiguous", *("chunk",) * 5)
+        arguments = call(op, batch, count, depth, outputs, dtype=dtype, layouts=layouts)
+        check(op, arguments)
+        run = getattr(triton, op)
+        assert run(**arguments).equal(run(**arguments))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
+def test_every_candidate(op):
+    for rows in (16, 32, 256):
+        arguments = call(op, 1, rows, 768, 1024, dtype=torch.bfloat16)
+        for its in launch.candidates(rows, 1024, 768, **H100):
+            check(op, arguments, its)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [16, 256])
+@pytest.mark.parametrize("op", OPS)
+def test_graph_capture(op, rows):
+    """Replayed on other inputs, a graph gives what a call on them gives."""
+    run = getattr(triton, op)
+    arguments, other = (call(op, 1, rows, 768, 768, dtype=torch.bfloat16) for _ in range(2))
+    run(**arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(**arguments)
+    for name, value in other.items():
+        if isinstance(value, torch.Tensor):
+            arguments[name].copy_(value)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert captured.equal(run(**other))
