@@ -8,6 +8,7 @@ section 3.5). Sampling computes the first once per stage and the second once for
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -158,6 +159,18 @@ class FlowHead(nn.Module):
         embedding = self.time(time_frequencies(time).to(dtype))
         return F.linear(F.silu(embedding), self.modulation.weight).unsqueeze(1)
 
+    def spatial_parts(self, token_map: Tensor) -> tuple[Tensor, ...]:
+        """What sampling needs of the token map, once a stage: ``parts`` views [R, N, width].
+
+        Part 6i .. 6i + 5 are block i's shift, scale, gate, then the MLP's; the last two are the
+        final layer's shift and scale.
+        """
+        return self.spatial_modulation(token_map).chunk(self.parts, dim=-1)
+
+    def step_parts(self, times: Tensor) -> list[tuple[Tensor, ...]]:
+        """What sampling needs of the times [T]: for each, ``parts`` views [1, 1, width]."""
+        return [row.chunk(self.parts, dim=-1) for row in self.step_modulation(times).split(1)]
+
     def embed_tokens(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, N, width]."""
         return self.embed(patchify(x, self.patch_size)) + self.positions
@@ -186,24 +199,34 @@ class FlowHead(nn.Module):
                 x, y = block(x, y, spatial[own], step[own])
         return unpatchify(self.output(y), self.patch_size, self.shape)
 
-    def velocity(self, x: Tensor, spatial: Tensor, step: Tensor) -> Tensor:
+    def stream(self, x: Tensor, spatial: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
+        """The blocks' inference path.
+
+        Args:
+            x: embedded tokens [R, N, width].
+            spatial: of ``spatial_parts``.
+            step: one time's, of ``step_parts``.
+
+        Returns:
+            The residual stream behind the last block [R, N, width].
+        """
+        for index, block in enumerate(self.blocks):
+            own = slice(6 * index, 6 * index + 6)
+            x = block.infer(x, spatial[own], step[own])
+        return x
+
+    def velocity(self, x: Tensor, spatial: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
         """The inference path, with modulations computed ahead.
 
         Args:
-            x: state [B, C, h, w].
-            spatial: of ``spatial_modulation``, [B, N, parts C].
-            step: one row of ``step_modulation``, [1, 1, parts C].
+            x: state [R, C, h, w].
+            spatial: of ``spatial_parts``.
+            step: one time's, of ``step_parts``.
 
         Returns:
-            The velocity [B, C, h, w].
+            The velocity [R, C, h, w].
         """
-        spatial_parts = spatial.chunk(self.parts, dim=-1)
-        step_parts = step.chunk(self.parts, dim=-1)
-        x = self.embed_tokens(x)
-        for index, block in enumerate(self.blocks):
-            own = slice(6 * index, 6 * index + 6)
-            x = block.infer(x, spatial_parts[own], step_parts[own])
-        tokens = adaln_linear(x, spatial_parts[-2], spatial_parts[-1], self.output.weight,
-                              self.output.bias, step_shift=step_parts[-2],
-                              step_scale=step_parts[-1], eps=NORM_EPS)
+        x = self.stream(self.embed_tokens(x), spatial, step)
+        tokens = adaln_linear(x, spatial[-2], spatial[-1], self.output.weight, self.output.bias,
+                              step_shift=step[-2], step_scale=step[-1], eps=NORM_EPS)
         return unpatchify(tokens, self.patch_size, self.shape)

@@ -193,10 +193,10 @@ class _Ledger:
     def _modulation(self, method: Callable[..., Any], *arguments: Any) -> Any:
         return self._record("modulation", *self._measure(method, *arguments))
 
-    def _velocity(self, method: Callable[..., Any], *arguments: Tensor) -> Tensor:
-        key = (self.stage, *(argument.shape for argument in arguments))
+    def _velocity(self, method: Callable[..., Any], x: Tensor, *parts: Any) -> Tensor:
+        key = (self.stage, x.shape)
         if key not in self._velocities:
-            self._velocities[key] = self._measure(method, *arguments)
+            self._velocities[key] = self._measure(method, x, *parts)
         return self._record("flow", *self._velocities[key])
 
     def _measure(self, method: Callable[..., Any], *arguments: Any) -> tuple[Any, int]:

@@ -214,19 +214,20 @@ class _Run:
         """(end_s, start_{s+1}) from start_s = x; the last stage has no start after it."""
         head = self.model.heads[stage - 1]
         count, scales = self.counts[stage - 1], self.scales[stage - 1]
-        spatial = head.spatial_modulation(self.token_map(stage, end_before))
+        spatial = head.spatial_parts(self.token_map(stage, end_before))
+        conditional = tuple(part[: self.batch] for part in spatial)  # these rows come first
         times = self.times(stage)
         # Heun's second call is at the next step's time; the last one's, at the stage's end.
         grid = torch.tensor([*times, stage / self.num_stages], device=x.device)
-        modulations = head.step_modulation(grid)
+        modulations = head.step_parts(grid)
         dt, last = 1 / count, stage == self.num_stages
         before = sum(self.counts[: stage - 1])
 
         def velocity(state: Tensor, step: int, scale: float) -> Tensor:
-            rows = state if scale == 1.0 else state.repeat(2, 1, 1, 1)
-            v = head.velocity(
-                rows.to(self.model.dtype), spatial[: len(rows)], modulations[step : step + 1]
-            )
+            rows, own = state, conditional
+            if scale != 1.0:
+                rows, own = state.repeat(2, 1, 1, 1), spatial
+            v = head.velocity(rows.to(self.model.dtype), own, modulations[step])
             return v.to(state.dtype)
 
         for step, scale in enumerate(scales):

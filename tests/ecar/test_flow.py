@@ -22,10 +22,10 @@ def test_hoisted_modulation_equals_the_plain_one(model, stage):
     x, token_map = head_inputs(model, stage)
     times = torch.tensor([0.0, 0.3, 0.7])
     with torch.no_grad():
-        spatial, steps = head.spatial_modulation(token_map), head.step_modulation(times)
+        spatial, steps = head.spatial_parts(token_map), head.step_parts(times)
         for index, time in enumerate(times):
             plain = head(x, time.expand(len(x)), token_map)
-            hoisted = head.velocity(x, spatial, steps[index : index + 1])
+            hoisted = head.velocity(x, spatial, steps[index])
             assert (plain - hoisted).abs().max() < 1e-5 * plain.abs().max()
 
 
@@ -48,7 +48,7 @@ def test_a_new_head_is_zero_and_its_blocks_the_identity():
     x, token_map = head_inputs(model, 2)
     assert torch.count_nonzero(head(x, torch.rand(3), token_map)) == 0
     tokens = head.embed_tokens(x)
-    parts = head.spatial_modulation(token_map).chunk(head.parts, -1)
+    parts = head.spatial_parts(token_map)
     steps = head.step_modulation(torch.rand(3)).chunk(head.parts, -1)
     after, _ = head.blocks[0](tokens, tokens, parts[2:8], steps[2:8])
     assert torch.equal(after, tokens)

@@ -103,8 +103,8 @@ def test_compiled_flow_step_equals_eager(model):
         return euler_step(x, head.velocity(x, spatial, time), 0.125)
 
     with torch.no_grad():
-        spatial = head.spatial_modulation(torch.randn(3, 16, model.config.width))
-        time = head.step_modulation(torch.tensor([0.6]))
+        spatial = head.spatial_parts(torch.randn(3, 16, model.config.width))
+        time = head.step_parts(torch.tensor([0.6]))[0]
         eager = step(x, spatial, time)
         compiled = torch.compile(step, fullgraph=True)(x, spatial, time)
     assert (eager - compiled).abs().max() < 1e-5
@@ -139,8 +139,8 @@ def test_exported_flow_step_equals_eager(model):
     with torch.no_grad():
         inputs = (
             torch.randn(3, *model.config.stage_shape(2)),
-            head.spatial_modulation(torch.randn(3, 16, model.config.width)),
-            head.step_modulation(torch.tensor([0.6])),
+            head.spatial_parts(torch.randn(3, 16, model.config.width)),
+            head.step_parts(torch.tensor([0.6]))[0],
         )
         exported = torch.export.export(Velocity(), inputs)
         assert (head.velocity(*inputs) - exported.module()(*inputs)).abs().max() < 1e-5

@@ -107,7 +107,7 @@ class TestSteps:
         )
         monkeypatch.setattr(
             type(model.heads[0]), "velocity",
-            lambda head, x, spatial, step: seen.append(step.mean().item()) or torch.zeros_like(x),
+            lambda head, x, spatial, step: seen.append(step[0].mean().item()) or 0 * x,
         )
         draw(model, steps=[2, 3])
         assert seen == pytest.approx([0, 1 / 4, 1 / 2, 1 / 2 + 1 / 6, 1 / 2 + 2 / 6])
@@ -136,7 +136,7 @@ def order_of_convergence(model, solver, monkeypatch):
     )
     monkeypatch.setattr(head, "spatial_modulation", lambda self, token_map: token_map)
     monkeypatch.setattr(
-        head, "velocity", lambda self, x, spatial, step: ((x + step.item()) / 2).to(x.dtype)
+        head, "velocity", lambda self, x, spatial, step: ((x + step[0].item()) / 2).to(x.dtype)
     )
     seeds = torch.tensor([11, -5, 2**40])
     noise = initial_noise(seeds, (1, 8, 8), device="cpu", dtype=torch.float32).double()
