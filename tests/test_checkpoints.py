@@ -11,7 +11,7 @@ from ecar.evaluation import DigitClassifier, generate
 from ecar.evaluation.provenance import weights_sha256
 from ecar.pipeline import ECARPipeline
 from ecar.training import TrainConfig
-from tools.update_readme import ROOT, updated
+from tools.update_docs import ROOT
 
 CHECKPOINTS = sorted(path.parent for path in ROOT.glob("checkpoints/*/evaluation.json"))
 
@@ -62,8 +62,3 @@ def test_new_samples_are_read_as_the_report_says(folder, report):
     correct = round(report["metrics"]["label_accuracy"] * count)
     lowest_share = beta.ppf(1e-6, correct, count - correct + 1)  # Clopper and Pearson's bound
     assert (read.argmax(1) == labels).sum() >= binom.ppf(1e-6, 200, lowest_share)
-
-
-def test_the_readme_shows_the_figures():
-    readme = (ROOT / "README.md").read_text("utf-8")
-    assert updated(readme) == readme, "run: python tools/update_readme.py"

@@ -1,0 +1,95 @@
+"""Write into README.md and docs/ what is made from files: figures and contracts.
+
+    python tools/update_docs.py
+
+A page has places for it:
+
+    <!-- figures: NAME -->      figures of that name, from committed results
+    <!-- end of figures -->
+    <!-- contract: OP -->       an op's signature and docstring
+    <!-- end of contract -->
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import textwrap
+from pathlib import Path
+
+import ecar_kernels
+from ecar.files import atomic_path
+
+ROOT = Path(__file__).resolve().parent.parent
+PLACE = re.compile(r"<!-- (figures|contract): ([\w-]+) -->\n.*?<!-- end of \1 -->", re.DOTALL)
+COLUMNS = ("checkpoint", "read as the class asked for", "Fréchet distance, generated",
+           "the same, real", "ratio", "precision", "recall", "steps", "guidance")
+
+
+def pages(root: Path = ROOT) -> list[Path]:
+    """The pages that may have places."""
+    return [root / "README.md", root / "benchmarks" / "README.md",
+            *sorted((root / "docs").rglob("*.md"))]
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Markdown, the first row its head."""
+    head, *body = rows
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *body))
+
+
+def evaluation(root: Path = ROOT) -> str:
+    """One row for each checkpoint that has been evaluated."""
+    rows = [COLUMNS]
+    for path in sorted(root.glob("checkpoints/*/evaluation.json")):
+        report = json.loads(path.read_text("utf-8"))
+        metrics, real, protocol = report["metrics"], report["real"], report["protocol"]
+        sampling = protocol["sampling"]
+        rows.append((
+            f"[`{path.parent.name}`](checkpoints/{path.parent.name}/README.md)",
+            f"{metrics['label_accuracy']:.2%} of {protocol['generated_images']:,}",
+            f"{metrics['frechet_distance_matched']:.3f}",
+            f"{real['frechet_distance']:.3f} ({protocol['real_train_images']:,} images)",
+            f"{metrics['frechet_ratio']:.2f}",
+            f"{metrics['precision']:.3f}",
+            f"{metrics['recall']:.3f}",
+            str(sampling["num_inference_steps"]),
+            f"{sampling['guidance_scale']:g}",
+        ))
+    return table(rows)
+
+
+def contract(op: str) -> str:
+    """The public function's signature and docstring."""
+    function = getattr(ecar_kernels, op)
+    signature = op + str(inspect.signature(function)).replace("torch.Tensor", "Tensor")
+    wrapped = textwrap.fill(signature, 100, subsequent_indent=" " * (len(op) + 1),
+                            break_long_words=False)
+    return f"```text\n{wrapped}\n\n{inspect.getdoc(function)}\n```"
+
+
+FIGURES = {"evaluation": evaluation}
+
+
+def updated(text: str) -> str:
+    """A page with everything in its places. Raises KeyError where no such figures are known."""
+    def fill(place: re.Match) -> str:
+        kind, name = place.groups()
+        made = contract(name) if kind == "contract" else FIGURES[name]()
+        return f"<!-- {kind}: {name} -->\n{made}\n<!-- end of {kind} -->"
+
+    return PLACE.sub(fill, text)
+
+
+def main() -> None:
+    for page in pages():
+        text = page.read_text("utf-8")
+        if (new := updated(text)) != text:
+            with atomic_path(page) as temporary:
+                temporary.write_text(new, "utf-8")
+            print(f"wrote {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
