@@ -7,7 +7,7 @@ import torch
 from ecar_kernels.registry import active_backend, backends
 from ecar_kernels.version import __version__
 
-HEADER = ("op", "backend", "available", "why not")
+HEADER = ("op", "backend", "available", "serves", "why not")
 
 
 def main() -> int:
@@ -16,7 +16,7 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    rows = [(row.op, row.backend, "yes" if row.available else "no", row.why_not)
+    rows = [(row.op, row.backend, "yes" if row.available else "no", row.limits or "-", row.why_not)
             for row in backends()]
     widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
     print(f"ecar_kernels {__version__}, torch {torch.__version__}, active: {active}")

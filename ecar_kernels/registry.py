@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ecar_kernels import _native
+from ecar_kernels import _native, _triton
 
 BACKENDS = ("reference", "native", "triton")
 AUTO_ORDER = ("triton", "native", "reference")
@@ -35,6 +35,8 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
     devices: tuple[str, ...] | None = None  # None: any
     max_width: int | None = None  # largest last dimension; None: any
+    width_step: int = 1  # the last dimension is a multiple of it
+    named_only: tuple[str, ...] = ()  # devices that it serves only where asked for by name
     missing: Callable[[], str | None] = _always_available  # what this machine lacks
     function: Callable | None = None  # the loaded target: the op's signature, no validation
 
@@ -47,6 +49,26 @@ class Implementation:
         if dtype not in self.dtypes:
             return f"it does not serve {dtype}"
         return None
+
+    def why_not_width(self, width: int) -> str | None:
+        """None where it can serve this last dimension, else the reason."""
+        if self.max_width is not None and width > self.max_width:
+            return f"it serves a last dimension of at most {self.max_width}, not {width}"
+        if self.width_step > 1 and width % self.width_step:
+            return f"it serves a last dimension in steps of {self.width_step}, not {width}"
+        return None
+
+    def limits(self) -> str:
+        """What it serves, in words: "cuda tensors; last dimension at most 8192"."""
+        said = [] if self.devices is None else [f"{' and '.join(self.devices)} tensors"]
+        widths = [] if self.max_width is None else [f"at most {self.max_width}"]
+        if self.width_step > 1:
+            widths.append(f"in steps of {self.width_step}")
+        if widths:
+            said.append(f"last dimension {', '.join(widths)}")
+        if not set(KERNEL_DTYPES) <= set(self.dtypes):
+            said.append(" and ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes))
+        return "; ".join(said)
 
     def load(self) -> None:
         if self.function is None:
@@ -73,6 +95,19 @@ for family in ("adaln", "flow_block", "flow_step"):
     for op in FAMILIES[family]:
         IMPLEMENTATIONS[op]["native"] = Implementation(
             f"ecar_kernels.{family}.native:{op}", devices=("cpu",), missing=_native.why_not)
+# Interpreted, Triton's kernels serve CPU tensors too, but so slowly that none gets them unasked.
+_TRITON_DEVICES = ("cuda", "cpu") if _triton.interpreting() else ("cuda",)
+_TRITON = {
+    "devices": _TRITON_DEVICES,
+    "named_only": _TRITON_DEVICES if _triton.interpreting() else (),
+    "missing": _triton.why_not,
+}
+for op in FAMILIES["adaln"]:
+    IMPLEMENTATIONS[op]["triton"] = Implementation(
+        f"ecar_kernels.adaln.triton:{op}", max_width=8192, **_TRITON)
+for op in FAMILIES["flow_block"]:
+    IMPLEMENTATIONS[op]["triton"] = Implementation(
+        f"ecar_kernels.flow_block.triton:{op}", **_TRITON)
 
 _active = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
 _servers: dict[tuple, tuple[str, ...]] = {}
@@ -127,6 +162,8 @@ def _search(op: str, backend: str, device_type: str, dtype: torch.dtype) -> tupl
     names, reasons = [], []
     for name in AUTO_ORDER if backend == "auto" else (backend,):
         found = IMPLEMENTATIONS[op].get(name)
+        if found is not None and backend == "auto" and device_type in found.named_only:
+            continue
         reason = (_not_implemented(op, name) if found is None
                   else found.why_not(device_type, dtype))
         if reason is None:
@@ -158,11 +195,9 @@ def implementation(op: str, device_type: str, dtype: torch.dtype, width: int = 0
     backend = _active if backend is None else backend
     for name in _candidates(op, backend, device_type, dtype):
         found = IMPLEMENTATIONS[op][name]
-        if found.max_width is None or width <= found.max_width:
+        if (reason := found.why_not_width(width)) is None:
             return found.function
-    raise BackendUnavailableError(
-        f"backend '{backend}' cannot serve {op}: it serves a last dimension of at most "
-        f"{found.max_width}, not {width}")
+    raise BackendUnavailableError(f"backend '{backend}' cannot serve {op}: {reason}")
 
 
 def resolve(op: str, *, device: torch.device | str, dtype: torch.dtype, width: int = 0,
@@ -189,6 +224,7 @@ class Availability:
     op: str
     backend: str
     available: bool
+    limits: str  # what it serves where it is available
     why_not: str
 
 
@@ -199,5 +235,6 @@ def backends() -> list[Availability]:
         for backend in BACKENDS:
             found = IMPLEMENTATIONS[op].get(backend)
             reason = _not_implemented(op, backend) if found is None else found.missing()
-            rows.append(Availability(op, backend, reason is None, reason or ""))
+            limits = "" if found is None else found.limits()
+            rows.append(Availability(op, backend, reason is None, limits, reason or ""))
     return rows

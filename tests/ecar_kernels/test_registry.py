@@ -1,6 +1,7 @@
 """Backends: what is chosen, what is refused and why, and that importing does nothing else."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,14 @@ import pytest
 import torch
 
 import ecar_kernels
-from ecar_kernels import BackendUnavailableError, backends, registry, resolve, use_backend
+from ecar_kernels import (
+    BackendUnavailableError,
+    _triton,
+    backends,
+    registry,
+    resolve,
+    use_backend,
+)
 from ecar_kernels.registry import BACKENDS, OPS, Implementation
 from ecar_kernels.stage_attention import native, reference
 from tests.support.ops import arguments, function
@@ -81,7 +89,8 @@ def test_auto_falls_back_where_a_named_backend_refuses(fake):
     reasons = {"devices": (("cuda",), "it serves cuda tensors, not cpu"),
                "dtypes": ((torch.float16,), "it does not serve torch.float32"),
                "missing": (lambda: "no compiler was found", "no compiler was found"),
-               "max_width": (8, "it serves a last dimension of at most 8, not 9")}
+               "max_width": (8, "it serves a last dimension of at most 8, not 9"),
+               "width_step": (8, "it serves a last dimension in steps of 8, not 9")}
     for limit, (value, reason) in reasons.items():
         fake(**{limit: value})
         assert bound("adaln", width=9).__name__ == "adaln", limit
@@ -91,9 +100,23 @@ def test_auto_falls_back_where_a_named_backend_refuses(fake):
 
 
 def test_an_implementation_within_its_limits_is_chosen(fake):
-    fake(devices=("cpu",), dtypes=(torch.float32,), max_width=8)
-    assert bound("adaln", width=8).__name__ == "gated_residual"
-    assert bound("adaln", width=9).__name__ == "adaln"
+    fake(devices=("cpu",), dtypes=(torch.float32,), max_width=8, width_step=4)
+    for width in (0, 4, 8):
+        assert bound("adaln", width=width).__name__ == "gated_residual"
+    for width in (6, 9, 12):
+        assert bound("adaln", width=width).__name__ == "adaln"
+
+
+def test_what_serves_by_name_alone_is_not_taken_by_auto(fake):
+    fake(named_only=("cpu",))
+    assert bound("adaln").__name__ == "adaln"
+    assert bound("adaln", backend="native").__name__ == "gated_residual"
+
+
+@pytest.mark.parametrize("dtype", registry.KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_auto_never_interprets_kernels(op, dtype):
+    assert not bound(op, dtype=dtype).__module__.endswith(".triton")
 
 
 def test_the_search_runs_once(fake):
@@ -108,6 +131,36 @@ def test_what_this_machine_lacks_is_in_the_table(fake):
     fake(missing=lambda: "no compiler was found")
     row = next(row for row in backends() if (row.op, row.backend) == ("adaln", "native"))
     assert (row.available, row.why_not) == (False, "no compiler was found")
+
+
+def test_what_a_backend_serves_is_in_the_table(fake):
+    for limits, said in (
+            ({}, ""),
+            ({"devices": ("cuda", "cpu")}, "cuda and cpu tensors"),
+            ({"max_width": 256, "width_step": 8}, "last dimension at most 256, in steps of 8"),
+            ({"devices": ("cuda",), "dtypes": (torch.float32, torch.float16), "width_step": 8},
+             "cuda tensors; last dimension in steps of 8; float32 and float16")):
+        fake(**limits)
+        row = next(row for row in backends() if (row.op, row.backend) == ("adaln", "native"))
+        assert row.limits == said
+
+
+def test_triton_says_what_it_lacks(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _triton.why_not() == "torch sees no CUDA GPU, and TRITON_INTERPRET=1 is not set"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capabilities, reason in (
+            (((7, 5), (7, 0)), "needs a GPU of compute capability 8.0 or newer, this is 7.5"),
+            (((7, 5), (8, 6)), None), (((12, 0), (12, 0)), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+        assert _triton.why_not() == reason
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "ROCm" in _triton.why_not()
+    monkeypatch.setattr(_triton, "_not_installed", lambda: True)
+    assert _triton.why_not() == "triton is not installed"
 
 
 def test_unknown_names_are_refused():
@@ -132,7 +185,8 @@ def test_the_environment_variable_sets_the_backend():
         except RuntimeError as error:
             print(type(error).__name__)
     """
-    assert python(code, ECAR_BACKEND="triton").stdout.split() == [
+    # Not interpreted, Triton's kernels cannot serve CPU tensors, on any machine.
+    assert python(code, ECAR_BACKEND="triton", TRITON_INTERPRET="0").stdout.split() == [
         "triton", "auto", "BackendUnavailableError"]
 
 
@@ -183,10 +237,11 @@ def test_the_command_prints_the_table():
     assert result.returncode == 0, result.stderr
     head, columns, *rows = result.stdout.splitlines()
     assert head.startswith(f"ecar_kernels {ecar_kernels.__version__}, ")
-    assert columns.split(maxsplit=3) == ["op", "backend", "available", "why not"]
+    assert re.split("  +", columns) == ["op", "backend", "available", "serves", "why not"]
     for row, line in zip(backends(), rows, strict=True):
-        said = [row.op, row.backend, "yes" if row.available else "no", row.why_not]
-        assert line.split(maxsplit=3) == [cell for cell in said if cell]
+        said = [row.op, row.backend, "yes" if row.available else "no", row.limits or "-",
+                row.why_not]
+        assert re.split("  +", line) == [cell for cell in said if cell]
 
     result = subprocess.run(command, capture_output=True, text=True,
                             env=os.environ | {"ECAR_BACKEND": "fast"})
