@@ -25,7 +25,7 @@ from ecar.hub import checkpoint_folder
 from ecar.images import to_numpy, to_pil, to_unit
 from ecar.inputs import ClassNames, draw_seeds, pair
 from ecar.model import ECAR
-from ecar.sampler import StepInfo, sample
+from ecar.sampler import StepInfo, release_graphs, sample
 
 __all__ = ["ECARPipeline", "ECARPipelineOutput"]
 
@@ -64,6 +64,11 @@ class ECARPipeline:
         class_names: one name for each class; synonyms are separated by commas.
         defaults: of the call's ``num_inference_steps``, ``guidance_scale``,
             ``guidance_schedule``, ``guidance_interval`` and ``solver``.
+        graphs: on a CUDA device, draw by a CUDA graph, captured at the first call of a kind:
+            "auto" where one can be had, True or an error, or False; see ``ecar.sample``. Also an
+            attribute, to be set later.
+        tf32: float32 matrix products of the model on CUDA in TF32 or not; None leaves torch's
+            setting. Also an attribute.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -75,6 +80,9 @@ class ECARPipeline:
         codec: IdentityCodec | AutoencoderKLCodec | None = None,
         class_names: Sequence[str] | None = None,
         defaults: dict[str, Any] | None = None,
+        *,
+        graphs: bool | str = "auto",
+        tf32: bool | None = None,
     ) -> None:
         if not isinstance(model, ECAR):
             raise TypeError(f"argument 'model': expected an ECAR, got {type(model).__name__}")
@@ -93,6 +101,7 @@ class ECARPipeline:
         self.codec = codec
         self.classes = ClassNames(class_names, model.config.num_classes)
         self.defaults = complete_settings(defaults or {}, model.config.num_stages)
+        self.graphs, self.tf32 = graphs, tf32
 
     @property
     def class_names(self) -> list[str] | None:
@@ -123,6 +132,7 @@ class ECARPipeline:
                 device = target
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"argument 'dtype': expected a floating-point dtype, got {dtype}")
+        release_graphs(self.model)  # they read the weights where they lie now
         self.model.to(device=device, dtype=dtype)
         self.codec.to(device, dtype)
         return self
@@ -253,6 +263,8 @@ class ECARPipeline:
             callback=None if callback_on_step_end is None else callback,
             progress=progress,
             return_stage_ends=return_stages,
+            graphs=self.graphs,
+            tf32=self.tf32,
             **settings,
         )
         if not torch.isfinite(drawn.latents).all():

@@ -1,24 +1,35 @@
-"""Sampling: stage by stage, N_s solver steps each, and the jump between stages (section 3.4)."""
+"""Sampling: stage by stage, N_s solver steps each, and the jump between stages (section 3.4).
+
+The run itself is a ``Plan`` (plan.py); on a CUDA device it is captured as a graph and replayed
+(graphs.py).
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ecar import stages
+from ecar import graphs as cuda_graphs
+from ecar.graphs import CaptureError, release_graphs
+from ecar.guidance import SCHEDULES, Guidance, split_steps
 from ecar.model import ECAR, check_labels
-from ecar.transformer import KVCache
-from ecar_kernels import euler_step, initial_noise, upsample_renoise_euler
+from ecar.plan import Plan, Shape
 
-__all__ = ["Guidance", "SampleOutput", "StepInfo", "sample", "split_steps"]
+__all__ = [
+    "SCHEDULES", "SOLVERS", "Guidance", "SampleOutput", "StepInfo", "release_graphs", "sample",
+    "split_steps", "why_not_graphs",
+]
 
 SOLVERS = ("euler", "heun")
-SCHEDULES = ("constant", "linear")
+
+_log = logging.getLogger(__name__)
+_said: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -39,85 +50,19 @@ class StepInfo:
 
 @dataclass(frozen=True)
 class SampleOutput:
-    latents: Tensor  # [B, C, H, W], float32
-    stage_ends: list[Tensor] | None  # the end state of every stage, coarse to fine
+    """What ``sample`` returns.
 
-
-@dataclass(frozen=True)
-class Guidance:
-    """Classifier-free guidance: v = v_u + w (v_c - v_u), by stage and time.
-
-    Args:
-        scale: w; 1 runs no unconditional rows.
-        schedule: "constant", or "linear" over stages: 1 at the first, ``scale`` at the last.
-        interval: global times [low, high] outside which there is no guidance.
+    Attributes:
+        latents: [B, C, H, W], float32.
+        stage_ends: with ``return_stage_ends``, the end state of every stage, coarse to fine.
+        why_not_graph: None where a CUDA graph was replayed, else the reason.
     """
 
-    scale: float = 1.0
-    schedule: str = "constant"
-    interval: tuple[float, float] = (0.0, 1.0)
-
-    def __post_init__(self) -> None:
-        _require_finite("guidance_scale", self.scale)
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"argument 'guidance_schedule': expected one of {SCHEDULES}, got {self.schedule!r}"
-            )
-        interval = self.interval
-        if isinstance(interval, (str, bytes)) or not isinstance(interval, Sequence):
-            raise TypeError(f"argument 'guidance_interval': expected two numbers, got {interval!r}")
-        if len(interval) != 2:
-            raise ValueError(
-                f"argument 'guidance_interval': expected two numbers, got {interval!r}"
-            )
-        for bound in interval:
-            _require_finite("guidance_interval", bound)
-        if not 0 <= interval[0] <= interval[1] <= 1:
-            raise ValueError(
-                "argument 'guidance_interval': expected 0 <= low <= high <= 1, got "
-                f"{tuple(interval)}"
-            )
-
-    def at(self, stage: int, num_stages: int, time: float) -> float:
-        """w for a step of ``stage`` that begins at the global time ``time``."""
-        low, high = self.interval
-        if not low <= time <= high:
-            return 1.0
-        if self.schedule == "linear" and num_stages > 1:
-            return 1 + (self.scale - 1) * (stage - 1) / (num_stages - 1)
-        return float(self.scale)
+    latents: Tensor
+    stage_ends: list[Tensor] | None
+    why_not_graph: str | None = None
 
 
-def split_steps(steps: int | Sequence[int], num_stages: int) -> list[int]:
-    """Steps of each stage: a number is split as evenly as can be, a list is taken exactly.
-
-    Earlier, cheaper stages get the remainder.
-    """
-    if isinstance(steps, Tensor):
-        raise TypeError("argument 'steps': expected an integer or a list of them, got a tensor")
-    if isinstance(steps, bool) or not isinstance(steps, (int, Sequence)) or isinstance(steps, str):
-        raise TypeError(f"argument 'steps': expected an integer or a list of them, got {steps!r}")
-    if isinstance(steps, int):
-        if steps < num_stages:
-            raise ValueError(
-                f"argument 'steps': expected at least one step for each of {num_stages} stages, "
-                f"got {steps}"
-            )
-        return [steps // num_stages + (s < steps % num_stages) for s in range(num_stages)]
-    if len(steps) != num_stages:
-        raise ValueError(
-            f"argument 'steps': expected a list of {num_stages} numbers, one for each stage, got "
-            f"{list(steps)}"
-        )
-    for count in steps:
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise TypeError(f"argument 'steps': expected integers, got {list(steps)}")
-        if count < 1:
-            raise ValueError(f"argument 'steps': expected positive numbers, got {list(steps)}")
-    return list(steps)
-
-
-@torch.no_grad()
 def sample(
     model: ECAR,
     class_labels: Tensor,
@@ -131,125 +76,139 @@ def sample(
     callback: Callable[[StepInfo], Tensor | None] | None = None,
     progress: bool = False,
     return_stage_ends: bool = False,
+    graphs: bool | str = "auto",
+    tf32: bool | None = None,
 ) -> SampleOutput:
     """Draw one latent for each class and seed.
 
     An image depends on its class, its seed and the settings alone, not on its place in the
     batch, on the batch's size or on the device (to rounding).
 
+    On a CUDA device the first call of a kind captures a CUDA graph of the whole image, and all
+    calls of that kind replay it. A kind is a batch size, steps, a solver, which steps are guided,
+    a backend, and the format of numbers; classes, seeds and guidance scales are free. The model's
+    8 last used graphs are kept, with memory for the largest; ``release_graphs`` frees it.
+
     Args:
         model: on any device; its weights' dtype is that of the network calls, the state itself
-            is float32.
+            is float32. bfloat16 is ``model.to(torch.bfloat16)``.
         class_labels: int64 [B] in [0, num_classes).
         seeds: int64 [B].
         steps: network calls (Euler) of all stages together, or of each stage in a list. Heun
             makes two calls a step.
         solver: "euler" (order 1) or "heun" (order 2).
         guidance_scale, guidance_schedule, guidance_interval: see ``Guidance``.
-        callback: called after each step; a returned tensor replaces the state.
-        progress: show a progress bar.
+        callback: called after each step; a returned tensor replaces the state. There is no graph
+            then.
+        progress: show a progress bar; a graph's steps come all at once.
         return_stage_ends: keep the end state of every stage.
+        graphs: "auto" uses a CUDA graph where one can be had, and says in
+            ``SampleOutput.why_not_graph`` why not; True raises instead; False never does.
+        tf32: matrix products of a float32 model on CUDA in TF32 (10 bits of mantissa) or not;
+            None is torch's own setting, which is not.
 
     Raises:
         TypeError, ValueError: naming the argument.
+        RuntimeError: ``graphs=True`` and there can be none.
+        torch.OutOfMemoryError: the device has too little memory for the batch.
     """
-    config, device = model.config, model.device
+    config, batch = model.config, len(class_labels)
     check_labels(class_labels, config.num_classes)
-    _check_seeds(seeds, class_labels.shape[0])
+    _check_seeds(seeds, batch)
     counts = split_steps(steps, config.num_stages)
     if solver not in SOLVERS:
         raise ValueError(f"argument 'solver': expected one of {SOLVERS}, got {solver!r}")
-    guidance = Guidance(guidance_scale, guidance_schedule, guidance_interval)
-    run = _Run(model, class_labels.to(device), counts, solver, guidance, callback)
+    if graphs not in (True, False, "auto"):
+        raise ValueError(f"argument 'graphs': expected True, False or 'auto', got {graphs!r}")
+    if tf32 not in (None, True, False):
+        raise ValueError(f"argument 'tf32': expected True, False or None, got {tf32!r}")
+    scales = Guidance(guidance_scale, guidance_schedule, guidance_interval).scales(counts)
+    guided = tuple(tuple(scale != 1.0 for scale in values) for values in scales)
+    shape = Shape(batch, tuple(counts), solver, guided)
+    data = (class_labels, seeds, scales)
 
-    seeds = seeds.to(device)
-    x = initial_noise(seeds, config.stage_shape(1), device=device, dtype=torch.float32)
-    ends: list[Tensor] = []
-    with tqdm(total=sum(counts), disable=not progress, desc="sampling", unit="step") as bar:
-        run.bar = bar
-        for stage in range(1, config.num_stages + 1):
-            end, x = run.stage(stage, x, ends[-1] if ends else None, seeds)
-            ends.append(end)
-    return SampleOutput(ends[-1], ends if return_stage_ends else None)
-
-
-class _Run:
-    """One call of ``sample``: what stays the same over its stages."""
-
-    def __init__(
-        self, model: ECAR, labels: Tensor, counts: list[int], solver: str, guidance: Guidance,
-        callback: Callable[[StepInfo], Tensor | None] | None,
-    ) -> None:
-        self.model, self.counts, self.solver = model, counts, solver
-        self.guidance, self.callback = guidance, callback
-        self.num_stages, self.batch = model.config.num_stages, labels.shape[0]
-        self.scales = [
-            [guidance.at(stage, self.num_stages, time) for time in self.times(stage)]
-            for stage in range(1, self.num_stages + 1)
-        ]
-        # Where any step is guided, unconditional rows follow the conditional ones everywhere
-        # in the AR: a stage's map needs the cache of all stages before it.
-        self.guided = any(scale != 1.0 for scales in self.scales for scale in scales)
-        if self.guided:
-            labels = torch.cat([labels, torch.full_like(labels, model.config.null_class)])
-        self.labels = labels
-        self.cache = KVCache(model.config, len(labels), device=model.device, dtype=model.dtype)
-        self.bar: tqdm
-
-    def times(self, stage: int) -> list[float]:
-        """Global times at which the steps of ``stage`` begin."""
-        count = self.counts[stage - 1]
-        return [(stage - 1 + step / count) / self.num_stages for step in range(count)]
-
-    def token_map(self, stage: int, end_before: Tensor | None) -> Tensor:
-        ar = self.model.ar
-        if end_before is None:
-            return ar.stage(ar.embed_class(self.labels), self.cache)
-        tokens = ar.embed_end(end_before.to(self.model.dtype), stage)
-        return ar.stage(tokens.repeat(2, 1, 1) if self.guided else tokens, self.cache)
-
-    def stage(
-        self, stage: int, x: Tensor, end_before: Tensor | None, seeds: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(end_s, start_{s+1}) from start_s = x; the last stage has no start after it."""
-        head = self.model.heads[stage - 1]
-        count, scales = self.counts[stage - 1], self.scales[stage - 1]
-        spatial = head.spatial_parts(self.token_map(stage, end_before))
-        conditional = tuple(part[: self.batch] for part in spatial)  # these rows come first
-        times = self.times(stage)
-        # Heun's second call is at the next step's time; the last one's, at the stage's end.
-        grid = torch.tensor([*times, stage / self.num_stages], device=x.device)
-        modulations = head.step_parts(grid)
-        dt, last = 1 / count, stage == self.num_stages
-        before = sum(self.counts[: stage - 1])
-
-        def velocity(state: Tensor, step: int, scale: float) -> Tensor:
-            rows, own = state, conditional
-            if scale != 1.0:
-                rows, own = state.repeat(2, 1, 1, 1), spatial
-            v = head.velocity(rows.to(self.model.dtype), own, modulations[step])
-            return v.to(state.dtype)
-
-        for step, scale in enumerate(scales):
-            v = velocity(x, step, scale)
-            if self.solver == "heun":
-                ahead = euler_step(x, v, dt, guidance_scale=scale)
-                v = (v + velocity(ahead, step + 1, scale)) / 2
-            if step < count - 1 or last:
-                x = euler_step(x, v, dt, guidance_scale=scale)
-                end = x
+    # Buffers that outlive the call must be normal tensors, also where the caller is in
+    # inference mode.
+    with torch.inference_mode(False), torch.no_grad(), _tf32(tf32):
+        ends, reason = None, _why_not(model, callback, graphs)
+        if reason is None:
+            try:
+                ends = cuda_graphs.graphs_of(model).draw(model, shape, *data)
+            except CaptureError as error:
+                reason = str(error)
+        if ends is None and graphs is True:
+            raise RuntimeError(f"argument 'graphs': expected 'auto' or False: {reason}")
+        with tqdm(total=sum(counts), disable=not progress, desc="sampling", unit="step") as bar:
+            if ends is None:
+                if graphs and reason not in _said:
+                    _said.add(reason)
+                    _log.info("sampling without CUDA graphs: %s", reason)
+                ends = _run(model, shape, data, _watch(counts, bar, callback))
             else:
-                end, x = upsample_renoise_euler(
-                    x, v, dt, time=stages.start_time(stage + 1, self.num_stages), stage=stage + 1,
-                    seeds=seeds, guidance_scale=scale,
-                )
-            self.bar.update()
-            if self.callback is not None:
-                info = StepInfo(before + step, sum(self.counts), stage, step * dt, end)
-                replaced = self.callback(info)
-                if replaced is not None and replaced is not end:
-                    x = end = _checked_state(replaced, end, step == count - 1 and not last)
-        return end, x
+                if progress:
+                    torch.cuda.synchronize(model.device)
+                bar.update(sum(counts))
+    return SampleOutput(ends[-1], ends if return_stage_ends else None, reason)
+
+
+def why_not_graphs(
+    model: ECAR, *, callback: Callable[[StepInfo], Tensor | None] | None = None
+) -> str | None:
+    """Why ``sample`` would not try a CUDA graph here, or None. A capture itself may still fail:
+    ``SampleOutput.why_not_graph`` tells."""
+    return _why_not(model, callback, "auto")
+
+
+def _why_not(model: ECAR, callback: Callable | None, graphs: bool | str) -> str | None:
+    if not graphs:
+        return "graphs=False"
+    if callback is not None:
+        return "a callback is Python code at every step"
+    return cuda_graphs.device_reason(model.device)
+
+
+def _run(model: ECAR, shape: Shape, data: tuple, watch: Callable) -> list[Tensor]:
+    try:
+        plan = Plan(model, shape, device_scales=False)
+        plan.load(*data)
+        return plan.run(model, watch)
+    except torch.OutOfMemoryError as error:
+        reason = str(error)
+    # Outside the except block: its traceback would keep the run's tensors alive.
+    release_graphs(model)
+    raise torch.OutOfMemoryError(
+        f"sampling {shape.batch} images with {sum(shape.counts)} steps needs more memory than "
+        f"{model.device} has free; draw fewer at a time ({reason})"
+    )
+
+
+def _watch(counts: list[int], bar: tqdm, callback: Callable | None) -> Callable:
+    def watch(stage: int, step: int, state: Tensor) -> Tensor | None:
+        bar.update()
+        if callback is None:
+            return None
+        count = counts[stage - 1]
+        before = sum(counts[: stage - 1])
+        info = StepInfo(before + step, sum(counts), stage, step / count, state)
+        replaced = callback(info)
+        if replaced is None or replaced is state:
+            return None
+        return _checked_state(replaced, state, step == count - 1 and stage < len(counts))
+    return watch
+
+
+@contextlib.contextmanager
+def _tf32(wanted: bool | None) -> Iterator[None]:
+    """Products of float32 matrices on CUDA in TF32 or not, within the block."""
+    products = torch.backends.cuda.matmul
+    if wanted is None or (products.fp32_precision == "tf32") == wanted:
+        yield
+        return
+    products.allow_tf32 = wanted
+    try:
+        yield
+    finally:
+        products.allow_tf32 = not wanted
 
 
 def _checked_state(replaced: object, state: Tensor, jumped: bool) -> Tensor:
@@ -275,10 +234,3 @@ def _check_seeds(seeds: object, batch: int) -> None:
             f"argument 'seeds': expected shape [{batch}], one for each class label, got "
             f"{list(seeds.shape)}"
         )
-
-
-def _require_finite(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"argument {name!r}: expected a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"argument {name!r}: expected a finite number, got {value}")

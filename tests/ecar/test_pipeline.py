@@ -7,11 +7,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from ecar import pipeline
 from ecar.codec import AutoencoderKLCodec, IdentityCodec
 from ecar.config import ECARConfig
 from ecar.hub import checkpoint_folder
 from ecar.model import ECAR
 from ecar.pipeline import ECARPipeline
+from ecar.sampler import sample
 
 TINY = ECARConfig(
     stage_sides=(4, 8),
@@ -93,6 +95,23 @@ def test_lone_labels_and_seeds_go_with_lists(pipe):
 def test_labels_in_every_form(pipe, labels):
     expected = draw(pipe, [2, 5], seeds=[0, 1]).images
     assert torch.equal(draw(pipe, labels, seeds=torch.tensor([0, 1])).images, expected)
+
+
+def test_graphs_and_tf32_reach_the_sampler_and_moving_drops_the_graphs(monkeypatch):
+    pipe = ECARPipeline(make_model(), defaults={"num_inference_steps": 4}, graphs=False, tf32=True)
+    seen, released = [], []
+    monkeypatch.setattr(pipeline, "sample", lambda *given, **options: (
+        seen.append((options["graphs"], options["tf32"])), sample(*given, **options))[1])
+    monkeypatch.setattr(pipeline, "release_graphs", released.append)
+    draw(pipe, 1)
+    pipe.graphs, pipe.tf32 = "auto", None
+    draw(pipe, 1)
+    assert seen == [(False, True), ("auto", None)]
+    pipe.graphs = True  # never quietly without
+    with pytest.raises(RuntimeError, match="'graphs'"):
+        draw(pipe, 1)
+    pipe.to(torch.float32)
+    assert released == [pipe.model]
 
 
 def test_seeds_are_returned_and_make_the_picture_again(pipe):

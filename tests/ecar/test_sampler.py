@@ -1,13 +1,16 @@
+import gc
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ecar import stages
+from ecar import plan, stages
 from ecar.model import ECAR
 from ecar.sampler import Guidance, sample, split_steps
-from ecar_kernels import initial_noise
+from ecar.transformer import KVCache
+from ecar_kernels import adaln_linear, initial_noise
 from ecar_kernels.flow_step.reference import block_details
 
 from .conftest import tiny_config
@@ -190,6 +193,114 @@ def test_a_bfloat16_model_draws_much_the_same(model):
     found = draw(model.to(torch.bfloat16)).latents
     assert found.dtype == torch.float32
     assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def composed_boundary(x, state, shift, scale, weight, bias, embed_weight, embed_bias, positions,
+                      dt, *, step_shift, step_scale, guidance_scale, eps):
+    """flow_boundary by its contract, out of plain ops."""
+    v = adaln_linear(x, shift, scale, weight, bias, step_shift=step_shift, step_scale=step_scale,
+                     eps=eps).to(state.dtype)
+    if len(v) != len(state):
+        conditional, unconditional = v.chunk(2)
+        v = unconditional + guidance_scale * (conditional - unconditional)
+    state = state + dt * v
+    embedded = F.linear(state.to(x.dtype), embed_weight, embed_bias) + positions
+    return state, embedded.repeat(len(x) // len(state), 1, 1) if len(state) else embedded
+
+
+class TestTokenLayout:
+    """Where flow_boundary serves, the state stays in tokens inside a stage."""
+
+    @pytest.fixture
+    def boundary(self, monkeypatch):
+        calls = []
+
+        def flow_boundary(*arguments, **options):
+            calls.append(len(arguments[0]))
+            return composed_boundary(*arguments, **options)
+
+        monkeypatch.setattr(plan, "boundary_op", lambda *settings: flow_boundary)
+        return calls
+
+    @pytest.mark.parametrize(("options", "rows"), [
+        ({}, [3] * 7),
+        ({"guidance_scale": 2.5}, [6] * 7),
+        ({"guidance_scale": 2.5, "guidance_interval": (0.1, 0.6)}, [3, 6, 6, 6, 6, 3, 3]),
+        ({"guidance_scale": 2.5, "guidance_schedule": "linear"}, [3] * 3 + [6] * 4),
+    ])
+    def test_it_is_the_same_image(self, model, boundary, monkeypatch, options, rows):
+        found = draw(model, steps=[4, 5], **options).latents
+        assert boundary == rows  # each stage's last step ends in another way
+        monkeypatch.undo()
+        expected = draw(model, steps=[4, 5], **options).latents
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+    def test_stages_of_one_step_and_heun_need_none(self, model, boundary):
+        draw(model, steps=[1, 1])
+        draw(model, solver="heun")
+        assert boundary == []
+
+    def test_the_callback_sees_and_replaces_images(self, model, boundary, monkeypatch):
+        def turned(info):
+            seen.append(info.latents.clone())
+            return info.latents.flip(-1) if info.index in (0, 4) else None
+
+        images = []
+        for undo in (False, True):
+            if undo:
+                monkeypatch.undo()
+            seen = []
+            output = draw(model, steps=[3, 4], guidance_scale=2.0, callback=turned)
+            images.append([*seen, output.latents])
+        assert len(images[0]) == 8
+        for found, expected in zip(*images, strict=True):
+            assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+    def test_a_bfloat16_model_keeps_its_state_in_float32(self, model, boundary, monkeypatch):
+        model.to(torch.bfloat16)
+        found = draw(model, steps=[4, 5], guidance_scale=2.0).latents
+        monkeypatch.undo()
+        expected = draw(model, steps=[4, 5], guidance_scale=2.0).latents
+        assert found.dtype == torch.float32
+        assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+def test_the_plan_is_the_plain_loop(model):
+    """Section 3.4 written out, with no plan: the same numbers."""
+    labels, seeds = torch.tensor([3, 7]), torch.tensor([5, -6])
+    counts, w = (3, 2), 2.0
+    with torch.no_grad():
+        cache = KVCache(model.config, 4, device=model.device, dtype=model.dtype)
+        both = torch.cat([labels, torch.full_like(labels, model.config.null_class)])
+        x = initial_noise(seeds, (1, 4, 4), device="cpu", dtype=torch.float32)
+        for stage, (head, count) in enumerate(zip(model.heads, counts, strict=True), start=1):
+            tokens = (model.ar.embed_class(both) if stage == 1
+                      else model.ar.embed_end(end.repeat(2, 1, 1, 1), stage))  # noqa: F821
+            token_map = model.ar.stage(tokens, cache)
+            for step in range(count):
+                time = torch.full((4,), (stage - 1 + step / count) / 2)
+                conditional, unconditional = head(x.repeat(2, 1, 1, 1), time, token_map).chunk(2)
+                x = x + (unconditional + w * (conditional - unconditional)) / count
+            end = x
+            if stage == 1:
+                high_pass = stages.haar_high_pass(block_details(seeds, 2, (1, 4, 4)))
+                x = stages.transition(end, 0.5, high_pass)
+    found = draw(model, (3, 7), (5, -6), steps=list(counts), guidance_scale=w).latents
+    assert (found - x).abs().max() < 1e-5 * x.abs().max()
+
+
+def test_memory_does_not_grow_from_step_to_step(model):
+    """All tensors alive after each step but a stage's last, at which the next one's begin."""
+    held = []
+
+    def count(info):
+        gc.collect()
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+                    for tensor in gc.get_objects() if type(tensor) is torch.Tensor}
+        held.append(sum(storages.values()))
+
+    draw(model, steps=[2, 6], guidance_scale=2.0, callback=count)
+    assert len(set(held[3:7])) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,262 @@
+"""CUDA graphs of the sampler: a plan captured once, then replayed for other images.
+
+A graph belongs to one model and one key (batch, steps, solver, guided steps, backend, number
+format). It reads the weights where they lie: new values copied into them are seen by the next
+replay, other storage (``.to()``, a swapped module) drops the model's graphs. Classes, seeds and
+guidance scales are data in the plan's buffers.
+
+All graphs of a model share one memory pool, of the size of the largest, and are replayed one at
+a time: between replays nothing in the pool is alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ecar.model import ECAR
+from ecar.plan import Plan, Shape
+from ecar_kernels import active_backend
+
+__all__ = ["CaptureError", "GraphCache", "graphs_of", "release_graphs"]
+
+LIMIT = 8  # graphs kept for a model
+OUT_OF_MEMORY = "the device has too little memory to capture it"
+
+_log = logging.getLogger(__name__)
+
+
+class CaptureError(RuntimeError):
+    """A graph could not be captured; the message says why. Sampling without one goes on."""
+
+
+class CudaRecorder:
+    """The part that only a GPU can do: capture on a stream of its own, and order the replays."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.done = torch.cuda.Event()
+
+    def warm_up(self, run: Callable[[], None]) -> None:
+        """One plain run: kernels are compiled, tables and workspaces made, outside the pool."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            run()
+        current.wait_stream(self.stream)
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Capture ``run``, without executing it; the function returned replays it."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate meanwhile: only this one's calls can spoil the capture.
+        with torch.cuda.graph(
+            graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+        ):
+            run()
+        return graph.replay
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Between uses of the buffers on two streams, the later waits for the earlier."""
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(self.done)
+            yield
+            self.done.record(stream)
+
+    def settle(self) -> None:
+        """Before memory goes: no replay may be under way."""
+        torch.cuda.synchronize(self.device)
+
+    def give_back(self) -> None:
+        """Unused memory goes back to the device."""
+        torch.cuda.empty_cache()
+
+
+def device_reason(device: torch.device) -> str | None:
+    """Why there are no graphs on this device, or None."""
+    if device.type != "cuda":
+        return f"CUDA graphs need a CUDA device, the model is on {device}"
+    if torch.cuda.is_current_stream_capturing():
+        return "the current stream is being captured by the caller"
+    if torch.is_autocast_enabled("cuda"):
+        return "under torch.autocast the weights' casts live no longer than the call"
+    return None
+
+
+def weights_of(model: nn.Module) -> tuple:
+    """What a graph of the model has baked in: where each weight lies, and what code runs.
+
+    Raises:
+        CaptureError: a module has hooks, which a replay would not call.
+    """
+    found, stack = [], [model]
+    while stack:
+        module = stack.pop()
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise CaptureError(f"{type(module).__name__} has forward hooks, which a CUDA graph "
+                               "would not call")
+        own = module.__dict__
+        found += (type(module), id(own.get("forward")), id(own.get("_compiled_call_impl")))
+        for tensors in (module._parameters, module._buffers):
+            found += [tensor.data_ptr() for tensor in tensors.values() if tensor is not None]
+        stack += module._modules.values()
+    return tuple(found)
+
+
+@dataclass
+class _Graph:
+    plan: Plan
+    ends: list[Tensor]  # outside the pool
+    replay: Callable[[], None]
+
+
+class GraphCache:
+    """The graphs of one model, the least recently used dropped first.
+
+    Args:
+        limit: graphs kept.
+        recorder: makes a ``CudaRecorder``, or what stands in for it, for a device.
+    """
+
+    def __init__(
+        self, limit: int = LIMIT, recorder: Callable[[torch.device], CudaRecorder] | None = None
+    ) -> None:
+        self.limit, self._recorder_for, self._recorder = limit, recorder or CudaRecorder, None
+        self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
+        self._weights: tuple = ()
+        self._lock = threading.RLock()
+        self.refused: dict[tuple, str] = {}  # keys whose capture failed, and why
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def draw(
+        self, model: ECAR, shape: Shape, labels: Tensor, seeds: Tensor,
+        scales: Sequence[Sequence[float]],
+    ) -> list[Tensor]:
+        """The end state of every stage, replayed; captured first where the key is new.
+
+        Raises:
+            CaptureError: the graph can't be had, now or at an earlier try with this key.
+            torch.OutOfMemoryError: there is no memory for the run itself.
+        """
+        with self._lock:
+            self._check_weights(model)
+            key = (shape, model.device, model.dtype, active_backend(), number_format())
+            if key in self.refused:
+                raise CaptureError(self.refused[key])
+            if key not in self._graphs:
+                self._capture(model, shape, key, (labels, seeds, scales))
+            self._graphs.move_to_end(key)
+            graph = self._graphs[key]
+            with self._recorder.turn():
+                graph.plan.load(labels, seeds, scales)
+                graph.replay()
+                return [end.clone() for end in graph.ends]
+
+    def release(self) -> None:
+        """Drop all graphs, and forget what failed; their memory goes back to the device."""
+        with self._lock:
+            self.refused.clear()
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._recorder is None:
+            return
+        self._recorder.settle()
+        self._graphs.clear()
+        # A capture that broke off may have left its stream and pool unusable: a new one next.
+        recorder, self._recorder = self._recorder, None
+        recorder.give_back()
+
+    def _check_weights(self, model: ECAR) -> None:
+        weights = weights_of(model)
+        if weights != self._weights:
+            self.release()
+            self._weights = weights
+
+    def _capture(self, model: ECAR, shape: Shape, key: tuple, data: tuple) -> None:
+        while len(self._graphs) >= self.limit:
+            self._recorder.settle()
+            self._graphs.popitem(last=False)
+        found = self._attempt(model, shape, data)
+        if found is OUT_OF_MEMORY:
+            # Graphs of other shapes hold memory: without them there may be enough.
+            self._drop()
+            found = self._attempt(model, shape, data)
+        if isinstance(found, _Graph):
+            self._graphs[key] = found
+            return
+        self._drop()
+        if found is not OUT_OF_MEMORY:  # there may be memory another time
+            self.refused[key] = found
+        _log.warning("sampling goes on without a CUDA graph: %s", found)
+        raise CaptureError(found)
+
+    def _attempt(self, model: ECAR, shape: Shape, data: tuple) -> _Graph | str:
+        """The graph, or why not.
+
+        Words, not the exception: its traceback would keep the tensors of the attempt alive.
+        """
+        try:
+            return self._record(model, shape, data)
+        except torch.OutOfMemoryError:
+            return OUT_OF_MEMORY
+        except CaptureError as error:
+            return str(error)
+
+    def _record(self, model: ECAR, shape: Shape, data: tuple) -> _Graph:
+        if self._recorder is None:
+            self._recorder = self._recorder_for(model.device)
+        recorder = self._recorder
+        with recorder.turn():
+            plan = Plan(model, shape, device_scales=True)
+            plan.load(*data)
+            ends = [
+                torch.empty(shape.batch, *model.config.stage_shape(stage), device=model.device)
+                for stage in range(1, model.config.num_stages + 1)
+            ]
+
+            def run() -> None:
+                for kept, end in zip(ends, plan.run(model), strict=True):
+                    kept.copy_(end)
+
+            recorder.warm_up(run)
+            try:
+                replay = recorder.record(run)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                first = str(error).strip().splitlines() or [type(error).__name__]
+                raise CaptureError(f"the capture failed: {first[0]}") from error
+        return _Graph(plan, ends, replay)
+
+
+def number_format() -> tuple[str, str]:
+    """How float32 products are computed now: "ieee" or "tf32", and torch's setting for all."""
+    return torch.backends.cuda.matmul.fp32_precision, torch.backends.fp32_precision
+
+
+_caches: weakref.WeakKeyDictionary[ECAR, GraphCache] = weakref.WeakKeyDictionary()
+
+
+def graphs_of(model: ECAR) -> GraphCache:
+    """The model's graphs; empty until it was sampled with graphs."""
+    return _caches.setdefault(model, GraphCache())
+
+
+def release_graphs(model: ECAR) -> None:
+    """Drop the model's CUDA graphs and free their memory; the next ``sample`` captures anew."""
+    if model in _caches:
+        _caches[model].release()

@@ -1,0 +1,382 @@
+"""The sampler's CUDA graphs: what they are kept by, when they are dropped, what is said.
+
+On the CPU a tape stands in for the graph (tape.py); the tests marked gpu have real ones.
+"""
+
+import copy
+import gc
+import logging
+import threading
+import weakref
+
+import pytest
+import torch
+
+from ecar import graphs, plan, sampler
+from ecar.sampler import release_graphs, sample, why_not_graphs
+from ecar_kernels import use_backend
+
+from .tape import TapeRecorder
+
+LABELS, SEEDS = (3, 7, 1), (11, -5, 2**40)
+
+
+def draw(model, labels=LABELS, seeds=SEEDS, **options):
+    options = {"steps": 6, **options}
+    return sample(model, torch.tensor(labels), seeds=torch.tensor(seeds), **options)
+
+
+def plain(model, *arguments, **options):
+    return draw(model, *arguments, graphs=False, **options).latents
+
+
+@pytest.fixture
+def tape(monkeypatch):
+    """Graphs are to be had on the CPU; counts the captures."""
+    monkeypatch.setattr(graphs, "device_reason", lambda device: None)
+    monkeypatch.setattr(graphs, "CudaRecorder", TapeRecorder)
+    monkeypatch.setattr(TapeRecorder, "captured", 0)
+    monkeypatch.setattr(TapeRecorder, "failures", [])
+    return TapeRecorder
+
+
+def close(found, expected):
+    return (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+class TestReplay:
+    def test_other_classes_and_seeds_are_other_data(self, model, tape):
+        draw(model)
+        for labels, seeds in (((0, 1, 2), SEEDS), (LABELS, (-1, 0, 2**62)), (LABELS, SEEDS)):
+            output = draw(model, labels, seeds)
+            assert output.why_not_graph is None
+            assert torch.equal(output.latents, plain(model, labels, seeds))
+        assert tape.captured == 1
+
+    @pytest.mark.parametrize("options", [{}, {"solver": "heun"}, {"guidance_schedule": "linear"},
+                                         {"guidance_interval": (0.1, 0.6)}])
+    def test_other_guidance_scales_are_other_data(self, model, tape, options):
+        for scale in (2.0, 3.5, 1.25):
+            found = draw(model, guidance_scale=scale, **options).latents
+            assert close(found, plain(model, guidance_scale=scale, **options))
+        assert tape.captured == 1
+
+    def test_a_bfloat16_model(self, model, tape):
+        model.to(torch.bfloat16)
+        assert torch.equal(draw(model).latents, plain(model))
+
+    def test_nothing_but_the_buffers_reaches_a_replay(self, model, tape, monkeypatch):
+        """The stand-in is strict: it replays what it was captured with."""
+        before = draw(model, guidance_scale=2.0).latents
+        monkeypatch.setattr(plan.Plan, "load", lambda self, *data: None)
+        found = draw(model, (0, 0, 0), (1, 2, 3), guidance_scale=5.0).latents
+        assert torch.equal(found, before)
+
+    def test_what_was_drawn_stays_as_it_was(self, model, tape):
+        first = draw(model, return_stage_ends=True)
+        kept = copy.deepcopy(first.stage_ends)
+        draw(model, seeds=(1, 2, 3))
+        assert all(map(torch.equal, first.stage_ends, kept))
+
+    def test_a_graph_is_right_after_another_shape_was_captured(self, model, tape):
+        expected = draw(model).latents
+        draw(model, (1,), (2,))
+        draw(model, steps=4)
+        assert torch.equal(draw(model).latents, expected)
+        assert tape.captured == 3
+
+    def test_an_empty_batch(self, model, tape):
+        empty = torch.empty(0, dtype=torch.int64)
+        assert sample(model, empty, seeds=empty, steps=4).latents.shape == (0, 1, 8, 8)
+
+    def test_buffers_made_in_inference_mode_serve_outside(self, model, tape):
+        with torch.inference_mode():
+            first = draw(model).latents
+        assert torch.equal(draw(model).latents, first)
+        assert tape.captured == 1
+
+    def test_the_bar_is_full(self, model, tape, monkeypatch, capsys):
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        draw(model, progress=True)
+        assert "6/6" in capsys.readouterr().err
+
+
+class TestKeys:
+    @pytest.mark.parametrize(
+        "changed",
+        [{"labels": (3, 7), "seeds": (1, 2)}, {"steps": [2, 4]}, {"solver": "heun"},
+         {"guidance_scale": 2.0}, {"tf32": True}],
+    )
+    def test_what_is_baked_in_is_captured_for_itself(self, model, tape, changed):
+        draw(model)
+        output = draw(model, **changed)
+        assert tape.captured == 2
+        assert close(output.latents, plain(model, **changed))
+
+    def test_the_pattern_of_guided_steps_and_the_backend(self, model, tape):
+        draw(model, guidance_scale=2.0)
+        draw(model, guidance_scale=2.0, guidance_interval=(0.3, 1.0))
+        draw(model, guidance_scale=2.0, guidance_schedule="linear")  # stage 1 is not guided
+        assert tape.captured == 3
+        with use_backend("reference"):
+            draw(model, guidance_scale=2.0)
+        assert tape.captured == 4
+
+    def test_another_model_has_graphs_of_its_own(self, make_model, tape):
+        models = make_model(), make_model()
+        for model in (*models, *models):
+            assert torch.equal(draw(model).latents, plain(model))
+        assert tape.captured == 2
+
+    def test_the_least_recently_used_is_dropped(self, model, tape):
+        cache = graphs.graphs_of(model)
+        cache.limit = 2
+        for steps in (2, 3, 2, 4, 2):  # 3 goes when 4 comes
+            draw(model, steps=steps)
+        assert (tape.captured, len(cache)) == (3, 2)
+        draw(model, steps=3)
+        assert (tape.captured, len(cache)) == (4, 2)
+
+
+class TestWeights:
+    def test_values_loaded_in_place_are_seen(self, model, make_model, tape):
+        with use_backend("reference"):  # the CPU's kernels keep packed copies of the weights
+            draw(model)
+            model.load_state_dict(make_model().state_dict())
+            assert torch.equal(draw(model).latents, plain(model))
+        assert tape.captured == 1
+
+    @pytest.mark.parametrize("change", [
+        lambda model: model.to(torch.float64).to(torch.float32),
+        lambda model: setattr(model.ar.norm, "weight", torch.nn.Parameter(torch.rand(32))),
+        lambda model: setattr(model.heads[0], "blocks", copy.deepcopy(model.heads[1].blocks)),
+        lambda model: setattr(model.ar.norm, "forward", lambda x: x),
+    ], ids=["to", "a parameter", "a module", "a forward"])
+    def test_other_storage_or_code_drops_the_graphs(self, model, tape, change):
+        draw(model)
+        change(model)
+        assert torch.equal(draw(model).latents, plain(model))
+        assert (tape.captured, len(graphs.graphs_of(model))) == (2, 1)
+
+    def test_hooks_are_called_so_there_is_no_graph(self, model, tape):
+        draw(model)
+        called = []
+        handle = model.ar.norm.register_forward_hook(lambda *_: called.append(1))
+        assert "LayerNorm has forward hooks" in draw(model).why_not_graph
+        assert len(called) == 2
+        handle.remove()
+        assert draw(model).why_not_graph is None
+
+    def test_graphs_do_not_keep_the_model_alive(self, make_model, tape):
+        model = make_model()
+        draw(model)
+        gone = weakref.ref(model)
+        del model
+        gc.collect()
+        assert gone() is None
+
+    def test_release(self, model, tape):
+        draw(model)
+        release_graphs(model)
+        assert len(graphs.graphs_of(model)) == 0
+        draw(model)
+        assert tape.captured == 2
+
+
+class TestFailures:
+    def test_a_failed_capture_is_told_and_not_tried_again(self, model, tape, caplog):
+        expected = draw(model, steps=4).latents
+        tape.failures = [RuntimeError("operation not permitted\nand a long trace")]
+        output = draw(model)
+        assert output.why_not_graph == "the capture failed: operation not permitted"
+        assert torch.equal(output.latents, plain(model))
+        assert draw(model).why_not_graph == output.why_not_graph
+        assert tape.captured == 1
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert torch.equal(draw(model, steps=4).latents, expected)  # captured anew
+        release_graphs(model)
+        assert draw(model).why_not_graph is None
+
+    def test_code_that_no_stream_captures(self, model, tape, monkeypatch):
+        monkeypatch.setattr(plan, "_guide", lambda v, scale: (v, float(scale)))
+        output = draw(model, guidance_scale=2.0)
+        assert "not permitted when stream is capturing" in output.why_not_graph
+        assert close(output.latents, plain(model, guidance_scale=2.0))
+
+    def test_out_of_memory_drops_the_other_graphs_and_tries_again(self, model, tape):
+        draw(model)
+        tape.failures = [torch.OutOfMemoryError("CUDA out of memory")]
+        assert draw(model, steps=4).why_not_graph is None
+        assert len(graphs.graphs_of(model)) == 1
+
+    def test_out_of_memory_twice_samples_without_and_may_do_better_later(self, model, tape):
+        tape.failures = [torch.OutOfMemoryError("CUDA out of memory")] * 2
+        output = draw(model)
+        assert output.why_not_graph == graphs.OUT_OF_MEMORY
+        assert torch.equal(output.latents, plain(model))
+        assert draw(model).why_not_graph is None
+
+    def test_out_of_memory_without_a_graph_says_what_to_do(self, model, monkeypatch):
+        def run(self, model, watch):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+        monkeypatch.setattr(plan.Plan, "run", run)
+        with pytest.raises(torch.OutOfMemoryError, match=r"3 images with 6 steps.*draw fewer"):
+            draw(model)
+        monkeypatch.undo()
+        draw(model)
+
+    def test_true_raises_where_auto_falls_back(self, model, tape):
+        assert draw(model, graphs=True).why_not_graph is None
+        tape.failures = [RuntimeError("no")]
+        with pytest.raises(RuntimeError, match=r"'graphs'.*the capture failed: no"):
+            draw(model, steps=4, graphs=True)
+
+    def test_threads_take_turns(self, model, tape):
+        expected = {seed: draw(model, (3,), (seed,)).latents for seed in range(4)}
+        found = {}
+        threads = [threading.Thread(target=lambda seed=seed: found.update(
+            {seed: draw(model, (3,), (seed,)).latents})) for seed in expected]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(torch.equal(found[seed], expected[seed]) for seed in expected)
+
+
+class TestReasons:
+    def test_the_cpu(self, model, caplog, monkeypatch):
+        monkeypatch.setattr(sampler, "_said", set())
+        caplog.set_level(logging.INFO, "ecar")
+        assert "need a CUDA device, the model is on cpu" in why_not_graphs(model)
+        assert draw(model).why_not_graph == why_not_graphs(model)
+        draw(model)
+        assert len(caplog.records) == 1  # said once
+        with pytest.raises(RuntimeError, match=r"'graphs'.*need a CUDA device"):
+            draw(model, graphs=True)
+
+    def test_a_callback_and_false(self, model, tape):
+        assert "callback" in draw(model, callback=lambda info: None).why_not_graph
+        assert "callback" in why_not_graphs(model, callback=print)
+        assert draw(model, graphs=False).why_not_graph == "graphs=False"
+        assert tape.captured == 0
+
+    @pytest.mark.parametrize("options", [{"graphs": "yes"}, {"tf32": "high"}])
+    def test_a_bad_argument_is_named(self, model, options):
+        with pytest.raises(ValueError, match=f"'{next(iter(options))}'"):
+            draw(model, **options)
+
+    @pytest.mark.parametrize("setting", [False, True])
+    def test_tf32_is_set_for_the_call_alone(self, model, monkeypatch, setting):
+        products, seen, run = torch.backends.cuda.matmul, [], plan.Plan.run
+        monkeypatch.setattr(plan.Plan, "run", lambda *given: (
+            seen.append(products.fp32_precision == "tf32"), run(*given))[1])
+        before = products.allow_tf32
+        try:
+            products.allow_tf32 = setting
+            for wanted in (None, True, False):
+                draw(model, tf32=wanted)
+            assert products.allow_tf32 is setting
+        finally:
+            products.allow_tf32 = before
+        assert seen == [setting, True, False]
+
+
+@pytest.fixture
+def gpu_model(make_model):
+    """Wide enough for every kernel's tiles, and for stages of several of them."""
+    torch.manual_seed(0)
+    return make_model(stage_sides=(8, 16, 32), channels=4, width=128, heads=2).cuda()
+
+
+@pytest.mark.gpu
+class TestOnTheGPU:
+    @pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.5}, {"solver": "heun"}])
+    def test_the_same_seed_is_the_same_image_as_on_the_cpu(self, gpu_model, options):
+        """The bound is the one the design promises, 1e-4 in float32, of the image's scale."""
+        found = draw(gpu_model, steps=12, tf32=False, **options)
+        assert found.why_not_graph is None
+        expected = draw(gpu_model.cpu(), steps=12, **options).latents
+        error = (found.latents.cpu() - expected).abs().max()
+        assert error < 1e-4 * max(1.0, expected.abs().max().item())
+
+    def test_a_replay_is_the_eager_run(self, gpu_model):
+        for scale in (1.0, 2.0, 3.5):
+            for seeds in (SEEDS, (1, 2, 3)):
+                found = draw(gpu_model, seeds=seeds, guidance_scale=scale, graphs=True).latents
+                eager = plain(gpu_model, seeds=seeds, guidance_scale=scale)
+                assert close(found, eager)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_twice_the_same_bits_also_after_another_shape(self, gpu_model, dtype):
+        gpu_model.to(dtype)
+        expected = draw(gpu_model, graphs=True).latents
+        draw(gpu_model, (1,), (2,), graphs=True)
+        draw(gpu_model, steps=[2, 3, 5], guidance_scale=2.0, graphs=True)
+        assert torch.equal(draw(gpu_model, graphs=True).latents, expected)
+
+    @pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.5}])
+    def test_batch_composition_changes_no_image(self, gpu_model, options):
+        batch = draw(gpu_model, tf32=False, **options).latents
+        for row, (label, seed) in enumerate(zip(LABELS, SEEDS, strict=True)):
+            alone = draw(gpu_model, (label,), (seed,), tf32=False, **options).latents[0]
+            assert (alone - batch[row]).abs().max() < 1e-4 * max(1.0, batch.abs().max().item())
+
+    def test_weights_loaded_in_place_and_moved(self, gpu_model, make_model):
+        draw(gpu_model, graphs=True)
+        other = make_model(stage_sides=(8, 16, 32), channels=4, width=128, heads=2)
+        gpu_model.load_state_dict(other.state_dict())
+        assert close(draw(gpu_model, graphs=True).latents, plain(gpu_model))
+        gpu_model.to(torch.bfloat16)
+        found, eager = draw(gpu_model, graphs=True).latents, plain(gpu_model)
+        assert (found - eager).norm() < 0.01 * eager.norm()
+
+    def test_two_streams_take_turns(self, gpu_model):
+        pairs = [((3,), (seed,)) for seed in range(6)]
+        expected = [draw(gpu_model, *pair, graphs=True).latents for pair in pairs]
+        streams = torch.cuda.Stream(), torch.cuda.Stream()
+        found = []
+        for index, pair in enumerate(pairs):
+            with torch.cuda.stream(streams[index % 2]):
+                found.append(draw(gpu_model, *pair, graphs=True).latents)
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, found, expected))
+
+    def test_out_of_memory_and_on(self, gpu_model):
+        expected = draw(gpu_model, graphs=True).latents
+        total = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(
+            (torch.cuda.memory_reserved() + 2**26) / total)
+        try:
+            many = torch.arange(4096) % 10
+            with pytest.raises(torch.OutOfMemoryError, match="draw fewer at a time"):
+                sample(gpu_model, many, seeds=many, steps=6)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        assert torch.equal(draw(gpu_model, graphs=True).latents, expected)
+
+    def test_a_capture_that_fails_leaves_the_process_well(self, gpu_model, monkeypatch):
+        expected = draw(gpu_model, graphs=True, guidance_scale=2.0).latents
+        with monkeypatch.context() as patch:
+            patch.setattr(plan, "_guide", lambda v, scale: (v, float(scale)))
+            output = draw(gpu_model, steps=4, guidance_scale=2.0)
+            assert "the capture failed" in output.why_not_graph
+            assert close(output.latents, plain(gpu_model, steps=4, guidance_scale=2.0))
+        assert torch.equal(draw(gpu_model, graphs=True, guidance_scale=2.0).latents, expected)
+
+    def test_under_the_callers_own_capture_and_autocast(self, gpu_model):
+        with torch.autocast("cuda", torch.bfloat16):
+            assert "autocast" in why_not_graphs(gpu_model)
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            torch.ones(1, device="cuda")
+            assert "being captured" in why_not_graphs(gpu_model)
+
+    def test_memory_does_not_grow(self, gpu_model):
+        draw(gpu_model, graphs=True)
+        before = torch.cuda.memory_allocated()
+        for seed in range(5):
+            draw(gpu_model, seeds=(seed, 1, 2), graphs=True)
+        assert torch.cuda.memory_allocated() == before
+        release_graphs(gpu_model)
+        assert torch.cuda.memory_allocated() < before
