@@ -1,15 +1,20 @@
 """What a timing needs beside it to mean anything: device, threads, versions, load, date."""
 
+import ctypes
 import datetime
 import os
 import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "numpy", "pytest-benchmark")
+PACKAGES = ("torch", "triton", "numpy", "diffusers", "pytest-benchmark")
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+ASSUMED_CACHE = 32 * 2**20
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def cpu_name() -> str:
@@ -27,6 +32,30 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache; ASSUMED_CACHE where the system does not say."""
+    units = {"K": 2**10, "M": 2**20}
+    try:
+        texts = [file.read_text().strip() for file in CACHES.glob("index*/size")]
+    except OSError:
+        texts = []
+    sizes = [int(text[:-1]) * units[text[-1]] for text in texts if text[-1:] in units]
+    return max(sizes, default=ASSUMED_CACHE)
+
+
+def keep_memory() -> bool:
+    """Has the C library keep what is freed, so that large results are not mapped anew each time.
+
+    glibc maps every allocation above 32 MiB and unmaps it when freed: a result of 64 MiB would be
+    timed with its page faults, which cost several times the kernel. False where it is not glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def package_version(name: str) -> str | None:
@@ -48,6 +77,7 @@ def describe() -> dict[str, Any]:
         "device": cpu_name(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
+        "last_level_cache": last_level_cache(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -8,22 +8,23 @@ On one thread the clock counts the thread's own time, so that a busy machine can
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import environment
+from benchmarks import environment, linears, results
+from benchmarks.results import markdown
 from ecar_kernels.registry import resolve
 
 ROWS = (16, 64, 256, 512)
 WIDTHS = (768, 1024, 1152)
 WEIGHTS_BYTES = 128 * 2**20
+FULL = "best_library_at_512_rows"
 
 
 def layers(width: int) -> dict[str, tuple[int, int]]:
@@ -52,18 +53,11 @@ def candidates(layer: str, rows: int, outputs: int, inputs: int) -> dict[str, li
     """For each path one call for every weight; packing is done here, outside the timing."""
     count = min(64, max(2, WEIGHTS_BYTES // (4 * outputs * inputs)))
     weights = [torch.randn(outputs, inputs) for _ in range(count)]
-    bias, x = torch.randn(outputs), torch.randn(rows, inputs)
-    found = {"nn.Linear": [lambda w=w: F.linear(x, w, bias) for w in weights]}
-    if hasattr(torch.ops.mkl, "_mkl_reorder_linear_weight"):
-        packed = [torch.ops.mkl._mkl_reorder_linear_weight(w, rows) for w in weights]
-        found["MKL packed"] = [
-            lambda w=w, p=p: torch.ops.mkl._mkl_linear(x, p, w, bias, rows)
-            for w, p in zip(weights, packed, strict=True)]
-    if hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        reordered = [torch.ops.mkldnn._reorder_linear_weight(w, rows) for w in weights]
-        found["oneDNN packed"] = [
-            lambda p=p: torch.ops.mkldnn._linear_pointwise(x, p, bias, "none", [], "")
-            for p in reordered]
+    bias, x = torch.randn(outputs), torch.randn(1, rows, inputs)
+    found: dict[str, list[Callable]] = {}
+    for weight in weights:
+        for name, path in linears.libraries(weight, bias, rows).items():
+            found.setdefault(name, []).append(lambda path=path: path(x))
     fused = fused_op(layer, rows, outputs, inputs)
     found["ours, fused"] = [lambda w=w: fused(w, bias) for w in weights]
     return found
@@ -100,8 +94,20 @@ def measure(widths: list[int], rows: list[int], seconds: float) -> list[dict]:
                     f"| {name} {rate:6.1f} ({rate / full:4.0%})"
                     for name, rate in table[n].items()), flush=True)
                 records.append({"width": width, "layer": layer, "rows": n, "gflops": table[n],
-                                "best_library_at_512_rows": full})
+                                FULL: full})
     return records
+
+
+def render(record: dict[str, Any]) -> str:
+    """GFLOP/s by layer and rows, in brackets the fraction of the best library's at 512 rows."""
+    names = list(dict.fromkeys(name for row in record["records"] for name in row["gflops"]))
+    rows = [(str(row["width"]), row["layer"], str(row["rows"]),
+             *(f"{row['gflops'][name]:.0f} ({row['gflops'][name] / row[FULL]:.0%})"
+               if name in row["gflops"] else "-" for name in names))
+            for row in record["records"]]
+    return markdown(("width", "layer", "rows", *names), rows) + (
+        "\n\nGFLOP/s, and the fraction of the best library's rate at 512 rows. The libraries' is "
+        "the linear layer alone,\nours the whole fused op.")
 
 
 def main() -> None:
@@ -112,17 +118,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--seconds", type=float, default=1.0,
                         help="for each layer and number of rows (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="write the records as JSON, too")
+    parser.add_argument("--results", type=Path,
+                        help="folder to write <device>/gemm.json into, too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     facts = environment.describe()
-    print(f"{facts['device']}, {facts['threads']} threads, load {facts['load_before']}, "
-          f"torch {torch.__version__}")
+    print(results.where(facts))
     records = measure(options.widths, options.rows, options.seconds)
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"environment": facts, "records": records}, indent=1)
-        options.output.write_text(text + "\n", encoding="utf-8")
+    if options.results is not None:
+        results.write(results.path("gemm", options.results), "gemm", facts, records=records)
 
 
 if __name__ == "__main__":

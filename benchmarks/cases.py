@@ -1,0 +1,172 @@
+"""What is timed: every op at the stages of E-CAR-S/B/L, with inputs that the cache does not hold.
+
+Forward, stage_attention is the sampler's: a stage's queries over the keys of all stages so far.
+Backward it is the training's: the queries of all stages up to that one.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.environment import last_level_cache
+from ecar.config import ECARConfig
+from ecar_kernels.costs import BACKWARD_READS
+from ecar_kernels.registry import FAMILIES, OPS
+
+SIZES = ("S", "B", "L")
+STAGES = ECARConfig.preset("S").stage_tokens  # of S, B and L alike
+BATCHES = (1, 8, 32)
+CHANNELS, PATCH = 4, 2
+# Inputs used in turn hold this many times what the cache does, unless that takes too many sets.
+ROTATION = 4
+MAX_SETS = 512
+WEIGHT_SCALE = 0.03
+DTYPE = torch.float32
+ARENA_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: an op at a stage of a size, for `batch` images."""
+
+    op: str
+    tokens: int
+    batch: int
+    size: str = "-"  # the flow step knows no width
+    backward: bool = False
+
+    @property
+    def name(self) -> str:
+        way = "backward" if self.backward else "forward"
+        return f"{self.op}-{way}-{self.size}-{self.tokens}tokens-batch{self.batch}"
+
+    @property
+    def width(self) -> int:
+        return ECARConfig.preset(self.size).width
+
+    @property
+    def heads(self) -> int:
+        return ECARConfig.preset(self.size).heads
+
+
+def select(sizes: Sequence[str] = SIZES, *, forward: Sequence[int] = (),
+           backward: Sequence[int] = ()) -> list[Case]:
+    """Every op at the three stages, forward at these batches and backward, where it has one."""
+    cases = []
+    for op in OPS:
+        of = ("-",) if op in FAMILIES["flow_step"] else sizes
+        for way, batches in ((False, forward), (True, backward)):
+            if way and op not in BACKWARD_READS:
+                continue
+            cases += [Case(op, tokens, batch, size, way)
+                      for size in of for batch in batches for tokens in STAGES]
+    return cases
+
+
+def every() -> list[Case]:
+    return select(forward=BATCHES, backward=BATCHES)
+
+
+def default() -> list[Case]:
+    """What fits into the time of `make bench`: one image for all sizes, then the batches of S."""
+    return [*select(forward=(1,)), *select(("S",), forward=(8, 32), backward=(8,)),
+            *(case for case in select(("L",), backward=(8,)) if case.size == "L")]
+
+
+def at_64_mib() -> list[Case]:
+    """Tokens, or the larger image of a step, of 64 MiB: larger than the cache on its own."""
+    family = [Case(op, 256, 64, "B", backward) for op in FAMILIES["adaln"]
+              for backward in (False, True)]
+    return [*family, Case("euler_step", 256, 4096), Case("upsample_renoise_euler", 256, 1024)]
+
+
+class Arena:
+    """Random numbers, fresh in each run, that inputs are cut from one after another."""
+
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        self.values = torch.randn(size // dtype.itemsize).to(dtype)
+        self.weights = self.values * WEIGHT_SCALE
+        self.place = 0
+
+    def take(self, *shape: int, weights: bool = False) -> Tensor:
+        """The next values, or from the start again; a tensor too large is drawn for itself."""
+        count, values = math.prod(shape), self.weights if weights else self.values
+        if 4 * count > len(values):
+            return torch.randn(shape).to(values.dtype) * (WEIGHT_SCALE if weights else 1)
+        if self.place + count > len(values):
+            self.place = 0
+        taken = values[self.place:self.place + count]
+        self.place += -(-count // 16) * 16  # aligned for any vector
+        return taken.view(shape)
+
+
+def inputs(case: Case, arena: Arena) -> dict[str, Any]:
+    """One set of arguments by name; modulations are chunks of one projection, as in a model."""
+    if case.op in FAMILIES["flow_step"]:
+        return _flow_step(case, arena)
+    if case.op == "stage_attention":
+        return _attention(case, arena)
+    return _modulated(case, arena)
+
+
+def input_sets(case: Case, arena: Arena) -> Iterator[dict[str, Any]]:
+    """Sets of inputs that together are larger than the cache; at least one."""
+    first = inputs(case, arena)
+    size = sum(value.numel() * value.element_size()
+               for value in first.values() if isinstance(value, Tensor))
+    yield first
+    wanted = math.ceil(ROTATION * last_level_cache() / size)
+    for _ in range(min(wanted, MAX_SETS) - 1):
+        yield inputs(case, arena)
+
+
+def _modulated(case: Case, arena: Arena) -> dict[str, Any]:
+    b, n, c = case.batch, case.tokens, case.width
+
+    def tokens(channels: int = c) -> Tensor:
+        return arena.take(b, n, channels)
+
+    def modulation(*names: str) -> dict[str, Tensor]:
+        spatial = tokens(len(names) * c).chunk(len(names), -1)
+        step = arena.take(1, 1, len(names) * c).chunk(len(names), -1)
+        return {**dict(zip(names, spatial, strict=True)),
+                **{f"step_{name}": part for name, part in zip(names, step, strict=True)}}
+
+    def linear(outputs: int, inputs: int) -> dict[str, Tensor]:
+        return {"weight": arena.take(outputs, inputs, weights=True), "bias": arena.take(outputs)}
+
+    if case.op == "adaln":
+        return {"x": tokens(), **modulation("shift", "scale")}
+    if case.op == "gated_residual":
+        return {"x": tokens(), "branch": tokens(), **modulation("gate")}
+    if case.op == "gated_residual_adaln":
+        return {"x": tokens(), "branch": tokens(), **modulation("gate", "shift", "scale")}
+    if case.op == "adaln_linear":
+        return {"x": tokens(), **modulation("shift", "scale"), **linear(4 * c, c),
+                "activation": "gelu_tanh"}
+    return {"h": tokens(4 * c), **linear(c, 4 * c), "residual": tokens(), **modulation("gate")}
+
+
+def _attention(case: Case, arena: Arena) -> dict[str, Any]:
+    stages = STAGES[:STAGES.index(case.tokens) + 1]
+    queries = sum(stages) if case.backward else case.tokens
+    heads = (case.heads, case.width // case.heads)
+    q, k, v = (arena.take(case.batch, n, *heads) for n in (queries, sum(stages), sum(stages)))
+    return {"q": q, "k": k, "v": v, "stage_lengths": stages}
+
+
+def _flow_step(case: Case, arena: Arena) -> dict[str, Any]:
+    side = PATCH * math.isqrt(case.tokens)
+    shape = (CHANNELS, side, side)
+    seeds = torch.randint(2**62, (case.batch,))
+    if case.op == "initial_noise":
+        return {"seeds": seeds, "shape": shape, "device": "cpu", "dtype": arena.values.dtype}
+    given = {"x": arena.take(case.batch, *shape), "velocity": arena.take(case.batch, *shape),
+             "dt": 0.01}
+    if case.op == "euler_step":
+        return given
+    return given | {"time": 1 / 3, "stage": 2, "seeds": seeds}

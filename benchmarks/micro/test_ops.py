@@ -1,0 +1,61 @@
+"""Every op at the stages of E-CAR-S/B/L, and at 64 MiB: eager, compiled, ours, and the floor.
+
+pytest-benchmark times ours; before each of its rounds, untimed by it, the other ways take their
+turn and are timed in the same manner, so that a machine's moods hit all of them.
+"""
+
+import time
+
+from benchmarks import cases, timing
+from benchmarks.micro import variants
+from ecar_kernels.costs import floor_seconds
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 2000
+
+
+def pytest_generate_tests(metafunc):
+    chosen = cases.every() if metafunc.config.getoption("--ecar-full") else cases.default()
+    # Most important first: a run that ends early has left the last ones out.
+    ordered = dict.fromkeys([*cases.at_64_mib(), *chosen])
+    metafunc.parametrize("case", ordered, ids=lambda case: case.name)
+
+
+def test_op(benchmark, case, in_time, measured_rates, seconds, arena):
+    sets = list(cases.input_sets(case, arena))
+    calls, failures = {}, {}
+    functions = variants.functions(case)
+    for name, function in functions.items():
+        try:
+            variants.warm(case, function, sets)
+        except Exception as error:  # a row says what torch.compile cannot do
+            if name != "compiled":
+                raise
+            failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        else:
+            calls[name] = variants.calls(case, function, sets)
+    ours, others = calls.pop("ours"), calls
+    times = {name: [] for name in others}
+
+    def setup():
+        for name, turns in others.items():
+            times[name].append(timing.seconds_of(next(turns)))
+        return (next(ours),), {}
+
+    def target(call):
+        call()  # whose result is freed here, as the others' are
+
+    start = time.perf_counter()
+    target(*setup()[0])
+    round_seconds = time.perf_counter() - start
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / round_seconds)))
+    for values in times.values():
+        values.clear()
+    with timing.no_collection():
+        benchmark.pedantic(target, setup=setup, rounds=rounds)
+    cost = variants.case_cost(case, sets[0])
+    benchmark.extra_info.update(
+        op=case.op, size=case.size, tokens=case.tokens, batch=case.batch,
+        backward=case.backward, backend=variants.backend(case, functions["ours"]), sets=len(sets),
+        bytes=cost.bytes, multiply_adds=cost.multiply_adds,
+        floor_seconds=floor_seconds(cost, measured_rates[0]),
+        seconds=timing.summaries(times), failures=failures)
