@@ -16,16 +16,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ecar.config import ECARConfig
-from ecar.transformer import MLP, patchify, unpatchify
+from ecar.transformer import patchify, unpatchify
 from ecar_kernels import (
+    MLP,
+    Accelerated,
+    FlowBlock,
+    Linear,
+    OpsModule,
+    accelerates,
     adaln,
-    adaln_linear,
-    gated_residual_adaln,
-    linear_gated_residual,
-    stage_attention,
 )
+from ecar_kernels.acceleration import PUBLIC
 
-__all__ = ["FlowBlock", "FlowHead", "sincos_positions", "time_frequencies"]
+__all__ = ["FlowHead", "sincos_positions", "time_frequencies"]
 
 NORM_EPS = 1e-6
 TIME_CHANNELS = 256
@@ -49,67 +52,7 @@ def time_frequencies(time: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-class FlowBlock(nn.Module):
-    """DiT's adaLN-zero block; its six modulations are given, not computed here."""
-
-    def __init__(self, config: ECARConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.proj = nn.Linear(config.width, config.width)
-        self.mlp = MLP(config.width, config.mlp_width)
-
-    def attend(self, qkv: Tensor) -> Tensor:
-        b, n, c = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-        q, k, v = qkv.view(b, n, 3, self.heads, c // self.heads).unbind(2)
-        return stage_attention(q, k, v, (n,)).reshape(b, n, c)
-
-    def forward(
-        self, x: Tensor, y: Tensor, spatial: tuple[Tensor, ...], step: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """The training path: the residual stream is touched twice.
-
-        Args:
-            x: residual stream [B, N, C].
-            y: this block's normalised and modulated input [B, N, C].
-            spatial, step: six parts each, [B, N, C] and [B, 1, C]: this block's gate, the MLP's
-                shift and scale, its gate, then the shift and scale with which the next block
-                (or the final layer) begins.
-
-        Returns:
-            The residual stream, and the next block's y.
-        """
-        gate, shift, scale, mlp_gate, next_shift, next_scale = spatial
-        t_gate, t_shift, t_scale, t_mlp_gate, t_next_shift, t_next_scale = step
-        x, y = gated_residual_adaln(
-            x, self.proj(self.attend(self.qkv(y))), gate, shift, scale,
-            step_gate=t_gate, step_shift=t_shift, step_scale=t_scale, eps=NORM_EPS,
-        )
-        return gated_residual_adaln(
-            x, self.mlp(y), mlp_gate, next_shift, next_scale,
-            step_gate=t_mlp_gate, step_shift=t_next_shift, step_scale=t_next_scale, eps=NORM_EPS,
-        )
-
-    def infer(self, x: Tensor, spatial: tuple[Tensor, ...], step: tuple[Tensor, ...]) -> Tensor:
-        """The inference path: five launches, the normalised stream never reaches memory.
-
-        ``spatial`` and ``step`` hold this block's shift, scale, gate for attention, then for
-        the MLP.
-        """
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = spatial
-        t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = step
-        qkv = adaln_linear(x, shift, scale, self.qkv.weight, self.qkv.bias,
-                           step_shift=t_shift, step_scale=t_scale, eps=NORM_EPS)
-        x = linear_gated_residual(self.attend(qkv), self.proj.weight, self.proj.bias, gate, x,
-                                  step_gate=t_gate)
-        hidden = adaln_linear(x, mlp_shift, mlp_scale, self.mlp.fc1.weight, self.mlp.fc1.bias,
-                              step_shift=t_mlp_shift, step_scale=t_mlp_scale,
-                              activation="gelu_tanh", eps=NORM_EPS)
-        return linear_gated_residual(hidden, self.mlp.fc2.weight, self.mlp.fc2.bias, mlp_gate, x,
-                                     step_gate=t_mlp_gate)
-
-
-class FlowHead(nn.Module):
+class FlowHead(OpsModule):
     """Velocity of one stage's flow, v(x_tau, t | M_s) (Eq. 3.14).
 
     Args:
@@ -120,7 +63,7 @@ class FlowHead(nn.Module):
     def __init__(self, config: ECARConfig, stage: int) -> None:
         super().__init__()
         width, patch_values = config.width, config.channels * config.patch_size**2
-        self.patch_size = config.patch_size
+        self.width, self.patch_size = width, config.patch_size
         self.shape = config.stage_shape(stage)
         # Six modulations a block, and the final layer's shift and scale, in one projection.
         self.parts = 6 * config.flow_blocks + 2
@@ -128,12 +71,15 @@ class FlowHead(nn.Module):
         self.time = nn.Sequential(
             nn.Linear(TIME_CHANNELS, width), nn.SiLU(), nn.Linear(width, width)
         )
-        self.modulation = nn.Linear(width, self.parts * width)
+        self.modulation = Linear(width, self.parts * width)
         self.embed = nn.Linear(patch_values, width)
         self.register_buffer(
             "positions", sincos_positions(width, config.stage_grids[stage - 1]), persistent=False
         )
-        self.blocks = nn.ModuleList(FlowBlock(config) for _ in range(config.flow_blocks))
+        self.blocks = nn.ModuleList(
+            FlowBlock(width, config.heads, config.mlp_width, eps=NORM_EPS)
+            for _ in range(config.flow_blocks)
+        )
         self.output = nn.Linear(width, patch_values)
         self.gradient_checkpointing = False
         self.reset_parameters()
@@ -157,7 +103,7 @@ class FlowHead(nn.Module):
         """W SiLU(t) for times [R] in [0, 1]: [R, 1, parts C]."""
         dtype = self.modulation.weight.dtype
         embedding = self.time(time_frequencies(time).to(dtype))
-        return F.linear(F.silu(embedding), self.modulation.weight).unsqueeze(1)
+        return self.modulation.product(F.silu(embedding)).unsqueeze(1)
 
     def spatial_parts(self, token_map: Tensor) -> tuple[Tensor, ...]:
         """What sampling needs of the token map, once a stage: ``parts`` views [R, N, width].
@@ -227,6 +173,25 @@ class FlowHead(nn.Module):
             The velocity [R, C, h, w].
         """
         x = self.stream(self.embed_tokens(x), spatial, step)
-        tokens = adaln_linear(x, spatial[-2], spatial[-1], self.output.weight, self.output.bias,
-                              step_shift=step[-2], step_scale=step[-1], eps=NORM_EPS)
+        tokens = self.ops(x).adaln_linear(
+            x, spatial[-2], spatial[-1], self.output.weight, self.output.bias,
+            step_shift=step[-2], step_scale=step[-1], eps=NORM_EPS,
+        )
         return unpatchify(tokens, self.patch_size, self.shape)
+
+
+@accelerates(FlowHead)
+class AcceleratedFlowHead(Accelerated, FlowHead):
+    uses = ("adaln_linear", "linear_gated_residual")
+    weights = ("embed.weight", "output.weight")
+
+    def embed_tokens(self, x: Tensor) -> Tensor:
+        """One launch: the positions are the residual that the embedding is added to."""
+        ops = self.ops(self.positions)
+        if ops is PUBLIC:
+            return super().embed_tokens(x)
+        tokens, rows = patchify(x, self.patch_size), len(x)
+        gate = self.positions.new_ones(1, 1, self.width).expand(rows, 1, -1)
+        positions = self.positions.expand(rows, -1, -1)
+        return ops.linear_gated_residual(tokens, self.embed.weight, self.embed.bias, gate,
+                                         positions)

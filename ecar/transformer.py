@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ecar.config import ECARConfig
-from ecar_kernels import stage_attention
+from ecar_kernels import StageBlock
 
 __all__ = ["ARTransformer", "KVCache", "patchify", "unpatchify"]
 
@@ -61,51 +61,6 @@ class KVCache:
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 
 
-class MLP(nn.Module):
-    """d -> hidden -> d with GELU (tanh)."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.hidden(x))
-
-    def hidden(self, x: Tensor) -> Tensor:
-        return F.gelu(self.fc1(x), approximate="tanh")
-
-
-class ARBlock(nn.Module):
-    """One pre-LN layer: block-causal attention over stages, then the MLP."""
-
-    def __init__(self, config: ECARConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.proj = nn.Linear(config.width, config.width)
-        self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
-        self.mlp = MLP(config.width, config.mlp_width)
-
-    def attention(
-        self, x: Tensor, stage_lengths: tuple[int, ...], cache: KVCache | None, layer: int
-    ) -> Tensor:
-        b, n, c = x.shape
-        qkv = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, c // self.heads)
-        q, k, v = qkv.unbind(2)
-        if cache is not None:
-            k, v = cache.write(layer, k, v)
-        return self.proj(stage_attention(q, k, v, stage_lengths).reshape(b, n, c))
-
-    def forward(
-        self, x: Tensor, stage_lengths: tuple[int, ...], cache: KVCache | None = None,
-        layer: int = 0,
-    ) -> Tensor:
-        x = x + self.attention(x, stage_lengths, cache, layer)
-        return x + self.mlp(self.norm2(x))
-
-
 class ARTransformer(nn.Module):
     """Token maps M_1 .. M_S from the class and the flows' end states.
 
@@ -126,7 +81,10 @@ class ARTransformer(nn.Module):
             nn.Linear(patch_values, config.width) for _ in range(config.num_stages - 1)
         )
         self.positions = nn.Parameter(torch.empty(config.num_tokens, config.width))
-        self.blocks = nn.ModuleList(ARBlock(config) for _ in range(config.ar_layers))
+        self.blocks = nn.ModuleList(
+            StageBlock(config.width, config.heads, config.mlp_width)
+            for _ in range(config.ar_layers)
+        )
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self.gradient_checkpointing = False
         self.reset_parameters()

@@ -1,14 +1,26 @@
 """Ops for stage-wise flow transformers: stage attention, adaLN flow blocks, the flow step.
 
 Each op has a pure PyTorch reference and, where it pays, faster backends; `use_backend` chooses,
-`python -m ecar_kernels` says which are available and why not. The ops `adaln` and
+`python -m ecar_kernels` says which are available and why not. `accelerate` binds a model's
+modules to a backend ahead of time. The ops `adaln` and
 `stage_attention` share their names with the families' folders: `ecar_kernels.adaln` is the op,
 and `from ecar_kernels.adaln import reference` still finds the module.
 """
 
+from ecar_kernels.acceleration import Accelerated, accelerate, accelerates, restore
 from ecar_kernels.adaln.api import adaln, gated_residual, gated_residual_adaln
 from ecar_kernels.flow_block.api import adaln_linear, linear_gated_residual
 from ecar_kernels.flow_step.api import euler_step, initial_noise, upsample_renoise_euler
+from ecar_kernels.modules import (
+    MLP,
+    AdaLN,
+    FlowBlock,
+    GatedResidual,
+    Linear,
+    OpsModule,
+    StageAttention,
+    StageBlock,
+)
 from ecar_kernels.registry import (
     BackendUnavailableError,
     active_backend,
@@ -20,8 +32,19 @@ from ecar_kernels.stage_attention.api import stage_attention
 from ecar_kernels.version import __version__
 
 __all__ = [
+    "MLP",
+    "Accelerated",
+    "AdaLN",
     "BackendUnavailableError",
+    "FlowBlock",
+    "GatedResidual",
+    "Linear",
+    "OpsModule",
+    "StageAttention",
+    "StageBlock",
     "__version__",
+    "accelerate",
+    "accelerates",
     "active_backend",
     "adaln",
     "adaln_linear",
@@ -32,6 +55,7 @@ __all__ = [
     "initial_noise",
     "linear_gated_residual",
     "resolve",
+    "restore",
     "stage_attention",
     "upsample_renoise_euler",
     "use_backend",

@@ -10,60 +10,29 @@ thread, weights from memory; of the best library's own rate at 512 rows, which o
                                                             passes that would surround it cost
     bfloat16: 188-204 GFLOP/s fused against 84-208 of nn.Linear alone; float16: 87-102 against 20.
 
-A weight is packed on its first use; the packed copy lives as long as the weight and is made anew
-when the weight changes. A change is seen by the tensor's version and address, as autograd sees
-it: writing through `weight.data` into the same memory goes unseen, and `forget_packed` is then
-to be called.
+Weights are packed: see packing.py.
 """
-
-import weakref
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ecar_kernels import _native
 from ecar_kernels.flow_block import reference
+from ecar_kernels.flow_block.packing import (
+    LARGE_PAGE,
+    forget_packed,
+    pack_weight,
+    packed_size,
+    packed_weight,
+)
+
+__all__ = ["adaln_linear", "forget_packed", "linear_gated_residual", "packed_weight",
+           "prepare_weight"]
 
 _native.require()
 
-PANEL, LARGE_PAGE = 48, 2**21  # kPanelColumns of csrc/cpu/gemm.h, kLargePage of pages.h
-
-_pack = torch.ops.ecar.pack_linear_weight.default
 _packed_adaln_linear = torch.ops.ecar.packed_adaln_linear.default
 _packed_linear_gated_residual = torch.ops.ecar.packed_linear_gated_residual.default
-
-
-class _Packed(NamedTuple):
-    weight: weakref.ref
-    version: int
-    address: int
-    tensor: Tensor
-
-
-_packed: dict[int, _Packed] = {}  # by the weight's id
-
-
-def packed_weight(weight: Tensor) -> Tensor:
-    """The weight as the kernels take it: from the cache, or packed now."""
-    found = _packed.get(id(weight))
-    if (found is not None and found.weight() is weight and found.version == weight._version
-            and found.address == weight.data_ptr()):
-        return found.tensor
-    key = id(weight)
-
-    def forget(dead: weakref.ref) -> None:
-        if (entry := _packed.get(key)) is not None and entry.weight is dead:
-            del _packed[key]
-
-    tensor = _pack(weight.detach())
-    _packed[key] = _Packed(weakref.ref(weight, forget), weight._version, weight.data_ptr(), tensor)
-    return tensor
-
-
-def forget_packed() -> None:
-    """Drops every packed weight: memory is freed, and the next calls pack anew."""
-    _packed.clear()
 
 
 def adaln_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, *,
@@ -81,6 +50,12 @@ def linear_gated_residual(h: Tensor, weight: Tensor, bias: Tensor | None, gate: 
     call = (_linear_gated_residual if torch.compiler.is_compiling()
             else _run_linear_gated_residual)
     return call(h, weight, bias, gate, residual, step_gate)
+
+
+def prepare_weight(weight: Tensor, keep: bool) -> None:
+    """Packs it ahead of time: beside the plain one, or, with keep False, in its place."""
+    if keep or not pack_weight(weight):
+        packed_weight(weight)
 
 
 def _run_adaln_linear(x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps):
@@ -134,7 +109,6 @@ def _(h, packed, bias, gate, residual, step_gate):
 
 @torch.library.register_fake("ecar::pack_linear_weight", lib=_library)
 def _(weight):
-    outputs, depth = weight.shape
-    size = -(-outputs // PANEL) * PANEL * (depth + depth % 2)
+    size = packed_size(*weight.shape)
     items = LARGE_PAGE // weight.element_size()
     return weight.new_empty(size if size < items else -(-size // items) * items)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ecar_kernels import adaln_linear, linear_gated_residual, use_backend
-from ecar_kernels.flow_block import reference
+from ecar_kernels.flow_block import packing, reference
 from ecar_kernels.registry import KERNEL_DTYPES, resolve
 from tests.support.accuracy import assert_accurate
 from tests.support.native import needs_native
@@ -195,7 +195,7 @@ def test_lesser_instruction_sets(isa):
     program = f"""
 import torch
 from ecar_kernels import _native
-from ecar_kernels.flow_block import reference
+from ecar_kernels.flow_block import packing, reference
 from ecar_kernels.registry import KERNEL_DTYPES
 from tests.ecar_kernels.test_flow_block_native import OPS, call_of, kernel
 from tests.support.accuracy import assert_accurate
@@ -257,10 +257,10 @@ def test_a_packed_weight_dies_with_its_weight(native):
     native.forget_packed()
     layer = nn.Linear(64, 80)
     native.packed_weight(layer.weight)
-    assert len(native._packed) == 1
+    assert len(packing._packed) == 1
     del layer
     gc.collect()
-    assert not native._packed
+    assert not packing._packed
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -1,0 +1,188 @@
+"""Weights packed for the CPU's GEMM kernels: the layout of csrc/cpu/gemm.h, and how back.
+
+A plain weight is packed on its first use; the packed copy lies beside it, lives as long as the
+weight and is made anew when the weight changes. A change is seen by the tensor's version and
+address, as autograd sees it: writing through `weight.data` into the same memory goes unseen, and
+`forget_packed` is then to be called.
+
+`pack_weight` makes a parameter hold the packed form alone, so that a model's memory does not
+grow. It stays the same object, of the same shape, type and device. The first that reads or
+writes its values through torch, a state_dict or an optimizer for instance, turns it back into a
+plain parameter with the same bits, before anything else is done with it: so there is no second
+form that could go stale.
+"""
+
+import threading
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+PANEL, LARGE_PAGE = 48, 2**21  # kPanelColumns of csrc/cpu/gemm.h, kLargePage of pages.h
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def packed_size(outputs: int, depth: int) -> int:
+    """Elements of the packed form, before it is rounded up to whole large pages."""
+    return -(-outputs // PANEL) * PANEL * (depth + depth % 2)
+
+
+def unpack(packed: Tensor, outputs: int, depth: int) -> Tensor:
+    """The weight [outputs, depth], contiguous, from `pack_linear_weight`'s result.
+
+    Panels of 48 outputs are [k][output]; of bfloat16, [k / 2][output][k % 2]. Outputs and depth
+    are filled up with zeros to whole panels and pairs.
+    """
+    even = depth + depth % 2
+    rows = -(-outputs // PANEL) * PANEL
+    used = packed[: packed_size(outputs, depth)]
+    if packed.dtype is torch.bfloat16:
+        panels = used.view(rows // PANEL, even // 2, PANEL, 2).permute(0, 2, 1, 3)
+    else:
+        panels = used.view(rows // PANEL, even, PANEL).transpose(1, 2)
+    # Never a view: of one panel, a reshape would be.
+    whole = panels.clone(memory_format=torch.contiguous_format).view(rows, even)
+    if (rows, even) == (outputs, depth):
+        return whole
+    return whole[:outputs, :depth].clone(memory_format=torch.contiguous_format)
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return torch.ops.ecar.pack_linear_weight.default(weight)
+
+
+class _Packed(NamedTuple):
+    weight: weakref.ref
+    version: int
+    address: int
+    tensor: Tensor
+
+
+_packed: dict[int, _Packed] = {}  # by the weight's id
+
+
+def packed_weight(weight: Tensor) -> Tensor:
+    """The weight as the kernels take it: its own packed form, or from the cache, or packed now."""
+    own = weight.__dict__.get("packed") if type(weight) is PackedWeight else None
+    if own is not None:  # None also where another thread has just turned it back
+        return own
+    found = _packed.get(id(weight))
+    if (found is not None and found.weight() is weight and found.version == weight._version
+            and found.address == weight.data_ptr()):
+        return found.tensor
+    key = id(weight)
+
+    def forget(dead: weakref.ref) -> None:
+        if (entry := _packed.get(key)) is not None and entry.weight is dead:
+            del _packed[key]
+
+    tensor = _pack(weight.detach())
+    _packed[key] = _Packed(weakref.ref(weight, forget), weight._version, weight.data_ptr(), tensor)
+    return tensor
+
+
+def forget_packed() -> None:
+    """Drops every copy packed beside its weight: memory is freed, the next calls pack anew."""
+    _packed.clear()
+
+
+# What can be asked of a packed weight without its values. All else turns it back.
+_OWN = {
+    "__hash__", "__len__", "_backward_hooks", "_post_accumulate_grad_hooks", "device", "dim",
+    "dtype", "element_size", "get_device", "grad", "grad_fn", "is_complex", "is_cpu", "is_cuda",
+    "is_floating_point", "is_inference", "is_leaf", "is_meta", "is_nested", "is_quantized",
+    "is_sparse", "itemsize", "layout", "name", "names", "nbytes", "ndim", "ndimension",
+    "nelement", "numel", "output_nr", "register_hook", "register_post_accumulate_grad_hook",
+    "requires_grad", "requires_grad_", "retain_grad", "retains_grad", "shape", "size",
+}
+_lock = threading.RLock()
+
+
+class PackedWeight(nn.Parameter):
+    """A weight [outputs, depth] whose values are held only in packed form; see `pack_weight`."""
+
+    packed: Tensor
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.__name__
+        if name in ("__get__", "__set__", "__delete__"):
+            name = func.__self__.__name__
+        if name not in _OWN:
+            _turn_back((args, kwargs))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> nn.Parameter:
+        unpack_weight(self)
+        return self.__deepcopy__(memo)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        unpack_weight(self)
+        return self.__reduce_ex__(protocol)
+
+
+def _turn_back(value: object) -> None:
+    """Every packed weight among a call's arguments, in lists and dictionaries too."""
+    if isinstance(value, PackedWeight):
+        unpack_weight(value)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            _turn_back(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _turn_back(item)
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Is it a plain parameter that a packed form can stand for, and that alone has its memory?"""
+    return (type(weight) is nn.Parameter and weight.ndim == 2 and weight.numel() > 0
+            and weight.device.type == "cpu" and weight.dtype in DTYPES
+            and weight.is_contiguous() and not weight.is_inference()
+            and weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+            and _uses(weight) == 1)
+
+
+def _uses(weight: Tensor) -> int:
+    """Tensors that have the weight's memory: more than one where there are views or aliases."""
+    with torch.no_grad():
+        storage = weight.untyped_storage()
+        return torch._C._storage_Use_Count(storage._cdata) - 1
+
+
+def pack_weight(weight: nn.Parameter) -> bool:
+    """Makes it hold the packed form alone, in place, if `can_pack`; is it packed now?
+
+    Needs the compiled library. A weight whose memory has other users stays as it is.
+    """
+    with _lock, torch.inference_mode(False):  # else its memory could not be written to later
+        if type(weight) is PackedWeight:
+            return True
+        if not can_pack(weight):
+            return False
+        packed = _pack(weight.detach())
+        _packed.pop(id(weight), None)
+        # One number in the whole shape. NaN: whoever gets past __torch_function__ sees it.
+        weight.data = torch.full((), float("nan"), dtype=weight.dtype).expand(weight.shape)
+        weight.packed = packed
+        weight.__class__ = PackedWeight
+        return True
+
+
+def unpack_weight(weight: nn.Parameter) -> None:
+    """Undoes `pack_weight`: the same object, a plain parameter with the same bits."""
+    with _lock, torch.inference_mode(False):
+        if not isinstance(weight, PackedWeight):
+            return
+        values = unpack(weight.packed, *weight.shape)
+        weight.__class__ = nn.Parameter
+        del weight.packed
+        weight.data = values
+
+
+def release(weight: nn.Parameter) -> None:
+    """A plain weight again, without a copy packed beside it."""
+    unpack_weight(weight)
+    _packed.pop(id(weight), None)
