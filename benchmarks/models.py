@@ -1,0 +1,145 @@
+"""Whole models to time: E-CAR three ways over one set of weights; short runs scaled to an image."""
+
+import contextlib
+import copy
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import ecar_kernels
+from ecar.config import ECARConfig
+from ecar.model import ECAR
+from ecar.sampler import StepInfo, sample, split_steps
+
+STEPS = 250  # of the paper's Table 3
+WEIGHT_SCALE = 0.02
+
+
+def random_model(config: ECARConfig) -> ECAR:
+    """Random weights, those that begin as zero included: nothing may be multiplied by zero."""
+    model = ECAR(config).eval()
+    for head in model.heads:
+        for weight in (head.modulation.weight, head.output.weight):
+            nn.init.normal_(weight, std=WEIGHT_SCALE)
+    return model
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy with modules of its own and the very same parameters and buffers."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo=shared)
+
+
+def compiled(model: ECAR) -> ECAR:
+    """A twin whose flow heads are compiled whole, and the AR's norms and MLPs; on first use.
+
+    The AR's attention writes to a cache whose state is in Python, a graph for each layer.
+    """
+    model = twin(model)
+    for head in model.heads:
+        for name in ("velocity", "spatial_modulation", "step_modulation"):
+            setattr(head, name, torch.compile(getattr(head, name), dynamic=False))
+    for block in model.ar.blocks:
+        block.norm1 = torch.compile(block.norm1, dynamic=False)
+        block.mlp = torch.compile(block.mlp, dynamic=False)
+    return model
+
+
+def accelerated(model: ECAR) -> ECAR:
+    """A twin as a user has it after `ecar_kernels.accelerate`; packed weights lie beside."""
+    return ecar_kernels.accelerate(twin(model), backend="auto")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A model under the backend that serves it."""
+
+    model: ECAR
+    backend: str
+
+    def backend_in_force(self) -> contextlib.AbstractContextManager:
+        return ecar_kernels.use_backend(self.backend)
+
+
+def ways(model: ECAR, compile: bool = True) -> dict[str, Way]:
+    """The reference in eager mode, compiled, and ours."""
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64  # a graph for each head of each stage
+    found = {"eager": Way(model, "reference")}
+    if compile:
+        found["compiled"] = Way(compiled(model), "reference")
+    return found | {"ours": Way(accelerated(model), "auto")}
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Seconds of one stage: what is done once, and one step."""
+
+    once: float
+    step: float
+
+    def total(self, steps: int) -> float:
+        return self.once + steps * self.step
+
+
+def time_image(way: Way, timed_steps: int, steps: int = STEPS) -> list[StageTime]:
+    """Each stage's time for an image of `steps` steps, of which `timed_steps` a stage are run.
+
+    The sampler itself runs. `once` is what precedes a stage's first step (the AR's pass, the
+    tokens' modulation, and the modulation of all `steps`, whose rows beyond those of the steps
+    that are run are timed apart), and what its last step takes longer than the others' median.
+    """
+    config = way.model.config
+    counts = split_steps(steps, config.num_stages)
+    timed_steps = max(3, timed_steps)
+    stamps: list[tuple[int, float]] = []
+
+    def note(info: StepInfo) -> None:
+        stamps.append((info.stage, time.perf_counter()))
+
+    label, seed = torch.randint(config.num_classes, (1,)), torch.randint(2**62, (1,))
+    with way.backend_in_force():
+        begin = time.perf_counter()
+        sample(way.model, label, seeds=seed, steps=[timed_steps] * config.num_stages,
+               callback=note)
+        found = []
+        for stage, (count, head) in enumerate(zip(counts, way.model.heads, strict=True), start=1):
+            at = [when for of, when in stamps if of == stage]
+            lengths = [later - earlier for earlier, later in itertools.pairwise(at)]
+            step = statistics.median(lengths[:-1])
+            rest = (at[0] - begin) + lengths[-1] - 2 * step
+            found.append(StageTime(rest + _more_rows(head, timed_steps, count), step))
+            begin = at[-1]
+    return found
+
+
+@torch.no_grad()
+def _more_rows(head: nn.Module, timed: int, count: int) -> float:
+    """What the step modulation of all steps takes longer than that of those that were timed."""
+    seconds = []
+    for rows in (timed + 1, count + 1):
+        begin = time.perf_counter()
+        head.step_modulation(torch.linspace(0, 1, rows))
+        seconds.append(time.perf_counter() - begin)
+    return seconds[1] - seconds[0]
+
+
+def image_seconds(stages: Sequence[StageTime], steps: int = STEPS) -> float:
+    counts = split_steps(steps, len(stages))
+    return sum(stage.total(count) for stage, count in zip(stages, counts, strict=True))
+
+
+def rounds(runs: dict[str, Callable[[], list[StageTime]]], seconds: float,
+           min_rounds: int = 3) -> Iterator[dict[str, list[StageTime]]]:
+    """Interleaved rounds of all runs until the time is over, after one that is not counted."""
+    for run in runs.values():
+        run()
+    end, done = time.perf_counter() + seconds, 0
+    while done < min_rounds or time.perf_counter() < end:
+        yield {name: run() for name, run in runs.items()}
+        done += 1
