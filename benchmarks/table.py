@@ -13,6 +13,7 @@ RENDERERS = {
     "micro": "benchmarks.micro.table",
     "gemm": "benchmarks.gemm",
     "end_to_end": "benchmarks.end_to_end",
+    "gpu": "benchmarks.gpu.report",
     "table2": "benchmarks.table2",
     "table3": "benchmarks.table3",
     "memory": "benchmarks.memory",

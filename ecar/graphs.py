@@ -57,12 +57,20 @@ class CudaRecorder:
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """Capture ``run``, without executing it; the function returned replays it."""
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate meanwhile: only this one's calls can spoil the capture.
-        with torch.cuda.graph(
-            graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-        ):
-            run()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:
+            # Other threads may allocate meanwhile: only this one's calls can spoil the capture.
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
+                run()
+        except RuntimeError:
+            # A capture that ends in an error leaves its stream the current one and, before torch
+            # 2.12, its pool recording, on which the next empty_cache would fail (pytorch #180395).
+            torch.cuda.set_stream(before)
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+            raise
         return graph.replay
 
     @contextlib.contextmanager
@@ -107,7 +115,9 @@ def weights_of(model: nn.Module) -> tuple:
             raise CaptureError(f"{type(module).__name__} has forward hooks, which a CUDA graph "
                                "would not call")
         own = module.__dict__
-        found += (type(module), id(own.get("forward")), id(own.get("_compiled_call_impl")))
+        # `accelerate` changes the class, and binds it to a backend.
+        found += (type(module), own.get("_binding"), id(own.get("forward")),
+                  id(own.get("_compiled_call_impl")))
         for tensors in (module._parameters, module._buffers):
             found += [tensor.data_ptr() for tensor in tensors.values() if tensor is not None]
         stack += module._modules.values()
@@ -214,7 +224,13 @@ class GraphCache:
         except torch.OutOfMemoryError:
             return OUT_OF_MEMORY
         except CaptureError as error:
-            return str(error)
+            cause = error.__cause__
+            while cause.__context__ is not None:  # what ended the capture hides what broke it
+                cause = cause.__context__
+            if isinstance(cause, torch.OutOfMemoryError):
+                return OUT_OF_MEMORY
+            said = str(cause).strip().splitlines() or [type(cause).__name__]
+            return f"{error}: {said[0]}"
 
     def _record(self, model: ECAR, shape: Shape, data: tuple) -> _Graph:
         if self._recorder is None:
@@ -238,8 +254,7 @@ class GraphCache:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                first = str(error).strip().splitlines() or [type(error).__name__]
-                raise CaptureError(f"the capture failed: {first[0]}") from error
+                raise CaptureError("the capture failed") from error
         return _Graph(plan, ends, replay)
 
 

@@ -55,9 +55,9 @@ class TapeRecorder:
     def record(self, run):
         if TapeRecorder.failures:
             raise TapeRecorder.failures.pop(0)
-        TapeRecorder.captured += 1
         with Tape() as tape:
             run()
+        TapeRecorder.captured += 1
         return tape.replay
 
     def turn(self):

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.gpu`: build, tests, sanitizers and timings of a GPU in one run."""
