@@ -38,6 +38,7 @@ def write_sheet(
         latents = sample(
             model, labels[part], seeds=seeds[part], steps=config.sample_steps,
             guidance_scale=config.sample_guidance,
+            graphs=False,  # they would hold memory that training needs
         ).latents
         pictures += to_pil(latents if decode is None else decode(latents))
     path.parent.mkdir(parents=True, exist_ok=True)
