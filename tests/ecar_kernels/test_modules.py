@@ -1,0 +1,207 @@
+"""The drop-in modules: what they compute, plain and accelerated, and a DiT built of them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ecar_kernels
+from ecar_kernels import (
+    AdaLN,
+    FlowBlock,
+    GatedResidual,
+    Linear,
+    StageAttention,
+    StageBlock,
+    accelerate,
+    use_backend,
+)
+from ecar_kernels.acceleration import Accelerated
+from ecar_kernels.registry import KERNEL_DTYPES
+from ecar_kernels.stage_attention.reference import block_causal_mask
+from tests.support.accuracy import assert_accurate
+
+WIDTH, HEADS, STAGES = 48, 4, (1, 4, 9)
+TOKENS = sum(STAGES)
+
+
+def flow_block(module, x, spatial, step):
+    return module.infer(x, spatial.unbind(), step.unbind())
+
+
+# For each class a module, how it is called, and its tensors.
+CASES = {
+    "AdaLN": (lambda: AdaLN(1e-5), lambda module, x, shift, scale: module(x, shift, scale),
+              {"x": (2, TOKENS, WIDTH), "shift": (2, 1, WIDTH), "scale": (2, TOKENS, WIDTH)}),
+    "GatedResidual": (GatedResidual, lambda module, x, branch, gate: module(x, branch, gate),
+                      {"x": (2, TOKENS, WIDTH), "branch": (2, TOKENS, WIDTH),
+                       "gate": (2, 1, WIDTH)}),
+    "Linear": (lambda: Linear(WIDTH, 70), lambda module, x: module(x), {"x": (3, 2, 5, WIDTH)}),
+    "Linear.product": (lambda: Linear(WIDTH, 70), lambda module, x: module.product(x),
+                       {"x": (5, WIDTH)}),
+    "StageAttention": (lambda: StageAttention(WIDTH, HEADS, bias=False),
+                       lambda module, x: module(x, STAGES), {"x": (2, TOKENS, WIDTH)}),
+    "StageBlock": (lambda: StageBlock(WIDTH, HEADS), lambda module, x: module(x, STAGES),
+                   {"x": (2, TOKENS, WIDTH)}),
+    "FlowBlock": (lambda: FlowBlock(WIDTH, HEADS, 100), flow_block,
+                  {"x": (2, TOKENS, WIDTH), "spatial": (6, 2, TOKENS, WIDTH),
+                   "step": (6, 1, 1, WIDTH)}),
+}
+
+
+def functional(module, call):
+    """The call as a function of the module's weights too, named w0, w1, .."""
+    names = [name for name, _ in module.named_parameters()]
+
+    class Call(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = module
+
+        def forward(self, inputs):
+            return call(self.inner, **inputs)
+
+    def run(**arguments):
+        weights = {f"inner.{name}": arguments.pop(f"w{i}") for i, name in enumerate(names)}
+        return torch.func.functional_call(Call(), weights, (arguments,))
+    return run
+
+
+def arguments_of(module, shapes, dtype):
+    weights = {f"w{i}": p.detach() + 0.1 * torch.randn(p.shape)
+               for i, p in enumerate(module.parameters())}
+    inputs = {name: torch.randn(shape) for name, shape in shapes.items()}
+    return {name: value.to(dtype) for name, value in (weights | inputs).items()}
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_accelerated_modules_are_as_right_as_plain_ones(name, dtype):
+    build, call, shapes = CASES[name]
+    plain, fast = build(), build().to(dtype)
+    arguments = arguments_of(plain, shapes, dtype)
+    accelerate(fast)
+
+    def reference(**arguments):
+        with use_backend("reference"):
+            return functional(plain, call)(**arguments)
+
+    assert isinstance(fast, Accelerated)
+    assert_accurate(functional(fast, call), reference, arguments)
+
+
+@torch.no_grad()
+def test_stage_attention_sees_its_own_and_earlier_stages():
+    module, x = StageAttention(WIDTH, HEADS), torch.randn(2, TOKENS, WIDTH)
+    q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+               for part in module.qkv(x).chunk(3, -1))
+    mask = block_causal_mask(STAGES, TOKENS)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    expected = module.proj(expected.transpose(1, 2).flatten(2))
+    assert (module(x, STAGES) - expected).abs().max() < 1e-5
+    assert (module(x) - module(x, (TOKENS,))).abs().max() == 0
+
+
+class Cache:
+    def __init__(self):
+        self.held = {}
+
+    def write(self, layer, key, value):
+        before = self.held.get(layer)
+        if before is not None:
+            key, value = (torch.cat(pair, 1) for pair in zip(before, (key, value), strict=True))
+        self.held[layer] = key, value
+        return key, value
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "accelerated"])
+@pytest.mark.parametrize("kind", [StageAttention, StageBlock])
+@torch.no_grad()
+def test_stage_by_stage_over_a_cache_equals_all_at_once(kind, fast):
+    module, x, cache = kind(WIDTH, HEADS), torch.randn(2, TOKENS, WIDTH), Cache()
+    if fast:
+        accelerate(module)
+    whole, found = module(x, STAGES), []
+    for count, tokens in enumerate(x.split(STAGES, 1), start=1):
+        found.append(module(tokens, STAGES[:count], cache, 3))
+    assert set(cache.held) == {3}
+    assert (torch.cat(found, 1) - whole).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_a_flow_block_trains_on_what_it_infers():
+    """Both paths of one block: the training path begins with its input already normalised."""
+    block = FlowBlock(WIDTH, HEADS)
+    x, spatial, step = (torch.randn(2, 9, WIDTH), torch.randn(8, 2, 9, WIDTH),
+                        torch.randn(8, 2, 1, WIDTH))
+    y = ecar_kernels.adaln(x, spatial[0], spatial[1], step_shift=step[0], step_scale=step[1])
+    after, following = block(x, y, spatial[2:].unbind(), step[2:].unbind())
+    expected = block.infer(x, spatial[:6].unbind(), step[:6].unbind())
+    assert (after - expected).abs().max() < 1e-5
+    normalised = ecar_kernels.adaln(expected, spatial[6], spatial[7], step_shift=step[6],
+                                    step_scale=step[7])
+    assert (following - normalised).abs().max() < 1e-5
+
+
+def test_heads_divide_the_width():
+    with pytest.raises(ValueError, match="argument 'heads': expected a divisor of width=48, got 5"):
+        StageAttention(48, 5)
+
+
+class PlainDiTBlock(nn.Module):
+    """DiT's block as its authors write it, in plain PyTorch."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x, condition):
+        def modulate(x, shift, scale):
+            return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+        parts = self.modulation(F.silu(condition)).unsqueeze(1).chunk(6, -1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for part in self.qkv(modulate(x, *parts[:2])).chunk(3, -1))
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + parts[2] * self.proj(attended)
+        hidden = F.gelu(self.fc1(modulate(x, *parts[3:5])), approximate="tanh")
+        return x + parts[5] * self.fc2(hidden)
+
+
+class DiTBlock(nn.Module):
+    """The same of drop-in modules."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm, self.residual = AdaLN(), GatedResidual()
+        self.attention = StageAttention(width, heads)
+        self.fc1, self.fc2 = Linear(width, 4 * width), Linear(4 * width, width)
+        self.modulation = Linear(width, 6 * width)
+
+    def forward(self, x, condition):
+        parts = self.modulation(F.silu(condition)).unsqueeze(1).chunk(6, -1)
+        x = self.residual(x, self.attention(self.norm(x, *parts[:2])), parts[2])
+        hidden = F.gelu(self.fc1(self.norm(x, *parts[3:5])), approximate="tanh")
+        return self.residual(x, self.fc2(hidden), parts[5])
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "accelerated"])
+def test_a_dit_block_of_drop_in_modules(fast):
+    plain, block = PlainDiTBlock(WIDTH, HEADS), DiTBlock(WIDTH, HEADS)
+    block.load_state_dict({name.replace("qkv", "attention.qkv").replace("proj", "attention.proj"):
+                           value for name, value in plain.state_dict().items()})
+    if fast:
+        accelerate(block)
+    x, condition = torch.randn(2, 9, WIDTH), torch.randn(2, WIDTH)
+    with torch.no_grad():
+        assert (block(x, condition) - plain(x, condition)).abs().max() < 1e-5
+    gradients = []
+    for module in (plain, block):
+        own = x.clone().requires_grad_()
+        module(own, condition).square().sum().backward()
+        gradients.append(own.grad)
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-4 * gradients[0].abs().max()
