@@ -87,8 +87,9 @@ class StageTime:
         return self.once + steps * self.step
 
 
-def time_image(way: Way, timed_steps: int, steps: int = STEPS) -> list[StageTime]:
-    """Each stage's time for an image of `steps` steps, of which `timed_steps` a stage are run.
+def time_image(way: Way, timed_steps: int, steps: int = STEPS, *,
+               batch: int = 1) -> list[StageTime]:
+    """Each stage's time for images of `steps` steps, of which `timed_steps` a stage are run.
 
     The sampler itself runs. `once` is what precedes a stage's first step (the AR's pass, the
     tokens' modulation, and the modulation of all `steps`, whose rows beyond those of the steps
@@ -102,10 +103,10 @@ def time_image(way: Way, timed_steps: int, steps: int = STEPS) -> list[StageTime
     def note(info: StepInfo) -> None:
         stamps.append((info.stage, time.perf_counter()))
 
-    label, seed = torch.randint(config.num_classes, (1,)), torch.randint(2**62, (1,))
+    labels, seeds = torch.randint(config.num_classes, (batch,)), torch.randint(2**62, (batch,))
     with way.backend_in_force():
         begin = time.perf_counter()
-        sample(way.model, label, seeds=seed, steps=[timed_steps] * config.num_stages,
+        sample(way.model, labels, seeds=seeds, steps=[timed_steps] * config.num_stages,
                callback=note)
         found = []
         for stage, (count, head) in enumerate(zip(counts, way.model.heads, strict=True), start=1):
