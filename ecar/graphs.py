@@ -64,7 +64,7 @@ class CudaRecorder:
                 graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
             ):
                 run()
-        except RuntimeError:
+        except BaseException:
             # A capture that ends in an error leaves its stream the current one and, before torch
             # 2.12, its pool recording, on which the next empty_cache would fail (pytorch #180395).
             torch.cuda.set_stream(before)

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks import roofline
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import report
-from benchmarks.gpu.checks import _counts
+from benchmarks.gpu import end_to_end, report
+from benchmarks.gpu.checks import _counts, suites
 from ecar.config import ECARConfig
 from ecar.info import count_multiply_adds
 from ecar_kernels.costs import Rates
@@ -69,6 +69,19 @@ def test_without_a_gpu_it_says_so():
     done = python("-m", "benchmarks.gpu")
     assert done.returncode == 2
     assert "sees no CUDA GPU" in done.stderr
+
+
+def test_rows_are_warmed(capsys):
+    end_to_end.warm(end_to_end.DRY_ROWS, dry=True)
+    assert capsys.readouterr().out.count("warm: ") == 2
+
+
+def test_only_files_with_gpu_tests_are_collected():
+    """Others may import what a machine with a GPU does not have."""
+    chosen = suites()["marked gpu"]
+    assert chosen[:2] == ["-m", "gpu"]
+    assert "tests/ecar/test_graphs_gpu.py" in chosen
+    assert "tests/ecar/test_pipeline.py" not in chosen
 
 
 def test_what_the_sanitizers_watch_runs():

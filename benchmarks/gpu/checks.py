@@ -1,6 +1,7 @@
-"""The parts that run other programs: the build, the tests, the sanitizers."""
+"""The parts that run other programs: the build, the kernels' compilation, tests, sanitizers."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -9,17 +10,16 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
 
+from benchmarks.gpu import end_to_end
 from benchmarks.gpu.work import Work
 
 ROOT = Path(__file__).parent.parent.parent
-SUITES = {
-    "marked gpu": ("-m", "gpu", "tests"),
-    "Triton kernels, compiled": ("tests/ecar_kernels/triton",),
-}
 NEEDED_BY_TESTS = ("pytest", "hypothesis")
 TOOLS = ("memcheck", "racecheck")
 TAIL = 2000  # characters kept of what failed
@@ -29,11 +29,34 @@ def build(work: Work) -> None:
     """The extension in place, for this device's architecture; no network, no isolation."""
     major, minor = (9, 0) if work.dry else torch.cuda.get_device_capability()
     flags = f"-DCMAKE_CUDA_ARCHITECTURES={major}{minor}-real"
-    environment = {"CMAKE_ARGS": f"{flags} {os.environ.get('CMAKE_ARGS', '')}".strip()}
+    environment = {"CMAKE_ARGS": f"{flags} {os.environ.get('CMAKE_ARGS', '')}".strip(),
+                   "ECAR_REQUIRE_NATIVE": "1"}
     code, output = _run(work, [sys.executable, "setup.py", "build_ext", "--inplace"], environment)
     work.add(what="build", ok=code == 0, output=output[-TAIL:] if code else "")
     code, output = _run(work, [sys.executable, "-m", "ecar_kernels"])
     work.add(what="backends", ok=code == 0, output=output)
+
+
+def compile_kernels(work: Work) -> None:
+    """Triton's kernels of all rows of the end-to-end part, on all cores, into Triton's cache."""
+    rows = end_to_end.DRY_ROWS if work.dry else end_to_end.ROWS
+    groups = sorted({(row.size, row.numbers, row.batch > 1) for row in rows})
+    commands = [[sys.executable, "-m", "benchmarks.gpu.end_to_end", json.dumps(
+        [astuple(row) for row in rows if (row.size, row.numbers, row.batch > 1) == group])]
+        for group in groups]
+    with ThreadPoolExecutor(len(groups)) as pool:
+        outcomes = list(pool.map(lambda command: _run(work, command), commands))
+    for (size, numbers, batched), (code, output) in zip(groups, outcomes, strict=True):
+        work.add(size=size, numbers=numbers, batch="8, 64" if batched else "1", ok=code == 0,
+                 output=output[-TAIL:] if code else "")
+
+
+def suites() -> dict[str, list[str]]:
+    """pytest's arguments; only files with a test for GPUs, others may need what is not here."""
+    files = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "tests").rglob("test_*.py")
+                   if "mark.gpu" in file.read_text("utf-8"))
+    return {"marked gpu": ["-m", "gpu", *files],
+            "Triton's kernels, compiled": ["tests/ecar_kernels/triton"]}
 
 
 def tests(work: Work) -> None:
@@ -42,7 +65,7 @@ def tests(work: Work) -> None:
         work.add(suite="all", ok=False, output=f"not installed here: {', '.join(missing)}")
         return
     workers = ("-n", "8") if importlib.util.find_spec("xdist") and not work.dry else ()
-    for suite, chosen in SUITES.items():
+    for suite, chosen in suites().items():
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
             code, output = _run(work, [sys.executable, "-m", "pytest", "-q", "--tb=short",

@@ -7,9 +7,14 @@ SDXL's VAE (random weights, the same sizes) is timed as well and added.
 
 import importlib.util
 import itertools
+import json
+import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +24,7 @@ from benchmarks.gpu.work import Work
 from benchmarks.roofline import Roofline, floor
 from ecar.model import ECAR
 from ecar.pipeline import ECARPipeline
-from ecar.sampler import release_graphs, split_steps
+from ecar.sampler import release_graphs
 from ecar_kernels import use_backend
 from ecar_kernels.costs import Rates
 
@@ -30,33 +35,47 @@ SDXL_VAE = {
     "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
     "norm_num_groups": 32, "sample_size": 256,
 }
-# (size, batch, guided, number format), the most telling first.
+
+
+@dataclass(frozen=True)
+class Row:
+    size: str
+    batch: int
+    guided: bool
+    numbers: str  # bfloat16 weights, or float32's with products in tf32 or float32
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.numbers == "bfloat16" else torch.float32
+
+
+# The most telling first.
 ROWS = (
-    *((size, 1, False, "bfloat16") for size in "SBL"),
-    *((size, 1, True, "bfloat16") for size in "SBL"),
-    *((size, 1, False, "tf32") for size in "SBL"),
-    *itertools.product("SBL", (64, 8), (False, True), ("bfloat16",)),
-    ("S", 1, False, "float32"),
+    *(Row(size, 1, False, "bfloat16") for size in "SBL"),
+    *(Row(size, 1, True, "bfloat16") for size in "SBL"),
+    *(Row(size, 1, False, "tf32") for size in "SBL"),
+    *itertools.starmap(Row, itertools.product("SBL", (64, 8), (False, True), ("bfloat16",))),
+    Row("S", 1, False, "float32"),
 )
+DRY_ROWS = (Row("S", 1, False, "bfloat16"), Row("S", 2, True, "float32"))
 
 
 def run(work: Work) -> None:
     """A row for each of ROWS, while time is left; then the baseline of plain PyTorch."""
     decode = _decoder(work)
-    rows = (("S", 1, False, "bfloat16"), ("S", 2, True, "float32")) if work.dry else ROWS
     pipelines: dict[str, ECARPipeline] = {}
-    for size, batch, guided, numbers in rows:
+    for row in DRY_ROWS if work.dry else ROWS:
         if work.left < 8:
-            work.add(size=size, batch=batch, guided=guided, numbers=numbers, skipped="no time left")
+            work.add(**asdict(row), skipped="no time left")
             continue
-        if size not in pipelines:
-            pipelines[size] = _pipeline(work, size)
+        if row.size not in pipelines:
+            pipelines[row.size] = _pipeline(work, row.size)
         try:
-            row = _row(work, pipelines[size], size, batch, guided, numbers, decode)
+            found = _measure(work, pipelines[row.size], row, decode)
         except torch.OutOfMemoryError as error:
-            row = {"skipped": str(error).splitlines()[0]}
-        work.add(size=size, batch=batch, guided=guided, numbers=numbers, **row)
-        release_graphs(pipelines[size].model)
+            found = {"skipped": str(error).splitlines()[0]}
+        work.add(**asdict(row), **found)
+        release_graphs(pipelines[row.size].model)
     _baseline(work, pipelines["S"])
 
 
@@ -74,8 +93,9 @@ def _steps(work: Work) -> int:
     return 6 if work.dry else STEPS
 
 
-def _draw(work: Work, pipe: ECARPipeline, batch: int, guided: bool, *, steps: int | None = None,
-          ) -> Callable[[], Any]:
+def _draw(
+    work: Work, pipe: ECARPipeline, batch: int, guided: bool, *, steps: list[int] | None = None
+) -> Callable[[], Any]:
     """Each call has other classes and seeds."""
     count, classes = itertools.count(), pipe.model.config.num_classes
 
@@ -90,11 +110,21 @@ def _draw(work: Work, pipe: ECARPipeline, batch: int, guided: bool, *, steps: in
     return call
 
 
-def _row(work: Work, pipe: ECARPipeline, size: str, batch: int, guided: bool, numbers: str,
-         decode: Callable[[int], float | None]) -> dict[str, Any]:
-    pipe.to(torch.bfloat16 if numbers == "bfloat16" else torch.float32)
-    pipe.tf32 = numbers == "tf32"
-    draw = _draw(work, pipe, batch, guided)
+def warm(rows: Sequence[Row], *, dry: bool = False) -> None:
+    """One step a stage of each row, without a graph: its kernels are then in Triton's cache."""
+    work = Work(Path(os.devnull), time.time() + 600, dry)
+    for row in rows:
+        pipe = _pipeline(work, row.size).to(row.dtype)
+        pipe.graphs, pipe.tf32 = False, row.numbers == "tf32"
+        _draw(work, pipe, row.batch, row.guided, steps=[1] * pipe.model.config.num_stages)()
+        print(f"warm: {row}", flush=True)
+
+
+def _measure(work: Work, pipe: ECARPipeline, row: Row, decode: Callable[[int], float | None]
+             ) -> dict[str, Any]:
+    pipe.to(row.dtype)
+    pipe.tf32 = row.numbers == "tf32"
+    draw = _draw(work, pipe, row.batch, row.guided)
 
     def on() -> Any:
         pipe.graphs = not work.dry  # or an error: an eager figure must not pass for a graph's
@@ -108,6 +138,7 @@ def _row(work: Work, pipe: ECARPipeline, size: str, batch: int, guided: bool, nu
     synchronize()
     if not work.dry:
         torch.cuda.reset_peak_memory_stats()
+        weights = torch.cuda.memory_allocated()  # and those of the other sizes
     begin, calls, why_not = time.perf_counter(), {"graphs": on, "eager": off}, None
     try:
         on()
@@ -119,20 +150,20 @@ def _row(work: Work, pipe: ECARPipeline, size: str, batch: int, guided: bool, nu
     synchronize()
     first = time.perf_counter() - begin
     found = wall(calls, work.span(1.5), rounds=3)
-    roofline = Roofline(pipe.model.config, batch=batch, steps=_steps(work), guided=guided,
-                        itemsize=pipe.dtype.itemsize).total()
-    row = found | {"why_no_graph": why_not, "first_call": first, "decode": decode(batch),
-                   "launches_at_least": roofline.launches, "bytes": roofline.bytes,
-                   "multiply_adds": roofline.multiply_adds}
+    roofline = Roofline(pipe.model.config, batch=row.batch, steps=_steps(work),
+                        guided=row.guided, itemsize=pipe.dtype.itemsize).total()
+    result = found | {"why_no_graph": why_not, "first_call": first, "decode": decode(row.batch),
+                      "launches_at_least": roofline.launches, "bytes": roofline.bytes,
+                      "multiply_adds": roofline.multiply_adds}
     if not work.dry:
-        row["peak_bytes"] = torch.cuda.max_memory_allocated()
-    if {"copy", "launch", numbers} <= work.rates.keys():
-        least = floor(roofline, Rates(work.rates["copy"], work.rates[numbers]),
+        result["peak_bytes"] = torch.cuda.max_memory_allocated() - weights
+    if {"copy", "launch", row.numbers} <= work.rates.keys():
+        least = floor(roofline, Rates(work.rates["copy"], work.rates[row.numbers]),
                       work.rates["launch"])
-        row |= {"floor_memory": least.memory, "floor_arithmetic": least.arithmetic,
-                "floor_launches": least.launches,
-                "fraction": least.seconds / min(found[name]["median"] for name in found)}
-    return row
+        result |= {"floor_memory": least.memory, "floor_arithmetic": least.arithmetic,
+                   "floor_launches": least.launches,
+                   "fraction": least.seconds / min(found[name]["median"] for name in found)}
+    return result
 
 
 def _decoder(work: Work) -> Callable[[int], float | None]:
@@ -178,7 +209,7 @@ def _launches_a_step(work: Work, pipe: ECARPipeline) -> float:
     """Kernels, copies and fills that a step of the last stage starts, from two runs' profiles."""
     counts = []
     for steps in ([1, 1, 1], [1, 1, 5]):
-        draw = _draw(work, pipe, 1, False, steps=split_steps(steps, 3))
+        draw = _draw(work, pipe, 1, False, steps=steps)
         draw()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             draw()
@@ -186,3 +217,7 @@ def _launches_a_step(work: Work, pipe: ECARPipeline) -> float:
         on_device = torch.autograd.DeviceType.CUDA
         counts.append(sum(event.device_type == on_device for event in profile.events()))
     return (counts[1] - counts[0]) / 4
+
+
+if __name__ == "__main__":
+    warm([Row(*values) for values in json.loads(sys.argv[1])])

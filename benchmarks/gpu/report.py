@@ -49,7 +49,7 @@ def _end_to_end(rows: list[dict[str, Any]]) -> str:
         else:
             table.append(_image(row))
     head = ("size", "batch", "guidance", "numbers", "graphs", "no graphs", "decoder", "an image",
-            "floor: memory", "arithmetic", "launches", "fraction", "peak GB")
+            "floor: memory", "arithmetic", "launches", "fraction", "GB beyond weights")
     return "\n\n".join([markdown(head, table), *notes])
 
 

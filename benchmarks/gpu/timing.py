@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ecar.graphs import CudaRecorder
+
 Call = Callable[[], Any]
 WAIT_CYCLES = 20_000_000  # about 10 ms: time to queue the calls behind it
 
@@ -32,17 +34,18 @@ class Timer:
                 self._capture()
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
+        def run() -> None:
+            # All alive together: each call writes to memory of its own.
+            outputs = [call() for call in self.calls]
+            del outputs
+
         try:
-            with torch.cuda.graph(graph):
-                # All alive together: each call writes to memory of its own.
-                outputs = [call() for call in self.calls]
-                del outputs
+            recorder = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
+            self._replay, self.how = recorder.record(run), "graph"
         except RuntimeError:
             torch.cuda.synchronize()
             return
-        self._replay, self.how = graph.replay, "graph"
-        graph.replay()
+        self._replay()
 
     def once(self) -> float:
         """Seconds of one call, the mean over the sets of inputs."""
