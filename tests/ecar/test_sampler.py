@@ -233,7 +233,7 @@ class TestTokenLayout:
         assert boundary == rows  # each stage's last step ends in another way
         monkeypatch.undo()
         expected = draw(model, steps=[4, 5], **options).latents
-        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
     def test_stages_of_one_step_and_heun_need_none(self, model, boundary):
         draw(model, steps=[1, 1])
@@ -254,7 +254,7 @@ class TestTokenLayout:
             images.append([*seen, output.latents])
         assert len(images[0]) == 8
         for found, expected in zip(*images, strict=True):
-            assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+            assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
     def test_a_bfloat16_model_keeps_its_state_in_float32(self, model, boundary, monkeypatch):
         model.to(torch.bfloat16)
@@ -286,7 +286,7 @@ def test_the_plan_is_the_plain_loop(model):
                 high_pass = stages.haar_high_pass(block_details(seeds, 2, (1, 4, 4)))
                 x = stages.transition(end, 0.5, high_pass)
     found = draw(model, (3, 7), (5, -6), steps=list(counts), guidance_scale=w).latents
-    assert (found - x).abs().max() < 1e-5 * x.abs().max()
+    assert (found - x).abs().max() < 1e-4 * x.abs().max()
 
 
 def test_memory_does_not_grow_from_step_to_step(model):
