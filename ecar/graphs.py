@@ -136,13 +136,11 @@ class GraphCache:
 
     Args:
         limit: graphs kept.
-        recorder: makes a ``CudaRecorder``, or what stands in for it, for a device.
     """
 
-    def __init__(
-        self, limit: int = LIMIT, recorder: Callable[[torch.device], CudaRecorder] | None = None
-    ) -> None:
-        self.limit, self._recorder_for, self._recorder = limit, recorder or CudaRecorder, None
+    def __init__(self, limit: int = LIMIT) -> None:
+        self.limit = limit
+        self._recorder: CudaRecorder | None = None
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
         self._weights: tuple = ()
         self._lock = threading.RLock()
@@ -234,7 +232,7 @@ class GraphCache:
 
     def _record(self, model: ECAR, shape: Shape, data: tuple) -> _Graph:
         if self._recorder is None:
-            self._recorder = self._recorder_for(model.device)
+            self._recorder = CudaRecorder(model.device)
         recorder = self._recorder
         with recorder.turn():
             plan = Plan(model, shape, device_scales=True)

@@ -17,6 +17,7 @@ from ecar.sampler import release_graphs, sample, why_not_graphs
 from ecar_kernels import accelerate, initial_noise, use_backend
 
 from .tape import TapeRecorder
+from .test_sampler import composed_boundary
 
 LABELS, SEEDS = (3, 7, 1), (11, -5, 2**40)
 
@@ -35,6 +36,8 @@ def tape(monkeypatch):
     """Graphs are to be had on the CPU; counts the captures."""
     monkeypatch.setattr(graphs, "device_reason", lambda device: None)
     monkeypatch.setattr(graphs, "CudaRecorder", TapeRecorder)
+    # On CPU tensors it reads its guidance scale back, which no tape can hold.
+    monkeypatch.setattr(plan, "boundary_op", lambda *settings: None)
     monkeypatch.setattr(TapeRecorder, "captured", 0)
     monkeypatch.setattr(TapeRecorder, "failures", [])
     return TapeRecorder
@@ -66,6 +69,13 @@ class TestReplay:
         for scale in (2.0, 3.5, 1.25):
             found = draw(model, guidance_scale=scale, **options).latents
             assert close(found, plain(model, guidance_scale=scale, **options))
+        assert tape.captured == 1
+
+    def test_the_token_layout(self, model, tape, monkeypatch):
+        monkeypatch.setattr(plan, "boundary_op", lambda *settings: composed_boundary)
+        for scale, seeds in ((2.0, SEEDS), (3.0, (1, 2, 3))):
+            options = {"guidance_scale": scale, "guidance_interval": (0.1, 0.6), "seeds": seeds}
+            assert close(draw(model, **options).latents, plain(model, **options))
         assert tape.captured == 1
 
     def test_a_bfloat16_model(self, model, tape):
