@@ -72,7 +72,8 @@ def multiprocessors(device_index: int | None = None) -> int:
 
 def product_precision(dtype: torch.dtype) -> str:
     """`input_precision` of tl.dot: TF32 only where torch's own setting allows it."""
-    allowed = dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    # Not `allow_tf32`: reading it raises where the setting was made by its newer name, this one.
+    allowed = dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
 
 

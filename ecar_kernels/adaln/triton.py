@@ -184,7 +184,7 @@ def _settings(op: str, x: Tensor):
     arch = _triton.architecture(x.device.index)
     rows = x.shape[0] * x.shape[1]
     usual = launch.default(op, x.shape[2], rows, arch)
-    return tuning.choose(op, (x.shape[2], x.element_size()), rows, usual, arch)
+    return tuning.choose(op, (x.shape[2], x.element_size()), rows, usual, x.device.index)
 
 
 def _view(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:

@@ -41,7 +41,8 @@ def _settings(op: str, x: Tensor, weight: Tensor) -> launch.Settings:
     arch, precision = _triton.architecture(x.device.index), _triton.product_precision(x.dtype)
     usual = launch.default(rows, outputs, inputs, x.element_size(), precision,
                            _triton.multiprocessors(x.device.index), arch)
-    return tuning.choose(op, (outputs, inputs, x.element_size(), precision), rows, usual, arch)
+    return tuning.choose(op, (outputs, inputs, x.element_size(), precision), rows, usual,
+                         x.device.index)
 
 
 def _view(tensor: Tensor) -> tuple[Tensor, int, int]:
