@@ -1,0 +1,201 @@
+"""Launch settings of stage attention's Triton kernels.
+
+A kernel owns tiles of one side, queries or keys, and loops over blocks of the other. The rules
+are arithmetic about registers, shared memory and the chip's size; none was measured. That no
+default spills a register or asks for more shared memory than a chip has was seen by compiling it
+(compile_cases.py).
+"""
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+
+from ecar_kernels.stage_attention import tiles
+
+OPS = ("stage_attention", "stage_attention_keys", "stage_attention_queries")
+KINDS = ("bfloat16", "float16", "tf32", "exact")
+# Keys and values of the heads that run at the same time stay within the L2 cache: 40 MiB on
+# A100, 50 on H100, more on later chips, of which a tile's own rows and the output take a part.
+L2_BYTES = 16 << 20
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227}  # of a block; else 99
+
+
+@dataclass(frozen=True)
+class Settings:
+    """block_m: queries, block_n: keys. One is the tile that a program owns, one the loop's."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def max_registers(self) -> int:
+        """Of a thread: what there is. Left alone, ptxas spills a few to fit one more program."""
+        return min(255, 65536 // (32 * self.num_warps))
+
+
+@dataclass(frozen=True)
+class DeltaSettings:
+    """rows of `width` columns, a power of two, at once."""
+
+    rows: int
+    width: int
+    num_warps: int
+
+
+def kind(dtype: torch.dtype, precision: str) -> str:
+    """Out of KINDS; `precision` as _triton.product_precision has it."""
+    if dtype is torch.float32:
+        return "tf32" if precision == "tf32" else "exact"
+    return "bfloat16" if dtype is torch.bfloat16 else "float16"
+
+
+@functools.cache
+def parts(head_dim: int) -> tuple[int, int]:
+    """Widths, powers of two from 16 on, of the one or two parts that hold a head's dimensions.
+
+    16 is the least that a matrix product takes. Two parts only where they are narrower than
+    one: 72 is 64 + 16, but 56 is 64.
+    """
+    whole = max(16, 1 << (head_dim - 1).bit_length())
+    first = 1 << (head_dim.bit_length() - 1)
+    if first < 16 or first == head_dim:
+        return whole, 0
+    second = max(16, 1 << (head_dim - first - 1).bit_length())
+    return (first, second) if first + second < whole else (whole, 0)
+
+
+@functools.cache
+def delta(head_dim: int) -> DeltaSettings:
+    """16 values a thread, of out and of its gradient: two loads of 16 bytes in 16-bit types."""
+    width = max(16, 1 << (head_dim - 1).bit_length())
+    return DeltaSettings(2048 // width, width, 4)
+
+
+def settings(op: str, head_dim: int, kind: str, arch: int) -> tuple[Settings, ...]:
+    """What `default` chooses from, by the size of the owned tile, smallest first.
+
+    op: out of OPS, the forward and the gradients of keys and of queries. A warp's matrix
+    instruction has 16 rows, so that 64 rows are 4 warps: one for each matrix unit of a
+    multiprocessor, and the least that sm_90's and sm_100's warp groups take.
+    """
+    width = sum(parts(head_dim))
+    if kind == "exact":
+        # No matrix unit. Threads hold whole rows of a factor: a product of 64 x 16 by 256
+        # threads is two by two of them a thread, for rows of 64; longer rows go one by two.
+        found = ((64, 16, 8, 1) if width <= 64 else (16, 16, 4, 1),)
+    elif kind == "tf32":
+        found = _tf32(op, width, arch)
+    else:
+        found = _sixteen_bits(op, width, arch)
+    if op == "stage_attention_keys":
+        return tuple(Settings(loop, own, *rest) for own, loop, *rest in found)
+    return tuple(Settings(*its) for its in found)
+
+
+def _has_warp_groups(arch: int) -> bool:
+    """sm_90 and sm_100 read factors from shared memory; others, sm_120 too, from registers."""
+    return 90 <= arch < 120
+
+
+def _sixteen_bits(op: str, width: int, arch: int) -> tuple[tuple[int, int, int, int], ...]:
+    # (own, loop, warps, stages). A thread of a 64-row tile has width / 2 registers of each
+    # sum, half of that for each of the tile's factors, and half the loop's block of scores:
+    # what is left of 255 sets the loop's block.
+    if width > 128:
+        if op == "stage_attention_keys":  # two sums, two factors
+            return ((32, 16, 4, 2),)
+        if op == "stage_attention_queries":  # two factors; 8 warps share a row's columns
+            return ((64, 32, 8, 1 if arch >= 120 else 2),)
+        # 8 warps share a single part's columns; of two parts both would do the same.
+        return ((64, 32, 8 if width == 256 else 4, 2),)
+    if op == "stage_attention_keys":
+        loop = 32 if width <= 80 or _has_warp_groups(arch) else 16
+        return (32, 16, 2, 2), (64, loop, 4, 2)
+    if op == "stage_attention_queries":
+        return (32, 32, 2, 2), (64, 32, 4, 2)
+    # Blocks in flight: 16 KiB each at width 64, 32 KiB at 128.
+    return (32, 32, 2, 2), (64, 64, 4, 3 if width <= 64 else 2), (128, 64, 8, 2)
+
+
+def _tf32(op: str, width: int, arch: int) -> tuple[tuple[int, int, int, int], ...]:
+    # Factors take twice the registers and the shared memory.
+    little_shared = arch >= 120
+    if op == "stage_attention":
+        if width <= 128:
+            return ((64, 32, 4, 2),)
+        return ((32, 16, 4, 1) if little_shared else (64, 32, 8, 2),)
+    if width > 128:
+        return ((32, 16, 4, 1 if little_shared else 2),)
+    if op == "stage_attention_queries":
+        return ((64, 32 if width <= 64 else 16, 4, 2),)
+    return ((64, 16, 4, 2) if width <= 64 else (32, 16, 4, 2),)
+
+
+def _tiling(op: str, stage_lengths: tuple[int, ...], queries: int,
+            its: Settings) -> tuple[int, int]:
+    """Tiles, and pairs of a query and a key that they compute, unused rows included."""
+    if op == "stage_attention_keys":
+        rows = tiles.key_tiles(stage_lengths, queries, its.block_n)
+        return len(rows), its.block_n * sum(queries - first for _, _, first in rows)
+    rows = tiles.query_tiles(stage_lengths, queries, its.block_m)
+    return len(rows), its.block_m * sum(end for _, _, end in rows)
+
+
+@functools.lru_cache(1024)
+def default(op: str, head_dim: int, kind: str, stage_lengths: tuple[int, ...], queries: int,
+            batch_heads: int, arch: int, sms: int) -> Settings:
+    """For the newest `queries` tokens of these stages, over all heads of all images.
+
+    The tile of 64 rows, but
+
+    the small one for stages so short that 64 rows would compute more than twice its pairs: warp
+    groups multiply at about twice the rate of a single warp;
+
+    the small one, too, where not even every second multiprocessor would have a program of 64
+    rows, on chips whose matrix instructions are single warps'. Every warp does 16 rows in either
+    tile, but there they are spread over twice the multiprocessors, each with its own shared
+    memory to read the keys from. Warp groups would lose half their rate by it;
+
+    the large one where every multiprocessor has two programs of it, and it computes at most a
+    quarter more pairs: it reads the other side half as often.
+    """
+    found = settings(op, head_dim, kind, arch)
+    if len(found) == 1:
+        return found[0]
+    (_, small), (count, usual), *large = (
+        _tiling(op, stage_lengths, queries, its) for its in found)
+    if usual > 2 * small or (2 * count * batch_heads <= sms and not _has_warp_groups(arch)):
+        return found[0]
+    if large and large[0][0] * batch_heads >= 2 * sms and 4 * large[0][1] <= 5 * usual:
+        return found[2]
+    return found[1]
+
+
+def candidates(op: str, head_dim: int, kind: str, arch: int) -> list[Settings]:
+    """What is worth measuring: the tiles of `settings`, loops of half and twice their blocks,
+    one to four stages; what shared memory surely cannot hold is left out."""
+    found = []
+    for usual in settings(op, head_dim, kind, arch):
+        side = "block_m" if op == "stage_attention_keys" else "block_n"
+        block = getattr(usual, side)
+        for loop in sorted({max(16, block // 2), block, 2 * block}):
+            for stages in (1,) if kind == "exact" else (1, 2, 3, 4):
+                its = replace(usual, num_stages=stages, **{side: loop})
+                if _least_shared(op, head_dim, kind, its) <= 1024 * SHARED_KIB.get(arch, 99):
+                    found.append(its)
+    return list(dict.fromkeys(found))
+
+
+def _least_shared(op: str, head_dim: int, kind: str, its: Settings) -> int:
+    """Bytes of the loop's two factors in flight: all stages but the one in use."""
+    loop = its.block_m if op == "stage_attention_keys" else its.block_n
+    itemsize = 2 if kind in ("bfloat16", "float16") else 4
+    return 2 * (its.num_stages - 1) * loop * sum(parts(head_dim)) * itemsize
+
+
+def heads_in_cache(batch_heads: int, rows: int, head_dim: int, itemsize: int) -> int:
+    """Heads that go together, because their other side's two factors fit into the L2 cache."""
+    return max(1, min(batch_heads, L2_BYTES // (2 * rows * head_dim * itemsize)))

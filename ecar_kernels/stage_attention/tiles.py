@@ -1,0 +1,71 @@
+"""Tiles that do not straddle stages, and what each has to do with: a prefix or a suffix.
+
+Pure arithmetic on the stage list, then one small table per list on the device.
+"""
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+Row = tuple[int, int, int]
+
+
+def query_tiles(stage_lengths: tuple[int, ...], queries: int, block: int) -> list[Row]:
+    """(first query, length <= block, number of keys that they see), the most keys first."""
+    before_queries = sum(stage_lengths) - queries
+    rows = [
+        (start - before_queries, min(block, end - start), end)
+        for end, length in zip(itertools.accumulate(stage_lengths), stage_lengths, strict=True)
+        for start in range(end - length, end, block)
+        if start >= before_queries
+    ]
+    return sorted(rows, key=lambda row: -row[2])
+
+
+def key_tiles(stage_lengths: tuple[int, ...], queries: int, block: int) -> list[Row]:
+    """(first key, length <= block, first query that sees them), the most queries first."""
+    before_queries = sum(stage_lengths) - queries
+    return [
+        (start, min(block, end - start), max(0, end - length - before_queries))
+        for end, length in zip(itertools.accumulate(stage_lengths), stage_lengths, strict=True)
+        for start in range(end - length, end, block)
+    ]
+
+
+# Never emptied: a captured CUDA graph goes on reading the tables that it was captured with.
+_tables: dict[tuple, Tensor] = {}
+
+
+def table(kind: str, stage_lengths: tuple[int, ...], queries: int, block: int,
+          device: torch.device) -> Tensor:
+    """The "query" or "key" tiles as int32 [tiles, 3], made at the first call and then kept.
+
+    Where that first call is under CUDA-graph capture, the copy to the device becomes part of the
+    graph and only its source, in pinned memory, is kept.
+    """
+    key = (kind, stage_lengths, queries, block, device)
+    found = _tables.get(key)
+    if found is not None:
+        return found
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        source = _tables.get(key[:-1])
+        if source is None:
+            source = _tables[key[:-1]] = _rows(*key[:-1]).pin_memory()
+        return source.to(device, non_blocking=True)
+    return _tables.setdefault(key, _on_device(_rows(*key[:-1]), device))
+
+
+def _rows(kind: str, *shape) -> Tensor:
+    tiles = query_tiles if kind == "query" else key_tiles
+    return torch.tensor(tiles(*shape), dtype=torch.int32)
+
+
+def _on_device(rows: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return rows
+    # On a thread of its own: on this one a memory pool of a CUDA graph to be may be in force
+    # (torch.compile's warm-up before it captures), and the table must not lie in that.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(rows.to, device).result()

@@ -1,0 +1,127 @@
+"""Stage attention on GPUs: the kernels as ops, and their autograd."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ecar_kernels import _triton, tuning
+from ecar_kernels.stage_attention import kernels, launch, tiles
+
+LOG2_E = math.log2(math.e)
+
+
+def stage_attention(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int], *,
+                    scale: float | None = None) -> Tensor:
+    """q [B, Nq, H, D], k and v [B, N, H, D] -> [B, Nq, H, D]."""
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _StageAttention.apply(q, k, v, stage_lengths, scale)
+    return _forward(q, k, v, stage_lengths, scale)[0]
+
+
+class _StageAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, stage_lengths, scale):
+        out, lse = _forward(q, k, v, stage_lengths, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.stage_lengths, ctx.scale = stage_lengths, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return (*_backward(grad, *ctx.saved_tensors, ctx.stage_lengths, ctx.scale), None, None)
+
+
+def _run_forward(q: Tensor, k: Tensor, v: Tensor, stage_lengths: list[int],
+                 scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = _fake_forward(q, k, v, stage_lengths, scale)
+    if out.numel():
+        _launch(kernels.forward_kernel, "stage_attention", "query", q, k, stage_lengths, scale,
+                strided=(q, k, v), tensors=(q, k, v, out, lse), counts=(q.shape[1],),
+                scales=(abs(scale) * LOG2_E,))
+    return out, lse
+
+
+def _run_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                  stage_lengths: list[int], scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    grad_q, grad_k, grad_v = _fake_backward(grad, q, k, v, out, lse, stage_lengths, scale)
+    if not q.numel():
+        return grad_q, grad_k, grad_v
+    if grad.stride(-1) != 1:  # the gradient of a sum, say
+        grad = grad.contiguous()
+    delta = torch.empty_like(lse)
+    _run_delta(out, grad, delta)
+    read = (q, k, v, grad, lse, delta)
+    scales = scale, abs(scale) * LOG2_E
+    _launch(kernels.key_gradients_kernel, "stage_attention_keys", "key", q, k, stage_lengths,
+            scale, strided=read[:4], tensors=(*read, grad_k, grad_v),
+            counts=(q.shape[1], k.shape[1]), scales=scales)
+    _launch(kernels.query_gradients_kernel, "stage_attention_queries", "query", q, k,
+            stage_lengths, scale, strided=read[:4], tensors=(*read, grad_q),
+            counts=(q.shape[1],), scales=scales)
+    return grad_q, grad_k, grad_v
+
+
+def _run_delta(out: Tensor, grad: Tensor, delta: Tensor) -> None:
+    batch, queries, heads, head_dim = out.shape
+    rows = batch * queries * heads
+    unit, strides = _strides((grad,))
+    its = launch.delta(head_dim)
+    kernels.delta_kernel[(-(-rows // its.rows),)](
+        out, grad, delta, *strides, heads, queries, rows, HEAD_DIM=head_dim, WIDTH=its.width,
+        UNIT=unit, BLOCK_M=its.rows, num_warps=its.num_warps)
+
+
+def _launch(kernel, op: str, side: str, q: Tensor, k: Tensor, stage_lengths: list[int],
+            scale: float, *, strided: tuple[Tensor, ...], tensors: tuple[Tensor, ...],
+            counts: tuple[int, ...], scales: tuple[float, ...]) -> None:
+    """`side`: "query" or "key", whose tiles the kernel's programs own."""
+    batch, queries, heads, head_dim = q.shape
+    keys, stage_lengths = k.shape[1], tuple(stage_lengths)
+    arch = _triton.architecture(q.device.index)
+    precision = _triton.product_precision(q.dtype)
+    kind = launch.kind(q.dtype, precision)
+    usual = launch.default(op, head_dim, kind, stage_lengths, queries, batch * heads, arch,
+                           _triton.multiprocessors(q.device.index))
+    its = tuning.choose(op, (head_dim, kind, queries, keys), batch * heads, usual,
+                        q.device.index)
+    table = tiles.table(side, stage_lengths, queries,
+                        its.block_m if side == "query" else its.block_n, q.device)
+    group = launch.heads_in_cache(batch * heads, keys if side == "query" else queries, head_dim,
+                                  q.element_size())
+    part1, part2 = launch.parts(head_dim)
+    unit, strides = _strides(strided)
+    kernel[(len(table) * batch * heads,)](
+        *tensors, table, *strides, len(table), heads, batch * heads, *counts, group, *scales,
+        HEAD_DIM=head_dim, PART1=part1, PART2=part2, UNIT=unit, NEGATIVE=scale < 0,
+        PRECISION=precision, RELOAD=kind == "exact", BLOCK_M=its.block_m, BLOCK_N=its.block_n,
+        num_warps=its.num_warps, num_stages=its.num_stages)
+
+
+def _strides(tensors: tuple[Tensor, ...]) -> tuple[int, list[int]]:
+    """A unit, and the strides of all dimensions but the last in that unit."""
+    strides = [stride for x in tensors for stride in x.stride()[:-1]]
+    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
+    return unit, [stride // unit for stride in strides]
+
+
+def _fake_forward(q, k, v, stage_lengths, scale):
+    batch, queries, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=torch.float32)
+
+
+def _fake_backward(grad, q, k, v, out, lse, stage_lengths, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_forward = _triton.register(
+    "stage_attention(Tensor q, Tensor k, Tensor v, int[] stage_lengths, float scale) "
+    "-> (Tensor, Tensor)", _run_forward, _fake_forward)
+_backward = _triton.register(
+    "stage_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "int[] stage_lengths, float scale) -> (Tensor, Tensor, Tensor)",
+    _run_backward, _fake_backward)

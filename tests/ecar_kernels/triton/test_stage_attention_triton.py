@@ -1,0 +1,254 @@
+"""Stage attention's Triton kernels: interpreted on the CPU, or compiled where there is a GPU."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from ecar_kernels import _triton
+from ecar_kernels.registry import KERNEL_DTYPES
+from ecar_kernels.stage_attention import launch, reference, tiles
+from tests.support.accuracy import assert_accurate
+
+triton = pytest.importorskip("ecar_kernels.stage_attention.triton")
+
+VAR_STAGES = (1, 4, 9, 16, 25, 36, 64, 100, 169, 256)
+# One for each pair of parts: 16, 32, 32 + 16, 64, 64 + 16, 64 + 32, 128, 128 + 16 and so on.
+HEAD_DIMS = (8, 24, 40, 64, 72, 96, 112, 136, 160, 192, 256)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def packed(stages, *, queries=None, batch=1, heads=2, head_dim=8, dtype=torch.float32):
+    """q, k, v as views of one packed projection; q of the newest `queries` tokens."""
+    x = torch.randn(batch, sum(stages), 3, heads, head_dim, device=DEVICE).to(dtype)
+    q, k, v = x.unbind(2)
+    first = 0 if queries is None else sum(stages) - queries
+    return {"q": q[:, first:], "k": k, "v": v, "stage_lengths": stages}
+
+
+def check(call: dict, *, gradients: bool = True) -> None:
+    assert_accurate(triton.stage_attention, reference.stage_attention, call, gradients=gradients)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """So that a few tokens make whole and partial blocks on both sides."""
+    monkeypatch.setattr(launch, "default", lambda *_: launch.Settings(16, 16, 4, 1))
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_class_of_head_dim(head_dim, dtype, small_tiles):
+    check(packed((1, 20), head_dim=head_dim, dtype=dtype, heads=1))
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_settings_as_chosen(dtype):
+    check(packed((1, 4, 70), queries=74, head_dim=72, dtype=dtype))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="TF32 is no match for an oracle; interpreted it is")
+def test_tf32_takes_the_path_of_matrix_instructions(monkeypatch):
+    monkeypatch.setattr(_triton, "product_precision", lambda dtype: "tf32")
+    check(packed((4, 9), head_dim=40))
+
+
+@st.composite
+def calls(draw):
+    stages = tuple(draw(st.lists(st.integers(1, 24), min_size=1, max_size=4)))
+    newest = draw(st.integers(1, len(stages)))
+    call = packed(stages, queries=sum(stages[-newest:]), batch=draw(st.integers(0, 2)),
+                  heads=draw(st.integers(1, 2)), head_dim=draw(st.sampled_from(HEAD_DIMS[:6])),
+                  dtype=draw(st.sampled_from(KERNEL_DTYPES)))
+    return call | {"scale": draw(st.sampled_from([None, 0.3, -0.2, 0.0]))}
+
+
+@settings(max_examples=6)
+@given(st.data())
+def test_any_stages(data):
+    with pytest.MonkeyPatch.context() as patch:
+        blocks = data.draw(st.sampled_from([(16, 16), (16, 32), (32, 16)]))
+        patch.setattr(launch, "default", lambda *_: launch.Settings(*blocks, 4, 1))
+        check(data.draw(calls()))
+
+
+@pytest.mark.parametrize("queries", [680, 425, 256, 1])
+def test_var_s_ten_stages(queries):
+    stages = VAR_STAGES if queries > 1 else (*VAR_STAGES[::-1][:4], 1)
+    check(packed(stages, queries=queries, heads=1, head_dim=64), gradients=False)
+
+
+def test_var_s_gradients(small_tiles):
+    check(packed(VAR_STAGES[:7], heads=1))
+
+
+def test_suffix_gradients_reach_the_cached_stages(small_tiles):
+    call = packed((4, 20, 17), queries=17)
+    check(call)
+    leaves = {name: call[name].detach().requires_grad_() for name in "qkv"}
+    triton.stage_attention(**call | leaves).sum().backward()
+    assert (leaves["v"].grad[:, :24] != 0).all()
+
+
+def test_one_token_stages(small_tiles):
+    check(packed((1,) * 5, batch=2))
+    check(packed((1, 3, 1), queries=1))
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_nothing_beyond_the_views_is_read(dtype, small_tiles):
+    """A preallocated KV cache, and heads out of a wider projection: the rest is nan."""
+    stages, head_dim = (4, 18), 40
+
+    def view(tokens):
+        whole = torch.full((2, 32, 3, head_dim + 8), float("nan"), dtype=dtype, device=DEVICE)
+        part = whole[:, :tokens, :2, :head_dim]
+        return part.copy_(torch.randn(part.shape))
+
+    call = {"q": view(18), "k": view(22), "v": view(22), "stage_lengths": stages}
+    check(call, gradients=False)
+    inputs = [call[name].requires_grad_() for name in "qkv"]
+    out = triton.stage_attention(**call)
+    grads = torch.autograd.grad(out, inputs, torch.randn_like(out))
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_any_strides(small_tiles):
+    """Rows at any address, dimensions in any order, keys shared by heads and by images."""
+    odd = torch.randn(2, 24, 2, 8 + 3, device=DEVICE)[..., 2:10]
+    check({"q": odd[:, 4:], "k": odd, "v": odd.flip(1), "stage_lengths": (4, 20)})
+    q = torch.randn(24, 3, 2, 8, device=DEVICE).permute(2, 0, 1, 3)
+    shared = torch.randn(24, 8, device=DEVICE)[None, :, None].expand(2, -1, 3, -1)
+    assert shared.stride()[::2] == (0, 0)
+    check({"q": q, "k": shared, "v": shared, "stage_lengths": (4, 20)})
+
+
+@pytest.mark.parametrize("layout", ["sum", "transposed", "last dimension strided"])
+def test_any_gradient_layout(layout, small_tiles):
+    call = packed((3, 20), head_dim=16)
+    inputs = [call[name].requires_grad_() for name in "qkv"]
+    out = triton.stage_attention(**call)
+    if layout == "sum":
+        grad = torch.ones(1, device=DEVICE).expand(out.shape)
+    elif layout == "transposed":
+        grad = torch.randn_like(out.transpose(1, 2).contiguous()).transpose(1, 2)
+    else:
+        grad = torch.randn_like(out.transpose(1, 3).contiguous()).transpose(1, 3)
+    ours = torch.autograd.grad(out, inputs, grad)
+    usual = torch.autograd.grad(reference.stage_attention(**call), inputs, grad)
+    for mine, theirs in zip(ours, usual, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_some_arguments(small_tiles):
+    call = packed((3, 20))
+    call["v"].requires_grad_()
+    out = triton.stage_attention(**call)
+    grad, = torch.autograd.grad(out.square().sum(), [call["v"]])
+    wanted, = torch.autograd.grad(reference.stage_attention(**call).square().sum(), [call["v"]])
+    torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        assert triton.stage_attention(**call).equal(out)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 1e-30, 2])
+def test_any_scale(scale, small_tiles):
+    check(packed((3, 20), heads=1) | {"scale": scale})
+
+
+# Of rows past a tile's end, which are not stored.
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning",
+                            "ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("scale", [0.5, -0.5])
+def test_scores_far_from_zero(scale, small_tiles):
+    """Where neither 2^score nor 2^-logsumexp is a float. Whole numbers, so that the sum's order
+    is of no account."""
+    call = packed((3, 20), heads=1)
+    call |= {name: (call[name].abs() * 20).round() for name in "qk"} | {"scale": scale}
+    check(call, gradients=False)
+    inputs = [call[name].requires_grad_() for name in "qkv"]
+    out = triton.stage_attention(**call)
+    grads = torch.autograd.grad(out, inputs, torch.randn_like(out))
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_same_bits_twice(small_tiles):
+    call = packed((5, 20), head_dim=72, dtype=torch.bfloat16)
+    inputs = [call[name].requires_grad_() for name in "qkv"]
+    runs = []
+    for _ in range(2):
+        out = triton.stage_attention(**call)
+        runs.append((out, *torch.autograd.grad(out, inputs, torch.ones_like(out))))
+    for first, second in zip(*runs, strict=True):
+        assert first.equal(second)
+
+
+def test_an_empty_batch():
+    check(packed((4, 9), batch=0))
+
+
+def test_outputs_are_contiguous(small_tiles):
+    call = packed((4, 9), queries=9)
+    inputs = [call[name].requires_grad_() for name in "qkv"]
+    out = triton.stage_attention(**call)
+    for x in (out, *torch.autograd.grad(out.sum(), inputs)):
+        assert x.is_contiguous()
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_opcheck(permuted):
+    q, k, v, stages = packed((4, 20), queries=20).values()
+    if permuted:
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    torch.library.opcheck(triton._forward, (q, k, v, list(stages), -0.5))
+    out, lse = triton._forward(q, k, v, stages, -0.5)
+    grad = torch.randn_like(out)
+    torch.library.opcheck(triton._backward, (grad, q, k, v, out, lse, list(stages), -0.5))
+
+
+def test_fullgraph_equals_eager(small_tiles):
+    torch._dynamo.reset()
+    compiled = torch.compile(triton.stage_attention, fullgraph=True, backend="aot_eager")
+    call = packed((4, 20), queries=20)
+    with torch.no_grad():
+        assert compiled(**call).equal(triton.stage_attention(**call))
+    inputs = [call[name].requires_grad_() for name in "qkv"]
+    runs = []
+    for function in (compiled, triton.stage_attention):
+        out = function(**call, scale=0.3)
+        runs.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    for mine, theirs in zip(*runs, strict=True):
+        assert mine.equal(theirs)
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=5), st.integers(1, 5),
+       st.integers(1, 9), st.integers(1, 9))
+@example([1], 1, 1, 1)
+def test_tiles_cover_the_mask_once(lengths, newest, block_m, block_n):
+    stages, newest = tuple(lengths), min(newest, len(lengths))
+    queries = sum(stages[-newest:])
+    mask = reference.block_causal_mask(stages, queries).int()
+    seen = torch.zeros_like(mask)
+    rows = tiles.query_tiles(stages, queries, block_m)
+    for start, length, end in rows:
+        assert 1 <= length <= block_m
+        seen[start:start + length, :end] += 1
+    assert seen.equal(mask)
+    assert all(a[2] >= b[2] for a, b in itertools.pairwise(rows))
+    seen = torch.zeros_like(mask)
+    rows = tiles.key_tiles(stages, queries, block_n)
+    for start, length, first in rows:
+        assert 1 <= length <= block_n
+        seen[first:, start:start + length] += 1
+    assert seen.equal(mask)
+    assert all(a[2] <= b[2] for a, b in itertools.pairwise(rows))
+
+
+def test_a_table_is_made_once():
+    device = torch.device(DEVICE)
+    table = tiles.table("query", (3, 20), 20, 16, device)
+    assert table is tiles.table("query", (3, 20), 20, 16, device)
+    assert table.tolist() == [[0, 16, 23], [16, 4, 23]]
+    assert table.dtype == torch.int32
