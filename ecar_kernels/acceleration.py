@@ -79,12 +79,15 @@ class Accelerated:
     def ops(self, x: Tensor) -> Ops:
         """The ops for x [.., C], bound: they neither validate their arguments nor look up.
 
-        Where a gradient may be asked for, under torch.autocast (which the public ops obey) and
-        under torch.compile (for which they cost nothing) they are the public ones, `PUBLIC`: a
-        forward that is for inference only then calls its parent's.
+        Where a gradient may be asked for, under torch.autocast (which the public ops obey),
+        under torch.compile (for which they cost nothing) and on the meta device they are the
+        public ones, `PUBLIC`: a forward that is for inference only then calls its parent's. To
+        be called before a weight is looked at.
         """
-        if (torch.is_grad_enabled() or torch.compiler.is_compiling()
-                or torch.is_autocast_enabled(x.device.type)):
+        if torch.compiler.is_compiling():
+            packing.unpack_all()
+            return PUBLIC
+        if torch.is_grad_enabled() or x.is_meta or torch.is_autocast_enabled(x.device.type):
             return PUBLIC
         return _bound(self._binding.backend, x.device.type, x.dtype, x.shape[-1], self.head_dim)
 

@@ -97,6 +97,7 @@ _OWN = {
     "requires_grad", "requires_grad_", "retain_grad", "retains_grad", "shape", "size",
 }
 _lock = threading.RLock()
+_held: dict[int, weakref.ref] = {}  # the weights held packed alone, by id
 
 
 class PackedWeight(nn.Parameter):
@@ -168,6 +169,8 @@ def pack_weight(weight: nn.Parameter) -> bool:
         weight.data = torch.full((), float("nan"), dtype=weight.dtype).expand(weight.shape)
         weight.packed = packed
         weight.__class__ = PackedWeight
+        key = id(weight)
+        _held[key] = weakref.ref(weight, lambda dead: _held.pop(key, None))
         return True
 
 
@@ -180,6 +183,18 @@ def unpack_weight(weight: nn.Parameter) -> None:
         weight.__class__ = nn.Parameter
         del weight.packed
         weight.data = values
+        _held.pop(id(weight), None)
+
+
+def unpack_all() -> bool:
+    """Turns every packed weight back. While torch.compile traces, which would look into them."""
+    for reference in list(_held.values()):
+        if (weight := reference()) is not None:
+            unpack_weight(weight)
+    return True
+
+
+unpack_all._dynamo_marked_constant = True  # called for its effect when traced: see registry.py
 
 
 def release(weight: nn.Parameter) -> None:
