@@ -4,8 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import ecar_kernels
 from ecar import stages
 from ecar.model import ECAR
+from ecar.sampler import sample
 
 from .conftest import tiny_config
 
@@ -273,3 +275,41 @@ class TestRefusedCheckpoints:
     def test_no_repository(self):
         with pytest.raises(FileNotFoundError, match=r"nobody/nothing.*not had from the hub"):
             ECAR.from_pretrained("nobody/nothing")
+
+
+class TestAccelerated:
+    @staticmethod
+    def draw(model, **options):
+        labels, seeds = torch.tensor([1, 7]), torch.tensor([5, -6])
+        return sample(model, labels, seeds=seeds, steps=[2, 3], guidance_scale=2.0,
+                      **options).latents
+
+    @pytest.mark.parametrize("keep", [True, False])
+    def test_it_draws_the_same(self, model, keep):
+        before, values = self.draw(model), {k: v.clone() for k, v in model.state_dict().items()}
+        ecar_kernels.accelerate(model, keep_weights=keep)
+        assert (self.draw(model) - before).abs().max() < 1e-5 * before.abs().max()
+        state = model.state_dict()
+        assert list(state) == list(values)
+        assert all(torch.equal(state[name], values[name]) for name in values)
+        assert torch.equal(self.draw(ecar_kernels.restore(model)), before)
+
+    def test_every_part_is_shown(self, model):
+        text = str(ecar_kernels.accelerate(model, backend="reference"))
+        for name in ("FlowHead", "FlowBlock", "StageBlock", "Linear"):
+            assert f"Accelerated{name}(" in text
+
+    def test_it_trains_the_same(self, model):
+        inputs = training_inputs(model.config)
+        gradients = []
+        for _ in range(2):
+            model.zero_grad()
+            model(*inputs).sum().backward()
+            gradients.append([p.grad.clone() for p in model.parameters()])
+            ecar_kernels.accelerate(model, keep_weights=False)
+        assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+    def test_saved_while_packed(self, model, tmp_path):
+        before = self.draw(model)
+        ecar_kernels.accelerate(model, keep_weights=False).save_pretrained(tmp_path)
+        assert torch.equal(self.draw(ECAR.from_pretrained(tmp_path)), before)
