@@ -38,7 +38,8 @@ def _cases(op: str, head_dim: int, kind: str, arch: int, *, negative: bool = Fal
            unit: int = 8) -> Iterator[CompileCase]:
     kernel = _KERNELS[op]
     part1, part2 = launch.parts(head_dim)
-    for its in launch.settings(op, head_dim, kind, arch):
+    found = launch.settings(op, head_dim, kind, arch)
+    for its in found if unit > 1 else (launch.unaligned(op, head_dim, kind, arch),):
         constants = {
             "HEAD_DIM": head_dim, "PART1": part1, "PART2": part2, "UNIT": unit,
             "NEGATIVE": negative, "PRECISION": "tf32" if kind == "tf32" else "ieee",
@@ -46,7 +47,8 @@ def _cases(op: str, head_dim: int, kind: str, arch: int, *, negative: bool = Fal
         }
         name = f"{op} {kind} D={head_dim} {its.block_m}x{its.block_n}"
         name += " scale<0" * negative + " unaligned" * (unit == 1)
-        yield _case(name, kernel, _TYPES[kind], constants, its)
+        yield _case(name, kernel, _TYPES[kind], constants, its,
+                    launch.max_registers(kind))
 
 
 def _delta(dtype: str, head_dim: int) -> CompileCase:
@@ -56,7 +58,8 @@ def _delta(dtype: str, head_dim: int) -> CompileCase:
                  constants, its)
 
 
-def _case(name: str, kernel, dtype: str, constants: dict, its) -> CompileCase:
+def _case(name: str, kernel, dtype: str, constants: dict, its,
+          max_registers: int | None = None) -> CompileCase:
     def kind(argument: str) -> str:
         if argument in constants:
             return "constexpr"
@@ -74,5 +77,4 @@ def _case(name: str, kernel, dtype: str, constants: dict, its) -> CompileCase:
                     if its_kind.startswith("*")
                     or (constants["UNIT"] > 1 and argument.endswith(("_image", "_row"))))
     return CompileCase(name, kernel, signature, constants, its.num_warps,
-                       getattr(its, "num_stages", 1), aligned,
-                       getattr(its, "max_registers", None))
+                       getattr(its, "num_stages", 1), aligned, max_registers)

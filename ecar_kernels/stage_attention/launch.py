@@ -30,11 +30,6 @@ class Settings:
     num_warps: int
     num_stages: int
 
-    @property
-    def max_registers(self) -> int:
-        """Of a thread: what there is. Left alone, ptxas spills a few to fit one more program."""
-        return min(255, 65536 // (32 * self.num_warps))
-
 
 @dataclass(frozen=True)
 class DeltaSettings:
@@ -74,6 +69,22 @@ def delta(head_dim: int) -> DeltaSettings:
     return DeltaSettings(2048 // width, width, 4)
 
 
+def max_registers(kind: str) -> int | None:
+    """Of a thread: all. Left alone, ptxas spills a few to fit one more program; but for exact
+    products it spills fewer if left alone."""
+    return None if kind == "exact" else 255
+
+
+def unaligned(op: str, head_dim: int, kind: str, arch: int) -> Settings:
+    """For rows at addresses that are no multiples of 16 bytes: each element has an address of
+    its own in registers, which leaves room for small blocks only."""
+    if kind == "exact":
+        return settings(op, head_dim, kind, arch)[0]
+    num_warps = 2 if sum(parts(head_dim)) <= 128 and kind != "tf32" else 4
+    blocks = (16, 32) if op == "stage_attention_keys" else (32, 16)
+    return Settings(*blocks, num_warps, 1)
+
+
 def settings(op: str, head_dim: int, kind: str, arch: int) -> tuple[Settings, ...]:
     """What `default` chooses from, by the size of the owned tile, smallest first.
 
@@ -106,7 +117,7 @@ def _sixteen_bits(op: str, width: int, arch: int) -> tuple[tuple[int, int, int, 
     # what is left of 255 sets the loop's block.
     if width > 128:
         if op == "stage_attention_keys":  # two sums, two factors
-            return ((32, 16, 4, 2),)
+            return ((64, 16, 8, 2) if width < 256 and _has_warp_groups(arch) else (32, 16, 4, 2),)
         if op == "stage_attention_queries":  # two factors; 8 warps share a row's columns
             return ((64, 32, 8, 1 if arch >= 120 else 2),)
         # 8 warps share a single part's columns; of two parts both would do the same.
@@ -122,16 +133,17 @@ def _sixteen_bits(op: str, width: int, arch: int) -> tuple[tuple[int, int, int, 
 
 def _tf32(op: str, width: int, arch: int) -> tuple[tuple[int, int, int, int], ...]:
     # Factors take twice the registers and the shared memory.
-    little_shared = arch >= 120
+    little_shared, groups = arch >= 120, _has_warp_groups(arch)
     if op == "stage_attention":
         if width <= 128:
             return ((64, 32, 4, 2),)
-        return ((32, 16, 4, 1) if little_shared else (64, 32, 8, 2),)
+        return ((32, 16, 4, 1) if little_shared else (64, 16 if groups else 32, 8, 2),)
     if width > 128:
-        return ((32, 16, 4, 1 if little_shared else 2),)
+        one = little_shared or (groups and op == "stage_attention_keys")
+        return ((32, 16, 4, 1 if one else 2),)
     if op == "stage_attention_queries":
         return ((64, 32 if width <= 64 else 16, 4, 2),)
-    return ((64, 16, 4, 2) if width <= 64 else (32, 16, 4, 2),)
+    return ((64 if width <= (96 if groups else 64) else 32, 16, 4, 2),)
 
 
 def _tiling(op: str, stage_lengths: tuple[int, ...], queries: int,

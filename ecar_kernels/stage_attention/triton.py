@@ -85,21 +85,24 @@ def _launch(kernel, op: str, side: str, q: Tensor, k: Tensor, stage_lengths: lis
     arch = _triton.architecture(q.device.index)
     precision = _triton.product_precision(q.dtype)
     kind = launch.kind(q.dtype, precision)
-    usual = launch.default(op, head_dim, kind, stage_lengths, queries, batch * heads, arch,
-                           _triton.multiprocessors(q.device.index))
-    its = tuning.choose(op, (head_dim, kind, queries, keys), batch * heads, usual,
-                        q.device.index)
+    unit, strides = _strides(strided)
+    if unit == 1:
+        its = launch.unaligned(op, head_dim, kind, arch)
+    else:
+        usual = launch.default(op, head_dim, kind, stage_lengths, queries, batch * heads, arch,
+                               _triton.multiprocessors(q.device.index))
+        its = tuning.choose(op, (head_dim, kind, queries, keys), batch * heads, usual,
+                            q.device.index)
     table = tiles.table(side, stage_lengths, queries,
                         its.block_m if side == "query" else its.block_n, q.device)
     group = launch.heads_in_cache(batch * heads, keys if side == "query" else queries, head_dim,
                                   q.element_size())
     part1, part2 = launch.parts(head_dim)
-    unit, strides = _strides(strided)
     kernel[(len(table) * batch * heads,)](
         *tensors, table, *strides, len(table), heads, batch * heads, *counts, group, *scales,
         HEAD_DIM=head_dim, PART1=part1, PART2=part2, UNIT=unit, NEGATIVE=scale < 0,
         PRECISION=precision, RELOAD=kind == "exact", BLOCK_M=its.block_m, BLOCK_N=its.block_n,
-        num_warps=its.num_warps, num_stages=its.num_stages)
+        num_warps=its.num_warps, num_stages=its.num_stages, maxnreg=launch.max_registers(kind))
 
 
 def _strides(tensors: tuple[Tensor, ...]) -> tuple[int, list[int]]:
