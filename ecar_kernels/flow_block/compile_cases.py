@@ -31,19 +31,24 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
                         num_warps=launch.SUM_WARPS)
         for precision in ("ieee", "tf32") if dtype == "fp32" else ("ieee",):
             for tile in launch.tiles(itemsize, precision, arch):
-                yield from _products(dtype, precision, tile, split=False)
+                yield from _products(dtype, precision, tile)
                 if tile.splittable:
                     yield from _products(dtype, precision, tile, split=True)
+            if dtype != "fp16":  # as bfloat16
+                for tile in launch.odd_tiles():
+                    yield from _products(dtype, precision, tile, odd=True)
 
 
-def _products(dtype: str, precision: str, tile: launch.Settings,
-              split: bool) -> Iterator[CompileCase]:
+def _products(dtype: str, precision: str, tile: launch.Settings, *, split: bool = False,
+              odd: bool = False) -> Iterator[CompileCase]:
+    """odd: neither addresses nor sizes are multiples of 16, so that values are read singly."""
     constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
                  "PRECISION": precision, "SPLIT": split}
     how = {"num_warps": tile.num_warps, "num_stages": tile.num_stages,
-           "float32": ("out",) if split else ()}
+           "float32": ("out",) if split else (), "odd": odd}
     name = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
-    name += (" tf32" if precision == "tf32" else "") + (" split" if split else "")
+    for word, said in (("tf32", precision == "tf32"), ("split", split), ("odd", odd)):
+        name += f" {word}" if said else ""
     plain = constants | dict.fromkeys(("statistics", *_MODULATION))
     if tile.prologue:
         yield _case(kernels.adaln_linear, dtype, f"{name} prologue", constants | {"GELU": True},
@@ -53,7 +58,7 @@ def _products(dtype: str, precision: str, tile: launch.Settings,
 
 
 def _case(kernel, dtype: str, name: str, constants: dict, *, float32: tuple[str, ...] = (),
-          num_warps: int, num_stages: int = 3) -> CompileCase:
+          odd: bool = False, num_warps: int, num_stages: int = 3) -> CompileCase:
     def kind(argument: str) -> str:
         if argument in constants:
             return "constexpr"
@@ -65,6 +70,6 @@ def _case(kernel, dtype: str, name: str, constants: dict, *, float32: tuple[str,
 
     signature = {argument: kind(argument) for argument in kernel.arg_names}
     aligned = tuple(argument for argument, its_kind in signature.items()
-                    if its_kind != "constexpr" and argument not in _UNALIGNED)
+                    if not odd and its_kind != "constexpr" and argument not in _UNALIGNED)
     return CompileCase(f"{kernel.__name__} {dtype} {name}", kernel, signature, constants,
                        num_warps, num_stages, aligned)

@@ -63,12 +63,25 @@ def tiles(itemsize: int, precision: str, arch: int) -> tuple[Settings, ...]:
         # The modulation is read again for every column of tiles: with 32 rows and 64 outputs
         # x, shift and scale would be 1.5 times the weight's bytes, with 128 they are 0.75.
         Settings(32, 128, depth, 4, stages, prologue=True),
-        # One warp group's least on sm_90 and sm_100 (64 rows).
+        # One warp group's least on sm_90 and sm_100 (64 rows). It has the most bytes for each
+        # multiply-add of those that fill the chip, and only they hold it back.
         Settings(64, 64, depth, 4, 4),
-        # 64 multiply-adds per operand's value read. A float32 epilogue (gate, residual and
-        # sums, all in registers) leaves room for half of that.
-        Settings(128, 128 if itemsize == 2 else 64, depth, 8, 3),
+        # Two warp groups, which share the weight's tile: three quarters of the bytes.
+        Settings(128, 64, depth, 8, 3),
+        # Half of the bytes. With a float32 gate and residual the epilogue has no registers for it.
+        *((Settings(128, 128, depth, 8, 3),) if itemsize == 2 else ()),
     )
+
+
+def odd_tiles() -> tuple[Settings, ...]:
+    """The same for inputs or outputs that are no multiple of 16. Values are then read singly,
+    each by an instruction and, in 16-bit types, through a register: small tiles, or they spill."""
+    return (Settings(16, 64, 32, 8, 3), Settings(32, 64, 32, 8, 3), Settings(64, 64, 32, 8, 3))
+
+
+def _choices(outputs: int, inputs: int, itemsize: int, precision: str,
+             arch: int) -> tuple[Settings, ...]:
+    return odd_tiles() if outputs % 16 or inputs % 16 else tiles(itemsize, precision, arch)
 
 
 def _count(size: int, block: int) -> int:
@@ -84,10 +97,11 @@ def _tile(rows: int, outputs: int, found: tuple[Settings, ...], sms: int) -> Set
         return found[0]
     if rows <= 32:
         return found[1]
-    # The large tile reads least and keeps the matrix units busiest, if every multiprocessor has
-    # one.
-    small, large = found[2:]
-    return large if _programs(large, rows, outputs) >= sms else small
+    # The larger a tile, the less is read for each multiply-add, if every multiprocessor has one.
+    for tile in reversed(found[3:]):
+        if 2 * rows > tile.block_m and _programs(tile, rows, outputs) >= sms:
+            return tile
+    return found[2]
 
 
 def _most_splits(tile: Settings, inputs: int, itemsize: int) -> int:
@@ -112,7 +126,7 @@ def default(rows: int, outputs: int, inputs: int, itemsize: int, precision: str,
     a pass that writes the normalised x: with T columns of tiles and R bytes of x, R + 3 R T
     against 4 R + R T. A float32 tile of 32 rows has only 64 outputs, hence no prologue.
     """
-    tile = _tile(rows, outputs, tiles(itemsize, precision, arch), sms)
+    tile = _tile(rows, outputs, _choices(outputs, inputs, itemsize, precision, arch), sms)
     splits, programs = 1, _programs(tile, rows, outputs)
     most = min(SPLITS[-1], _most_splits(tile, inputs, itemsize)) if tile.splittable else 1
     while 4 * splits * programs < 3 * sms and 2 * splits <= most:
@@ -125,7 +139,7 @@ def candidates(rows: int, outputs: int, inputs: int, itemsize: int, precision: s
     """What is worth measuring: tiles that are not mostly empty, their splits, both ways to
     normalise where there are both."""
     found = []
-    for tile in tiles(itemsize, precision, arch):
+    for tile in _choices(outputs, inputs, itemsize, precision, arch):
         if tile.block_m >= 2 * max(rows, 16):
             continue
         most = min(_count(inputs, tile.block_k), 4 * sms // _programs(tile, rows, outputs))

@@ -17,6 +17,10 @@ from tests.support.flow_block import OPS, call_of
 
 triton = pytest.importorskip("ecar_kernels.flow_block.triton")
 
+# Interpreted, kernels compute in numpy, which warns where a GPU does not: of exp2's infinity, say.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value) encountered:RuntimeWarning:triton")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = (None, "one", "rows")
 SMALL, MEDIUM = launch.Settings(16, 64, 64, 4, 3), launch.Settings(64, 64, 32, 4, 3)
@@ -82,12 +86,38 @@ def test_outputs_under_other_settings(op, data):
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 5, 16, 33])
+@pytest.mark.parametrize("rows", [1, 5, 16, 17, 33])
 @pytest.mark.parametrize("op", OPS)
 def test_rows(op, rows, dtype):
     """One image of them, and as many images of one token; inputs and outputs with tails."""
     for batch, count in ((1, rows), (rows, 1)):
         check(op, call(op, batch, count, 203, 77, dtype=dtype))
+
+
+@pytest.mark.parametrize("its", launch.tiles(2, "ieee", 90)[1:], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_tiles_for_many_rows(op, its):
+    """Two tiles of rows and two of outputs, the last of each with a tail."""
+    arguments = call(op, 1, its.block_m + 3, 80, its.block_n + 16, dtype=torch.float16)
+    check(op, arguments, its)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_offsets_past_2_to_the_31(op):
+    """An image 2^31 elements after the first, by its stride; the pages between stay untouched."""
+    arguments = call(op, 2, 3, 32, 32, dtype=torch.bfloat16)
+    storage = torch.empty(2**31 + 4096, dtype=torch.bfloat16, device=DEVICE)
+    near = under(op, SMALL)(**arguments)
+    for name in ("x", "shift", "weight") if op == "adaln_linear" else ("h", "gate", "residual"):
+        far = arguments[name]
+        if name == "weight":
+            far = storage.as_strided((2, 32), (2**31, 1)).copy_(far[:2])
+            expected = near[..., :2]
+            more = {"bias": arguments["bias"][:2]}
+        else:
+            far = storage.as_strided((2, 3, 32), (2**31, 32, 1)).copy_(far)
+            expected, more = near, {}
+        assert under(op, SMALL)(**arguments | {name: far} | more).equal(expected)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 8])
@@ -219,6 +249,33 @@ def test_default_fills_the_chip(width, sms, arch):
         assert rows < 8192 or its.splits == 1
         assert 4 * programs >= 3 * sms or its.splits == launch.SPLITS[-1] or (
             2 * its.splits > launch._most_splits(its, layer[1], kind[0]))
+
+
+@pytest.fixture
+def products():
+    """Torch's own setting of the products' precision, put back afterwards."""
+    usual = torch.backends.cuda.matmul.fp32_precision
+    yield torch.backends.cuda.matmul
+    torch.backends.cuda.matmul.fp32_precision = usual
+
+
+def test_tf32_only_where_torch_allows_it(products, monkeypatch):
+    given = []
+    monkeypatch.setattr(triton.launch, "default", lambda *key: (given.append(key[4]), SMALL)[1])
+    arguments = call("linear_gated_residual", 1, 3, 32, 32)
+    for setting in ("ieee", "tf32"):
+        products.fp32_precision = setting
+        triton.linear_gated_residual(**arguments)
+    assert given == ["ieee", "tf32"]
+
+
+def test_odd_sizes_have_tiles_of_their_own():
+    """For the aligned ones' large tiles they would need more registers than there are."""
+    for outputs, inputs in ((770, 768), (768, 770)):
+        for rows in (1, 32, 256, 8192):
+            its = launch.default(rows, outputs, inputs, **H100)
+            assert replace(its, splits=1) in launch.odd_tiles()
+            assert its in launch.candidates(rows, outputs, inputs, **H100)
 
 
 def test_few_rows_of_a_long_product_have_many_programs():
