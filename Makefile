@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 KEEP_TORCH := $(VENV)/torch-version.txt
 INSTALL := $(PIP) install --constraint $(KEEP_TORCH) --no-build-isolation --editable
 
-.PHONY: help demo test lint bench sanitize fuzz evaluate train-demo clean
+.PHONY: help demo test lint bench wheel-test sanitize fuzz evaluate train-demo clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test        install, then run the tests on $(JOBS) processes"
 	@echo "make lint        ruff"
 	@echo "make bench       time the reference ops on this machine"
+	@echo "make wheel-test  sdist, wheel, and both in empty environments, for each of TORCHES"
 	@echo "make sanitize    the C++ ops' tests under the address and undefined-behaviour sanitizers"
 	@echo "make fuzz        $(CASES) random calls of every op, valid and invalid mixed"
 	@echo "make evaluate    judge the samples of $(CHECKPOINT)"
@@ -43,6 +44,10 @@ lint: $(STAMPS)/dev
 
 bench: $(STAMPS)/bench
 	$(BIN)/python -m benchmarks
+
+# TORCHES='torch==2.10.0 torch' tries the oldest and the newest torch, several GB of downloads.
+wheel-test: $(STAMPS)/test
+	$(BIN)/python -m tests.wheel $(foreach torch,$(TORCHES),--torch $(torch))
 
 # In a library of its own, on each instruction set; torch's allocations are watched too, for the
 # sanitizers' allocator is loaded first. Graphs that Inductor compiles are left out.
