@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 KEEP_TORCH := $(VENV)/torch-version.txt
 INSTALL := $(PIP) install --constraint $(KEEP_TORCH) --no-build-isolation --editable
 
-.PHONY: help demo test lint bench wheel-test sanitize fuzz evaluate train-demo clean
+.PHONY: help demo test lint bench callgrind wheel-test sanitize fuzz evaluate train-demo clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test        install, then run the tests on $(JOBS) processes"
 	@echo "make lint        ruff"
 	@echo "make bench       time the reference ops on this machine"
+	@echo "make callgrind   count the C++ kernels' instructions, against the committed counts"
 	@echo "make wheel-test  sdist, wheel, and both in empty environments, for each of TORCHES"
 	@echo "make sanitize    the C++ ops' tests under the address and undefined-behaviour sanitizers"
 	@echo "make fuzz        $(CASES) random calls of every op, valid and invalid mixed"
@@ -44,6 +45,9 @@ lint: $(STAMPS)/dev
 
 bench: $(STAMPS)/bench
 	$(BIN)/python -m benchmarks
+
+callgrind: $(STAMPS)/test
+	$(BIN)/python -m benchmarks.instructions
 
 # TORCHES='torch==2.10.0 torch' tries the oldest and the newest torch, several GB of downloads.
 wheel-test: $(STAMPS)/test
