@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 KEEP_TORCH := $(VENV)/torch-version.txt
 INSTALL := $(PIP) install --constraint $(KEEP_TORCH) --no-build-isolation --editable
 
-.PHONY: help demo test lint bench gpu sanitize fuzz evaluate train-demo clean
+.PHONY: help demo test lint bench gpu callgrind wheel-test sanitize fuzz evaluate train-demo clean
 .DELETE_ON_ERROR:
 
 help:
@@ -26,6 +26,8 @@ help:
 	@echo "make lint        ruff"
 	@echo "make bench       time every op against eager, torch.compile and its floor"
 	@echo "make gpu         on a GPU: build, tests, sanitizers and timings, with what $(PYTHON) has"
+	@echo "make callgrind   count the C++ kernels' instructions, against the committed counts"
+	@echo "make wheel-test  sdist, wheel, and both in empty environments, for each of TORCHES"
 	@echo "make sanitize    the C++ ops' tests under the address and undefined-behaviour sanitizers"
 	@echo "make fuzz        $(CASES) random calls of every op, valid and invalid mixed"
 	@echo "make evaluate    judge the samples of $(CHECKPOINT)"
@@ -48,6 +50,13 @@ bench: $(STAMPS)/bench
 # In the environment as it is: nothing is fetched or installed, the library is built in place.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)
+
+callgrind: $(STAMPS)/test
+	$(BIN)/python -m benchmarks.instructions
+
+# TORCHES='torch==2.10.0 torch' tries the oldest and the newest torch, several GB of downloads.
+wheel-test: $(STAMPS)/test
+	$(BIN)/python -m tests.wheel $(foreach torch,$(TORCHES),--torch $(torch))
 
 # In a library of its own, on each instruction set; torch's allocations are watched too, for the
 # sanitizers' allocator is loaded first. Graphs that Inductor compiles are left out.

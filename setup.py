@@ -51,6 +51,17 @@ def find_compiler() -> None:
         raise CannotBuildError(f"no C++ compiler was found (tried {', '.join(names)})")
 
 
+def first_error(lines: list[str]) -> str:
+    """The first error in the build's output, on one line."""
+    for i, line in enumerate(lines):
+        if line.startswith("CMake Error"):  # a sentence over the next, indented lines
+            said = " ".join(" ".join(lines[i + 1 : i + 9]).split())
+            return said.partition(". ")[0] or line
+        if re.search(r"\berror\b", line, re.IGNORECASE):
+            return line.strip()
+    return lines[-1].strip() if lines else "it printed nothing"
+
+
 def find_torch() -> Path:
     """torch's folder: $ECAR_TORCH_DIR, the importable one, or the one of the environment.
 
@@ -93,7 +104,7 @@ class BuildNative(build_ext):
                 f"ecar: the C++ library is left out, the references serve every op: {error}",
                 file=sys.stderr,
             )
-            (package / WHY_NOT_BUILT).write_text(f"{error} when ecar was installed\n", "utf-8")
+            (package / WHY_NOT_BUILT).write_text(f"{error} (when ecar was installed)\n", "utf-8")
 
     def build_into(self, package: Path) -> None:
         cmake, ninja, torch = find_tool("cmake"), find_tool("ninja"), find_torch()
@@ -122,7 +133,8 @@ class BuildNative(build_ext):
                 if done.returncode != 0:
                     lines = log.read_text("utf-8", errors="replace").splitlines()
                     print("\n".join(lines[-60:]), file=sys.stderr)
-                    raise CannotBuildError(f"{command[0]} failed (its output: {log})")
+                    shutil.rmtree(folder)  # its cache would fail the next try, too
+                    raise CannotBuildError(f"the build failed: {first_error(lines)}")
         for name in LIBRARIES:
             if (folder / name).is_file():
                 shutil.copy2(folder / name, package / name)

@@ -79,8 +79,10 @@ def check_like(name: str, value: object, leading_name: str, leading: Tensor) -> 
 def check_spatial(name: str, value: object, x_name: str, x: Tensor) -> None:
     """Modulation of tokens x [B, N, C]: [B, N, C] or [B, 1, C]."""
     check_like(name, value, x_name, x)
+    if value.shape == x.shape:
+        return
     batch, tokens, channels = x.shape
-    if value.shape != x.shape and value.shape != (batch, 1, channels):
+    if value.shape != (batch, 1, channels):
         raise shape_error(name, value, "[B, N, C] or [B, 1, C]", B=batch, N=tokens, C=channels)
 
 
@@ -90,7 +92,7 @@ def check_step(name: str, value: object, x_name: str, x: Tensor) -> None:
         return
     check_like(name, value, x_name, x)
     batch, _, channels = x.shape
-    if value.shape != (batch, 1, channels) and value.shape != (1, 1, channels):
+    if value.shape != (1, 1, channels) and value.shape != (batch, 1, channels):
         raise shape_error(name, value, "[1, 1, C] or [B, 1, C]", B=batch, C=channels)
 
 
@@ -130,7 +132,11 @@ def _autocast(op: Callable, widest: bool) -> Callable:
     @functools.wraps(op)
     def cast(*args, **kwargs):
         values = (*args, *kwargs.values())
-        device = next((x.device.type for x in values if isinstance(x, Tensor)), None)
+        device = None
+        for value in values:  # next() over a generator takes longer
+            if isinstance(value, Tensor):
+                device = value.device.type
+                break
         # torch raises for "meta", a device that autocast does not know.
         if device in (None, "meta") or not torch.is_autocast_enabled(device):
             return op(*args, **kwargs)

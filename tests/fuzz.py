@@ -1,9 +1,10 @@
 """Random calls of every op, valid and invalid mixed: python -m tests.fuzz --cases 10000.
 
 Whether a call is valid is decided here, from the contract alone. A valid one must agree with the
-reference in float64; an invalid one must raise ValueError or TypeError naming an argument. The
-C++ ops behind the public functions then get the same tensors unchecked: they may raise
-RuntimeError, and with `make sanitize`'s library nothing may be read or written out of bounds.
+reference in float64, in its gradients too; an invalid one must raise ValueError or TypeError
+naming an argument. The C++ ops behind the public functions then get the same tensors unchecked:
+they may raise RuntimeError, and with `make sanitize`'s library nothing may be read or written out
+of bounds.
 """
 
 import argparse
@@ -18,10 +19,13 @@ import ecar_kernels
 from ecar_kernels import registry
 from ecar_kernels.registry import KERNEL_DTYPES, OPS
 from tests.support.accuracy import run, tensors, ulp
+from tests.support.ops import DIFFERENTIABLE
 
 TOKEN_OPS = ("adaln", "gated_residual", "gated_residual_adaln", "adaln_linear",
              "linear_gated_residual")
 IMAGE_OPS = ("euler_step", "upsample_renoise_euler")
+# Not attention's gradients, which are torch's: where keys are alike they cancel to rounding.
+WITH_GRADIENTS = tuple(op for op in DIFFERENTIABLE if op != "stage_attention")
 
 
 def in_memory(rng: random.Random, shape: list[int], dtype: torch.dtype) -> Tensor:
@@ -222,12 +226,15 @@ def judge(op: str, call: dict, backend: str) -> None:
             assert str(error).startswith("argument"), f"unnamed: {error!r}"
             return
         raise AssertionError("an invalid call was served")
-    with ecar_kernels.use_backend(backend), torch.no_grad():
-        found = tensors(public(**call))
     reference = registry.resolve(op, device="cpu", dtype=torch.float32, backend="reference")
-    plain = tensors(reference(**call))
-    exact = run(reference, call, torch.float64) if op != "initial_noise" else tensors(
-        reference(**call | {"dtype": torch.float64}))
+    weights = None
+    if op in WITH_GRADIENTS and call[next(iter(call))].numel():
+        weights = [torch.randn_like(y) for y in tensors(reference(**call))]
+    with ecar_kernels.use_backend(backend), torch.set_grad_enabled(weights is not None):
+        found = run(public, call, None, weights)
+    plain = run(reference, call, None, weights)
+    exact = run(reference, call if op != "initial_noise" else call | {"dtype": torch.float64},
+                torch.float64, weights)
     for ours, usual, oracle in zip(found, plain, exact, strict=True):
         assert ours.shape == oracle.shape and ours.dtype == usual.dtype
         if not oracle.numel():
@@ -244,6 +251,8 @@ def unchecked(op: str, call: dict) -> None:
     try:
         with torch.no_grad():
             function(**call)
+        if op in WITH_GRADIENTS:
+            run(function, call, None, [torch.randn_like(y) for y in tensors(function(**call))])
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError,
             ZeroDivisionError):
         pass

@@ -1,16 +1,21 @@
 """What a user installs: the wheel, the sdist, their metadata, and imports without the extras."""
 
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
+
+from ecar_kernels import _native
+from tests.support.native import needs_native
 
 ROOT = Path(__file__).parent.parent
 # What `import ecar` and `import ecar_kernels` must do without.
@@ -45,16 +50,25 @@ SOURCE_ENTRIES = [
 ]
 
 
-def run(*command, cwd) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+def run(*command, cwd, **environment) -> str:
+    done = subprocess.run(
+        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
-def build(hook: str, source: Path, out: Path) -> Path:
+def build(hook: str, source: Path, out: Path, **environment) -> Path:
     """Calls a hook of the build backend as `pip install --no-build-isolation` does."""
     code = f"from setuptools.build_meta import {hook}; print({hook}({str(out)!r}))"
-    return out / run(sys.executable, "-c", code, cwd=source).splitlines()[-1]
+    return out / run(sys.executable, "-c", code, cwd=source, **environment).splitlines()[-1]
+
+
+def unpacked(sdist: Path, place: Path) -> Path:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(place, filter="data")
+    (source,) = place.iterdir()
+    return source
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +87,7 @@ def sdist(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory) -> Path:
     """The wheel built from the sdist alone: what is missing there is missing here."""
-    place = tmp_path_factory.mktemp("unpacked")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(place, filter="data")
-    (source,) = place.iterdir()
+    source = unpacked(sdist, tmp_path_factory.mktemp("unpacked"))
     return build("build_wheel", source, tmp_path_factory.mktemp("wheel"))
 
 
@@ -112,6 +123,52 @@ def test_wheel_holds_both_packages_and_nothing_else(wheel):
     assert any(n.endswith("licenses/LICENSE") for n in names)
     for marker in ROOT.glob("ecar*/py.typed"):
         assert str(marker.relative_to(ROOT)) in names
+
+
+def test_the_wheel_is_for_every_python_of_this_platform(wheel):
+    python, abi, platform = wheel.stem.split("-")[2:]
+    assert (python, abi) == ("py3", "none")
+    assert platform == sysconfig.get_platform().replace("-", "_").replace(".", "_")
+
+
+def libraries(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {n for n in archive.namelist() if "libecar" in n}
+
+
+@needs_native
+def test_the_wheel_holds_the_library(wheel):
+    assert libraries(wheel) == {f"ecar_kernels/{_native.NAMES[sys.platform == 'darwin']}"}
+
+
+@needs_native
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not on this machine")
+def test_the_library_asks_torch_for_its_stable_interface_alone():
+    """C functions: a mangled name of torch would tie the library to one release of it."""
+    (library,) = [path for name in _native.NAMES if (path := _native.FOLDER / name).is_file()]
+    names = run("nm", "-D", "--undefined-only", str(library), cwd=library.parent).split()
+    assert "aoti_torch_empty_strided" in names
+    torch_names = re.compile(r"_ZT?[A-Z]*(2at|3c10|5torch|5caffe2)")
+    assert not [name for name in names if torch_names.match(name)]
+
+
+BROKEN = {
+    "/nonexistent/c++": "no C++ compiler was found (tried /nonexistent/c++)",
+    "false": "the build failed: The C++ compiler ",
+}
+
+
+@pytest.mark.parametrize("compiler", BROKEN)
+def test_without_a_compiler_the_wheel_says_so(compiler, sdist, tmp_path):
+    source = unpacked(sdist, tmp_path / "source")
+    wheel = build("build_wheel", source, tmp_path, CXX=compiler)
+    assert libraries(wheel) == {f"ecar_kernels/{_native.WHY_NOT_BUILT}"}
+    with zipfile.ZipFile(wheel) as archive:
+        reason = archive.read(f"ecar_kernels/{_native.WHY_NOT_BUILT}").decode()
+    assert reason.startswith(BROKEN[compiler])
+    assert reason.endswith(" (when ecar was installed)\n") and reason.count("\n") == 1
+    with pytest.raises(AssertionError, match=re.escape("the C++ library cannot be built: ")):
+        build("build_wheel", source, tmp_path, CXX=compiler, ECAR_REQUIRE_NATIVE="1")
 
 
 def test_metadata(wheel):

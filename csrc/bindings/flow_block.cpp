@@ -88,11 +88,8 @@ Tensor packed_adaln_linear(const Tensor& x, const Tensor& shift, const Tensor& s
   const Tensor y = empty(x, {t.images, t.tokens, outputs});
   gemm::Input input{};
   input.x = rows_of(x);
-  input.shift = spatial("shift", shift, x, t);
-  input.scale = spatial("scale", scale, x, t);
-  input.step_shift = step("step_shift", step_shift, x, t);
-  input.step_scale = step("step_scale", step_scale, x, t);
-  input.eps = static_cast<float>(eps);
+  set_shift(input, shift, step_shift, x, t);
+  set_scale(input, scale, step_scale, eps, x, t);
   gemm::Output output{};
   output.packed = packed.const_data_ptr();
   output.bias = bias_of(bias, x, outputs);
@@ -117,8 +114,7 @@ Tensor packed_linear_gated_residual(const Tensor& h, const Tensor& packed,
   gemm::Output output{};
   output.packed = packed.const_data_ptr();
   output.bias = bias_of(bias, h, out.channels);
-  output.gate = spatial("gate", gate, h, out);
-  output.step_gate = step("step_gate", step_gate, h, out);
+  set_gate(output, gate, step_gate, h, out);
   output.residual = like("residual", residual, h, out);
   output.outputs = out.channels;
   output.y = y.mutable_data_ptr();

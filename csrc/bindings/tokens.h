@@ -44,4 +44,27 @@ inline Rows step(const char* name, const MaybeTensor& tensor, const Tensor& x, c
   return rows_of(*tensor);
 }
 
+// The modulation's parts in a kernel's arguments, for tokens like x.
+template <class Arguments>
+inline void set_shift(Arguments& a, const Tensor& shift, const MaybeTensor& step_shift,
+                      const Tensor& x, const Tokens& t) {
+  a.shift = spatial("shift", shift, x, t);
+  a.step_shift = step("step_shift", step_shift, x, t);
+}
+
+template <class Arguments>
+inline void set_scale(Arguments& a, const Tensor& scale, const MaybeTensor& step_scale, double eps,
+                      const Tensor& x, const Tokens& t) {
+  a.scale = spatial("scale", scale, x, t);
+  a.step_scale = step("step_scale", step_scale, x, t);
+  a.eps = static_cast<float>(eps);
+}
+
+template <class Arguments>
+inline void set_gate(Arguments& a, const Tensor& gate, const MaybeTensor& step_gate,
+                     const Tensor& x, const Tokens& t) {
+  a.gate = spatial("gate", gate, x, t);
+  a.step_gate = step("step_gate", step_gate, x, t);
+}
+
 }  // namespace ecar

@@ -1,28 +1,14 @@
 #include "cpu/adaln.h"
 
-#include "cpu/vec.h"
+#include "cpu/vec_rows.h"
 
 namespace ecar {
 namespace ECAR_ISA {
 namespace {
 
 template <class T>
-const T* row(const Rows& rows, std::int64_t image, std::int64_t token) {
-  const T* data = static_cast<const T*>(rows.data);
-  return data == nullptr ? nullptr
-                         : data + image * rows.image_stride + token * rows.token_stride;
-}
-
-template <class T>
 T* output(void* data, std::int64_t row, std::int64_t channels) {
   return data == nullptr ? nullptr : static_cast<T*>(data) + row * channels;
-}
-
-// A modulation's spatial and step part at one offset.
-template <class T, class Access>
-inline Vec combine(Access io, const T* spatial, const T* step, std::int64_t at) {
-  const Vec part = io.load(spatial + at);
-  return step == nullptr ? part : part + io.load(step + at);
 }
 
 template <class T>

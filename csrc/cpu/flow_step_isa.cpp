@@ -79,12 +79,8 @@ inline void store_pairs(Partial io, T* to, Vec even, Vec odd) {
   Vec first, second;
   interleave(even, odd, first, second);
   const int count = 2 * io.count;
-  if (count < kWidth) {
-    Partial{count}.store(to, first);
-  } else {
-    Full{}.store(to, first);
-    if (count > kWidth) Partial{count - kWidth}.store(to + kWidth, second);
-  }
+  with_access(count, [&](auto part) { part.store(to, first); });
+  if (count > kWidth) Partial{count - kWidth}.store(to + kWidth, second);
 }
 
 template <class T>

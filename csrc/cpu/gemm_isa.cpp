@@ -4,7 +4,7 @@
 
 #include "cpu/gemm_gelu.h"
 #include "cpu/gemm_tile.h"
-#include "cpu/vec.h"
+#include "cpu/vec_rows.h"
 
 namespace ecar {
 namespace ECAR_ISA {
@@ -34,27 +34,8 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Row `index` of all images' tokens; null where the tensor is absent.
 template <class T>
-const T* row_at(const Rows& rows, int64_t index, int64_t tokens) {
-  const T* data = static_cast<const T*>(rows.data);
-  return data == nullptr ? nullptr
-                         : data + index / tokens * rows.image_stride +
-                               index % tokens * rows.token_stride;
-}
-
-// body(access) for the kWidth or fewer elements that are left.
-template <class Body>
-inline void with_access(int64_t left, Body body) {
-  if (left >= kWidth) {
-    body(Full{});
-  } else {
-    body(Partial{static_cast<int>(left)});
-  }
-}
-
-template <class T, class Access>
-inline Vec combine(Access io, const T* spatial, const T* step, int64_t at) {
-  const Vec part = io.load(spatial + at);
-  return step == nullptr ? part : part + io.load(step + at);
+inline const T* row_at(const Rows& rows, int64_t index, int64_t tokens) {
+  return row<T>(rows, index / tokens, index % tokens);
 }
 
 // --- the weight -----------------------------------------------------------------------------

@@ -24,17 +24,6 @@ constexpr int kTileVectors = 3;
 constexpr int kTileColumns = kTileVectors * kWidth;
 static_assert(kBlockRows % kTileRows == 0 && kPanelColumns % kTileColumns == 0, "whole tiles");
 
-// A 4-byte word in every lane, its bits as they are.
-inline Vec broadcast(const float* word) {
-#if defined(ECAR_ISA_avx512)
-  return _mm512_set1_ps(*word);
-#elif defined(ECAR_ISA_avx2)
-  return _mm256_broadcast_ss(word);
-#else
-  return Vec{*word, *word, *word, *word};
-#endif
-}
-
 // One pass over a tile of R rows by V vectors: its sums are stored to `to` where `fresh`, else
 // added. Each step takes a word of each row and asks for `Lines` cache lines from `next`.
 #define ECAR_TILE(TARGET, MULTIPLY_ADD)                                                      \
@@ -47,7 +36,7 @@ inline Vec broadcast(const float* word) {
       ECAR_UNROLL for (int v = 0; v < V; ++v) columns[v] = Full{}.load(b + v * kWidth);      \
       for (int line = 0; line < Lines; ++line) __builtin_prefetch(next + 64 * line, 0, 2);   \
       ECAR_UNROLL for (int r = 0; r < R; ++r) {                                              \
-        const Vec x = broadcast(a + r);                                                      \
+        const Vec x = splat(a[r]);                                                           \
         ECAR_UNROLL for (int v = 0; v < V; ++v) {                                            \
           sums[r][v] = MULTIPLY_ADD(x, columns[v], sums[r][v]);                              \
         }                                                                                    \

@@ -32,7 +32,16 @@ typedef std::int32_t IVec __attribute__((vector_size(4 * kWidth)));
 typedef std::uint32_t UVec __attribute__((vector_size(4 * kWidth)));
 typedef std::uint16_t HVec __attribute__((vector_size(2 * kWidth)));
 
-inline Vec splat(float value) { return Vec{} + value; }
+// A number in every lane, its bits as they are.
+inline Vec splat(float value) {
+#if defined(ECAR_ISA_avx512)
+  return _mm512_set1_ps(value);
+#elif defined(ECAR_ISA_avx2)
+  return _mm256_set1_ps(value);
+#else
+  return Vec{value, value, value, value};
+#endif
+}
 
 inline IVec lane_numbers() {
   IVec lanes;
@@ -81,9 +90,18 @@ inline float horizontal_sum(Vec v) {
 inline Vec widen(Vec v, float) { return v; }
 inline Vec narrow(Vec v, float) { return v; }
 
-inline Vec widen(HVec half, BFloat16) {
-  return (Vec)(__builtin_convertvector(half, UVec) << 16);
+// Zeros before each number. GCC converts half a vector at a time where no intrinsic says how.
+inline UVec extend(HVec half) {
+#if defined(ECAR_ISA_avx512)
+  return (UVec)_mm512_cvtepu16_epi32((__m256i)half);
+#elif defined(ECAR_ISA_avx2)
+  return (UVec)_mm256_cvtepu16_epi32((__m128i)half);
+#else
+  return __builtin_convertvector(half, UVec);
+#endif
 }
+
+inline Vec widen(HVec half, BFloat16) { return (Vec)(extend(half) << 16); }
 
 inline HVec narrow(Vec v, BFloat16) {
   const UVec u = (UVec)v;
@@ -97,7 +115,7 @@ inline Vec widen(HVec half, Float16) {
 #elif defined(ECAR_ISA_avx2)
   return _mm256_cvtph_ps((__m128i)half);
 #else
-  const UVec h = __builtin_convertvector(half, UVec);
+  const UVec h = extend(half);
   const UVec magnitude = (h & 0x7fffu) << 13;
   // The exponent's bias goes from 15 to 127; a subnormal becomes normal in the product.
   const UVec scaled = (UVec)((Vec)magnitude * 0x1p112f);
@@ -212,6 +230,16 @@ struct Partial {
   }
   Vec keep(Vec v) const { return lane_numbers() < count ? v : Vec{}; }
 };
+
+// body(access) for the kWidth or fewer elements that are left.
+template <class Body>
+inline void with_access(std::int64_t left, Body body) {
+  if (left >= kWidth) {
+    body(Full{});
+  } else {
+    body(Partial{static_cast<int>(left)});
+  }
+}
 
 // body(access, offset) over a row of `count` elements.
 template <class Whole = Full, class Body>
