@@ -102,6 +102,8 @@ _TRITON = {
     "named_only": _TRITON_DEVICES if _triton.interpreting() else (),
     "missing": _triton.why_not,
 }
+IMPLEMENTATIONS["stage_attention"]["triton"] = Implementation(
+    "ecar_kernels.stage_attention.triton:stage_attention", max_width=256, width_step=8, **_TRITON)
 for op in FAMILIES["adaln"]:
     IMPLEMENTATIONS[op]["triton"] = Implementation(
         f"ecar_kernels.adaln.triton:{op}", max_width=8192, **_TRITON)
