@@ -99,6 +99,7 @@ __device__ inline void flow_boundary_block(const FlowBoundary& a, float* shared)
     }
   }
   block_sums(square, sums);
+#pragma unroll  // else mean and square need an address, so a stack
   for (int r = 0; r < kRows; ++r) {
     const float deviation = 1.0f / sqrtf(square[r] / static_cast<float>(channels) + a.eps);
     const T* shift = row_at<T>(a.shift, images[r], tokens[r]);
