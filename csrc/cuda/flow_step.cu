@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) initial_noise_kernel(InitialNoise a,
 }
 
 template <class T, class S, int kTokens, int kGuided>
-__global__ void __launch_bounds__(kBoundaryThreads) flow_boundary_kernel(FlowBoundary a) {
+__global__ void __launch_bounds__(kBoundaryThreads, 2) flow_boundary_kernel(FlowBoundary a) {
   extern __shared__ float shared[];
   flow_boundary_block<T, S, kTokens, kGuided>(a, shared);
 }
