@@ -17,7 +17,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 KEEP_TORCH := $(VENV)/torch-version.txt
 INSTALL := $(PIP) install --constraint $(KEEP_TORCH) --no-build-isolation --editable
 
-.PHONY: help demo test lint bench gpu callgrind wheel-test sanitize fuzz evaluate train-demo clean
+.PHONY: help demo test lint bench gpu cuda-gate callgrind wheel-test sanitize fuzz evaluate
+.PHONY: train-demo clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +26,7 @@ help:
 	@echo "make test        install, then run the tests on $(JOBS) processes"
 	@echo "make lint        ruff"
 	@echo "make bench       time every op against eager, torch.compile and its floor"
+	@echo "make cuda-gate   compile the CUDA C++ kernels for four chips, look at the machine code"
 	@echo "make gpu         on a GPU: build, tests, sanitizers and timings, with what $(PYTHON) has"
 	@echo "make callgrind   count the C++ kernels' instructions, against the committed counts"
 	@echo "make wheel-test  sdist, wheel, and both in empty environments, for each of TORCHES"
@@ -48,6 +50,10 @@ bench: $(STAMPS)/bench
 	$(BIN)/python -m benchmarks
 
 # In the environment as it is: nothing is fetched or installed, the library is built in place.
+# CUDA C++ compiled for chips that need not be here; skips where nvcc is missing.
+cuda-gate: $(STAMPS)/base
+	$(BIN)/python -m tools.cuda_gate
+
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)
 

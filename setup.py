@@ -20,8 +20,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 VERSION_FILE = ROOT / "ecar_kernels" / "version.py"
-LIBRARIES = ("libecar_cpu.so", "libecar_cpu.dylib")
-WHY_NOT_BUILT = "libecar_cpu.why_not.txt"  # ecar_kernels/_native.py reads it
+LIBRARIES = ("libecar_cpu.so", "libecar_cpu.dylib", "libecar_cuda.so")
+CUDA_PLACES = (os.path.join(os.environ.get("CUDA_HOME", ""), "bin"), "/usr/local/cuda/bin")
+WHY_NOT_BUILT = "libecar_cpu.why_not.txt"  # ecar_kernels/_native.py reads both
+WHY_NOT_CUDA = "libecar_cuda.why_not.txt"
 OLDEST_TORCH = (2, 10)
 
 
@@ -93,7 +95,7 @@ class BuildNative(build_ext):
         in_place = self.inplace or self.editable_mode
         package = (ROOT if in_place else Path(self.build_lib)) / "ecar_kernels"
         package.mkdir(parents=True, exist_ok=True)
-        for name in (*LIBRARIES, WHY_NOT_BUILT):
+        for name in (*LIBRARIES, WHY_NOT_BUILT, WHY_NOT_CUDA):
             (package / name).unlink(missing_ok=True)
         try:
             self.build_into(package)
@@ -135,15 +137,30 @@ class BuildNative(build_ext):
                     print("\n".join(lines[-60:]), file=sys.stderr)
                     shutil.rmtree(folder)  # its cache would fail the next try, too
                     raise CannotBuildError(f"the build failed: {first_error(lines)}")
+            self.build_cuda(cmake, folder, package, output)
         for name in LIBRARIES:
             if (folder / name).is_file():
                 shutil.copy2(folder / name, package / name)
+
+    def build_cuda(self, cmake: str, folder: Path, package: Path, output: object) -> None:
+        """The CUDA half, where nvcc is; what hinders it is left in the package."""
+        (folder / "libecar_cuda.so").unlink(missing_ok=True)
+        places = os.pathsep.join((os.environ.get("PATH", ""), *CUDA_PLACES))
+        if shutil.which("nvcc", path=places) is None:
+            reason = "nvcc was not found"
+        elif subprocess.run([cmake, "--build", folder, "--target", "ecar_cuda"], stdout=output,
+                            stderr=subprocess.STDOUT).returncode != 0:
+            reason = f"the CUDA sources did not build (log: {folder / 'log.txt'})"
+        else:
+            return
+        print(f"ecar: the CUDA C++ library is left out: {reason}", file=sys.stderr)
+        (package / WHY_NOT_CUDA).write_text(f"{reason} (when ecar was installed)\n", "utf-8")
 
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib) / "ecar_kernels"
         return [
             str(package / name)
-            for name in (*LIBRARIES, WHY_NOT_BUILT)
+            for name in (*LIBRARIES, WHY_NOT_BUILT, WHY_NOT_CUDA)
             if (package / name).is_file()
         ]
 

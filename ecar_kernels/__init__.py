@@ -11,6 +11,7 @@ from ecar_kernels.acceleration import Accelerated, accelerate, accelerates, rest
 from ecar_kernels.adaln.api import adaln, gated_residual, gated_residual_adaln
 from ecar_kernels.flow_block.api import adaln_linear, linear_gated_residual
 from ecar_kernels.flow_step.api import euler_step, initial_noise, upsample_renoise_euler
+from ecar_kernels.flow_step.boundary_api import flow_boundary
 from ecar_kernels.modules import (
     MLP,
     AdaLN,
@@ -50,6 +51,7 @@ __all__ = [
     "adaln_linear",
     "backends",
     "euler_step",
+    "flow_boundary",
     "gated_residual",
     "gated_residual_adaln",
     "initial_noise",

@@ -12,6 +12,8 @@ import torch
 FOLDER = Path(__file__).parent
 NAMES = ("libecar_cpu.so", "libecar_cpu.dylib")
 WHY_NOT_BUILT = "libecar_cpu.why_not.txt"  # left by setup.py where it could not build
+CUDA_NAME = "libecar_cuda.so"
+WHY_NOT_CUDA = "libecar_cuda.why_not.txt"
 ENVIRONMENT_VARIABLE = "ECAR_LIBRARY"
 
 
@@ -31,6 +33,35 @@ def why_not() -> str | None:
         torch.ops.load_library(path)
     except OSError as error:
         return f"the C++ library does not load: {error.__cause__ or error}"
+    return None
+
+
+@functools.cache
+def why_not_cuda() -> str | None:
+    """None once the CUDA half is loaded beside the library, else why it can't be."""
+    if (reason := why_not()) is not None:
+        return reason
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA GPU"
+    return load_cuda()
+
+
+@functools.cache
+def load_cuda() -> str | None:
+    """Loads the CUDA half, with or without a GPU; the reason where that fails."""
+    if (reason := why_not()) is not None:
+        return reason
+    path = FOLDER / CUDA_NAME
+    if not path.is_file():
+        note = FOLDER / WHY_NOT_CUDA
+        said = note.read_text("utf-8").strip() if note.is_file() else "run pip install . with nvcc"
+        return f"the CUDA C++ library is not built: {said}"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"the CUDA C++ library does not load: {error.__cause__ or error}"
     return None
 
 

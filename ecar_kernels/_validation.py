@@ -154,8 +154,9 @@ def _autocast(op: Callable, widest: bool) -> Callable:
 
 
 def _is_floating(value: object) -> bool:
-    """What autocast converts: tensors of the ops' types, so not float64."""
-    return isinstance(value, Tensor) and value.dtype in registry.KERNEL_DTYPES
+    """What autocast converts: tensors of the ops' types, so not float64, nor a 0-dim number."""
+    return (isinstance(value, Tensor) and value.dtype in registry.KERNEL_DTYPES
+            and value.ndim > 0)
 
 
 def autocast_low(op: Callable) -> Callable:

@@ -7,7 +7,7 @@ compiled graph guards on the active backend's name and takes the choice as a con
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -38,6 +38,8 @@ class Implementation:
     width_step: int = 1  # the last dimension is a multiple of it
     named_only: tuple[str, ...] = ()  # devices that it serves only where asked for by name
     missing: Callable[[], str | None] = _always_available  # what this machine lacks
+    # what this machine lacks for one of the devices
+    missing_on: dict[str, Callable[[], str | None]] = field(default_factory=dict)
     function: Callable | None = None  # the loaded target: the op's signature, no validation
 
     def why_not(self, device_type: str, dtype: torch.dtype) -> str | None:
@@ -48,7 +50,7 @@ class Implementation:
             return f"it serves {' and '.join(self.devices)} tensors, not {device_type}"
         if dtype not in self.dtypes:
             return f"it does not serve {dtype}"
-        return None
+        return self.missing_on.get(device_type, _always_available)()
 
     def why_not_width(self, width: int) -> str | None:
         """None where it can serve this last dimension, else the reason."""
@@ -68,6 +70,8 @@ class Implementation:
             said.append(f"last dimension {', '.join(widths)}")
         if not set(KERNEL_DTYPES) <= set(self.dtypes):
             said.append(" and ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes))
+        said += [f"not {device}: {reason}" for device, missing in self.missing_on.items()
+                 if (reason := missing()) is not None]
         return "; ".join(said)
 
     def load(self) -> None:
@@ -91,7 +95,19 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
 }
 IMPLEMENTATIONS["stage_attention"]["native"] = Implementation(
     "ecar_kernels.stage_attention.native:stage_attention")
-for family in ("adaln", "flow_block", "flow_step"):
+for op in FAMILIES["flow_step"]:
+    IMPLEMENTATIONS[op]["native"] = Implementation(
+        f"ecar_kernels.flow_step.native:{op}", devices=("cpu", "cuda"), missing=_native.why_not,
+        missing_on={"cuda": _native.why_not_cuda})
+# Not one of OPS: on the CPU its reference is all there is.
+IMPLEMENTATIONS["flow_boundary"] = {
+    "reference": Implementation("ecar_kernels.flow_step.reference:flow_boundary",
+                                dtypes=(*KERNEL_DTYPES, torch.float64)),
+    "native": Implementation("ecar_kernels.flow_step.boundary:flow_boundary", devices=("cuda",),
+                             max_width=8192, missing=_native.why_not,
+                             missing_on={"cuda": _native.why_not_cuda}),
+}
+for family in ("adaln", "flow_block"):
     for op in FAMILIES[family]:
         IMPLEMENTATIONS[op]["native"] = Implementation(
             f"ecar_kernels.{family}.native:{op}", devices=("cpu",), missing=_native.why_not)

@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "bindings/tensors.h"
+#include "bindings/tokens.h"
 
 namespace ecar {
 namespace {
@@ -49,7 +49,14 @@ EulerStep euler_arguments(const Tensor& x, const Tensor& velocity, double dt,
   return a;
 }
 
-Tensor euler_step(const Tensor& x, const Tensor& velocity, double dt, double guidance_scale) {
+// A scale in a tensor is for CUDA graphs; ecar_kernels.flow_step reads one on the CPU itself.
+void check_guidance(const MaybeTensor& guidance) {
+  if (guidance.has_value()) refuse("guidance", "none for CPU tensors, got a tensor");
+}
+
+Tensor euler_step(const Tensor& x, const Tensor& velocity, double dt, double guidance_scale,
+                  const MaybeTensor& guidance) {
+  check_guidance(guidance);
   const Dtype dtype = check_leading("x", x, 4);
   const Sizes sizes = x.sizes();
   const Tensor out = empty(x, {sizes[0], sizes[1], sizes[2], sizes[3]});
@@ -90,7 +97,9 @@ std::tuple<Tensor, Tensor> jump(Dtype dtype, UpsampleRenoise& a, const Tensor& x
 std::tuple<Tensor, Tensor> upsample_renoise_euler_seeds(const Tensor& x, const Tensor& velocity,
                                                         double dt, double guidance_scale,
                                                         double time, std::int64_t stage,
-                                                        const Tensor& seeds) {
+                                                        const Tensor& seeds,
+                                                        const MaybeTensor& guidance) {
+  check_guidance(guidance);
   const Dtype dtype = check_leading("x", x, 4);
   check_seeds(seeds);
   if (seeds.size(0) != x.size(0)) {
@@ -105,7 +114,9 @@ std::tuple<Tensor, Tensor> upsample_renoise_euler_seeds(const Tensor& x, const T
 
 std::tuple<Tensor, Tensor> upsample_renoise_euler_details(const Tensor& x, const Tensor& velocity,
                                                           double dt, double guidance_scale,
-                                                          double time, const Tensor& details) {
+                                                          double time, const Tensor& details,
+                                                          const MaybeTensor& guidance) {
+  check_guidance(guidance);
   const Dtype dtype = check_leading("x", x, 4);
   const Sizes sizes = x.sizes();
   check_sizes("details", details, x, {sizes[0], sizes[1], 3, sizes[2], sizes[3]});
@@ -154,13 +165,14 @@ Tensor initial_noise(const Tensor& seeds, std::int64_t channels, std::int64_t he
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
   library.def(
-      "euler_step(Tensor x, Tensor velocity, float dt, float guidance_scale) -> Tensor");
+      "euler_step(Tensor x, Tensor velocity, float dt, float guidance_scale, "
+      "Tensor? guidance=None) -> Tensor");
   library.def(
       "upsample_renoise_euler_seeds(Tensor x, Tensor velocity, float dt, float guidance_scale, "
-      "float time, int stage, Tensor seeds) -> (Tensor end, Tensor start)");
+      "float time, int stage, Tensor seeds, Tensor? guidance=None) -> (Tensor end, Tensor start)");
   library.def(
       "upsample_renoise_euler_details(Tensor x, Tensor velocity, float dt, float guidance_scale, "
-      "float time, Tensor details) -> (Tensor end, Tensor start)");
+      "float time, Tensor details, Tensor? guidance=None) -> (Tensor end, Tensor start)");
   library.def(
       "initial_noise(Tensor seeds, int channels, int height, int width, ScalarType dtype) "
       "-> Tensor");

@@ -108,7 +108,7 @@ inline bool stream(const Tensor& output) {
 
 // A new contiguous tensor of the type and device of `like`.
 inline Tensor empty(const Tensor& like, std::initializer_list<std::int64_t> sizes,
-                    std::int32_t dtype) {
+                    std::int32_t dtype, bool host = true) {
   std::int64_t strides[8];
   std::int64_t stride = 1, count = 1;
   for (std::size_t i = sizes.size(); i-- > 0;) {
@@ -125,7 +125,7 @@ inline Tensor empty(const Tensor& like, std::initializer_list<std::int64_t> size
       device_index, &handle));
   const Tensor tensor(handle);
   const std::int64_t bytes = count * static_cast<std::int64_t>(aoti_torch_dtype_element_size(dtype));
-  if (bytes >= kLarge) prepare_large(tensor.mutable_data_ptr(), bytes);
+  if (host && bytes >= kLarge) prepare_large(tensor.mutable_data_ptr(), bytes);
   return tensor;
 }
 

@@ -1,7 +1,9 @@
 #include "cpu/pages.h"
 
 #if defined(__linux__)
+#include <cstdint>
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace ecar {
@@ -22,10 +24,18 @@ void advise(void* data, std::size_t bytes, int advice) {
 void ask_for_large_pages(void* data, std::size_t bytes) { advise(data, bytes, MADV_HUGEPAGE); }
 void move_to_large_pages(void* data, std::size_t bytes) { advise(data, bytes, kCollapse); }
 
+void give_back_pages(void* data, std::size_t bytes) {
+  const std::uintptr_t page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+  const std::uintptr_t at = reinterpret_cast<std::uintptr_t>(data);
+  const std::uintptr_t first = (at + page - 1) / page * page, last = (at + bytes) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+}
+
 #else
 
 void ask_for_large_pages(void*, std::size_t) {}
 void move_to_large_pages(void*, std::size_t) {}
+void give_back_pages(void*, std::size_t) {}
 
 #endif
 

@@ -13,4 +13,7 @@ constexpr std::size_t kLargePage = std::size_t{2} << 20;
 void ask_for_large_pages(void* data, std::size_t bytes);
 void move_to_large_pages(void* data, std::size_t bytes);
 
+// Gives memory that is allocated but never used back to the system, contents and all.
+void give_back_pages(void* data, std::size_t bytes);
+
 }  // namespace ecar

@@ -19,7 +19,6 @@ from torch import Tensor
 from ecar_kernels import _native
 from ecar_kernels.flow_block import reference
 from ecar_kernels.flow_block.packing import (
-    LARGE_PAGE,
     forget_packed,
     pack_weight,
     packed_size,
@@ -109,6 +108,4 @@ def _(h, packed, bias, gate, residual, step_gate):
 
 @torch.library.register_fake("ecar::pack_linear_weight", lib=_library)
 def _(weight):
-    size = packed_size(*weight.shape)
-    items = LARGE_PAGE // weight.element_size()
-    return weight.new_empty(size if size < items else -(-size // items) * items)
+    return weight.new_empty(packed_size(*weight.shape))

@@ -19,12 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-PANEL, LARGE_PAGE = 48, 2**21  # kPanelColumns of csrc/cpu/gemm.h, kLargePage of pages.h
+PANEL = 48  # kPanelColumns of csrc/cpu/gemm.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def packed_size(outputs: int, depth: int) -> int:
-    """Elements of the packed form, before it is rounded up to whole large pages."""
+    """Elements of the packed form."""
     return -(-outputs // PANEL) * PANEL * (depth + depth % 2)
 
 

@@ -28,12 +28,14 @@ from ecar_kernels._validation import (
 
 
 @autocast_widest
-def euler_step(x: Tensor, velocity: Tensor, dt: float, *, guidance_scale: float = 1.0) -> Tensor:
+def euler_step(x: Tensor, velocity: Tensor, dt: float, *,
+               guidance_scale: float | Tensor = 1.0) -> Tensor:
     """x + dt v.
 
     x: [B, C, h, w]. velocity: as x (v itself), or [2B, C, h, w], the conditional rows first,
-    then v = v_u + guidance_scale (v_c - v_u). dt, guidance_scale: finite Python numbers; the
-    scale is 1 where the velocity has B rows. Returns a new tensor [B, C, h, w]. Gradients flow
+    then v = v_u + guidance_scale (v_c - v_u). dt: a finite Python number. guidance_scale: one,
+    or a 0-dim float32 tensor on x's device, which a CUDA graph reads when it is replayed; the
+    number 1 where the velocity has B rows. Returns a new tensor [B, C, h, w]. Gradients flow
     to x and velocity.
     """
     check_leading("x", x, "[B, C, h, w]")
@@ -45,7 +47,7 @@ def euler_step(x: Tensor, velocity: Tensor, dt: float, *, guidance_scale: float 
 @autocast_widest
 def upsample_renoise_euler(x: Tensor, velocity: Tensor, dt: float, *, time: float, stage: int,
                            seeds: Tensor | None = None, details: Tensor | None = None,
-                           guidance_scale: float = 1.0) -> tuple[Tensor, Tensor]:
+                           guidance_scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
     """A stage's last Euler step and the jump to the next stage, in one pass.
 
         end   = x + dt v                              as euler_step
@@ -117,10 +119,26 @@ def _check_step(x: Tensor, velocity: object, dt: object, guidance_scale: object)
         raise ValueError(f"argument 'velocity': expected a tensor of shape {list(x.shape)} or "
                          f"{[2 * batch, *x.shape[1:]]}, got {list(velocity.shape)}")
     check_number("dt", dt)
-    check_number("guidance_scale", guidance_scale)
-    if velocity.shape[0] != 2 * batch and guidance_scale != 1:
+    _check_guidance(guidance_scale, x)
+    if velocity.shape[0] != 2 * batch and (isinstance(guidance_scale, Tensor)
+                                           or guidance_scale != 1):
         raise ValueError("argument 'guidance_scale': expected 1.0 for a velocity without "
                          f"unconditional rows, got {guidance_scale}")
+
+
+def _check_guidance(scale: object, x: Tensor) -> None:
+    """A Python number, or one float32 on x's device."""
+    if not isinstance(scale, Tensor) or scale.ndim != 0:
+        check_number("guidance_scale", scale)
+    elif scale.dtype != torch.float32:
+        raise TypeError("argument 'guidance_scale': expected a float or a 0-dim torch.float32 "
+                        f"tensor, got {scale.dtype}")
+    elif scale.device != x.device:
+        raise ValueError(f"argument 'guidance_scale': expected a tensor on {x.device} like 'x', "
+                         f"got {scale.device}")
+    elif scale.requires_grad:
+        raise ValueError("argument 'guidance_scale': expected a tensor without a gradient, got "
+                         "one that requires grad")
 
 
 def _check_seeds(seeds: object) -> None:

@@ -1,4 +1,4 @@
-"""The flow step in C++, for CPU tensors: csrc/cpu/flow_step_isa.cpp.
+"""The flow step in C++: csrc/cpu/flow_step_isa.cpp, and csrc/cuda/flow_step.cu for CUDA.
 
 The ops have no autograd of their own: where a gradient is asked for, the Functions below call
 them, and else the ops are called directly. These gradients are plain PyTorch: the sampler asks
@@ -22,7 +22,8 @@ _from_details = torch.ops.ecar.upsample_renoise_euler_details.default
 _initial_noise = torch.ops.ecar.initial_noise.default
 
 
-def euler_step(x: Tensor, velocity: Tensor, dt: float, *, guidance_scale: float = 1.0) -> Tensor:
+def euler_step(x: Tensor, velocity: Tensor, dt: float, *,
+               guidance_scale: float | Tensor = 1.0) -> Tensor:
     """x + dt v, v = v_u + guidance_scale (v_c - v_u) for a velocity of 2B rows, v_c first."""
     if torch.compiler.is_compiling():
         # The same bits, and a graph for all values of dt: a number that goes into an op of ours
@@ -30,7 +31,7 @@ def euler_step(x: Tensor, velocity: Tensor, dt: float, *, guidance_scale: float 
         return reference.euler_step(x, velocity, dt, guidance_scale=guidance_scale)
     if torch.is_grad_enabled() and (x.requires_grad or velocity.requires_grad):
         return _EulerStep.apply(x, velocity, dt, guidance_scale)
-    return _euler_step(x, velocity, dt, guidance_scale)
+    return _euler_step(x, velocity, dt, *_scale(x, guidance_scale))
 
 
 def upsample_renoise_euler(
@@ -42,7 +43,7 @@ def upsample_renoise_euler(
     stage: int,
     seeds: Tensor | None = None,
     details: Tensor | None = None,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """end = x + dt v;  start = (1 + t)/2 up(end) + (1 - t) h, with t = time."""
     if torch.is_grad_enabled() and (
@@ -62,12 +63,21 @@ def initial_noise(
 
 
 def _jump(x, velocity, details, seeds, dt, guidance_scale, time, stage):
+    number, on_device = _scale(x, guidance_scale)
     if details is None:
-        return _from_seeds(x, velocity, dt, guidance_scale, time, stage, seeds)
-    return _from_details(x, velocity, dt, guidance_scale, time, details)
+        return _from_seeds(x, velocity, dt, number, time, stage, seeds, on_device)
+    return _from_details(x, velocity, dt, number, time, details, on_device)
 
 
-def _velocity_gradient(gradient: Tensor, guided: bool, dt: float, guidance_scale: float) -> Tensor:
+def _scale(x: Tensor, guidance_scale: float | Tensor | Tensor) -> tuple[float, Tensor | None]:
+    """As the ops take it: a number, or a tensor that stays on its GPU unread."""
+    if not isinstance(guidance_scale, Tensor):
+        return guidance_scale, None
+    return (1.0, guidance_scale) if x.is_cuda else (float(guidance_scale), None)
+
+
+def _velocity_gradient(gradient: Tensor, guided: bool, dt: float,
+                       guidance_scale: float | Tensor) -> Tensor:
     """Of x + dt v, the gradient for v: in the type of `gradient`."""
     if not guided:
         return dt * gradient
@@ -79,7 +89,7 @@ class _EulerStep(torch.autograd.Function):
     def forward(ctx, x, velocity, dt, guidance_scale):
         ctx.guided = velocity.shape[0] != x.shape[0]
         ctx.numbers = dt, guidance_scale
-        return _euler_step(x, velocity, dt, guidance_scale)
+        return _euler_step(x, velocity, dt, *_scale(x, guidance_scale))
 
     @staticmethod
     def backward(ctx, gradient):
@@ -110,7 +120,7 @@ class _UpsampleRenoiseEuler(torch.autograd.Function):
 
 
 @torch.library.register_fake("ecar::euler_step")
-def _(x, velocity, dt, guidance_scale):
+def _(x, velocity, dt, guidance_scale, guidance=None):
     return x.new_empty(x.shape)
 
 
@@ -120,12 +130,12 @@ def _fake_jump(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("ecar::upsample_renoise_euler_seeds")
-def _(x, velocity, dt, guidance_scale, time, stage, seeds):
+def _(x, velocity, dt, guidance_scale, time, stage, seeds, guidance=None):
     return _fake_jump(x)
 
 
 @torch.library.register_fake("ecar::upsample_renoise_euler_details")
-def _(x, velocity, dt, guidance_scale, time, details):
+def _(x, velocity, dt, guidance_scale, time, details, guidance=None):
     return _fake_jump(x)
 
 

@@ -1,0 +1,281 @@
+// The ops of the flow step on CUDA tensors. libecar_cpu.so, loaded first, defines the schemas.
+
+#include "cuda/flow_step.h"
+
+#include <dlfcn.h>
+
+#include <tuple>
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include "bindings/tokens.h"
+
+namespace ecar {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+std::int32_t device_of(const Tensor& tensor) {
+  std::int32_t index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+  return index;
+}
+
+// From torch's CUDA library, which is in the process wherever there is a CUDA tensor; looked up
+// rather than linked, so that the library is built with a CPU torch too.
+void* current_stream(std::int32_t device) {
+  using Get = AOTITorchError (*)(std::int32_t, void**);
+  static const Get get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* found = dlsym(library != nullptr ? library : RTLD_DEFAULT,
+                        "aoti_torch_get_current_cuda_stream");
+    if (found == nullptr) throw std::runtime_error("this torch has no CUDA streams");
+    return reinterpret_cast<Get>(found);
+  }();
+  void* stream;
+  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return stream;
+}
+
+void check(int code) {
+  if (code != 0) {
+    throw std::runtime_error(std::string("CUDA launch failed: ") + cuda::error_text(code));
+  }
+}
+
+void check_device(const char* name, const Tensor& tensor, const Tensor& leading) {
+  std::int32_t type, leading_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(leading.get(), &leading_type));
+  if (type != leading_type || device_of(tensor) != device_of(leading)) {
+    refuse(name, "the first argument's device, got another one");
+  }
+}
+
+cuda::Guidance guidance_of(double scale, const MaybeTensor& tensor, const Tensor& leading) {
+  if (!tensor.has_value()) return {static_cast<float>(scale), nullptr};
+  check_device("guidance", *tensor, leading);
+  if (dtype_code(*tensor) != aoti_torch_dtype_float32() || tensor->numel() != 1) {
+    refuse("guidance", "one float32");
+  }
+  return {0.0f, static_cast<const float*>(tensor->const_data_ptr())};
+}
+
+// As the CPU's: adjacent dimensions that are one in memory become one.
+void merge_dimensions(cuda::EulerStep& a) {
+  for (int d = 2; d >= 0; --d) {
+    const bool joined = a.sizes[d] == 1 || (a.x_strides[d] == a.inner &&
+                                            a.velocity_strides[d] == a.inner);
+    if (!joined) return;
+    a.inner *= a.sizes[d];
+    a.sizes[d] = 1;
+    a.x_strides[d] = a.velocity_strides[d] = 0;
+  }
+}
+
+cuda::EulerStep euler_arguments(const Tensor& x, const Tensor& velocity, double dt,
+                                double guidance_scale, const MaybeTensor& guidance,
+                                const Tensor& out) {
+  const Sizes sizes = x.sizes();
+  const std::int64_t images = velocity.dim() == 4 ? velocity.size(0) : 0;
+  const bool guided = images == 2 * sizes[0];
+  check_sizes("velocity", velocity, x,
+              {guided ? 2 * sizes[0] : sizes[0], sizes[1], sizes[2], sizes[3]});
+  check_device("velocity", velocity, x);
+  cuda::EulerStep a{};
+  a.x = x.const_data_ptr();
+  a.velocity = velocity.const_data_ptr();
+  for (int d = 0; d < 3; ++d) {
+    a.sizes[d] = sizes[d];
+    a.x_strides[d] = x.stride(d);
+    a.velocity_strides[d] = velocity.stride(d);
+  }
+  a.inner = sizes[3];
+  a.out = out.mutable_data_ptr();
+  a.dt = static_cast<float>(dt);
+  a.guidance = guidance_of(guidance_scale, guidance, x);
+  if (guided && sizes[0] > 0) {
+    a.unconditional = static_cast<const char*>(a.velocity) +
+                      sizes[0] * velocity.stride(0) * static_cast<std::int64_t>(x.element_size());
+  }
+  return a;
+}
+
+Tensor euler_step(const Tensor& x, const Tensor& velocity, double dt, double guidance_scale,
+                  const MaybeTensor& guidance) {
+  const Dtype dtype = check_leading("x", x, 4);
+  const DeviceGuard guard(device_of(x));
+  const Sizes sizes = x.sizes();
+  const Tensor out = empty(x, {sizes[0], sizes[1], sizes[2], sizes[3]}, dtype_code(x), false);
+  cuda::EulerStep a = euler_arguments(x, velocity, dt, guidance_scale, guidance, out);
+  merge_dimensions(a);
+  check(cuda::euler_step(a, dtype, current_stream(device_of(x))));
+  return out;
+}
+
+std::int64_t check_seeds(const Tensor& seeds) {
+  if (dtype_code(seeds) != aoti_torch_dtype_int64()) refuse("seeds", "int64, got another type");
+  if (seeds.dim() != 1) refuse("seeds", "one dimension, got ", text(seeds.sizes()));
+  return seeds.size(0);
+}
+
+std::tuple<Tensor, Tensor> jump(Dtype dtype, cuda::UpsampleRenoise& a, const Tensor& x,
+                                const Tensor& velocity, double dt, double guidance_scale,
+                                double time, const MaybeTensor& guidance) {
+  const DeviceGuard guard(device_of(x));
+  const Sizes sizes = x.sizes();
+  const std::int32_t code = dtype_code(x);
+  const Tensor end = empty(x, {sizes[0], sizes[1], sizes[2], sizes[3]}, code, false);
+  const Tensor start = empty(x, {sizes[0], sizes[1], 2 * sizes[2], 2 * sizes[3]}, code, false);
+  a.step = euler_arguments(x, velocity, dt, guidance_scale, guidance, end);
+  a.up_factor = static_cast<float>((1 + time) / 2);
+  a.noise_factor = static_cast<float>(1 - time);
+  a.start = start.mutable_data_ptr();
+  check(cuda::upsample_renoise(a, dtype, current_stream(device_of(x))));
+  return {end, start};
+}
+
+std::tuple<Tensor, Tensor> upsample_renoise_euler_seeds(const Tensor& x, const Tensor& velocity,
+                                                        double dt, double guidance_scale,
+                                                        double time, std::int64_t stage,
+                                                        const Tensor& seeds,
+                                                        const MaybeTensor& guidance) {
+  const Dtype dtype = check_leading("x", x, 4);
+  if (check_seeds(seeds) != x.size(0)) {
+    refuse("seeds", "one for each image, ", x.size(0), ", got ", seeds.size(0));
+  }
+  check_device("seeds", seeds, x);
+  cuda::UpsampleRenoise a{};
+  a.seeds = static_cast<const std::int64_t*>(seeds.const_data_ptr());
+  a.seed_stride = seeds.stride(0);
+  a.stage = static_cast<std::uint32_t>(stage);
+  return jump(dtype, a, x, velocity, dt, guidance_scale, time, guidance);
+}
+
+std::tuple<Tensor, Tensor> upsample_renoise_euler_details(const Tensor& x, const Tensor& velocity,
+                                                          double dt, double guidance_scale,
+                                                          double time, const Tensor& details,
+                                                          const MaybeTensor& guidance) {
+  const Dtype dtype = check_leading("x", x, 4);
+  const Sizes sizes = x.sizes();
+  check_sizes("details", details, x, {sizes[0], sizes[1], 3, sizes[2], sizes[3]});
+  check_device("details", details, x);
+  cuda::UpsampleRenoise a{};
+  a.details = details.const_data_ptr();
+  for (int d = 0; d < 4; ++d) a.details_strides[d] = details.stride(d);
+  return jump(dtype, a, x, velocity, dt, guidance_scale, time, guidance);
+}
+
+Tensor initial_noise(const Tensor& seeds, std::int64_t channels, std::int64_t height,
+                     std::int64_t width, ScalarType type) {
+  const bool known = type == ScalarType::Float || type == ScalarType::BFloat16 ||
+                     type == ScalarType::Half;
+  if (!known) refuse("dtype", "float32, bfloat16 or float16, got another type");
+  const Dtype dtype = type == ScalarType::Float      ? kFloat32
+                      : type == ScalarType::BFloat16 ? kBFloat16
+                                                     : kFloat16;
+  const std::int32_t codes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
+                                aoti_torch_dtype_float16()};
+  for (const std::int64_t size : {channels, height, width}) {
+    if (size < 0) refuse("shape", "sizes of at least 0, got ", size);
+  }
+  const std::int64_t images = check_seeds(seeds);
+  const DeviceGuard guard(device_of(seeds));
+  const Tensor out = empty(seeds, {images, channels, height, width}, codes[dtype], false);
+  const cuda::InitialNoise a{static_cast<const std::int64_t*>(seeds.const_data_ptr()),
+                             seeds.stride(0), images, channels * height * width,
+                             out.mutable_data_ptr()};
+  check(cuda::initial_noise(a, dtype, current_stream(device_of(seeds))));
+  return out;
+}
+
+std::tuple<Tensor, Tensor> flow_boundary(
+    const Tensor& x, const Tensor& state, const Tensor& shift, const Tensor& scale,
+    const Tensor& weight, const Tensor& bias, const Tensor& embed_weight,
+    const Tensor& embed_bias, const Tensor& positions, double dt, const MaybeTensor& step_shift,
+    const MaybeTensor& step_scale, double guidance_scale, double eps,
+    const MaybeTensor& guidance) {
+  const Dtype dtype = check_leading("x", x, 3);
+  const Tokens t = tokens_of(x);
+  if (state.dim() != 3) refuse("state", "3 dimensions, got ", text(state.sizes()));
+  const std::int64_t images = state.size(0), outputs = state.size(2);
+  if (outputs > cuda::kMaxOutputs) refuse("state", "at most ", cuda::kMaxOutputs, " outputs");
+  if (t.channels > cuda::kMaxChannels || t.channels < 1) {
+    refuse("x", "1 to ", cuda::kMaxChannels, " channels");
+  }
+  if (t.images != images && t.images != 2 * images) {
+    refuse("x", "as many images as the state or twice as many, got ", t.images);
+  }
+  const std::int32_t state_code = dtype_code(state);
+  if (state_code != aoti_torch_dtype_float32() && state_code != dtype_code(x)) {
+    refuse("state", "float32 or the type of x, got another one");
+  }
+  if (outputs > 1 && state.stride(2) != 1) refuse("state", "a contiguous last dimension");
+  if (state.size(1) != t.tokens) refuse("state", t.tokens, " tokens, got ", state.size(1));
+  check_sizes("weight", weight, x, {outputs, t.channels});
+  check_sizes("bias", bias, x, {outputs});
+  check_sizes("embed_weight", embed_weight, x, {t.channels, outputs});
+  check_sizes("embed_bias", embed_bias, x, {t.channels});
+  check_sizes("positions", positions, x, {t.tokens, t.channels});
+  if (!weight.is_contiguous()) refuse("weight", "a contiguous tensor");
+  if (!embed_weight.is_contiguous()) refuse("embed_weight", "a contiguous tensor");
+  if (!positions.is_contiguous()) refuse("positions", "a contiguous tensor");
+  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor*>{"state", &state},
+        {"shift", &shift}, {"scale", &scale}, {"weight", &weight}, {"bias", &bias},
+        {"embed_weight", &embed_weight}, {"embed_bias", &embed_bias},
+        {"positions", &positions}}) {
+    check_device(name, *tensor, x);
+  }
+  if (step_shift.has_value()) check_device("step_shift", *step_shift, x);
+  if (step_scale.has_value()) check_device("step_scale", *step_scale, x);
+  const DeviceGuard guard(device_of(x));
+  const Tensor new_state = empty(state, {images, t.tokens, outputs}, state_code, false);
+  const Tensor embedded = empty(x, {t.images, t.tokens, t.channels}, dtype_code(x), false);
+  cuda::FlowBoundary a{};
+  a.x = rows_of(x);
+  a.shift = spatial("shift", shift, x, t);
+  a.scale = spatial("scale", scale, x, t);
+  a.step_shift = step("step_shift", step_shift, x, t);
+  a.step_scale = step("step_scale", step_scale, x, t);
+  a.weight = weight.const_data_ptr();
+  a.bias = bias.const_data_ptr();
+  a.embed_weight = embed_weight.const_data_ptr();
+  a.embed_bias = embed_bias.const_data_ptr();
+  a.positions = positions.const_data_ptr();
+  a.state = state.const_data_ptr();
+  a.state_image_stride = state.stride(0);
+  a.state_token_stride = state.stride(1);
+  a.new_state = new_state.mutable_data_ptr();
+  a.embedded = embedded.mutable_data_ptr();
+  a.images = images;
+  a.tokens = t.tokens;
+  a.channels = t.channels;
+  a.outputs = outputs;
+  a.guided = t.images != images;
+  a.wide_state = state_code == aoti_torch_dtype_float32();
+  a.dt = static_cast<float>(dt);
+  a.eps = static_cast<float>(eps);
+  a.guidance = guidance_of(guidance_scale, guidance, x);
+  check(cuda::flow_boundary(a, dtype, current_stream(device_of(x))));
+  return {new_state, embedded};
+}
+
+}  // namespace
+}  // namespace ecar
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
+  library.def(
+      "flow_boundary(Tensor x, Tensor state, Tensor shift, Tensor scale, Tensor weight, "
+      "Tensor bias, Tensor embed_weight, Tensor embed_bias, Tensor positions, float dt, "
+      "Tensor? step_shift, Tensor? step_scale, float guidance_scale, float eps, "
+      "Tensor? guidance=None) -> (Tensor state, Tensor embedded)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ecar, CUDA, library) {
+  library.impl("euler_step", TORCH_BOX(&ecar::euler_step));
+  library.impl("upsample_renoise_euler_seeds", TORCH_BOX(&ecar::upsample_renoise_euler_seeds));
+  library.impl("upsample_renoise_euler_details",
+               TORCH_BOX(&ecar::upsample_renoise_euler_details));
+  library.impl("initial_noise", TORCH_BOX(&ecar::initial_noise));
+  library.impl("flow_boundary", TORCH_BOX(&ecar::flow_boundary));
+}

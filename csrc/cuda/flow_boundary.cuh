@@ -1,0 +1,187 @@
+#pragma once
+
+// Between two network calls of a stage, in one launch: final adaLN and linear, guidance, the
+// Euler update, and the next step's embedding with positions. A block takes `group` tokens of one
+// image, with guidance both of their rows, so that a weight read once serves them all. Sums are
+// in float, each in an order that neither the batch nor the group changes.
+
+#include "cuda/elements.cuh"
+#include "cuda/flow_step.h"
+
+namespace ecar {
+namespace cuda {
+
+constexpr int kBoundaryThreads = 256;
+constexpr int kGroup = 4;                      // tokens of a block, at most
+constexpr std::int64_t kBoundaryShared = 96 << 10;  // sm_120 gives a block 99 KiB
+
+// In floats: normalised rows, their velocities, the new states, warps' sums.
+ECAR_HOST_DEVICE std::int64_t boundary_shared(const FlowBoundary& a, int group) {
+  const std::int64_t rows = group * (a.guided ? 2 : 1);
+  return rows * (a.channels + a.outputs + 32) + group * a.outputs;
+}
+
+// One token a block where there are few (the chip is wide), more where weights are read often.
+ECAR_HOST_DEVICE int boundary_group(const FlowBoundary& a) {
+  const bool fits = boundary_shared(a, kGroup) * 4 <= kBoundaryShared;
+  return fits && a.images * a.tokens >= 1024 ? kGroup : 1;
+}
+
+#if defined(__CUDACC__) || defined(ECAR_CUDA_ON_HOST)
+
+__device__ inline float warp_sum(float value) {
+  for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(0xffffffffu, value, lane);
+  return value;
+}
+
+template <class T>
+__device__ inline const T* row_at(const Rows& rows, std::int64_t image, std::int64_t token) {
+  return static_cast<const T*>(rows.data) + image * rows.image_stride +
+         token * rows.token_stride;
+}
+
+// Each row's sum over the block, to every thread; `sums` holds a row's warps, 32 to a row.
+template <int kRows>
+__device__ inline void block_sums(float (&value)[kRows], float* sums) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const float sum = warp_sum(value[r]);
+    if (lane == 0) sums[32 * r + warp] = sum;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    value[r] = 0.0f;
+    for (int w = 0; w < warps; ++w) value[r] += sums[32 * r + w];
+  }
+  __syncthreads();
+}
+
+// S: the state's type.
+template <class T, class S, int kTokens, int kGuided>
+__device__ inline void flow_boundary_block(const FlowBoundary& a, float* shared) {
+  constexpr int kRows = kTokens * kGuided;
+  const int channels = static_cast<int>(a.channels), outputs = static_cast<int>(a.outputs);
+  const std::int64_t groups = (a.tokens + kTokens - 1) / kTokens;
+  const std::int64_t image = blockIdx.x / groups, first = blockIdx.x % groups * kTokens;
+  float* y = shared;                       // [row][channel]
+  float* velocity = y + kRows * channels;  // [row][output]
+  float* state = velocity + kRows * outputs;
+  float* sums = state + kTokens * outputs;
+  std::int64_t images[kRows], tokens[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    // Past the image's last token, that token again; nothing of it is stored.
+    const std::int64_t token = first + r % kTokens;
+    tokens[r] = token < a.tokens ? token : a.tokens - 1;
+    images[r] = image + (r / kTokens) * a.images;
+  }
+
+  float total[kRows] = {};
+  for (int c = threadIdx.x; c < channels; c += blockDim.x) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float value = to_float(row_at<T>(a.x, images[r], tokens[r])[c]);
+      y[r * channels + c] = value;
+      total[r] += value;
+    }
+  }
+  block_sums(total, sums);
+  float mean[kRows], square[kRows] = {};
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) mean[r] = total[r] / static_cast<float>(channels);
+  for (int c = threadIdx.x; c < channels; c += blockDim.x) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float deviation = y[r * channels + c] - mean[r];
+      square[r] = fmaf(deviation, deviation, square[r]);
+    }
+  }
+  block_sums(square, sums);
+#pragma unroll  // else mean and square need an address, so a stack
+  for (int r = 0; r < kRows; ++r) {
+    const float deviation = 1.0f / sqrtf(square[r] / static_cast<float>(channels) + a.eps);
+    const T* shift = row_at<T>(a.shift, images[r], tokens[r]);
+    const T* scale = row_at<T>(a.scale, images[r], tokens[r]);
+    const T* step_shift = row_at<T>(a.step_shift, images[r], 0);
+    const T* step_scale = row_at<T>(a.step_scale, images[r], 0);
+    for (int c = threadIdx.x; c < channels; c += blockDim.x) {
+      float by = 1.0f + to_float(scale[c]), plus = to_float(shift[c]);
+      if (a.step_scale.data != nullptr) by += to_float(step_scale[c]);
+      if (a.step_shift.data != nullptr) plus += to_float(step_shift[c]);
+      y[r * channels + c] = fmaf((y[r * channels + c] - mean[r]) * deviation, by, plus);
+    }
+  }
+  __syncthreads();
+
+  // The velocity: a warp takes an output at a time.
+  const int lane = threadIdx.x % 32;
+  for (int output = threadIdx.x / 32; output < outputs; output += blockDim.x / 32) {
+    const T* weight = static_cast<const T*>(a.weight) + std::int64_t{output} * channels;
+    float sum[kRows] = {};
+#pragma unroll 4
+    for (int c = lane; c < channels; c += 32) {
+      const float w = to_float(weight[c]);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) sum[r] = fmaf(w, y[r * channels + c], sum[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      sum[r] = warp_sum(sum[r]);
+      if (lane == 0) {
+        velocity[r * outputs + output] =
+            sum[r] + to_float(static_cast<const T*>(a.bias)[output]);
+      }
+    }
+  }
+  __syncthreads();
+
+  const float guidance =
+      a.guidance.on_device != nullptr ? *a.guidance.on_device : a.guidance.value;
+  for (int i = threadIdx.x; i < kTokens * outputs; i += blockDim.x) {
+    const int t = i / outputs, output = i % outputs;
+    const std::int64_t token = first + t;
+    if (token >= a.tokens) continue;
+    float v = velocity[i];
+    if (kGuided == 2) {
+      const float unconditional = velocity[kTokens * outputs + i];
+      v = unconditional + guidance * (v - unconditional);
+    }
+    const S* old = static_cast<const S*>(a.state) + image * a.state_image_stride +
+                   token * a.state_token_stride;
+    S* to = static_cast<S*>(a.new_state) + (image * a.tokens + token) * outputs + output;
+    const float value = to_float(old[output]) + a.dt * v;
+    from_float(value, *to);
+    state[i] = to_float(*to);  // what the next step reads
+  }
+  __syncthreads();
+
+  for (int c = threadIdx.x; c < channels; c += blockDim.x) {
+    const T* weight = static_cast<const T*>(a.embed_weight) + std::int64_t{c} * outputs;
+    float sum[kTokens] = {};
+    for (int output = 0; output < outputs; ++output) {
+      const float w = to_float(weight[output]);
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) sum[t] = fmaf(w, state[t * outputs + output], sum[t]);
+    }
+    const float bias = to_float(static_cast<const T*>(a.embed_bias)[c]);
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      const std::int64_t token = first + t;
+      if (token >= a.tokens) continue;
+      const float position =
+          to_float(static_cast<const T*>(a.positions)[token * channels + c]);
+#pragma unroll
+      for (int half = 0; half < kGuided; ++half) {
+        const std::int64_t row = (image + half * a.images) * a.tokens + token;
+        from_float(sum[t] + bias + position, static_cast<T*>(a.embedded)[row * channels + c]);
+      }
+    }
+  }
+}
+
+#endif
+
+}  // namespace cuda
+}  // namespace ecar

@@ -1,0 +1,70 @@
+#pragma once
+
+// The flow step on CUDA: what the bindings hand to the launches. Strides are in elements.
+
+#include <cstdint>
+
+#include "cpu/dtypes.h"
+#include "cpu/rows.h"
+
+namespace ecar {
+namespace cuda {
+
+// v = u + guidance (c - u) where there is an unconditional velocity; the scale is read from the
+// device where `on_device` is not null, so that a graph replays with another one.
+struct Guidance {
+  float value;
+  const float* on_device;
+};
+
+// As cpu/flow_step.h: dimensions before the last are free in memory.
+struct EulerStep {
+  const void *x, *velocity, *unconditional;  // unconditional: null if not guided
+  std::int64_t sizes[3], inner;
+  std::int64_t x_strides[3], velocity_strides[3];
+  void* out;  // contiguous
+  float dt;
+  Guidance guidance;
+};
+
+struct UpsampleRenoise {
+  EulerStep step;  // out: end
+  const void* details;  // or null: then the seeds
+  std::int64_t details_strides[4];  // B, C, 3, h
+  const std::int64_t* seeds;
+  std::int64_t seed_stride;
+  std::uint32_t stage;
+  float up_factor, noise_factor;
+  void* start;  // contiguous [B, C, 2h, 2w]
+};
+
+struct InitialNoise {
+  const std::int64_t* seeds;
+  std::int64_t seed_stride, images, count;  // count: elements of an image
+  void* out;                                // contiguous [images, count]
+};
+
+// Rows [B or 2B, N, C]; state and embedded are contiguous, as the weights, biases and positions.
+struct FlowBoundary {
+  Rows x, shift, scale, step_shift, step_scale;
+  const void *weight, *bias, *embed_weight, *embed_bias, *positions;
+  const void* state;
+  std::int64_t state_image_stride, state_token_stride;
+  void *new_state, *embedded;
+  std::int64_t images, tokens, channels, outputs;
+  bool guided, wide_state;  // wide_state: float32 whatever x is
+  float dt, eps;
+  Guidance guidance;
+};
+
+constexpr std::int64_t kMaxOutputs = 64, kMaxChannels = 8192;
+
+// Each queues one launch on the stream and returns a cudaError_t.
+int euler_step(const EulerStep&, Dtype, void* stream);
+int upsample_renoise(const UpsampleRenoise&, Dtype, void* stream);
+int initial_noise(const InitialNoise&, Dtype, void* stream);
+int flow_boundary(const FlowBoundary&, Dtype, void* stream);
+const char* error_text(int code);
+
+}  // namespace cuda
+}  // namespace ecar

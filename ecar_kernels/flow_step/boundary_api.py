@@ -1,0 +1,89 @@
+"""What lies between two network calls of a stage, in one call; for inference."""
+
+import torch
+from torch import Tensor
+
+from ecar_kernels import registry
+from ecar_kernels._validation import (
+    check_inference,
+    check_leading,
+    check_like,
+    check_number,
+    check_positive,
+    check_spatial,
+    check_step,
+    check_tensor,
+    shape_error,
+)
+from ecar_kernels.flow_step.api import _check_guidance
+
+MAX_OUTPUTS = 64
+
+
+def flow_boundary(x: Tensor, state: Tensor, shift: Tensor, scale: Tensor, weight: Tensor,
+                  bias: Tensor, embed_weight: Tensor, embed_bias: Tensor, positions: Tensor,
+                  dt: float, *, step_shift: Tensor | None = None,
+                  step_scale: Tensor | None = None, guidance_scale: float | Tensor = 1.0,
+                  eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """The final adaLN and linear, guidance, an Euler step, and the next step's embedding.
+
+        v        = adaln(x, shift, scale) weight^T + bias      2B rows: v_u + g (v_c - v_u)
+        state'   = state + dt v
+        embedded = state' embed_weight^T + embed_bias + positions
+
+    x: [R, N, C], the residual stream behind the last block, R = B or 2B (conditional rows
+    first), float32, bfloat16 or float16. state: [B, N, P], the latent in tokens, float32 or
+    x's type, P at most 64. shift, scale: [R, N, C] or [R, 1, C]. step_shift, step_scale:
+    [1, 1, C] or [R, 1, C]. weight: [P, C]. bias: [P]. embed_weight: [C, P]. embed_bias: [C].
+    positions: [N, C]. dt: a finite number. guidance_scale: a finite number, or a 0-dim float32
+    tensor on x's device; the number 1 where R = B. eps > 0. Weights and positions are
+    contiguous. Returns state' [B, N, P] in state's type and embedded [R, N, C] in x's, the same
+    rows twice where R = 2B. No backward, and no autocast: ValueError or TypeError where an
+    argument does not fit, BackendUnavailableError where the backend in force cannot serve.
+    """
+    check_leading("x", x, "[R, N, C]")
+    rows, tokens, channels = x.shape
+    check_tensor("state", state)
+    if state.dtype not in (torch.float32, x.dtype):
+        raise TypeError(f"argument 'state': expected torch.float32 or {x.dtype}, "
+                        f"got {state.dtype}")
+    if state.device != x.device:
+        raise ValueError(f"argument 'state': expected a tensor on {x.device} like 'x', "
+                         f"got {state.device}")
+    if (state.ndim != 3 or state.shape[1] != tokens or not 1 <= state.shape[2] <= MAX_OUTPUTS
+            or rows not in (state.shape[0], 2 * state.shape[0])):
+        raise shape_error("state", state, f"[B, N, P], R = B or 2B, P at most {MAX_OUTPUTS}",
+                          R=rows, N=tokens)
+    batch, _, outputs = state.shape
+    if state.stride(-1) != 1 and outputs > 1:
+        raise ValueError("argument 'state': expected a tensor whose last dimension is "
+                         f"contiguous, got strides {list(state.stride())}")
+    check_spatial("shift", shift, "x", x)
+    check_spatial("scale", scale, "x", x)
+    check_step("step_shift", step_shift, "x", x)
+    check_step("step_scale", step_scale, "x", x)
+    for name, value, letters, shape in (
+        ("weight", weight, "[P, C]", (outputs, channels)), ("bias", bias, "[P]", (outputs,)),
+        ("embed_weight", embed_weight, "[C, P]", (channels, outputs)),
+        ("embed_bias", embed_bias, "[C]", (channels,)),
+        ("positions", positions, "[N, C]", (tokens, channels)),
+    ):
+        check_like(name, value, "x", x)
+        if value.shape != shape:
+            raise shape_error(name, value, letters, P=outputs, C=channels, N=tokens)
+        if not value.is_contiguous():
+            raise ValueError(f"argument '{name}': expected a contiguous tensor, got strides "
+                             f"{list(value.stride())}")
+    check_number("dt", dt)
+    _check_guidance(guidance_scale, x)
+    if rows == batch and (isinstance(guidance_scale, Tensor) or guidance_scale != 1):
+        raise ValueError("argument 'guidance_scale': expected 1.0 for x without unconditional "
+                         f"rows, got {guidance_scale}")
+    check_positive("eps", eps)
+    check_inference(x=x, state=state, shift=shift, scale=scale, weight=weight, bias=bias,
+                    embed_weight=embed_weight, embed_bias=embed_bias, positions=positions,
+                    step_shift=step_shift, step_scale=step_scale)
+    run = registry.implementation("flow_boundary", x.device.type, x.dtype, channels)
+    return run(x, state, shift, scale, weight, bias, embed_weight, embed_bias, positions, dt,
+               step_shift=step_shift, step_scale=step_scale, guidance_scale=guidance_scale,
+               eps=eps)

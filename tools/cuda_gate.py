@@ -1,0 +1,143 @@
+"""Compiles the CUDA C++ kernels for chips that need not be here, and looks at the machine code.
+
+    python -m tools.cuda_gate            # all chips, the table to docs/cuda-gate.md
+
+Fails where a kernel spills registers, or where the machine code of a kernel for aligned rows has
+no 128-bit load or no 128-bit store. Skips, with the reason, where nvcc is missing, and the look
+at the machine code where cuobjdump (Triton's package brings one) is.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CHIPS = ("sm_80", "sm_90", "sm_100", "sm_120")
+INFO = re.compile(
+    r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, "
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers", re.DOTALL)
+
+
+@dataclass
+class Row:
+    """One kernel on one chip; `problem` is empty where it passes."""
+
+    chip: str
+    kernel: str
+    registers: int
+    stack: int
+    spills: int
+    loads: int | None = None  # of 128 bits; None: no cuobjdump
+    stores: int | None = None
+    problem: str = ""
+
+
+def find(name: str) -> str | None:
+    if found := shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin"):
+        return found
+    triton = find_spec("triton")
+    if triton is None or triton.origin is None:
+        return None
+    path = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name
+    return str(path) if path.is_file() else None
+
+
+def readable(symbol: str) -> str:
+    """`upsample_renoise bfloat16 wide` of a kernel's symbol."""
+    name = re.search(r"\d+([a-z_]+)_kernel", symbol)
+    arguments = symbol[name.end():]
+    types = re.findall(r"BFloat16|Float16|(?<=I)f|(?<=E)f(?=L)|S\d?_(?=Li)", arguments)
+    said = [{"BFloat16": "bfloat16", "Float16": "float16", "f": "float32"}.get(kind, "same state")
+            for kind in types]
+    wide = re.findall(r"Lb([01])E", arguments)
+    sizes = re.findall(r"Li(\d+)E", arguments)
+    said += ["wide" if flag == "1" else "any layout" for flag in wide]
+    if sizes:
+        said += [f"{sizes[0]} tokens", "guided" if sizes[1] == "2" else "plain"]
+    return " ".join((name[1], *said))
+
+
+def accesses(cuobjdump: str, cubin: Path) -> dict[str, tuple[int, int]]:
+    """128-bit global loads and stores of each kernel in the machine code."""
+    text = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True,
+                          check=True).stdout
+    parts = re.split(r"Function : (\w+)", text)[1:]
+    return {name: (len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128\b", code)),
+                   len(re.findall(r"\bSTG\.E\.(?:\w+\.)*128\b", code)))
+            for name, code in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def compile_for(chip: str, nvcc: str, cuobjdump: str | None, folder: Path) -> Iterator[Row]:
+    cubin = folder / f"{chip}.cubin"
+    done = subprocess.run(
+        [nvcc, "-std=c++17", "-O3", "--fmad=false", f"-arch={chip}", "-Xptxas", "-v", "-cubin",
+         "-I", ROOT / "csrc", "-I", ROOT / "csrc" / "include",
+         ROOT / "csrc" / "cuda" / "flow_step.cu", "-o", cubin], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{chip}: {done.stdout}{done.stderr}")
+    seen = accesses(cuobjdump, cubin) if cuobjdump else {}
+    for found in INFO.finditer(done.stderr + done.stdout):
+        row = Row(chip, readable(found["name"]), int(found["registers"]), int(found["stack"]),
+                  int(found["stores"]) + int(found["loads"]))
+        if row.spills or row.stack:
+            row.problem = "registers spill or a stack is kept"
+        if found["name"] in seen:
+            row.loads, row.stores = seen[found["name"]]
+            loads = 0 if row.kernel.startswith("initial_noise") else 2
+            if row.kernel.endswith("wide") and (row.loads < loads or not row.stores):
+                row.problem = "128-bit loads or stores are missing"
+        yield row
+
+
+def page(rows: list[Row], compiler: str) -> str:
+    lines = ["# CUDA C++ kernels: the compile gate", "",
+             f"`make cuda-gate`; {compiler}. Compiled, not run. \"wide\" is the kernel for rows "
+             "that begin on 16 bytes.", "",
+             "| chip | kernel | registers | stack | spilled bytes | 128-bit loads | stores |",
+             "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        seen = ["-" if n is None else str(n) for n in (row.loads, row.stores)]
+        lines.append(f"| {row.chip} | {row.kernel} | {row.registers} | {row.stack} | {row.spills} "
+                     f"| {seen[0]} | {seen[1]} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "cuda-gate.md")
+    parser.add_argument("--chips", nargs="+", default=CHIPS)
+    options = parser.parse_args(arguments)
+    nvcc, cuobjdump = find("nvcc"), find("cuobjdump")
+    if nvcc is None:
+        print("cuda-gate: skipped, nvcc was not found")
+        return 0
+    if cuobjdump is None:
+        print("cuda-gate: no cuobjdump, the machine code is not looked at")
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    compiler = re.search(r"release \S+, (V\S+)", version)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda chip: list(compile_for(chip, nvcc, cuobjdump, Path(folder))),
+                         options.chips)
+        rows = [row for rows in found for row in sorted(rows, key=lambda row: row.kernel)]
+    text = page(rows, f"nvcc {compiler[1] if compiler else 'of unknown version'}")
+    temporary = options.output.with_suffix(".tmp")
+    temporary.write_text(text, "utf-8")
+    temporary.replace(options.output)
+    bad = [row for row in rows if row.problem]
+    for row in bad:
+        print(f"{row.chip} {row.kernel}: {row.problem}", file=sys.stderr)
+    print(f"cuda-gate: {len(rows)} kernels, {len(bad)} with a problem; {options.output}")
+    return 1 if bad or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
