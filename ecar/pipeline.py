@@ -26,6 +26,7 @@ from ecar.images import to_numpy, to_pil, to_unit
 from ecar.inputs import ClassNames, draw_seeds, pair
 from ecar.model import ECAR
 from ecar.sampler import StepInfo, release_graphs, sample
+from ecar_kernels import accelerate, active_backend
 
 __all__ = ["ECARPipeline", "ECARPipelineOutput"]
 
@@ -69,6 +70,9 @@ class ECARPipeline:
             attribute, to be set later.
         tf32: float32 matrix products of the model on CUDA in TF32 or not; None leaves torch's
             setting. Also an attribute.
+        accelerate: serve the model by ``ecar_kernels.accelerate`` when it first draws, in place,
+            from the backend then in force, its packed weights in place of the plain ones.
+            ``ecar_kernels.restore(pipe.model)`` undoes it.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -83,6 +87,7 @@ class ECARPipeline:
         *,
         graphs: bool | str = "auto",
         tf32: bool | None = None,
+        accelerate: bool = False,
     ) -> None:
         if not isinstance(model, ECAR):
             raise TypeError(f"argument 'model': expected an ECAR, got {type(model).__name__}")
@@ -101,7 +106,8 @@ class ECARPipeline:
         self.codec = codec
         self.classes = ClassNames(class_names, model.config.num_classes)
         self.defaults = complete_settings(defaults or {}, model.config.num_stages)
-        self.graphs, self.tf32 = graphs, tf32
+        self.graphs, self.tf32, self.accelerate = graphs, tf32, accelerate
+        self._accelerated_for: str | None = None  # the backend, once it is done
 
     @property
     def class_names(self) -> list[str] | None:
@@ -135,6 +141,7 @@ class ECARPipeline:
         release_graphs(self.model)  # they read the weights where they lie now
         self.model.to(device=device, dtype=dtype)
         self.codec.to(device, dtype)
+        self._accelerated_for = None
         return self
 
     @classmethod
@@ -143,6 +150,7 @@ class ECARPipeline:
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         torch_dtype: torch.dtype | None = None,
+        accelerate: bool = True,
         **hub_options: Any,
     ) -> ECARPipeline:
         """Load a folder that ``save_pretrained`` wrote, or a hub repository 'owner/name'.
@@ -151,6 +159,7 @@ class ECARPipeline:
 
         Args:
             torch_dtype: of the weights; None is float32.
+            accelerate: as for the class; the model is the pipeline's own here.
             hub_options: revision, token, cache_dir, force_download, local_files_only.
 
         Raises:
@@ -164,7 +173,7 @@ class ECARPipeline:
         model = ECAR.from_pretrained(folder)
         codec = load_codec(settings.pop("codec", IdentityCodec.kind), folder / VAE_FOLDER)
         try:
-            pipeline = cls(model, codec, **settings)
+            pipeline = cls(model, codec, **settings, accelerate=accelerate)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder / PIPELINE_FILE}: {error}") from None
         return pipeline if torch_dtype is None else pipeline.to(torch_dtype)
@@ -255,6 +264,7 @@ class ECARPipeline:
                 f"{type(returned).__name__}"
             )
 
+        self._accelerate()
         drawn = sample(
             self.model,
             torch.tensor(labels, dtype=torch.int64),
@@ -278,6 +288,12 @@ class ECARPipeline:
             self._pictures(drawn.latents, output_type), numbers, stage_images
         )
         return output if return_dict else output.to_tuple()
+
+    def _accelerate(self) -> None:
+        backend = active_backend()
+        if self.accelerate and self._accelerated_for != backend:
+            accelerate(self.model, keep_weights=False)
+            self._accelerated_for = backend
 
     def _pictures(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":

@@ -14,6 +14,7 @@ from ecar.hub import checkpoint_folder
 from ecar.model import ECAR
 from ecar.pipeline import ECARPipeline
 from ecar.sampler import sample
+from ecar_kernels import use_backend
 
 TINY = ECARConfig(
     stage_sides=(4, 8),
@@ -292,7 +293,8 @@ def test_states_that_are_not_finite_are_refused(pipe):
 
 def test_round_trip_through_a_folder(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
-    loaded = ECARPipeline.from_pretrained(tmp_path / "model")
+    # Accelerated, it would draw the same to rounding.
+    loaded = ECARPipeline.from_pretrained(tmp_path / "model", accelerate=False)
     assert loaded.class_names == NAMES
     assert isinstance(loaded.codec, IdentityCodec)
     assert loaded.defaults["num_inference_steps"] == 4
@@ -318,7 +320,7 @@ def test_round_trip_with_a_vae(tmp_path):
         make_model(config), AutoencoderKLCodec(make_vae()), defaults={"num_inference_steps": 2}
     )
     pipe.save_pretrained(tmp_path)
-    loaded = ECARPipeline.from_pretrained(tmp_path)
+    loaded = ECARPipeline.from_pretrained(tmp_path, accelerate=False)
     first, second = (draw(p, range(10), seeds=3, return_stages=True) for p in (pipe, loaded))
     assert first.images.shape == (10, 3, 16, 16)
     assert first.stage_images[0].shape == (10, 3, 8, 8)
@@ -394,3 +396,27 @@ def test_a_repository_that_cannot_be_had_is_one_line(monkeypatch):
     monkeypatch.setattr("ecar.hub.snapshot_download", fail)
     with pytest.raises(FileNotFoundError, match=r"'someone/none': no such folder.*\(no network\)$"):
         checkpoint_folder("someone/none", ("config.json",))
+
+
+def test_a_loaded_pipeline_is_accelerated_for_the_backend_in_force(tmp_path):
+    ECARPipeline(make_model()).save_pretrained(tmp_path)
+    pipe = ECARPipeline.from_pretrained(tmp_path)
+    plain = ECARPipeline.from_pretrained(tmp_path, accelerate=False)
+    call = {"num_inference_steps": 4, "seeds": [3], "output_type": "latent", "progress": False}
+    images = plain([1], **call).images
+    torch.testing.assert_close(pipe([1], **call).images, images, rtol=1e-4, atol=1e-4)
+    assert "Accelerated" in repr(pipe.model) and "Accelerated" not in repr(plain.model)
+    with use_backend("reference"):
+        expected = plain([1], **call).images
+        torch.testing.assert_close(pipe([1], **call).images, expected, rtol=1e-4, atol=1e-4)
+        assert "adaln_linear: reference" in repr(pipe.model)
+    pipe.to(torch.float64).to(torch.float32)
+    torch.testing.assert_close(pipe([1], **call).images, images, rtol=1e-4, atol=1e-4)
+    for name, weight in plain.model.state_dict().items():
+        assert torch.equal(pipe.model.state_dict()[name], weight), name
+
+
+def test_a_model_that_is_given_is_left_as_it_is():
+    model = make_model()
+    ECARPipeline(model)([1], num_inference_steps=2, output_type="latent", progress=False)
+    assert "Accelerated" not in repr(model)
