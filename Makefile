@@ -17,8 +17,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 KEEP_TORCH := $(VENV)/torch-version.txt
 INSTALL := $(PIP) install --constraint $(KEEP_TORCH) --no-build-isolation --editable
 
-.PHONY: help demo test lint bench gpu cuda-gate callgrind wheel-test sanitize fuzz evaluate
-.PHONY: train-demo clean
+.PHONY: help demo test lint bench gpu compile-gate cuda-gate callgrind wheel-test sanitize fuzz
+.PHONY: evaluate train-demo clean
 .DELETE_ON_ERROR:
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make test        install, then run the tests on $(JOBS) processes"
 	@echo "make lint        ruff"
 	@echo "make bench       time every op against eager, torch.compile and its floor"
+	@echo "make compile-gate  compile every Triton kernel for four chips; needs no GPU"
 	@echo "make cuda-gate   compile the CUDA C++ kernels for four chips, look at the machine code"
 	@echo "make gpu         on a GPU: build, tests, sanitizers and timings, with what $(PYTHON) has"
 	@echo "make callgrind   count the C++ kernels' instructions, against the committed counts"
@@ -49,11 +50,23 @@ lint: $(STAMPS)/dev
 bench: $(STAMPS)/bench
 	$(BIN)/python -m benchmarks
 
-# In the environment as it is: nothing is fetched or installed, the library is built in place.
+# Every Triton kernel under every launch setting, by the Triton installed and by the oldest that
+# the kernels are held to. GATE='--output docs/compile-gate.json' writes the tables anew.
+OLDEST_TRITON := 3.6.0
+compile-gate: $(STAMPS)/base build/triton-$(OLDEST_TRITON)
+	$(BIN)/python -m tools.compile_gate --quiet $(GATE)
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m tools.compile_gate --quiet \
+	  --triton $(OLDEST_TRITON) $(GATE)
+
+build/triton-$(OLDEST_TRITON): | $(STAMPS)/base
+	$(PIP) install --quiet --no-deps --target $@.partial triton==$(OLDEST_TRITON)
+	mv $@.partial $@
+
 # CUDA C++ compiled for chips that need not be here; skips where nvcc is missing.
 cuda-gate: $(STAMPS)/base
 	$(BIN)/python -m tools.cuda_gate
 
+# In the environment as it is: nothing is fetched or installed, the library is built in place.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)
 
