@@ -7,8 +7,8 @@
 The cases are those that ecar_kernels/<family>/compile_cases.py yields. One fails where it does
 not compile, keeps a stack (its registers spilled to memory), or needs more shared or tensor
 memory than a block can have on the chip. --output records registers, shared memory and the
-machine code's matrix instructions as JSON, with a Markdown page beside it. Nothing is read from
-Triton's cache, nor left there.
+machine code's matrix instructions as JSON, with a Markdown page beside it: whole families on all
+chips, in place of what this Triton had there. Nothing is read from Triton's cache, nor left there.
 """
 
 import argparse
@@ -190,18 +190,28 @@ def summary(results: list[Result]) -> list[str]:
 
 
 def record(path: Path, results: list[Result]) -> None:
-    """Put this Triton's results into the JSON and rewrite the page beside it."""
+    """Put this Triton's results, of whole families, into the JSON; rewrite the page beside it."""
     table = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    table[triton.__version__] = [
+    again = {result.family for result in results}
+    entries = [entry for entry in table.get(triton.__version__, ())
+               if entry["family"] not in again]
+    entries += [
         {key: value for key, value in asdict(result).items() if key not in ("problem", "seconds")}
         for result in results
     ]
+    table[triton.__version__] = sorted(entries, key=lambda entry: entry["family"])
     lines = []
     for version, rows in sorted(table.items()):
         entries = ",\n".join(f"  {json.dumps(entry)}" for entry in rows)
         lines.append(f"{json.dumps(version)}: [\n{entries}\n ]")
-    path.write_text("{" + ",\n ".join(lines) + "}\n", "utf-8")
-    path.with_suffix(".md").write_text(page(table), "utf-8")
+    _write(path, "{" + ",\n ".join(lines) + "}\n")
+    _write(path.with_suffix(".md"), page(table))
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)
 
 
 def page(table: dict[str, list[dict]]) -> str:
@@ -256,6 +266,10 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if given.triton is not None and triton.__version__ != given.triton:
         print(f"compile_gate: Triton {triton.__version__} was found, not {given.triton}",
+              file=sys.stderr)
+        return 2
+    if given.output is not None and set(given.architectures) != set(ARCHITECTURES):
+        print("compile_gate: --output records all chips, leave --architectures out",
               file=sys.stderr)
         return 2
     begin = time.perf_counter()
