@@ -21,7 +21,7 @@ EXAMPLES = [
 @pytest.mark.parametrize("name", PAGES)
 def test_what_is_made_from_files_is_up_to_date(name):
     text = PAGES[name].read_text("utf-8")
-    assert updated(text) == text, "run: python tools/update_docs.py"
+    assert updated(text) == text, "run: python -m tools.update_docs"
 
 
 def test_a_stale_page_is_seen():

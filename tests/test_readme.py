@@ -25,11 +25,11 @@ def in_a_folder_with_a_checkpoint(tmp_path, monkeypatch):
 
 
 def test_there_are_examples():
-    assert len(PYTHON_BLOCKS) == 2
+    assert len(PYTHON_BLOCKS) == 3
 
 
 @pytest.mark.usefixtures("in_a_folder_with_a_checkpoint")
-@pytest.mark.parametrize("block", PYTHON_BLOCKS, ids=["pipeline", "ops"])
+@pytest.mark.parametrize("block", PYTHON_BLOCKS, ids=["pipeline", "ops", "accelerate"])
 def test_python_example_runs(block):
     exec(compile(block, "README.md", "exec"), {})
 
@@ -39,7 +39,7 @@ def test_commands_exist():
     from ecar.cli import main
 
     commands = set(re.findall(r"^\| `ecar (\w+)`", README, re.MULTILINE))
-    assert commands == {"sample", "train", "evaluate", "info"}
+    assert commands == {"sample", "train", "evaluate", "info", "tune"}
     for command in commands:
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])

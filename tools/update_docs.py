@@ -1,6 +1,6 @@
 """Write into README.md and docs/ what is made from files: figures and contracts.
 
-    python tools/update_docs.py
+    python -m tools.update_docs
 
 A page has places for it:
 
@@ -12,6 +12,7 @@ A page has places for it:
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import re
@@ -19,7 +20,10 @@ import textwrap
 from pathlib import Path
 
 import ecar_kernels
+from benchmarks import results
+from benchmarks.table import RENDERERS, render
 from ecar.files import atomic_path
+from ecar_kernels.registry import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = re.compile(r"<!-- (figures|contract): ([\w-]+) -->\n.*?<!-- end of \1 -->", re.DOTALL)
@@ -69,7 +73,26 @@ def contract(op: str) -> str:
     return f"```text\n{wrapped}\n\n{inspect.getdoc(function)}\n```"
 
 
-FIGURES = {"evaluation": evaluation}
+def measured(kind: str, root: Path = ROOT) -> str:
+    """The tables of this kind of every device that it was measured on."""
+    files = sorted(root.glob(f"benchmarks/results/*/{kind}.json"))
+    return "\n\n".join(render(results.read(file)) for file in files) or NOT_MEASURED
+
+
+def measured_op(op: str, root: Path = ROOT) -> str:
+    """An op's rows of the microbenchmarks."""
+    parts = []
+    for file in sorted(root.glob("benchmarks/results/*/micro.json")):
+        record = results.read(file)
+        record["rows"] = [row for row in record["rows"] if row["op"] == op]
+        parts.append(render(record | {"left_out": 0}))
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+NOT_MEASURED = "Not measured yet."
+FIGURES = {"evaluation": evaluation} | {
+    kind: functools.partial(measured, kind) for kind in RENDERERS} | {
+    op: functools.partial(measured_op, op) for op in OPS}
 
 
 def updated(text: str) -> str:
