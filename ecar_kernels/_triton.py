@@ -42,10 +42,12 @@ def why_not() -> str | None:
         return "torch sees no CUDA GPU, and TRITON_INTERPRET=1 is not set"
     if torch.version.hip is not None:
         return "its kernels were written and checked for NVIDIA GPUs, this is ROCm"
-    found = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    # The registry knows "cuda", not which: one that is too old would be sent kernels too.
+    found, index = min((torch.cuda.get_device_capability(i), i)
+                       for i in range(torch.cuda.device_count()))
     if found < OLDEST_CAPABILITY:
-        return (f"needs a GPU of compute capability {_dotted(OLDEST_CAPABILITY)} or newer, "
-                f"this is {_dotted(found)}")
+        return (f"needs GPUs of compute capability {_dotted(OLDEST_CAPABILITY)} or newer, "
+                f"cuda:{index} is {_dotted(found)}; CUDA_VISIBLE_DEVICES can leave it out")
     return None
 
 

@@ -16,7 +16,9 @@ from ecar_kernels import _triton, tuning
 from ecar_kernels.adaln import launch as adaln_launch
 from ecar_kernels.flow_block import launch as flow_block_launch
 from ecar_kernels.registry import FAMILIES, resolve
+from ecar_kernels.stage_attention import launch as attention_launch
 
+# What `problems` makes of widths and rows; stage attention has `attention_problems`.
 TUNED_FAMILIES = ("adaln", "flow_block")
 ROUNDS = 15
 # What is no faster than this is noise: then the usual settings stay.
@@ -73,14 +75,42 @@ def problems(widths: Sequence[int], rows: Sequence[int], dtype: torch.dtype,
         for channels in widths:
             for count in rows:
                 for run in _RUNS[family](channels, int(mlp_ratio * channels), count, dtype, device):
-                    with tuning.recording() as asked:
-                        run()
-                    for op, key, its_rows, usual in asked[-1:]:
-                        others = [its for its in _candidates(op, key, its_rows, device)
-                                  if its != usual]
-                        found[op, key, its_rows] = Problem(op, key, its_rows, usual,
-                                                           (usual, *others), run)
+                    problem = _asked(run, device)[-1]
+                    found[problem.op, problem.key, problem.rows] = problem
     return list(found.values())
+
+
+def attention_problems(stage_lengths: Sequence[int], queries: int, batch: int, heads: int,
+                       head_dim: int, dtype: torch.dtype, *,
+                       device: str = "cuda") -> list[Problem]:
+    """Stage attention of the newest `queries` tokens: forward, and both kernels of backward."""
+    function = resolve("stage_attention", device=device, dtype=dtype, width=head_dim,
+                       backend="triton")
+    q, k, v = (torch.randn(batch, tokens, heads, head_dim, dtype=dtype, device=device,
+                           requires_grad=True)
+               for tokens in (queries, sum(stage_lengths), sum(stage_lengths)))
+    stage_lengths = list(stage_lengths)
+
+    def forward():
+        with torch.no_grad():
+            return _several(function(q, k, v, stage_lengths))
+
+    out = function(q, k, v, stage_lengths)
+    gradient = torch.randn_like(out)
+
+    def backward():
+        return torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
+
+    return [*_asked(forward, device), *_asked(backward, device)]
+
+
+def _asked(run: Callable[[], Sequence[Tensor]], device: str) -> list[Problem]:
+    """The settings that the run asks for, each as a problem."""
+    with tuning.recording() as asked:
+        run()
+    return [Problem(op, key, rows, usual,
+                    tuple(dict.fromkeys((usual, *_candidates(op, key, rows, device)))), run)
+            for op, key, rows, usual in asked]
 
 
 def _candidates(op: str, key: tuple, rows: int, device: str) -> list:
@@ -88,6 +118,8 @@ def _candidates(op: str, key: tuple, rows: int, device: str) -> list:
     arch = _triton.architecture(index)
     if op in FAMILIES["flow_block"]:
         return flow_block_launch.candidates(rows, *key, _triton.multiprocessors(index), arch)
+    if op in attention_launch.OPS:
+        return attention_launch.candidates(op, *key[:2], arch)
     return adaln_launch.candidates(op, key[0], rows, arch)
 
 

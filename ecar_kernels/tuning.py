@@ -128,6 +128,14 @@ def read(path: Path, device_name: str) -> Table:
     return table
 
 
+def entries(path: Path, device_name: str) -> list[dict]:
+    """What `write` was given for a file; nothing where there is none. Raises as `read`."""
+    if not path.is_file():
+        return []
+    read(path, device_name)
+    return json.loads(path.read_text("utf-8"))["choices"]
+
+
 def write(path: Path, device_name: str, choices: list[dict], **about: str) -> None:
     """Write a file that `read` takes, whole or not at all. `about`: versions and the like."""
     content = {"format": FORMAT, "device": device_name, **about}

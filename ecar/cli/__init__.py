@@ -1,4 +1,5 @@
-"""The command line: `ecar sample`, `ecar train`, `ecar evaluate`, `ecar info`.
+"""The command line: `ecar sample`, `ecar train`, `ecar evaluate`, `ecar info`,
+`ecar tune`.
 
 Each subcommand is a module with ``add_arguments(parser)``, ``run(arguments)``, ``EXAMPLES``, and
 ``FLAGS``: the flags of what the library's messages call by an argument's name. It is imported
@@ -24,6 +25,7 @@ COMMANDS = {
     "train": "train on digits, MNIST, a folder of images or cached latents",
     "evaluate": "measure a checkpoint's samples against a data set",
     "info": "count the tokens, parameters and multiply-adds of a preset or checkpoint",
+    "tune": "measure the launch settings of this machine's GPU",
 }
 OUR_PACKAGES = ("ecar", "ecar_kernels")
 

@@ -91,7 +91,8 @@ def _launch(kernel, op: str, side: str, q: Tensor, k: Tensor, stage_lengths: lis
     else:
         usual = launch.default(op, head_dim, kind, stage_lengths, queries, batch * heads, arch,
                                _triton.multiprocessors(q.device.index))
-        its = tuning.choose(op, (head_dim, kind, queries, keys), batch * heads, usual,
+        # The stages, for lists of equal totals have tiles of their own.
+        its = tuning.choose(op, (head_dim, kind, queries, *stage_lengths), batch * heads, usual,
                             q.device.index)
     table = tiles.table(side, stage_lengths, queries,
                         its.block_m if side == "query" else its.block_n, q.device)

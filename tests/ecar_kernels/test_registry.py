@@ -77,6 +77,8 @@ def test_one_use_backend_may_be_entered_again():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_named_backend_serves_or_says_why_not(op, backend):
     missing = {(row.op, row.backend): row.why_not for row in backends()}[op, backend]
+    if not missing:
+        missing = registry.IMPLEMENTATIONS[op][backend].why_not("cpu", torch.float32)
     with use_backend(backend):
         if not missing:
             function(op)(**arguments(op))
@@ -153,8 +155,11 @@ def test_triton_says_what_it_lacks(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.version, "hip", None)
     for capabilities, reason in (
-            (((7, 5), (7, 0)), "needs a GPU of compute capability 8.0 or newer, this is 7.5"),
-            (((7, 5), (8, 6)), None), (((12, 0), (12, 0)), None)):
+            (((7, 5), (7, 0)), "needs GPUs of compute capability 8.0 or newer, cuda:1 is 7.0; "
+                               "CUDA_VISIBLE_DEVICES can leave it out"),
+            (((7, 5), (8, 6)), "needs GPUs of compute capability 8.0 or newer, cuda:0 is 7.5; "
+                               "CUDA_VISIBLE_DEVICES can leave it out"),
+            (((8, 0), (12, 0)), None)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
         assert _triton.why_not() == reason
     monkeypatch.setattr(torch.version, "hip", "7.0")

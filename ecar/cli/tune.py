@@ -1,0 +1,126 @@
+"""`ecar tune`: measure the Triton kernels' launch settings on this machine's GPU.
+
+Each op is timed under every setting worth trying, for the shapes of models and batches. The
+fastest are kept in a file for this kind of GPU, which later runs read; without one the settings
+come from rules. Nothing else is changed, and nothing is measured at any other time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ecar.cli.parser import UsageError, positive
+from ecar.cli.runtime import chosen_device
+from ecar.config import PRESETS, ECARConfig
+from ecar_kernels import tune, tuning
+
+EXAMPLES = """\
+examples:
+  ecar tune --preset S
+      E-CAR-S in bfloat16 at 1, 8 and 64 images
+  ecar tune --width 1024 --rows 256 4096 --dtype float32
+      the adaLN ops and fused GEMMs of another model
+"""
+FLAGS: dict[str, str] = {}
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", nargs="+", choices=tuple(PRESETS), help="models (S B L)")
+    parser.add_argument("--batch", nargs="+", type=positive, default=[1, 8, 64], metavar="N",
+                        help="images at once (1 8 64); guidance doubles them")
+    parser.add_argument("--width", nargs="+", type=positive, metavar="C",
+                        help="channels instead of a preset's; needs --rows, leaves attention out")
+    parser.add_argument("--rows", nargs="+", type=positive, metavar="N",
+                        help="tokens of all images at once")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--device", default="cuda", help="cuda (default), cuda:1, ..")
+    parser.add_argument("--output", type=Path, metavar="FILE.json",
+                        help="where to keep the choices, beside those that it has; by default "
+                        "where they are looked for: $ECAR_TUNED, else ~/.cache/ecar/tuned")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if (arguments.width is None) != (arguments.rows is None):
+        raise UsageError("--width and --rows: expected both or neither")
+    if arguments.width is not None and arguments.preset is not None:
+        raise UsageError("--preset: not allowed with --width and --rows")
+    if (reason := tune.why_not()) is not None:
+        raise UsageError(f"nothing can be measured here: {reason}")
+    device = chosen_device(arguments.device)
+    on_cuda = device.type == "cuda"
+    with torch.cuda.device(device) if on_cuda else contextlib.nullcontext():
+        _measure(arguments, device)
+
+
+def _measure(arguments: argparse.Namespace, device: torch.device) -> None:
+    name = torch.cuda.get_device_name(device)
+    path = arguments.output or tuning.user_folder() / tuning.file_name(name)
+    kept = {_place(entry): entry for entry in tuning.entries(path, name)}
+    done: set[tuple] = set()
+    for problems in _problems(arguments, device):
+        for problem in problems:
+            if (problem.op, problem.key, problem.rows) in done:
+                continue
+            done.add((problem.op, problem.key, problem.rows))
+            choice = tune.measure(problem)
+            entry = choice.entry()
+            kept[_place(entry)] = entry
+            print(_line(choice), flush=True)
+        # After each group, so that an interrupted run has not been in vain.
+        tuning.write(path, name, list(kept.values()), torch=torch.__version__,
+                     triton=_triton_version(), date=datetime.date.today().isoformat())
+    tuning.forget()
+    print(f"{path}: {len(done)} choices measured, {len(kept)} in all")
+
+
+def _problems(arguments: argparse.Namespace,
+              device: torch.device) -> Iterator[list[tune.Problem]]:
+    """Groups of them, one at a time: each holds its tensors."""
+    dtype, where = getattr(torch, arguments.dtype), str(device)
+    if arguments.width is not None:
+        for width in arguments.width:
+            for rows in arguments.rows:
+                yield tune.problems([width], [rows], dtype, device=where)
+        return
+    for preset in arguments.preset or ("S", "B", "L"):
+        config = ECARConfig.preset(preset)
+        for batch in arguments.batch:
+            for tokens in (*config.stage_tokens, config.num_tokens):  # sampling, and training
+                yield tune.problems([config.width], [batch * tokens], dtype,
+                                    mlp_ratio=config.mlp_ratio, device=where)
+            for stages, queries in _attention(config):
+                yield tune.attention_problems(stages, queries, batch, config.heads,
+                                              config.head_dim, dtype, device=where)
+
+
+def _attention(config: ECARConfig) -> list[tuple[tuple[int, ...], int]]:
+    """(stages, queries): each stage's tokens after those before it, and training's all at once."""
+    tokens = config.stage_tokens
+    calls = [(tokens[:stage + 1], count) for stage, count in enumerate(tokens)]
+    return [*calls, (tokens, config.num_tokens)]
+
+
+def _place(entry: dict) -> str:
+    return json.dumps([entry["op"], entry["key"], entry["rows"]])
+
+
+def _line(choice: tune.Choice) -> str:
+    problem = choice.problem
+    said = (f"{problem.op} {' '.join(map(str, problem.key))}, {problem.rows} rows: "
+            f"{1e6 * choice.seconds:.2f} us, usual {1e6 * choice.usual_seconds:.2f} us; "
+            f"{choice.tried} tried")
+    return f"{said}, {choice.wrong} left out" if choice.wrong else said
+
+
+def _triton_version() -> str:
+    import triton
+
+    return triton.__version__

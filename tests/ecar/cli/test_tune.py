@@ -1,0 +1,106 @@
+"""`ecar tune`: what it measures and keeps, and that it says why it cannot."""
+
+import json
+
+import pytest
+import torch
+
+from ecar.cli import tune as command
+from ecar.config import PRESETS, ECARConfig
+from ecar_kernels import tune, tuning
+
+NAME = "NVIDIA Test (80GB)"
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """The CPU as a GPU that runs Triton's interpreter, where the last one timed is the fastest."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here: TRITON_INTERPRET is not set")
+    times = iter(range(1_000_000, 0, -1))
+
+    def clock(run):
+        seconds = float(next(times))
+        return lambda: seconds
+
+    monkeypatch.setattr(tune, "why_not", lambda: None)
+    monkeypatch.setattr(tune, "graph_clock", clock)
+    monkeypatch.setattr(tune, "GAIN", 1.0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: NAME)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("tune", "nothing can be measured here: "),
+        ("tune --width 64", "--width and --rows: expected both or neither"),
+        ("tune --width 64 --rows 8 --preset S", "--preset: not allowed with --width and --rows"),
+        ("tune --width 0 --rows 8", "--width: expected a positive whole number"),
+        ("tune --dtype float64", "--dtype: invalid choice: 'float64'"),
+    ],
+)
+def test_bad_command_line_or_no_gpu_is_one_line(refused, monkeypatch, line, message):
+    monkeypatch.setattr(tune, "why_not", lambda: "torch sees no CUDA GPU")
+    assert message in refused(line)
+
+
+def test_choices_are_kept_beside_those_of_earlier_runs(run, timed, monkeypatch, tmp_path):
+    monkeypatch.setattr(tune, "TUNED_FAMILIES", ("adaln",))
+    problems = tune.problems
+    monkeypatch.setattr(tune, "problems", lambda *shape, **how: problems(*shape, ("adaln",), **how))
+    path = tmp_path / "tuned.json"
+    line = "tune --width 24 --dtype float32 --device cpu --output tuned.json --rows "
+    code, output, errors = run(line + "3")
+    assert (code, errors) == (0, "")
+    first = tuning.read(path, NAME)
+    assert {op for op, _ in first} == {
+        op + end for op in ("adaln", "gated_residual", "gated_residual_adaln")
+        for end in ("", "_backward")}
+    assert output.splitlines()[-1] == "tuned.json: 6 choices measured, 6 in all"
+    assert run(line + "5")[0] == 0
+    both = tuning.read(path, NAME)
+    assert all(set(by_rows) == {3, 5} for by_rows in both.values())
+    content = json.loads(path.read_text())
+    assert content["torch"] == torch.__version__
+    assert {"triton", "date"} <= content.keys()
+
+
+def test_a_file_of_another_gpu_is_not_written_over(run, timed, tmp_path):
+    path = tmp_path / "tuned.json"
+    tuning.write(path, "Another", [])
+    before = path.read_bytes()
+    code, _, errors = run("tune --width 24 --rows 3 --device cpu --output tuned.json")
+    assert code == 2
+    assert "expected 'device' to be 'NVIDIA Test (80GB)', got 'Another'" in errors
+    assert path.read_bytes() == before
+
+
+def test_a_preset_is_measured_as_it_is_sampled_and_trained(run, timed, monkeypatch):
+    """Rows of each stage and of all, and attention of each stage to those before it."""
+    config = ECARConfig(stage_sides=(4, 8), channels=1, width=32, heads=2, ar_layers=1,
+                        flow_blocks=1, num_classes=2)
+    monkeypatch.setitem(PRESETS, "tiny", config)
+    asked = []
+    monkeypatch.setattr(tune, "problems", lambda widths, rows, dtype, **how: asked.append(
+        (widths, rows, dtype, how["mlp_ratio"])) or [])
+    monkeypatch.setattr(tune, "attention_problems",
+                        lambda *shape, device: asked.append(shape) or [])
+    code, _, errors = run("tune --preset tiny --batch 3 --device cpu --output t.json")
+    assert (code, errors) == (0, "")
+    rows, half = [12, 48, 60], torch.bfloat16
+    assert asked == [*(([32], [count], half, 4.0) for count in rows),
+                     ((4,), 4, 3, 2, 16, half), ((4, 16), 16, 3, 2, 16, half),
+                     ((4, 16), 20, 3, 2, 16, half)]
+
+
+def test_attention_is_measured_forward_and_backward(timed):
+    found = tune.attention_problems((3, 5), 5, 2, 1, 16, torch.float32, device="cpu")
+    assert [problem.op for problem in found] == [
+        "stage_attention", "stage_attention_keys", "stage_attention_queries"]
+    for problem in found:
+        assert (problem.key, problem.rows) == ((16, "exact", 5, 3, 5), 2)
+        choice = tune.measure(problem, rounds=1)
+        assert choice.wrong == 0
+        assert choice.settings == problem.candidates[-1] != problem.usual
+    assert command._attention(PRESETS["S"])[-1] == ((16, 64, 256), 336)
