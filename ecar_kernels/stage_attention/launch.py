@@ -69,10 +69,11 @@ def delta(head_dim: int) -> DeltaSettings:
     return DeltaSettings(2048 // width, width, 4)
 
 
-def max_registers(kind: str) -> int | None:
-    """Of a thread: all. Left alone, ptxas spills a few to fit one more program; but for exact
-    products it spills fewer if left alone."""
-    return None if kind == "exact" else 255
+def max_registers(kind: str, its: Settings, head_dim: int) -> int | None:
+    """Of a thread: all. Left alone, ptxas spills a few to fit one more program; but exact
+    products of narrow heads or by 4 warps spill fewer if left alone."""
+    alone = kind == "exact" and (its.num_warps == 4 or sum(parts(head_dim)) <= 64)
+    return None if alone else 255
 
 
 def unaligned(op: str, head_dim: int, kind: str, arch: int) -> Settings:
@@ -95,8 +96,10 @@ def settings(op: str, head_dim: int, kind: str, arch: int) -> tuple[Settings, ..
     width = sum(parts(head_dim))
     if kind == "exact":
         # No matrix unit. Threads hold whole rows of a factor: a product of 64 x 16 by 256
-        # threads is two by two of them a thread, for rows of 64; longer rows go one by two.
-        found = ((64, 16, 8, 1) if width <= 64 else (16, 16, 4, 1),)
+        # threads is two by two of them a thread, for rows of 64. Longer rows go one by one; or
+        # one by two, where that spills.
+        few = op == "stage_attention_queries" or (op == "stage_attention_keys" and width == 256)
+        found = ((64, 16, 8, 1) if width <= 64 else (16, 16, 4 if few else 8, 1),)
     elif kind == "tf32":
         found = _tf32(op, width, arch)
     else:
@@ -118,10 +121,12 @@ def _sixteen_bits(op: str, width: int, arch: int) -> tuple[tuple[int, int, int, 
     if width > 128:
         if op == "stage_attention_keys":  # two sums, two factors
             return ((64, 16, 8, 2) if width < 256 and _has_warp_groups(arch) else (32, 16, 4, 2),)
+        # On sm_120 two parts of a wider block spill.
+        loop = 16 if arch >= 120 and width < 256 else 32
         if op == "stage_attention_queries":  # two factors; 8 warps share a row's columns
-            return ((64, 32, 8, 1 if arch >= 120 else 2),)
+            return ((64, loop, 8, 1 if arch >= 120 and width == 256 else 2),)
         # 8 warps share a single part's columns; of two parts both would do the same.
-        return ((64, 32, 8 if width == 256 else 4, 2),)
+        return ((64, loop, 8 if width == 256 else 4, 2),)
     if op == "stage_attention_keys":
         loop = 32 if width <= 80 or _has_warp_groups(arch) else 16
         return (32, 16, 2, 2), (64, loop, 4, 2)
@@ -136,11 +141,14 @@ def _tf32(op: str, width: int, arch: int) -> tuple[tuple[int, int, int, int], ..
     little_shared, groups = arch >= 120, _has_warp_groups(arch)
     if op == "stage_attention":
         if width <= 128:
-            return ((64, 32, 4, 2),)
+            return ((64, 16 if little_shared and width > 64 else 32, 4, 2),)
         return ((32, 16, 4, 1) if little_shared else (64, 16 if groups else 32, 8, 2),)
     if width > 128:
-        one = little_shared or (groups and op == "stage_attention_keys")
-        return ((32, 16, 4, 1 if one else 2),)
+        if little_shared:
+            # Shared memory holds 16 keys of one part, registers 16 queries of two.
+            least = (width == 256) == (op == "stage_attention_keys")
+            return ((16 if least else 32, 16, 4, 1),)
+        return ((32, 16, 4, 1 if groups and op == "stage_attention_keys" else 2),)
     if op == "stage_attention_queries":
         return ((64, 32 if width <= 64 else 16, 4, 2),)
     return ((64 if width <= (96 if groups else 64) else 32, 16, 4, 2),)
@@ -163,13 +171,13 @@ def default(op: str, head_dim: int, kind: str, stage_lengths: tuple[int, ...], q
 
     The tile of 64 rows, but
 
-    the small one for stages so short that 64 rows would compute more than twice its pairs: warp
-    groups multiply at about twice the rate of a single warp;
+    on chips whose matrix instructions are single warps', the small one for stages so short that
+    64 rows would compute half as many pairs again. They are never more than twice as many, and
+    warp groups, which it is too small for, multiply at about twice the rate of single warps;
 
-    the small one, too, where not even every second multiprocessor would have a program of 64
-    rows, on chips whose matrix instructions are single warps'. Every warp does 16 rows in either
-    tile, but there they are spread over twice the multiprocessors, each with its own shared
-    memory to read the keys from. Warp groups would lose half their rate by it;
+    there, too, where not even every second multiprocessor would have a program of 64 rows. Every
+    warp does 16 rows in either tile, but those of the small one are spread over twice the
+    multiprocessors, each with its own shared memory to read the keys from;
 
     the large one where every multiprocessor has two programs of it, and it computes at most a
     quarter more pairs: it reads the other side half as often.
@@ -179,7 +187,8 @@ def default(op: str, head_dim: int, kind: str, stage_lengths: tuple[int, ...], q
         return found[0]
     (_, small), (count, usual), *large = (
         _tiling(op, stage_lengths, queries, its) for its in found)
-    if usual > 2 * small or (2 * count * batch_heads <= sms and not _has_warp_groups(arch)):
+    few = 2 * count * batch_heads <= sms
+    if not _has_warp_groups(arch) and (2 * usual >= 3 * small or few):
         return found[0]
     if large and large[0][0] * batch_heads >= 2 * sms and 4 * large[0][1] <= 5 * usual:
         return found[2]

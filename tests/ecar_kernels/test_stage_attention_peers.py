@@ -1,5 +1,6 @@
 """PyTorch's own attentions, told the mask, meet the rule that our backends meet: all agree."""
 
+import functools
 import itertools
 import warnings
 
@@ -25,7 +26,7 @@ def masked(q, k, v, stage_lengths):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
-def flex(q, k, v, stage_lengths):
+def flex(q, k, v, stage_lengths, attend=flex_attention):
     """FlexAttention with a block mask, not compiled."""
     queries, keys = q.shape[1], k.shape[1]
     ends = torch.tensor(tuple(itertools.accumulate(stage_lengths)), device=q.device)
@@ -37,8 +38,8 @@ def flex(q, k, v, stage_lengths):
     mask = create_block_mask(may_see, None, None, queries, keys, device=q.device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        return flex_attention(*(x.transpose(1, 2) for x in (q, k, v)),
-                              block_mask=mask).transpose(1, 2)
+        return attend(*(x.transpose(1, 2) for x in (q, k, v)),
+                      block_mask=mask).transpose(1, 2)
 
 
 def ours(backend):
@@ -71,3 +72,31 @@ def test_all_agree(stages, queries, attend):
 @pytest.mark.parametrize("attend", [EVERYONE[name] for name in ("masked", "native", "triton")])
 def test_gradients_agree(attend):
     assert_accurate(attend, reference.stage_attention, packed(VAR[:6], 91), gradients=True)
+
+
+@pytest.fixture
+def fresh_graphs():
+    torch._dynamo.reset()
+
+
+# torch's FlexAttention has no backward on the CPU.
+@pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("stages", "queries"), CASES)
+def test_compiled_flex_attention_agrees(stages, queries, gradients, fresh_graphs):
+    """It takes heads of 16 dimensions or more."""
+    compiled = torch.compile(flex_attention, fullgraph=True)
+    assert_accurate(functools.partial(flex, attend=compiled), reference.stage_attention,
+                    packed(stages, queries, 16), gradients=gradients)
+
+
+@pytest.mark.parametrize("attend", [EVERYONE[name] for name in ("native", "triton")])
+def test_inductor_s_full_graph_is_ours(attend, fresh_graphs):
+    call = packed(ECAR, 256)
+    inputs = [call[name].requires_grad_() for name in "qkv"]
+    grad = torch.randn_like(call["q"])
+    runs = []
+    for function in (torch.compile(attend, fullgraph=True), attend):
+        out = function(**call)
+        runs.append((out, *torch.autograd.grad(out, inputs, grad)))
+    for compiled, eager in zip(*runs, strict=True):
+        assert compiled.equal(eager)

@@ -252,3 +252,137 @@ def test_a_table_is_made_once():
     assert table is tiles.table("query", (3, 20), 20, 16, device)
     assert table.tolist() == [[0, 16, 23], [16, 4, 23]]
     assert table.dtype == torch.int32
+
+
+def test_settings_hold_the_head_and_fit_the_chip():
+    powers = (16, 32, 64, 128, 256)
+    for op, head_dim, kind, arch in itertools.product(
+            launch.OPS, range(8, 257, 8), launch.KINDS, (80, 86, 89, 90, 100, 103, 120)):
+        part1, part2 = launch.parts(head_dim)
+        assert part1 in powers and part2 in (0, *powers) and part1 + part2 >= head_dim
+        found = launch.settings(op, head_dim, kind, arch)
+        own = [its.block_n if op == "stage_attention_keys" else its.block_m for its in found]
+        assert own == sorted(set(own))
+        for its in (*found, launch.unaligned(op, head_dim, kind, arch)):
+            assert its.block_m in powers and its.block_n in powers
+            assert its.num_warps in (2, 4, 8) and its.num_stages in (1, 2, 3)
+            limit = 1024 * launch.SHARED_KIB.get(arch, 99)
+            assert launch._least_shared(op, head_dim, kind, its) <= limit
+        assert set(found) <= set(launch.candidates(op, head_dim, kind, arch))
+    assert launch.parts(72) == (64, 16) and launch.parts(56) == (64, 0)
+
+
+@pytest.mark.parametrize("stages, queries, batch_heads, arch, rows", [
+    ((1024, 4096), 4096, 1, 80, 64),
+    ((1,) * 20, 20, 1000, 80, 32),  # a tile of 64 rows would do twice as much
+    ((1,) * 20, 20, 1000, 90, 64),  # but at twice the rate
+    ((256,), 256, 12, 80, 32),  # 48 programs of 64 rows, fewer than half of the chip's 108
+    ((256,), 256, 12, 90, 64),  # but a warp group has 64
+    ((256,), 256, 12, 100, 64),
+    ((256,), 256, 12, 120, 32),
+    ((256,), 256, 64, 120, 64),
+    ((256,), 256, 512, 80, 128),  # 1024 programs of 128 rows
+    ((256,), 256, 64, 80, 64),  # 128 of them, not two for each multiprocessor
+    ((64, 64), 128, 2000, 80, 64),  # 128 rows would be half empty
+])
+def test_the_tile_follows_the_stages_and_the_chip(stages, queries, batch_heads, arch, rows):
+    its = launch.default("stage_attention", 64, "bfloat16", stages, queries, batch_heads, arch, 108)
+    assert its.block_m == rows
+
+
+@pytest.mark.parametrize("odd", ["row", "head", "gradient"])
+def test_rows_at_odd_addresses_have_settings_of_their_own(odd, monkeypatch):
+    asked = []
+    monkeypatch.setattr(launch, "default", lambda op, *_: (
+        asked.append(("default", op)), launch.Settings(16, 16, 4, 1))[1])
+    monkeypatch.setattr(launch, "unaligned", lambda op, *_: (
+        asked.append(("unaligned", op)), launch.Settings(16, 16, 4, 1))[1])
+    width = {"row": 17, "head": 12}.get(odd, 8)
+    stride = (24 * 2 * width + (odd == "row"), 2 * width + (odd == "row"), width, 1)
+    call = {name: torch.randn(2 * 25 * 40, device=DEVICE).as_strided((2, 24, 2, 8), stride)
+            .requires_grad_() for name in "qkv"}
+    out = triton.stage_attention(**call, stage_lengths=(4, 20))
+    grad = torch.randn(2, 24, 2, 9, device=DEVICE)[..., :8]
+    torch.autograd.grad(out, list(call.values()),
+                        grad if odd == "gradient" else torch.randn_like(out).contiguous())
+    first = "default" if odd == "gradient" else "unaligned"
+    assert asked == [(first, "stage_attention"), ("unaligned", "stage_attention_keys"),
+                     ("unaligned", "stage_attention_queries")]
+
+
+# Of E-CAR's models, VAR-d16, and 1024 pixels.
+REAL_SIZES = [
+    ((16, 64, 256), None, 8, 12, 64),
+    ((16, 64, 256), 256, 2, 16, 72),
+    (VAR_STAGES, None, 2, 16, 64),
+    (VAR_STAGES, 256, 2, 16, 64),
+    ((64, 256, 1024, 4096), None, 1, 2, 64),
+    ((64, 256, 1024, 4096), 4096, 1, 2, 72),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("stages, queries, batch, heads, head_dim", REAL_SIZES)
+def test_real_sizes(stages, queries, batch, heads, head_dim, dtype):
+    check(packed(stages, queries=queries, batch=batch, heads=heads, head_dim=head_dim,
+                 dtype=dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_every_head_dim(head_dim, dtype):
+    check(packed((16, 64, 100), batch=2, head_dim=head_dim, dtype=dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", launch.OPS)
+def test_every_candidate(op, monkeypatch):
+    usual = launch.default
+    arch = _triton.architecture()
+    for its in launch.candidates(op, 64, "bfloat16", arch):
+        monkeypatch.setattr(launch, "default", lambda asked, *rest, its=its: (
+            its if asked == op else usual(asked, *rest)))
+        check(packed((16, 64, 100), batch=2, head_dim=64, dtype=torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_captured_graph_replays(warm, monkeypatch):
+    """On other inputs too; also where the tables are first made under capture."""
+    call = packed((16, 64, 256), batch=2, head_dim=64, dtype=torch.bfloat16)
+    inputs = [call[name] for name in "qkv"]
+
+    def results():
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = triton.stage_attention(*leaves, (16, 64, 256))
+        return out.detach(), *torch.autograd.grad(out, leaves, inputs[::-1][:1])
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results()
+    torch.cuda.current_stream().wait_stream(stream)
+    if not warm:
+        monkeypatch.setattr(tiles, "_tables", {})
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results()
+    for _ in range(2):
+        for x in inputs:
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(a.equal(b) for a, b in zip(captured, results(), strict=True))
+
+
+@pytest.mark.gpu
+def test_a_device_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    call = packed((4, 9), head_dim=64)
+    there = {name: call[name].to("cuda:1") for name in "qkv"} | {"stage_lengths": (4, 9)}
+    assert torch.cuda.current_device() == 0
+    check(there)
+    assert triton.stage_attention(**there).device == torch.device("cuda:1")
