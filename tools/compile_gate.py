@@ -59,6 +59,7 @@ class Result:
     architecture: int
     num_warps: int
     num_stages: int
+    max_registers: int | None  # that the launch allows a thread; None leaves it to ptxas
     registers: int = 0
     stack_bytes: int = 0
     shared_bytes: int = 0
@@ -70,7 +71,8 @@ class Result:
 def compile_case(family: str, case: CompileCase, architecture: int) -> Result:
     """Compile it as a launch on that chip would, and look at the machine code."""
     begin = time.perf_counter()
-    head = (family, case.name, architecture, case.num_warps, case.num_stages)
+    head = (family, case.name, architecture, case.num_warps, case.num_stages,
+            case.max_registers)
     try:
         kernel = triton.compile(
             source(case),
@@ -81,7 +83,7 @@ def compile_case(family: str, case: CompileCase, architecture: int) -> Result:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return Result(*head, problem=f"does not compile: {text[:300]}",
                       seconds=time.perf_counter() - begin)
-    # Disassembling takes twice as long as compiling: not where no matrices are multiplied.
+    # Disassembling may take longer than compiling: not where no matrices are multiplied.
     registers, stack, instructions = machine_code(kernel.asm["cubin"],
                                                   disassemble="tt.dot" in kernel.asm["ttir"])
     shared = kernel.metadata.shared
