@@ -20,6 +20,9 @@ from ecar_kernels.registry import FAMILIES, OPS
 SIZES = ("S", "B", "L")
 STAGES = ECARConfig.preset("S").stage_tokens  # of S, B and L alike
 BATCHES = (1, 8, 32)
+WIDTHLESS = tuple(op for op in FAMILIES["flow_step"] if op != "flow_boundary")
+# On the CPU the reference alone serves flow_boundary: there is nothing to hold it against.
+ON_CPU = tuple(op for op in OPS if op != "flow_boundary")
 CHANNELS, PATCH = 4, 2
 # Inputs used in turn hold this many times what the cache does, unless that takes too many sets.
 ROTATION = 4
@@ -36,7 +39,7 @@ class Case:
     op: str
     tokens: int
     batch: int
-    size: str = "-"  # the flow step knows no width
+    size: str = "-"  # for ops that know no width
     backward: bool = False
 
     @property
@@ -54,11 +57,11 @@ class Case:
 
 
 def select(sizes: Sequence[str] = SIZES, *, forward: Sequence[int] = (),
-           backward: Sequence[int] = ()) -> list[Case]:
-    """Every op at the three stages, forward at these batches and backward, where it has one."""
+           backward: Sequence[int] = (), ops: Sequence[str] = ON_CPU) -> list[Case]:
+    """These ops at the three stages, forward at these batches and backward, where they have one."""
     cases = []
-    for op in OPS:
-        of = ("-",) if op in FAMILIES["flow_step"] else sizes
+    for op in ops:
+        of = ("-",) if op in WIDTHLESS else sizes
         for way, batches in ((False, forward), (True, backward)):
             if way and op not in BACKWARD_READS:
                 continue
@@ -106,7 +109,7 @@ class Arena:
 
 def inputs(case: Case, arena: Arena) -> dict[str, Any]:
     """One set of arguments by name; modulations are chunks of one projection, as in a model."""
-    if case.op in FAMILIES["flow_step"]:
+    if case.op in WIDTHLESS:
         return _flow_step(case, arena)
     if case.op == "stage_attention":
         return _attention(case, arena)
@@ -141,6 +144,11 @@ def _modulated(case: Case, arena: Arena) -> dict[str, Any]:
 
     if case.op == "adaln":
         return {"x": tokens(), **modulation("shift", "scale")}
+    if case.op == "flow_boundary":
+        outputs = PATCH**2 * CHANNELS
+        embed = {f"embed_{name}": value for name, value in linear(c, outputs).items()}
+        return {"x": tokens(), "state": tokens(outputs), **modulation("shift", "scale"),
+                **linear(outputs, c), **embed, "positions": arena.take(n, c), "dt": 0.01}
     if case.op == "gated_residual":
         return {"x": tokens(), "branch": tokens(), **modulation("gate")}
     if case.op == "gated_residual_adaln":

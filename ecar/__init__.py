@@ -13,8 +13,10 @@ _HOMES = {
     "ECARConfig": "ecar.config",
     "ECARPipeline": "ecar.pipeline",
     "PRESETS": "ecar.config",
+    "release_graphs": "ecar.sampler",
     "sample": "ecar.sampler",
     "split_steps": "ecar.sampler",
+    "why_not_graphs": "ecar.sampler",
 }
 
 __all__ = sorted(_HOMES)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ecar.config import ECARConfig
 from ecar.model import ECAR
+from ecar.plan import boundary_op
 from ecar.sampler import sample, split_steps
 from ecar_kernels import BackendUnavailableError, active_backend, resolve, use_backend
 from ecar_kernels.registry import AUTO_ORDER
@@ -121,11 +122,14 @@ def backends_in_use(
 ) -> dict[str, str]:
     """The backend that serves each op of sampling, for tensors of this device and dtype.
 
+    flow_boundary is among them where the sampler uses it: where a kernel serves it.
+
     Raises:
         BackendUnavailableError: a backend is asked for by name and cannot serve an op.
     """
     active, serving = active_backend(), {}
-    for op in SAMPLING_OPS:
+    boundary = ("flow_boundary",) if boundary_op(device, dtype, config.width) else ()
+    for op in (*SAMPLING_OPS, *boundary):
         width = config.head_dim if op == "stage_attention" else config.width
         chosen = resolve(op, device=device, dtype=dtype, width=width)
         serving[op] = (

@@ -220,10 +220,8 @@ class _Stage:
         return unpatchify(state, patch, head.shape)
 
 
-def boundary_op(device: torch.device, dtype: torch.dtype, width: int) -> Callable | None:
+def boundary_op(device: torch.device | str, dtype: torch.dtype, width: int) -> Callable | None:
     """flow_boundary where a kernel serves it on this device: composed, it would only cost."""
-    if "flow_boundary" not in registry.OPS:  # the op is not there yet
-        return None
     settings = {"device": device, "dtype": dtype, "width": width}
     try:
         chosen = registry.resolve("flow_boundary", **settings)
@@ -245,9 +243,12 @@ def jump(
     return ecar_kernels.upsample_renoise_euler(x, velocity, dt, guidance_scale=scale, **options)
 
 
-def _guide(velocity: Tensor, scale: float | Tensor) -> tuple[Tensor, float]:
-    """The guidance itself where the scale is device data, which the ops do not take yet."""
-    if not isinstance(scale, Tensor):
+def _guide(velocity: Tensor, scale: float | Tensor) -> tuple[Tensor, float | Tensor]:
+    """The guidance itself where the scale is data on the CPU, where the ops take it as a number.
+
+    A run that was recorded would keep that number.
+    """
+    if velocity.is_cuda or not isinstance(scale, Tensor):
         return velocity, scale
     conditional, unconditional = velocity.chunk(2)
     return torch.lerp(unconditional, conditional, scale), 1.0

@@ -200,15 +200,17 @@ def _watch(counts: list[int], bar: tqdm, callback: Callable | None) -> Callable:
 @contextlib.contextmanager
 def _tf32(wanted: bool | None) -> Iterator[None]:
     """Products of float32 matrices on CUDA in TF32 or not, within the block."""
+    # Not `allow_tf32`: reading it raises where the setting was made by its newer name, this one.
     products = torch.backends.cuda.matmul
-    if wanted is None or (products.fp32_precision == "tf32") == wanted:
+    before = products.fp32_precision
+    if wanted is None or (before == "tf32") == wanted:
         yield
         return
-    products.allow_tf32 = wanted
+    products.fp32_precision = "tf32" if wanted else "ieee"
     try:
         yield
     finally:
-        products.allow_tf32 = not wanted
+        products.fp32_precision = before
 
 
 def _checked_state(replaced: object, state: Tensor, jumped: bool) -> Tensor:

@@ -5,6 +5,7 @@ shapes; text is built only when something is wrong.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -128,7 +129,9 @@ def check_inference(**tensors: Tensor | None) -> None:
                     "call it under torch.no_grad(), or use the unfused ops to train")
 
 
-def _autocast(op: Callable, widest: bool) -> Callable:
+def _autocast(op: Callable, widest: bool, kept: str | None = None) -> Callable:
+    names = tuple(inspect.signature(op).parameters)
+
     @functools.wraps(op)
     def cast(*args, **kwargs):
         values = (*args, *kwargs.values())
@@ -145,11 +148,12 @@ def _autocast(op: Callable, widest: bool) -> Callable:
             target = functools.reduce(torch.promote_types, (
                 value.dtype for value in values if _is_floating(value)))
 
-        def convert(value):
-            return value.to(target) if _is_floating(value) else value
+        def convert(name, value):
+            return value.to(target) if name != kept and _is_floating(value) else value
 
         with torch.autocast(device, enabled=False):
-            return op(*map(convert, args), **{k: convert(value) for k, value in kwargs.items()})
+            return op(*map(convert, names, args),
+                      **{name: convert(name, value) for name, value in kwargs.items()})
     return cast
 
 
@@ -159,9 +163,12 @@ def _is_floating(value: object) -> bool:
             and value.ndim > 0)
 
 
-def autocast_low(op: Callable) -> Callable:
-    """Under torch.autocast, run `op` in the autocast type, as matrix products do."""
-    return _autocast(op, widest=False)
+def autocast_low(op: Callable, kept: str | None = None) -> Callable:
+    """Under torch.autocast, run `op` in the autocast type, as matrix products do.
+
+    kept: the argument that keeps its type.
+    """
+    return _autocast(op, widest=False, kept=kept)
 
 
 def autocast_widest(op: Callable) -> Callable:

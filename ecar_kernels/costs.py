@@ -56,6 +56,7 @@ def cost(op: str, arguments: Mapping[str, Any], outputs: Tensor | Sequence[Tenso
 
         stage_attention                      2 B H D (visible pairs of a query and a key)
         adaln_linear, linear_gated_residual  B N C K
+        flow_boundary                        R N C P + B N P C
         all others                           0
 
     Raises ValueError for an unknown op.
@@ -132,6 +133,9 @@ def _multiply_adds(op: str, arguments: Mapping[str, Any]) -> int:
     if op in FAMILIES["flow_block"]:
         tokens = arguments["x" if op == "adaln_linear" else "h"]
         return math.prod(tokens.shape[:-1]) * arguments["weight"].numel()
+    if op == "flow_boundary":
+        rows = arguments["x"].shape[0] + arguments["state"].shape[0]
+        return rows * arguments["x"].shape[1] * arguments["weight"].numel()
     return 0
 
 

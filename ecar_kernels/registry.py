@@ -84,7 +84,7 @@ FAMILIES = {
     "stage_attention": ("stage_attention",),
     "adaln": ("adaln", "gated_residual", "gated_residual_adaln"),
     "flow_block": ("adaln_linear", "linear_gated_residual"),
-    "flow_step": ("euler_step", "upsample_renoise_euler", "initial_noise"),
+    "flow_step": ("euler_step", "upsample_renoise_euler", "initial_noise", "flow_boundary"),
 }
 OPS = tuple(op for family in FAMILIES.values() for op in family)
 
@@ -99,14 +99,10 @@ for op in FAMILIES["flow_step"]:
     IMPLEMENTATIONS[op]["native"] = Implementation(
         f"ecar_kernels.flow_step.native:{op}", devices=("cpu", "cuda"), missing=_native.why_not,
         missing_on={"cuda": _native.why_not_cuda})
-# Not one of OPS: on the CPU its reference is all there is.
-IMPLEMENTATIONS["flow_boundary"] = {
-    "reference": Implementation("ecar_kernels.flow_step.reference:flow_boundary",
-                                dtypes=(*KERNEL_DTYPES, torch.float64)),
-    "native": Implementation("ecar_kernels.flow_step.boundary:flow_boundary", devices=("cuda",),
-                             max_width=8192, missing=_native.why_not,
-                             missing_on={"cuda": _native.why_not_cuda}),
-}
+# On the CPU its reference is all there is.
+IMPLEMENTATIONS["flow_boundary"]["native"] = Implementation(
+    "ecar_kernels.flow_step.boundary:flow_boundary", devices=("cuda",), max_width=8192,
+    missing=_native.why_not_cuda)
 for family in ("adaln", "flow_block"):
     for op in FAMILIES[family]:
         IMPLEMENTATIONS[op]["native"] = Implementation(

@@ -11,6 +11,7 @@ import argparse
 import random
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from tests.support.ops import DIFFERENTIABLE
 TOKEN_OPS = ("adaln", "gated_residual", "gated_residual_adaln", "adaln_linear",
              "linear_gated_residual")
 IMAGE_OPS = ("euler_step", "upsample_renoise_euler")
+OF_TOKENS = (*TOKEN_OPS, "flow_boundary")
 # Not attention's gradients, which are torch's: where keys are alike they cancel to rounding.
 WITH_GRADIENTS = tuple(op for op in DIFFERENTIABLE if op != "stage_attention")
 
@@ -85,6 +87,8 @@ def valid_call(rng: random.Random, op: str) -> dict:
                 [None, "gelu_tanh"]), "bias": rng.choice([None, tensor(hidden)])} | norm
         return {"h": tensor(batch, count, hidden), "weight": tensor(channels, hidden),
                 "bias": rng.choice([None, tensor(channels)]), "residual": x} | gate
+    if op == "flow_boundary":
+        return boundary_call(rng, tensor, batch)
     shape = (rng.randint(1, 4), rng.randint(1, 9), rng.randint(1, 35))
     seeds = torch.randint(-2**63, 2**63 - 1, (batch,))
     if op == "initial_noise":
@@ -97,6 +101,24 @@ def valid_call(rng: random.Random, op: str) -> dict:
         call |= {"time": rng.choice([0.0, 1 / 3]), "stage": rng.randint(2, 4)} | rng.choice(
             [{"seeds": seeds}, {"details": tensor(batch, shape[0], 3, *shape[1:])}])
     return call
+
+
+def boundary_call(rng: random.Random, tensor: Callable[..., Tensor], batch: int) -> dict:
+    guided, count, channels = rng.random() < 0.5, rng.randint(0, 12), rng.randint(1, 70)
+    rows, outputs = batch * (1 + guided), rng.choice([1, 4, 16, 64])
+    state = tensor(batch, count, outputs)
+    shapes = {"weight": (outputs, channels), "bias": (outputs,),
+              "embed_weight": (channels, outputs), "embed_bias": (channels,),
+              "positions": (count, channels)}
+    return {
+        "x": tensor(rows, count, channels), "state": rng.choice([state, state.float()]),
+        **{name: tensor(rows, rng.choice([1, count]), channels) for name in ("shift", "scale")},
+        **{name: tensor(*shape).contiguous() for name, shape in shapes.items()},
+        "dt": rng.choice([1.0, 0.1, 1]), "guidance_scale": rng.choice([1.5, 0.0]) if guided
+        else 1.0, "eps": rng.choice([1e-6, 1e-3]),
+        **{name: rng.choice([None, tensor(1, 1, channels), tensor(rows, 1, channels)])
+           for name in ("step_shift", "step_scale")},
+    }
 
 
 def other_tensor(rng: random.Random, value: Tensor) -> object:
@@ -162,7 +184,7 @@ def is_valid(op: str, call: dict) -> bool:
         return (seeds(call["seeds"]) and not call["seeds"].is_meta and triple(call["shape"])
                 and call["device"] == "cpu" and call["dtype"] in KERNEL_DTYPES)
     leading = next(iter(call.values()))
-    if not good(leading) or leading.ndim != (3 if op in TOKEN_OPS else 4):
+    if not good(leading) or leading.ndim != (3 if op in OF_TOKENS else 4):
         return False
     if op == "stage_attention":
         if not stages(call["stage_lengths"]):
@@ -189,6 +211,24 @@ def is_valid(op: str, call: dict) -> bool:
             return fine and shaped("details", (b, c, 3, h, w))
         return fine and seeds(given) and given.shape == (b,) and given.device.type == "cpu"
     b, n, c = leading.shape
+    if op == "flow_boundary":
+        state, weight = call["state"], call["weight"]
+        if not good(weight, leading) or weight.ndim != 2 or not 1 <= weight.shape[0] <= 64:
+            return False
+        p = weight.shape[0]
+        if not good(state) or state.dtype not in (torch.float32, leading.dtype):
+            return False
+        rows = len(state) if state.ndim == 3 else -1
+        if state.shape[1:] != (n, p) or b not in (rows, 2 * rows):
+            return False
+        flat = {"weight": (p, c), "bias": (p,), "embed_weight": (c, p), "embed_bias": (c,),
+                "positions": (n, c)}
+        if not all(shaped(name, shape) and call[name].is_contiguous()
+                   for name, shape in flat.items()):
+            return False
+        if not (number(call["dt"]) and number(call["guidance_scale"])) or (
+                b != 2 * rows and call["guidance_scale"] != 1):
+            return False
     if op in ("adaln_linear", "linear_gated_residual"):
         weight = call["weight"]
         if not good(weight, leading) or weight.ndim != 2 or weight.shape[1] != c:
@@ -266,8 +306,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     seed = random.SystemRandom().randrange(2**32) if arguments.seed is None else arguments.seed
     print(f"seed {seed}, {arguments.cases} cases", flush=True)
-    native = {row.op for row in ecar_kernels.backends() if row.backend == "native"
-              and row.available}
+    found = {op: registry.IMPLEMENTATIONS[op].get("native") for op in OPS}
+    native = {op for op in OPS if found[op] and not found[op].why_not("cpu", torch.float32)}
     begin, counts = time.monotonic(), {op: [0, 0] for op in OPS}
     for case in range(arguments.cases):
         rng = random.Random(f"{seed} {case}")

@@ -59,15 +59,10 @@ def run(work: Work) -> None:
 
 def _cases(work: Work) -> list[cases.Case]:
     if work.dry:
-        return [cases.Case(op, 16, 1, "-" if op in cases.FAMILIES["flow_step"] else "S")
-                for op in OPS if op in KNOWN]
-    found = [case for case in cases.select(sizes=("S", "L", "B"), tokens=cases.STAGES[::-1],
-                                           batches=(1, 8)) if case.op in KNOWN]
-    return sorted(found, key=lambda case: (case.batch, "-SLB".index(case.size)))
-
-
-KNOWN = ("stage_attention", "adaln", "gated_residual", "gated_residual_adaln", "adaln_linear",
-         "linear_gated_residual", "euler_step", "upsample_renoise_euler", "initial_noise")
+        return [cases.Case(op, 16, 1, "-" if op in cases.WIDTHLESS else "S")
+                for op in OPS]
+    found = cases.select(forward=(1, 8), ops=OPS)
+    return sorted(found, key=lambda case: (case.batch, "-SLB".index(case.size), -case.tokens))
 
 
 def _ours(work: Work, case: cases.Case) -> dict[str, Callable]:

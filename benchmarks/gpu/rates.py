@@ -21,7 +21,7 @@ def run(work: Work) -> None:
 
     for name, dtype, tf32 in (("bfloat16", torch.bfloat16, False), ("tf32", torch.float32, True),
                               ("float32", torch.float32, False)):
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
         a, b = (torch.randn(side, side, device=work.device).to(dtype) for _ in range(2))
         timer = Timer([lambda a=a, b=b: a @ b])
         found = interleave({name: timer}, work.span(1.0))[name]

@@ -209,7 +209,7 @@ class Trainer:
         if config.compile:
             model.compile_regions()
         if config.tf32:
-            torch.backends.cuda.matmul.allow_tf32 = True
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
         names, parameters = zip(*model.named_parameters(), strict=True)
         self.names = list(names)
         optimizer = torch.optim.AdamW(

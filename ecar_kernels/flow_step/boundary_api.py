@@ -1,10 +1,13 @@
 """What lies between two network calls of a stage, in one call; for inference."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from ecar_kernels import registry
 from ecar_kernels._validation import (
+    autocast_low,
     check_inference,
     check_leading,
     check_like,
@@ -20,6 +23,7 @@ from ecar_kernels.flow_step.api import _check_guidance
 MAX_OUTPUTS = 64
 
 
+@functools.partial(autocast_low, kept="state")
 def flow_boundary(x: Tensor, state: Tensor, shift: Tensor, scale: Tensor, weight: Tensor,
                   bias: Tensor, embed_weight: Tensor, embed_bias: Tensor, positions: Tensor,
                   dt: float, *, step_shift: Tensor | None = None,
@@ -38,32 +42,25 @@ def flow_boundary(x: Tensor, state: Tensor, shift: Tensor, scale: Tensor, weight
     positions: [N, C]. dt: a finite number. guidance_scale: a finite number, or a 0-dim float32
     tensor on x's device; the number 1 where R = B. eps > 0. Weights and positions are
     contiguous. Returns state' [B, N, P] in state's type and embedded [R, N, C] in x's, the same
-    rows twice where R = 2B. No backward, and no autocast: ValueError or TypeError where an
-    argument does not fit, BackendUnavailableError where the backend in force cannot serve.
+    rows twice where R = 2B. No backward. Under torch.autocast all but the state, which keeps its
+    type, are cast to the autocast type. Raises ValueError or TypeError where an argument does
+    not fit, BackendUnavailableError where the backend in force cannot serve.
     """
     check_leading("x", x, "[R, N, C]")
     rows, tokens, channels = x.shape
-    check_tensor("state", state)
-    if state.dtype not in (torch.float32, x.dtype):
-        raise TypeError(f"argument 'state': expected torch.float32 or {x.dtype}, "
-                        f"got {state.dtype}")
-    if state.device != x.device:
-        raise ValueError(f"argument 'state': expected a tensor on {x.device} like 'x', "
-                         f"got {state.device}")
-    if (state.ndim != 3 or state.shape[1] != tokens or not 1 <= state.shape[2] <= MAX_OUTPUTS
-            or rows not in (state.shape[0], 2 * state.shape[0])):
-        raise shape_error("state", state, f"[B, N, P], R = B or 2B, P at most {MAX_OUTPUTS}",
-                          R=rows, N=tokens)
-    batch, _, outputs = state.shape
-    if state.stride(-1) != 1 and outputs > 1:
-        raise ValueError("argument 'state': expected a tensor whose last dimension is "
-                         f"contiguous, got strides {list(state.stride())}")
+    check_like("weight", weight, "x", x)
+    if weight.ndim != 2 or weight.shape[1] != channels or not 1 <= weight.shape[0] <= MAX_OUTPUTS:
+        raise shape_error("weight", weight, f"[P, C], P at most {MAX_OUTPUTS},", C=channels)
+    outputs = weight.shape[0]
+    _check_state(state, x, outputs)
+    batch = state.shape[0]
     check_spatial("shift", shift, "x", x)
     check_spatial("scale", scale, "x", x)
     check_step("step_shift", step_shift, "x", x)
     check_step("step_scale", step_scale, "x", x)
     for name, value, letters, shape in (
-        ("weight", weight, "[P, C]", (outputs, channels)), ("bias", bias, "[P]", (outputs,)),
+        ("weight", weight, "[P, C]", (outputs, channels)),
+        ("bias", bias, "[P]", (outputs,)),
         ("embed_weight", embed_weight, "[C, P]", (channels, outputs)),
         ("embed_bias", embed_bias, "[C]", (channels,)),
         ("positions", positions, "[N, C]", (tokens, channels)),
@@ -76,7 +73,7 @@ def flow_boundary(x: Tensor, state: Tensor, shift: Tensor, scale: Tensor, weight
                              f"{list(value.stride())}")
     check_number("dt", dt)
     _check_guidance(guidance_scale, x)
-    if rows == batch and (isinstance(guidance_scale, Tensor) or guidance_scale != 1):
+    if rows != 2 * batch and (isinstance(guidance_scale, Tensor) or guidance_scale != 1):
         raise ValueError("argument 'guidance_scale': expected 1.0 for x without unconditional "
                          f"rows, got {guidance_scale}")
     check_positive("eps", eps)
@@ -87,3 +84,22 @@ def flow_boundary(x: Tensor, state: Tensor, shift: Tensor, scale: Tensor, weight
     return run(x, state, shift, scale, weight, bias, embed_weight, embed_bias, positions, dt,
                step_shift=step_shift, step_scale=step_scale, guidance_scale=guidance_scale,
                eps=eps)
+
+
+def _check_state(state: object, x: Tensor, outputs: int) -> None:
+    """[B, N, P] on x's device, in float32 or x's type."""
+    check_tensor("state", state)
+    rows, tokens, _ = x.shape
+    if state.dtype not in (torch.float32, x.dtype):
+        either = "" if x.dtype == torch.float32 else "torch.float32 or "
+        raise TypeError(f"argument 'state': expected {either}{x.dtype} like 'x', "
+                        f"got {state.dtype}")
+    if state.device != x.device:
+        raise ValueError(f"argument 'state': expected a tensor on {x.device} like 'x', "
+                         f"got {state.device}")
+    if (state.ndim != 3 or state.shape[1:] != (tokens, outputs)
+            or rows not in (state.shape[0], 2 * state.shape[0])):
+        raise shape_error("state", state, "[B, N, P], R = B or 2B,", R=rows, N=tokens, P=outputs)
+    if state.stride(-1) != 1 and outputs > 1:
+        raise ValueError("argument 'state': expected a tensor whose last dimension is "
+                         f"contiguous, got strides {list(state.stride())}")

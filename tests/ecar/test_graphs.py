@@ -305,12 +305,12 @@ class TestReasons:
         products, seen, run = torch.backends.cuda.matmul, [], plan.Plan.run
         monkeypatch.setattr(plan.Plan, "run", lambda *given: (
             seen.append(products.fp32_precision == "tf32"), run(*given))[1])
-        before = products.allow_tf32
+        before = products.fp32_precision
         try:
-            products.allow_tf32 = setting
+            products.fp32_precision = "tf32" if setting else "ieee"
             for wanted in (None, True, False):
                 draw(model, tf32=wanted)
-            assert products.allow_tf32 is setting
+            assert (products.fp32_precision == "tf32") is setting
         finally:
-            products.allow_tf32 = before
+            products.fp32_precision = before
         assert seen == [setting, True, False]

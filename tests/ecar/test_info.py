@@ -99,6 +99,14 @@ def test_backends_in_use_under_reference_and_auto():
     assert set(serving.values()) <= {"reference", "native", "triton"}
 
 
+def test_flow_boundary_is_in_use_where_a_kernel_serves_it(monkeypatch):
+    kernel = registry.Implementation("ecar_kernels.adaln.reference:adaln")
+    monkeypatch.setitem(registry.IMPLEMENTATIONS["flow_boundary"], "native", kernel)
+    monkeypatch.setattr(registry, "_servers", {})
+    with use_backend("auto"):
+        assert backends_in_use(TINY, "cpu", torch.float32)["flow_boundary"] == "native"
+
+
 def test_a_named_backend_that_cannot_serve_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with use_backend("triton"), pytest.raises(BackendUnavailableError, match="triton"):

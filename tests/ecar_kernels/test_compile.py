@@ -51,7 +51,7 @@ def test_fullgraph_gradients_equal_eager(op):
 
 
 @pytest.mark.parametrize("op", ["stage_attention", "gated_residual_adaln",
-                                "upsample_renoise_euler"])
+                                "upsample_renoise_euler", "flow_boundary"])
 def test_inductor_is_as_accurate_as_the_reference(op):
     compiled = torch.compile(function(op), fullgraph=True)
     with use_backend("reference"), torch.no_grad():

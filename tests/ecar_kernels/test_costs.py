@@ -6,9 +6,9 @@ import torch
 from ecar_kernels import costs, resolve
 from ecar_kernels.registry import FAMILIES, OPS
 from tests.support.native import needs_native
-from tests.support.ops import DIFFERENTIABLE, arguments, function, tensor_names
+from tests.support.ops import DIFFERENTIABLE, OUTPUTS, arguments, function, tensor_names
 
-B, N, C, H, D, K = 2, 21, 24, 3, 8, 40  # of tests.support.ops; stages 1, 4, 16
+B, N, C, H, D, K, P = 2, 21, 24, 3, 8, 40, OUTPUTS  # of tests.support.ops; stages 1, 4, 16
 TOKENS, STEP, IMAGE = 4 * B * N * C, 4 * C, 4 * B * 3 * 4 * 6
 HEADS = 4 * B * N * H * D
 
@@ -23,6 +23,9 @@ FORWARD = {
     "euler_step": (4 * IMAGE, 0),
     "upsample_renoise_euler": ((1 + 2 + 3 + 1 + 4) * IMAGE, 0),
     "initial_noise": (8 * B + IMAGE, 0),
+    # x, shift, scale in and embedded out, of 2B rows; the state in and out; weights, positions
+    "flow_boundary": (8 * TOKENS + 4 * (2 * B * N * P + 2 * P * C + P + C + N * C) + 2 * STEP,
+                      (2 * B + B) * N * C * P),
 }
 BACKWARD = {
     # q, k, v, the output and its gradient in; dq, dk, dv out

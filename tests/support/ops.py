@@ -8,8 +8,10 @@ from ecar_kernels.registry import FAMILIES, OPS
 
 STAGES = (1, 4, 16)
 TOKENS, HEADS, HEAD_DIM, CHANNELS, HIDDEN = 21, 3, 8, 24, 40
-IMAGE = (3, 4, 6)
-INFERENCE_ONLY = FAMILIES["flow_block"]
+IMAGE, OUTPUTS = (3, 4, 6), 12
+INFERENCE_ONLY = (*FAMILIES["flow_block"], "flow_boundary")
+# Arguments that no backend takes as views.
+CONTIGUOUS = {"flow_boundary": ("weight", "bias", "embed_weight", "embed_bias", "positions")}
 DIFFERENTIABLE = tuple(op for op in OPS if op not in (*INFERENCE_ONLY, "initial_noise"))
 FAMILY = {op: family for family, ops in FAMILIES.items() for op in ops}
 
@@ -25,9 +27,9 @@ def arguments(op: str, *, batch: int = 2, dtype: torch.dtype = torch.float32,
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape).to(dtype)
 
-    def modulation(*names: str) -> dict:
+    def modulation(*names: str, rows: int = batch) -> dict:
         """Chunks of one packed projection, as a model has them."""
-        packed = normal(batch, TOKENS, len(names) * CHANNELS).chunk(len(names), -1)
+        packed = normal(rows, TOKENS, len(names) * CHANNELS).chunk(len(names), -1)
         return dict(zip(names, packed, strict=True))
 
     def steps(*names: str) -> dict:
@@ -57,6 +59,13 @@ def arguments(op: str, *, batch: int = 2, dtype: torch.dtype = torch.float32,
         return ({"h": normal(batch, TOKENS, HIDDEN), "weight": normal(CHANNELS, HIDDEN),
                  "bias": normal(CHANNELS), "residual": normal(batch, TOKENS, CHANNELS)}
                 | modulation("gate") | steps("step_gate"))
+    if op == "flow_boundary":
+        return ({"x": normal(2 * batch, TOKENS, CHANNELS), "state": normal(batch, TOKENS, OUTPUTS)}
+                | modulation("shift", "scale", rows=2 * batch)
+                | {"weight": normal(OUTPUTS, CHANNELS), "bias": normal(OUTPUTS),
+                   "embed_weight": normal(CHANNELS, OUTPUTS), "embed_bias": normal(CHANNELS),
+                   "positions": normal(TOKENS, CHANNELS), "dt": 0.125, "guidance_scale": 1.5}
+                | steps("step_shift", "step_scale"))
     if op == "euler_step":
         return image
     if op == "upsample_renoise_euler":
