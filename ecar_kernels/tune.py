@@ -5,8 +5,9 @@ does not compile, or whose answer is not the usual setting's to rounding, is lef
 is timed. Times are of CUDA graphs, in turn, and their medians decide.
 """
 
+import contextlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -214,15 +215,21 @@ def same(results: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def measuring(device: torch.device) -> Iterator[None]:
+    """Where problems are made and measured on a GPU: a stream that is not the default one.
+
+    Backward runs on its forward's stream, and the default stream cannot be captured.
+    """
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
+
+
 def graph_clock(run: Callable[[], object]) -> Callable[[], float]:
-    """Captures `CALLS` calls; each timing replays them and is in seconds a call."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
+    """Captures `CALLS` calls, within `measuring`; each timing replays them, in seconds a call."""
+    run()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         for _ in range(CALLS):
             run()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -8,7 +8,6 @@ come from rules. Nothing else is changed, and nothing is measured at any other t
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
 from collections.abc import Iterator
@@ -55,8 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
     if (reason := tune.why_not()) is not None:
         raise UsageError(f"nothing can be measured here: {reason}")
     device = chosen_device(arguments.device)
-    on_cuda = device.type == "cuda"
-    with torch.cuda.device(device) if on_cuda else contextlib.nullcontext():
+    if device.type != "cuda":
+        raise UsageError(f"--device: expected a CUDA device, got {arguments.device!r}")
+    with tune.measuring(device):
         _measure(arguments, device)
 
 

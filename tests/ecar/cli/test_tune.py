@@ -1,6 +1,8 @@
 """`ecar tune`: what it measures and keeps, and that it says why it cannot."""
 
+import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +29,8 @@ def timed(monkeypatch):
     monkeypatch.setattr(tune, "why_not", lambda: None)
     monkeypatch.setattr(tune, "graph_clock", clock)
     monkeypatch.setattr(tune, "GAIN", 1.0)
+    monkeypatch.setattr(command, "chosen_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(tune, "measuring", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: NAME)
 
 
@@ -46,11 +50,11 @@ def test_bad_command_line_or_no_gpu_is_one_line(refused, monkeypatch, line, mess
 
 
 def test_choices_are_kept_beside_those_of_earlier_runs(run, timed, monkeypatch, tmp_path):
-    monkeypatch.setattr(tune, "TUNED_FAMILIES", ("adaln",))
     problems = tune.problems
-    monkeypatch.setattr(tune, "problems", lambda *shape, **how: problems(*shape, ("adaln",), **how))
+    monkeypatch.setattr(tune, "problems", lambda *shape, device: problems(
+        *shape, ("adaln",), device="cpu"))
     path = tmp_path / "tuned.json"
-    line = "tune --width 24 --dtype float32 --device cpu --output tuned.json --rows "
+    line = "tune --width 24 --dtype float32 --output tuned.json --rows "
     code, output, errors = run(line + "3")
     assert (code, errors) == (0, "")
     first = tuning.read(path, NAME)
@@ -70,7 +74,7 @@ def test_a_file_of_another_gpu_is_not_written_over(run, timed, tmp_path):
     path = tmp_path / "tuned.json"
     tuning.write(path, "Another", [])
     before = path.read_bytes()
-    code, _, errors = run("tune --width 24 --rows 3 --device cpu --output tuned.json")
+    code, _, errors = run("tune --width 24 --rows 3 --output tuned.json")
     assert code == 2
     assert "expected 'device' to be 'NVIDIA Test (80GB)', got 'Another'" in errors
     assert path.read_bytes() == before
@@ -86,12 +90,32 @@ def test_a_preset_is_measured_as_it_is_sampled_and_trained(run, timed, monkeypat
         (widths, rows, dtype, how["mlp_ratio"])) or [])
     monkeypatch.setattr(tune, "attention_problems",
                         lambda *shape, device: asked.append(shape) or [])
-    code, _, errors = run("tune --preset tiny --batch 3 --device cpu --output t.json")
+    code, _, errors = run("tune --preset tiny --batch 3 --output t.json")
     assert (code, errors) == (0, "")
     rows, half = [12, 48, 60], torch.bfloat16
     assert asked == [*(([32], [count], half, 4.0) for count in rows),
                      ((4,), 4, 3, 2, 16, half), ((4, 16), 16, 3, 2, 16, half),
                      ((4, 16), 20, 3, 2, 16, half)]
+
+
+def test_only_a_cuda_device_is_measured(refused, monkeypatch):
+    monkeypatch.setattr(tune, "why_not", lambda: None)
+    assert refused("tune --device cpu") == "--device: expected a CUDA device, got 'cpu'"
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_measured():
+    """Graphs of forward and of backward; few settings, because each is compiled."""
+    with tune.measuring(torch.device("cuda")):
+        problems = [
+            *tune.problems([128], [64], torch.bfloat16, ("adaln",)),
+            *tune.attention_problems((16, 64), 64, 1, 4, 32, torch.bfloat16),
+        ]
+        for problem in problems:
+            choice = tune.measure(replace(problem, candidates=problem.candidates[:3]), rounds=2)
+            assert choice.seconds > 0
+            assert choice.tried > 0
+            assert choice.settings in problem.candidates
 
 
 def test_attention_is_measured_forward_and_backward(timed):
