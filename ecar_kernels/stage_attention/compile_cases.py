@@ -48,7 +48,7 @@ def _cases(op: str, head_dim: int, kind: str, arch: int, *, negative: bool = Fal
         name = f"{op} {kind} D={head_dim} {its.block_m}x{its.block_n}"
         name += " scale<0" * negative + " unaligned" * (unit == 1)
         yield _case(name, kernel, _TYPES[kind], constants, its,
-                    launch.max_registers(kind, its, head_dim))
+                    launch.max_registers(op, head_dim, kind))
 
 
 def _delta(dtype: str, head_dim: int) -> CompileCase:

@@ -1,9 +1,10 @@
 """Launch settings of stage attention's Triton kernels.
 
 A kernel owns tiles of one side, queries or keys, and loops over blocks of the other. The rules
-are arithmetic about registers, shared memory and the chip's size; none was measured. That no
-default spills a register or asks for more shared memory than a chip has was seen by compiling it
-(compile_cases.py).
+are arithmetic about registers, shared memory and the chip's size; none was measured. Where a
+rule names spills, they were seen by compiling what it avoids; compile_cases.py lists what the
+compile gate checks. Known to spill still, with Triton 3.6 alone: exact products for the gradients
+of keys in one part of 256, and of queries of 136 to 192 dimensions.
 """
 
 import functools
@@ -69,11 +70,12 @@ def delta(head_dim: int) -> DeltaSettings:
     return DeltaSettings(2048 // width, width, 4)
 
 
-def max_registers(kind: str, its: Settings, head_dim: int) -> int | None:
+def max_registers(op: str, head_dim: int, kind: str) -> int | None:
     """Of a thread: all. Left alone, ptxas spills a few to fit one more program; but exact
-    products of narrow heads or by 4 warps spill fewer if left alone."""
-    alone = kind == "exact" and (its.num_warps == 4 or sum(parts(head_dim)) <= 64)
-    return None if alone else 255
+    products for gradients, other than of wide heads' keys, spill fewer if left alone."""
+    if kind != "exact" or op == "stage_attention":
+        return 255
+    return 255 if op == "stage_attention_keys" and sum(parts(head_dim)) > 64 else None
 
 
 def unaligned(op: str, head_dim: int, kind: str, arch: int) -> Settings:
@@ -98,7 +100,7 @@ def settings(op: str, head_dim: int, kind: str, arch: int) -> tuple[Settings, ..
         # No matrix unit. Threads hold whole rows of a factor: a product of 64 x 16 by 256
         # threads is two by two of them a thread, for rows of 64. Longer rows go one by one; or
         # one by two, where that spills.
-        few = op == "stage_attention_queries" or (op == "stage_attention_keys" and width == 256)
+        few = op == "stage_attention_queries" and width in (128, 256)
         found = ((64, 16, 8, 1) if width <= 64 else (16, 16, 4 if few else 8, 1),)
     elif kind == "tf32":
         found = _tf32(op, width, arch)
@@ -121,14 +123,16 @@ def _sixteen_bits(op: str, width: int, arch: int) -> tuple[tuple[int, int, int, 
     if width > 128:
         if op == "stage_attention_keys":  # two sums, two factors
             return ((64, 16, 8, 2) if width < 256 and _has_warp_groups(arch) else (32, 16, 4, 2),)
-        # On sm_120 two parts of a wider block spill.
-        loop = 16 if arch >= 120 and width < 256 else 32
         if op == "stage_attention_queries":  # two factors; 8 warps share a row's columns
-            return ((64, loop, 8, 1 if arch >= 120 and width == 256 else 2),)
+            # On sm_120 two parts of a wider block spill, one takes too much shared memory.
+            two = arch >= 120 and width < 256
+            return ((64, 16 if two else 32, 8, 1 if arch >= 120 and not two else 2),)
         # 8 warps share a single part's columns; of two parts both would do the same.
-        return ((64, loop, 8 if width == 256 else 4, 2),)
+        if width == 256:
+            return ((64, 32, 8, 2),)
+        return ((64, 32 if _has_warp_groups(arch) else 16, 4, 2),)  # on others, 32 spill
     if op == "stage_attention_keys":
-        loop = 32 if width <= 80 or _has_warp_groups(arch) else 16
+        loop = 32 if width < 64 or _has_warp_groups(arch) else 16
         return (32, 16, 2, 2), (64, loop, 4, 2)
     if op == "stage_attention_queries":
         return (32, 32, 2, 2), (64, 32, 4, 2)
@@ -151,6 +155,8 @@ def _tf32(op: str, width: int, arch: int) -> tuple[tuple[int, int, int, int], ..
         return ((32, 16, 4, 1 if groups and op == "stage_attention_keys" else 2),)
     if op == "stage_attention_queries":
         return ((64, 32 if width <= 64 else 16, 4, 2),)
+    if 64 < width < 128 and not groups:
+        return ((16, 16, 4, 2),)  # two parts of 32 keys spill
     return ((64 if width <= (96 if groups else 64) else 32, 16, 4, 2),)
 
 
