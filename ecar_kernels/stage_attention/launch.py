@@ -4,7 +4,8 @@ A kernel owns tiles of one side, queries or keys, and loops over blocks of the o
 are arithmetic about registers, shared memory and the chip's size; none was measured. Where a
 rule names spills, they were seen by compiling what it avoids; compile_cases.py lists what the
 compile gate checks. Known to spill still, with Triton 3.6 alone: exact products for the gradients
-of keys in one part of 256, and of queries of 136 to 192 dimensions.
+of keys in one part of 256, and of queries of 136 to 192 dimensions; on sm_90, 8 bytes of TF32's
+of queries of 128.
 """
 
 import functools
