@@ -33,7 +33,7 @@ class Part:
         }
         small = {
             "micro": ["--minutes=9", "-k", "euler_step-forward and 16tokens and batch1"],
-            "end_to_end": ["--sizes", "S", "--no-compile", "--steps", "9"],
+            "end_to_end": ["--sizes", "S", "--compile", "--steps", "9"],
             "table3": ["--sizes", "S", "--steps", "9"],
             "memory": ["--sizes", "digits", "--training", "digits", "--batch", "2"],
             "gemm": ["--widths", "16", "--rows", "3"],

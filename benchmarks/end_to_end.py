@@ -125,7 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--timed-steps", type=int, default=4,
                         help="of each stage that are run, at least 3 (default: %(default)s)")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--compile", nargs="*", choices=SIZES, default=SIZES,
+                        help="sizes that are compiled, too; compiling L takes minutes")
     parser.add_argument("--results", type=Path, default=results.FOLDER,
                         help="folder to write <device>/end_to_end.json into")
     options = parser.parse_args(arguments)
@@ -135,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for size in options.sizes:
         rows.append(measure(size, ECARConfig.preset(size), 60 * options.minutes * SHARES[size]
                             / whole, steps=options.steps, timed_steps=options.timed_steps,
-                            compile=not options.no_compile))
+                            compile=size in options.compile))
         forget()
         results.write(file, "end_to_end", facts, rows=rows)  # what is there survives an end
         print(f"E-CAR-{size} done", flush=True)

@@ -37,7 +37,9 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
 def _cases(op: str, head_dim: int, kind: str, arch: int, *, negative: bool = False,
            unit: int = 8) -> Iterator[CompileCase]:
     kernel = _KERNELS[op]
-    part1, part2 = launch.parts(head_dim)
+    part1, part2 = launch.parts(head_dim, op, kind)
+    spills = tuple(release for release, known in launch.SPILLS.items()
+                   if (op, kind, head_dim) in known)
     found = launch.settings(op, head_dim, kind, arch)
     for its in found if unit > 1 else (launch.unaligned(op, head_dim, kind, arch),):
         constants = {
@@ -48,7 +50,7 @@ def _cases(op: str, head_dim: int, kind: str, arch: int, *, negative: bool = Fal
         name = f"{op} {kind} D={head_dim} {its.block_m}x{its.block_n}"
         name += " scale<0" * negative + " unaligned" * (unit == 1)
         yield _case(name, kernel, _TYPES[kind], constants, its,
-                    launch.max_registers(op, head_dim, kind))
+                    launch.max_registers(op, head_dim, kind), spills)
 
 
 def _delta(dtype: str, head_dim: int) -> CompileCase:
@@ -59,7 +61,7 @@ def _delta(dtype: str, head_dim: int) -> CompileCase:
 
 
 def _case(name: str, kernel, dtype: str, constants: dict, its,
-          max_registers: int | None = None) -> CompileCase:
+          max_registers: int | None = None, spills: tuple[str, ...] = ()) -> CompileCase:
     def kind(argument: str) -> str:
         if argument in constants:
             return "constexpr"
@@ -77,4 +79,4 @@ def _case(name: str, kernel, dtype: str, constants: dict, its,
                     if its_kind.startswith("*")
                     or (constants["UNIT"] > 1 and argument.endswith(("_image", "_row"))))
     return CompileCase(name, kernel, signature, constants, its.num_warps,
-                       getattr(its, "num_stages", 1), aligned, max_registers)
+                       getattr(its, "num_stages", 1), aligned, max_registers, spills)

@@ -4,8 +4,7 @@ A kernel owns tiles of one side, queries or keys, and loops over blocks of the o
 are arithmetic about registers, shared memory and the chip's size; none was measured. Where a
 rule names spills, they were seen by compiling what it avoids; compile_cases.py lists what the
 compile gate checks. Known to spill still, with Triton 3.6 alone: exact products for the gradients
-of keys in one part of 256, and of queries of 136 to 192 dimensions; on sm_90, 8 bytes of TF32's
-of queries of 128.
+of keys in one part of 256 (`SPILLS`).
 """
 
 import functools
@@ -17,6 +16,9 @@ from ecar_kernels.stage_attention import tiles
 
 OPS = ("stage_attention", "stage_attention_keys", "stage_attention_queries")
 KINDS = ("bfloat16", "float16", "tf32", "exact")
+# Triton release -> (op, kind, D) that spills registers there whatever was tried: its threads hold
+# whole rows of both factors, 2 x 256 values, where they have 255 registers.
+SPILLS = {"3.6.0": (("stage_attention_keys", "exact", 256),)}
 # Keys and values of the heads that run at the same time stay within the L2 cache: 40 MiB on
 # A100, 50 on H100, more on later chips, of which a tile's own rows and the output take a part.
 L2_BYTES = 16 << 20
@@ -50,15 +52,17 @@ def kind(dtype: torch.dtype, precision: str) -> str:
 
 
 @functools.cache
-def parts(head_dim: int) -> tuple[int, int]:
+def parts(head_dim: int, op: str = "stage_attention", kind: str = "bfloat16") -> tuple[int, int]:
     """Widths, powers of two from 16 on, of the one or two parts that hold a head's dimensions.
 
     16 is the least that a matrix product takes. Two parts only where they are narrower than
-    one: 72 is 64 + 16, but 56 is 64.
+    one: 72 is 64 + 16, but 56 is 64. Exact products for the gradients of queries of more than
+    128 dimensions are one part: with two, Triton 3.6 spills.
     """
     whole = max(16, 1 << (head_dim - 1).bit_length())
     first = 1 << (head_dim.bit_length() - 1)
-    if first < 16 or first == head_dim:
+    one = kind == "exact" and op == "stage_attention_queries" and whole == 256
+    if first < 16 or first == head_dim or one:
         return whole, 0
     second = max(16, 1 << (head_dim - first - 1).bit_length())
     return (first, second) if first + second < whole else (whole, 0)
@@ -76,7 +80,7 @@ def max_registers(op: str, head_dim: int, kind: str) -> int | None:
     products for gradients, other than of wide heads' keys, spill fewer if left alone."""
     if kind != "exact" or op == "stage_attention":
         return 255
-    return 255 if op == "stage_attention_keys" and sum(parts(head_dim)) > 64 else None
+    return 255 if op == "stage_attention_keys" and sum(parts(head_dim, op, kind)) > 64 else None
 
 
 def unaligned(op: str, head_dim: int, kind: str, arch: int) -> Settings:
@@ -84,7 +88,7 @@ def unaligned(op: str, head_dim: int, kind: str, arch: int) -> Settings:
     its own in registers, which leaves room for small blocks only."""
     if kind == "exact":
         return settings(op, head_dim, kind, arch)[0]
-    num_warps = 2 if sum(parts(head_dim)) <= 128 and kind != "tf32" else 4
+    num_warps = 2 if sum(parts(head_dim, op, kind)) <= 128 and kind != "tf32" else 4
     blocks = (16, 32) if op == "stage_attention_keys" else (32, 16)
     return Settings(*blocks, num_warps, 1)
 
@@ -96,7 +100,7 @@ def settings(op: str, head_dim: int, kind: str, arch: int) -> tuple[Settings, ..
     instruction has 16 rows, so that 64 rows are 4 warps: one for each matrix unit of a
     multiprocessor, and the least that sm_90's and sm_100's warp groups take.
     """
-    width = sum(parts(head_dim))
+    width = sum(parts(head_dim, op, kind))
     if kind == "exact":
         # No matrix unit. Threads hold whole rows of a factor: a product of 64 x 16 by 256
         # threads is two by two of them a thread, for rows of 64. Longer rows go one by one; or
@@ -134,6 +138,8 @@ def _sixteen_bits(op: str, width: int, arch: int) -> tuple[tuple[int, int, int, 
         return ((64, 32 if _has_warp_groups(arch) else 16, 4, 2),)  # on others, 32 spill
     if op == "stage_attention_keys":
         loop = 32 if width < 64 or _has_warp_groups(arch) else 16
+        if arch >= 120 and 64 < width < 128:  # 2 warps spill a few of two parts with Triton 3.6
+            return ((64, loop, 4, 2),)
         return (32, 16, 2, 2), (64, loop, 4, 2)
     if op == "stage_attention_queries":
         return (32, 32, 2, 2), (64, 32, 4, 2)
@@ -155,7 +161,8 @@ def _tf32(op: str, width: int, arch: int) -> tuple[tuple[int, int, int, int], ..
             return ((16 if least else 32, 16, 4, 1),)
         return ((32, 16, 4, 1 if groups and op == "stage_attention_keys" else 2),)
     if op == "stage_attention_queries":
-        return ((64, 32 if width <= 64 else 16, 4, 2),)
+        # Of four warps, a single part of 128 spills a few with Triton 3.6 on sm_90.
+        return ((64, 32 if width <= 64 else 16, 8 if groups and width == 128 else 4, 2),)
     if 64 < width < 128 and not groups:
         return ((16, 16, 4, 2),)  # two parts of 32 keys spill
     return ((64 if width <= (96 if groups else 64) else 32, 16, 4, 2),)
@@ -221,7 +228,7 @@ def _least_shared(op: str, head_dim: int, kind: str, its: Settings) -> int:
     """Bytes of the loop's two factors in flight: all stages but the one in use."""
     loop = its.block_m if op == "stage_attention_keys" else its.block_n
     itemsize = 2 if kind in ("bfloat16", "float16") else 4
-    return 2 * (its.num_stages - 1) * loop * sum(parts(head_dim)) * itemsize
+    return 2 * (its.num_stages - 1) * loop * sum(parts(head_dim, op, kind)) * itemsize
 
 
 def heads_in_cache(batch_heads: int, rows: int, head_dim: int, itemsize: int) -> int:

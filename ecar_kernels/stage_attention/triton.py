@@ -98,7 +98,7 @@ def _launch(kernel, op: str, side: str, q: Tensor, k: Tensor, stage_lengths: lis
                         its.block_m if side == "query" else its.block_n, q.device)
     group = launch.heads_in_cache(batch * heads, keys if side == "query" else queries, head_dim,
                                   q.element_size())
-    part1, part2 = launch.parts(head_dim)
+    part1, part2 = launch.parts(head_dim, op, kind)
     kernel[(len(table) * batch * heads,)](
         *tensors, table, *strides, len(table), heads, batch * heads, *counts, group, *scales,
         HEAD_DIM=head_dim, PART1=part1, PART2=part2, UNIT=unit, NEGATIVE=scale < 0,
