@@ -17,6 +17,8 @@ RENDERERS = {
     "table2": "benchmarks.table2",
     "table3": "benchmarks.table3",
     "memory": "benchmarks.memory",
+    "saved": "benchmarks.saved",
+    "profile": "benchmarks.profile",
     "ablation": "benchmarks.ablation",
     "scaling": "benchmarks.scaling",
 }

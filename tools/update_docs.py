@@ -85,7 +85,8 @@ def measured_op(op: str, root: Path = ROOT) -> str:
     for file in sorted(root.glob("benchmarks/results/*/micro.json")):
         record = results.read(file)
         record["rows"] = [row for row in record["rows"] if row["op"] == op]
-        parts.append(render(record | {"left_out": 0}))
+        if record["rows"]:
+            parts.append(render(record | {"left_out": 0}))
     return "\n\n".join(parts) or NOT_MEASURED
 
 
