@@ -82,7 +82,7 @@ def measured(kind: str, root: Path = ROOT) -> str:
 def measured_op(op: str, root: Path = ROOT) -> str:
     """An op's rows of the microbenchmarks."""
     parts = []
-    for file in sorted(root.glob("benchmarks/results/*/micro.json")):
+    for file in sorted(root.glob("benchmarks/results/*/micro*.json")):
         record = results.read(file)
         record["rows"] = [row for row in record["rows"] if row["op"] == op]
         if record["rows"]:
