@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ecar_kernels import _native
+from ecar_kernels.adaln._autograd import any_requires_grad, rows_of, shape_of
 
 _native.require()
 
@@ -30,7 +31,7 @@ def adaln(
     eps: float = 1e-6,
 ) -> Tensor:
     """y = LN(x) (1 + scale + step_scale) + shift + step_shift."""
-    if torch.is_grad_enabled() and _any_requires_grad(x, shift, scale, step_shift, step_scale):
+    if torch.is_grad_enabled() and any_requires_grad(x, shift, scale, step_shift, step_scale):
         return _AdaLN.apply(x, shift, scale, step_shift, step_scale, eps)
     return _adaln(x, shift, scale, step_shift, step_scale, eps)
 
@@ -39,7 +40,7 @@ def gated_residual(
     x: Tensor, branch: Tensor, gate: Tensor, *, step_gate: Tensor | None = None
 ) -> Tensor:
     """x + (gate + step_gate) branch."""
-    if torch.is_grad_enabled() and _any_requires_grad(x, branch, gate, step_gate):
+    if torch.is_grad_enabled() and any_requires_grad(x, branch, gate, step_gate):
         return _GatedResidual.apply(x, branch, gate, step_gate)
     return _gated_residual(x, branch, gate, step_gate)
 
@@ -58,25 +59,9 @@ def gated_residual_adaln(
 ) -> tuple[Tensor, Tensor]:
     """The new residual stream, and its adaLN, in one pass."""
     tensors = (x, branch, gate, shift, scale, step_gate, step_shift, step_scale)
-    if torch.is_grad_enabled() and _any_requires_grad(*tensors):
+    if torch.is_grad_enabled() and any_requires_grad(*tensors):
         return _GatedResidualAdaLN.apply(*tensors, eps)
     return _both(*tensors, eps)
-
-
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    for tensor in tensors:  # noqa: SIM110 (half the time of any() over a generator)
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
-
-
-def _rows(gradient: Tensor) -> Tensor:
-    """A gradient as the kernels take it: that of a sum, say, is expanded from one number."""
-    return gradient if gradient.stride(-1) == 1 else gradient.contiguous()
-
-
-def _shape(tensor: Tensor | None) -> torch.Size | None:
-    return None if tensor is None else tensor.shape
 
 
 def _spatial(wanted: bool, whole: Tensor | None, sums: Tensor, slot: int) -> Tensor | None:
@@ -97,7 +82,7 @@ class _AdaLN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shift, scale, step_shift, step_scale, eps):
         ctx.save_for_backward(x, scale, step_scale)
-        ctx.shapes = shift.shape, _shape(step_shift), _shape(step_scale)
+        ctx.shapes = shift.shape, shape_of(step_shift), shape_of(step_scale)
         ctx.eps = eps
         return _adaln(x, shift, scale, step_shift, step_scale, eps)
 
@@ -108,7 +93,7 @@ class _AdaLN(torch.autograd.Function):
         shift_shape, step_shift_shape, step_scale_shape = ctx.shapes
         _, shift, scale_, step_shift, step_scale_, _ = ctx.needs_input_grad
         whole_shift, whole_scale = shift_shape == x.shape, scale.shape == x.shape
-        grad_y = _rows(grad_y)
+        grad_y = rows_of(grad_y)
         grad_x, grad_scale, sums = _adaln_backward(
             grad_y,
             x,
@@ -146,13 +131,13 @@ class _GatedResidual(torch.autograd.Function):
             return grad, None, None, None
         whole = gate.shape == branch.shape
         grad_branch, grad_gate, sums = _gated_residual_backward(
-            _rows(grad), branch, gate, step_gate, gate_ and whole, step_ or (gate_ and not whole)
+            rows_of(grad), branch, gate, step_gate, gate_ and whole, step_ or (gate_ and not whole)
         )
         return (
             grad if x_ else None,
             grad_branch,
             _spatial(gate_, grad_gate if whole else None, sums, 0),
-            _step(step_, _shape(step_gate), sums, 0),
+            _step(step_, shape_of(step_gate), sums, 0),
         )
 
 
@@ -161,7 +146,7 @@ class _GatedResidualAdaLN(torch.autograd.Function):
     def forward(ctx, x, branch, gate, shift, scale, step_gate, step_shift, step_scale, eps):
         new_x, y = _both(x, branch, gate, shift, scale, step_gate, step_shift, step_scale, eps)
         ctx.save_for_backward(new_x, branch, gate, scale, step_gate, step_scale)
-        ctx.shapes = shift.shape, _shape(step_shift)
+        ctx.shapes = shift.shape, shape_of(step_shift)
         ctx.eps = eps
         return new_x, y
 
@@ -171,11 +156,11 @@ class _GatedResidualAdaLN(torch.autograd.Function):
         new_x, branch, gate, scale, step_gate, step_scale = ctx.saved_tensors
         shift_shape, step_shift_shape = ctx.shapes
         _, _, gate_, shift_, scale_, *steps, _ = ctx.needs_input_grad
-        grad_y = _rows(grad_y)
+        grad_y = rows_of(grad_y)
         whole = [shape == new_x.shape for shape in (gate.shape, shift_shape, scale.shape)]
         wanted = (gate_, shift_, scale_)
         grad_x, grad_branch, grad_gate, grad_scale, sums = _both_backward(
-            _rows(grad_new_x),
+            rows_of(grad_new_x),
             grad_y,
             new_x,
             branch,
@@ -190,7 +175,7 @@ class _GatedResidualAdaLN(torch.autograd.Function):
             or any(want and not all_of_it for want, all_of_it in zip(wanted, whole, strict=True)),
         )
         wholes = (grad_gate, grad_y, grad_scale)
-        shapes = (_shape(step_gate), step_shift_shape, _shape(step_scale))
+        shapes = (shape_of(step_gate), step_shift_shape, shape_of(step_scale))
         return (
             grad_x,
             grad_branch,

@@ -10,12 +10,13 @@ from torch.autograd.function import once_differentiable
 
 from ecar_kernels import _triton, tuning
 from ecar_kernels.adaln import kernels, launch
+from ecar_kernels.adaln._autograd import any_requires_grad, rows_of, shape_of
 
 
 def adaln(x: Tensor, shift: Tensor, scale: Tensor, *, step_shift: Tensor | None = None,
           step_scale: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """y = LN(x) (1 + scale + step_scale) + shift + step_shift."""
-    if torch.is_grad_enabled() and _any_requires_grad(x, shift, scale, step_shift, step_scale):
+    if torch.is_grad_enabled() and any_requires_grad(x, shift, scale, step_shift, step_scale):
         return _AdaLN.apply(x, shift, scale, step_shift, step_scale, eps)
     return _adaln(x, shift, scale, step_shift, step_scale, eps)
 
@@ -23,7 +24,7 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, *, step_shift: Tensor | None 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *,
                    step_gate: Tensor | None = None) -> Tensor:
     """x + (gate + step_gate) branch."""
-    if torch.is_grad_enabled() and _any_requires_grad(x, branch, gate, step_gate):
+    if torch.is_grad_enabled() and any_requires_grad(x, branch, gate, step_gate):
         return _GatedResidual.apply(x, branch, gate, step_gate)
     return _gated_residual(x, branch, gate, step_gate)
 
@@ -34,25 +35,9 @@ def gated_residual_adaln(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor,
                          eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """The new residual stream, and its adaLN, in one pass."""
     tensors = (x, branch, gate, shift, scale, step_gate, step_shift, step_scale)
-    if torch.is_grad_enabled() and _any_requires_grad(*tensors):
+    if torch.is_grad_enabled() and any_requires_grad(*tensors):
         return _GatedResidualAdaLN.apply(*tensors, eps)
     return _both(*tensors, eps)
-
-
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    for tensor in tensors:  # noqa: SIM110 (half the time of any() over a generator)
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
-
-
-def _rows(gradient: Tensor) -> Tensor:
-    """A gradient as the kernels take it: that of a sum, say, is expanded from one number."""
-    return gradient if gradient.stride(-1) == 1 else gradient.contiguous()
-
-
-def _shape(tensor: Tensor | None) -> torch.Size | None:
-    return None if tensor is None else tensor.shape
 
 
 def _sums_asked(x: Tensor, wanted: tuple, shapes: tuple, steps_wanted: tuple,
@@ -89,7 +74,7 @@ class _AdaLN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shift, scale, step_shift, step_scale, eps):
         ctx.save_for_backward(x, scale, step_scale)
-        ctx.shapes = shift.shape, _shape(step_shift)
+        ctx.shapes = shift.shape, shape_of(step_shift)
         ctx.eps = eps
         return _adaln(x, shift, scale, step_shift, step_scale, eps)
 
@@ -99,9 +84,9 @@ class _AdaLN(torch.autograd.Function):
         x, scale, step_scale = ctx.saved_tensors
         x_wanted, *wanted, _ = ctx.needs_input_grad
         asked = ((wanted[0], wanted[1]), (ctx.shapes[0], scale.shape),
-                 (wanted[2], wanted[3]), (ctx.shapes[1], _shape(step_scale)))
+                 (wanted[2], wanted[3]), (ctx.shapes[1], shape_of(step_scale)))
         summed, images, total = _sums_asked(x, *asked)
-        grad_y = _rows(grad_y)
+        grad_y = rows_of(grad_y)
         grad_x, grad_scale, sums = _adaln_backward(
             grad_y, x, scale, step_scale, ctx.eps,
             [x_wanted, wanted[1] and scale.shape == x.shape], summed, images, total)
@@ -124,10 +109,10 @@ class _GatedResidual(torch.autograd.Function):
         grad_x = grad if x_wanted else None
         if not (branch_wanted or gate_wanted or step_wanted):
             return grad_x, None, None, None
-        asked = (gate_wanted,), (gate.shape,), (step_wanted,), (_shape(step_gate),)
+        asked = (gate_wanted,), (gate.shape,), (step_wanted,), (shape_of(step_gate),)
         summed, images, total = _sums_asked(branch, *asked)
         grad_branch, grad_gate, sums = _gated_residual_backward(
-            _rows(grad), branch, gate, step_gate,
+            rows_of(grad), branch, gate, step_gate,
             [branch_wanted, gate_wanted and gate.shape == branch.shape], summed, images, total)
         gradients = _modulation_gradients(branch, asked[0], (grad_gate,), *asked[1:], summed, sums)
         return grad_x, grad_branch if branch_wanted else None, *gradients
@@ -138,7 +123,7 @@ class _GatedResidualAdaLN(torch.autograd.Function):
     def forward(ctx, x, branch, gate, shift, scale, step_gate, step_shift, step_scale, eps):
         new_x, y = _both(x, branch, gate, shift, scale, step_gate, step_shift, step_scale, eps)
         ctx.save_for_backward(new_x, branch, gate, scale, step_gate, step_scale)
-        ctx.shapes = shift.shape, _shape(step_shift)
+        ctx.shapes = shift.shape, shape_of(step_shift)
         ctx.eps = eps
         return new_x, y
 
@@ -148,11 +133,11 @@ class _GatedResidualAdaLN(torch.autograd.Function):
         new_x, branch, gate, scale, step_gate, step_scale = ctx.saved_tensors
         x_wanted, branch_wanted, *wanted, _ = ctx.needs_input_grad
         asked = (tuple(wanted[:3]), (gate.shape, ctx.shapes[0], scale.shape),
-                 tuple(wanted[3:]), (_shape(step_gate), ctx.shapes[1], _shape(step_scale)))
+                 tuple(wanted[3:]), (shape_of(step_gate), ctx.shapes[1], shape_of(step_scale)))
         summed, images, total = _sums_asked(new_x, *asked)
-        grad_y = _rows(grad_y)
+        grad_y = rows_of(grad_y)
         grad_x, grad_branch, grad_gate, grad_scale, sums = _both_backward(
-            _rows(grad_new_x), grad_y, new_x, branch, gate, scale, step_gate, step_scale, ctx.eps,
+            rows_of(grad_new_x), grad_y, new_x, branch, gate, scale, step_gate, step_scale, ctx.eps,
             [x_wanted, branch_wanted, wanted[0] and gate.shape == new_x.shape,
              wanted[2] and scale.shape == new_x.shape], summed, images, total)
         gradients = _modulation_gradients(new_x, asked[0], (grad_gate, grad_y, grad_scale),
