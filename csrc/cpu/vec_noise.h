@@ -32,30 +32,67 @@ inline WVec multiply_even(WVec a, std::uint32_t b) {
 #endif
 }
 
-inline void multiply(UVec a, std::uint32_t b, UVec& high, UVec& low) {
-  constexpr std::uint64_t kLow = 0xffffffffu;
-  const WVec even = multiply_even((WVec)a, b), odd = multiply_even((WVec)a >> 32, b);
-  low = (UVec)((even & kLow) | (odd << 32));
-  high = (UVec)((even >> 32) | (odd & ~kLow));
+// Numbers in the low halves of 64-bit lanes. What is in the high halves is never looked at: the
+// products take low halves alone.
+inline WVec spread(std::uint32_t value) { return WVec{} + value; }
+
+inline WVec xor3(WVec a, WVec b, WVec c) {
+#if defined(ECAR_ISA_avx512)
+  return (WVec)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
+#else
+  return a ^ b ^ c;
+#endif
+}
+
+// The low halves of two: even's in the even lanes, odd's in the odd ones.
+inline UVec join(WVec even, WVec odd) {
+#if defined(ECAR_ISA_avx512)
+  return (UVec)_mm512_mask_shuffle_epi32((__m512i)even, 0xaaaa, (__m512i)odd, _MM_PERM_CCAA);
+#elif defined(ECAR_ISA_avx2)
+  return (UVec)_mm256_blend_epi32((__m256i)even, (__m256i)(odd << 32), 0xaa);
+#else
+  return (UVec)((even & 0xffffffffu) | (odd << 32));
+#endif
+}
+
+constexpr std::uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
+constexpr std::uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
+
+// The rounds of Philox on half of the calls. The first two are written out, for their counters
+// (call, stage, 0, 0) leave one product in each, and numbers that all calls have in common.
+inline void philox_half(WVec call, std::uint32_t stage, std::uint64_t seed, WVec (&c)[4]) {
+  std::uint32_t key0 = static_cast<std::uint32_t>(seed);
+  std::uint32_t key1 = static_cast<std::uint32_t>(seed >> 32);
+  const WVec first = multiply_even(call, kMultiplier0);
+  const std::uint64_t common = std::uint64_t{kMultiplier0} * (stage ^ key0);
+  const WVec second = multiply_even((first >> 32) ^ spread(key1), kMultiplier1);
+  key0 += kWeyl0;
+  key1 += kWeyl1;
+  c[0] = (second >> 32) ^ spread(key0);
+  c[1] = second;
+  c[2] = first ^ spread(static_cast<std::uint32_t>(common >> 32) ^ key1);
+  c[3] = spread(static_cast<std::uint32_t>(common));
+  for (int round = 2; round < 10; ++round) {
+    key0 += kWeyl0;
+    key1 += kWeyl1;
+    const WVec product0 = multiply_even(c[0], kMultiplier0);
+    const WVec product1 = multiply_even(c[2], kMultiplier1);
+    c[0] = xor3(product1 >> 32, c[1], spread(key0));
+    c[1] = product1;
+    c[2] = xor3(product0 >> 32, c[3], spread(key1));
+    c[3] = product0;
+  }
 }
 
 // Philox4x32-10 of the counters (call, stage, 0, 0) and one key, for kWidth calls in a row.
 inline VecWords philox(std::uint32_t first_call, std::uint32_t stage, std::uint64_t seed) {
-  UVec c0 = (UVec)lane_numbers() + first_call, c1 = UVec{} + stage, c2{}, c3{};
-  std::uint32_t key0 = static_cast<std::uint32_t>(seed);
-  std::uint32_t key1 = static_cast<std::uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    UVec high0, low0, high1, low1;
-    multiply(c0, 0xD2511F53u, high0, low0);
-    multiply(c2, 0xCD9E8D57u, high1, low1);
-    c0 = high1 ^ c1 ^ key0;
-    c1 = low1;
-    c2 = high0 ^ c3 ^ key1;
-    c3 = low0;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-  return {{c0, c1, c2, c3}};
+  const WVec calls = (WVec)((UVec)lane_numbers() + first_call);
+  WVec even[4], odd[4];
+  philox_half(calls, stage, seed, even);
+  philox_half(calls >> 32, stage, seed, odd);
+  VecWords words;
+  for (int i = 0; i < 4; ++i) words.at[i] = join(even[i], odd[i]);
+  return words;
 }
 
 // (0, 1]
