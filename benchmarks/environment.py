@@ -18,13 +18,20 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def cpu_name() -> str:
-    """The processor's marketing name, or its architecture where the system does not say."""
+    """The processor's marketing name, or its architecture where the system does not say.
+
+    With its family and model, where it has them: on virtual machines the name is often the same
+    for several generations ("AMD EPYC"), of which one may be twice as fast.
+    """
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            match = re.search(r"^model name\s*:\s*(.+)$", file.read(), re.MULTILINE)
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        match = None
-    return match[1].strip() if match else platform.processor() or platform.machine()
+        text = ""
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+?)\s*$", text, re.MULTILINE))
+    name = found.get("model name") or platform.processor() or platform.machine()
+    if {"cpu family", "model"} <= found.keys():
+        name += f" (family {found['cpu family']}, model {found['model']})"
+    return name
 
 
 def usable_cores() -> int:
