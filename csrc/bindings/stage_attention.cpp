@@ -141,9 +141,17 @@ std::tuple<Tensor, Tensor, Tensor> stage_attention_backward(
   const attention::Backward a{call.shape(), heads_of(grad), heads_of(q), heads_of(k), heads_of(v),
                               heads_of(out), static_cast<const float*>(lse.const_data_ptr()),
                               outputs_of(grad_q), outputs_of(grad_k), outputs_of(grad_v)};
-  if (call.head_dim > 0) {
-    const attention::BackwardKernel kernel = ECAR_CHOOSE(attention_kernels).backward[call.dtype];
-    parallel(call.images * call.heads, 5 * call.pairs * call.head_dim / kMultiplyAddsAnElement,
+  if (call.head_dim == 0) return {grad_q, grad_k, grad_v};
+  const attention::Kernels& kernels = ECAR_CHOOSE(attention_kernels);
+  const int64_t heads = call.images * call.heads;
+  const int64_t cost = 5 * call.pairs * call.head_dim / kMultiplyAddsAnElement;
+  if (heads >= static_cast<int64_t>(torch::stable::get_num_threads())) {
+    const attention::BackwardKernel kernel = kernels.backward[call.dtype];
+    parallel(heads, cost, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  } else {
+    const attention::BackwardKernel kernel = kernels.backward_parts[call.dtype];
+    const int64_t parts = attention::parts_of(a.shape);
+    parallel(heads * parts, cost / parts,
              [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   }
   return {grad_q, grad_k, grad_v};

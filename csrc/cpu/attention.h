@@ -60,14 +60,26 @@ struct Backward {
   MutableHeads grad_q, grad_k, grad_v;
 };
 
+// The keys go in pieces, about even.
+inline std::int64_t piece_of(std::int64_t keys) {
+  return ceil_div(ceil_div(keys, ceil_div(keys, kKeys)), 8) * 8;
+}
+
+// Of one head's backward: blocks of queries and pieces of keys.
+inline std::int64_t parts_of(const Shape& shape) {
+  return shape.num_blocks + ceil_div(shape.keys, piece_of(shape.keys));
+}
+
 // Units [begin, end): unit = (image * heads + head) * num_blocks + block.
 using ForwardKernel = void (*)(const Forward&, std::int64_t begin, std::int64_t end);
-// Heads [begin, end) of all images.
+// Heads [begin, end) of all images, in five products; or parts [begin, end) of them,
+// part = (image * heads + head) * parts_of() + .., which come to seven. The bits are the same.
 using BackwardKernel = void (*)(const Backward&, std::int64_t begin, std::int64_t end);
 
 struct Kernels {
   ForwardKernel forward[kDtypes];
   BackwardKernel backward[kDtypes];
+  BackwardKernel backward_parts[kDtypes];
 };
 
 // Memory for `floats` floats, aligned to a cache line, of the calling thread: kept until a larger

@@ -15,11 +15,6 @@ using attention::Shape;
 
 constexpr float kLog2E = 1.44269504f;
 
-// About even pieces of the keys that a block of queries sees.
-inline int64_t piece_of(int64_t keys) {
-  return ceil_div(ceil_div(keys, ceil_div(keys, kKeys)), 8) * 8;
-}
-
 // The running softmax of a block of queries.
 struct Softmax {
   alignas(64) float largest[kQueries];
@@ -106,7 +101,7 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
                block.count, s.head_dim, width, sums);
     transpose_rows(sums, block.count, width, s.scale * kLog2E, queries);
 
-    const int64_t vectors = ceil_div(block.count, kWidth), piece = piece_of(block.keys);
+    const int64_t vectors = ceil_div(block.count, kWidth), piece = attention::piece_of(block.keys);
     for (int64_t at = 0; at < block.keys; at += piece) {
       const int64_t count = smaller(piece, block.keys - at);
       Factors product{keys + at * width, width,    queries, kQueries, s.head_dim,
@@ -143,6 +138,7 @@ struct HeadGradients {
   int64_t width;
   // [block][width][kQueries]: queries in base 2, gradients of the output
   float *queries, *grads;
+  float* outputs;  // [width][kQueries], of one block
   // [block][kQueries][width]
   float *query_rows, *grad_rows, *grad_queries;
   // [block][kQueries]
@@ -154,7 +150,8 @@ struct HeadGradients {
 
   static int64_t floats(const Shape& s) {
     const int64_t width = attention::padded(s.head_dim);
-    return s.num_blocks * kQueries * (5 * width + 2) + kKeys * (4 * width + 2 * kQueries);
+    return s.num_blocks * kQueries * (5 * width + 2) + kQueries * width +
+           kKeys * (4 * width + 2 * kQueries);
   }
 
   explicit HeadGradients(const Backward& arguments)
@@ -168,22 +165,19 @@ struct HeadGradients {
     const int64_t rows = s.num_blocks * kQueries;
     queries = take(rows * width), grads = take(rows * width);
     query_rows = take(rows * width), grad_rows = take(rows * width);
-    grad_queries = take(rows * width);
+    grad_queries = take(rows * width), outputs = take(kQueries * width);
     key_rows = take(kKeys * width), value_rows = take(kKeys * width);
     grad_keys = take(kKeys * width), grad_values = take(kKeys * width);
     weights = take(kKeys * kQueries), grad_scores = take(kKeys * kQueries);
     lse = take(rows), delta = take(rows);
   }
 
-  void read_queries(int64_t image, int64_t head) {
+  void read_queries(int64_t image, int64_t head, int64_t begin, int64_t end) {
     const T* q = head_of<const T>(a.q, image, head);
     const T* grad = head_of<const T>(a.grad, image, head);
     const T* out = head_of<const T>(a.out, image, head);
     const float* its_lse = a.lse + (image * s.heads + head) * s.queries;
-    __builtin_memset(lse, 0, s.num_blocks * kQueries * sizeof(float));
-    __builtin_memset(delta, 0, s.num_blocks * kQueries * sizeof(float));
-    __builtin_memset(grad_queries, 0, s.num_blocks * kQueries * width * sizeof(float));
-    for (int64_t b = 0; b < s.num_blocks; ++b) {
+    for (int64_t b = begin; b < end; ++b) {
       const Block& block = s.blocks[b];
       const int64_t at = b * kQueries, first = block.first;
       widen_rows(q + first * a.q.row_stride, a.q.row_stride, block.count, s.head_dim, width,
@@ -193,14 +187,23 @@ struct HeadGradients {
       widen_rows(grad + first * a.grad.row_stride, a.grad.row_stride, block.count, s.head_dim,
                  width, grad_rows + at * width);
       transpose_rows(grad_rows + at * width, block.count, width, 1.0f, grads + at * width);
-      for (int64_t i = 0; i < block.count; ++i) {
-        const T* y = out + (first + i) * a.out.row_stride;
-        const float* dy = grad_rows + (at + i) * width;
-        delta[at + i] = sum_of(s.head_dim, [&](auto io, int64_t d) {
-          return io.load(y + d) * io.load(dy + d);
-        });
-        lse[at + i] = its_lse[first + i];
+      // Summed as the gradients of the weights are, whose difference is then exactly 0 where a
+      // query sees one key.
+      float* y = grad_queries + at * width;
+      widen_rows(out + first * a.out.row_stride, a.out.row_stride, block.count, s.head_dim, width,
+                 y);
+      transpose_rows(y, block.count, width, 1.0f, outputs);
+      for (int64_t v = 0; v < ceil_div(block.count, kWidth) * kWidth; v += kWidth) {
+        Vec sum{};
+        for (int64_t d = 0; d < s.head_dim; ++d) {
+          sum = fma(Full{}.load(outputs + d * kQueries + v),
+                    Full{}.load(grads + at * width + d * kQueries + v), sum);
+        }
+        Full{}.store(delta + at + v, sum);
       }
+      __builtin_memset(lse + at, 0, kQueries * sizeof(float));
+      __builtin_memcpy(lse + at, its_lse + first, block.count * sizeof(float));
+      __builtin_memset(y, 0, kQueries * width * sizeof(float));
     }
   }
 
@@ -220,10 +223,12 @@ struct HeadGradients {
     }
   }
 
-  void attend(int64_t first, int64_t piece) {
-    for (int64_t b = 0; b < s.num_blocks; ++b) {
+  // Blocks [begin, end) of queries and `count` keys from `first` on.
+  void attend(int64_t begin, int64_t end, int64_t first, int64_t count, bool for_queries,
+              bool for_keys) {
+    for (int64_t b = begin; b < end; ++b) {
       const Block& block = s.blocks[b];
-      const int64_t keys = smaller(piece, block.keys - first);
+      const int64_t keys = smaller(count, block.keys - first);
       if (keys <= 0) continue;
       const int64_t vectors = ceil_div(block.count, kWidth), at = b * kQueries * width;
       Factors product{key_rows, width,    queries + at, kQueries, s.head_dim,
@@ -232,32 +237,39 @@ struct HeadGradients {
       product.a = value_rows, product.b = grads + at, product.c = grad_scores;
       multiply<Into::replace, 0, 1>(product, keys, vectors);
       differentiate(b, keys, vectors);
-      product = {weights,     kQueries, grad_rows + at, width, block.count,
-                 grad_values, width,    nullptr};
-      multiply<Into::add, kQueries, 1>(product, keys, width / kWidth);
-      product.a = grad_scores, product.b = query_rows + at, product.c = grad_keys;
-      multiply<Into::add, kQueries, 1>(product, keys, width / kWidth);
-      product = {grad_scores, 1, key_rows, width, keys, grad_queries + at, width, nullptr};
-      multiply<Into::add, 1, kQueries>(product, block.count, width / kWidth);
+      if (for_keys) {
+        product = {weights,     kQueries, grad_rows + at, width, block.count,
+                   grad_values, width,    nullptr};
+        multiply<Into::add, kQueries, 1>(product, keys, width / kWidth);
+        product.a = grad_scores, product.b = query_rows + at, product.c = grad_keys;
+        multiply<Into::add, kQueries, 1>(product, keys, width / kWidth);
+      }
+      if (for_queries) {
+        product = {grad_scores, 1, key_rows, width, keys, grad_queries + at, width, nullptr};
+        multiply<Into::add, 1, kQueries>(product, block.count, width / kWidth);
+      }
     }
   }
 
-  void run(int64_t image, int64_t head) {
-    read_queries(image, head);
+  // The gradients of keys [first, last), which start a piece, and those of blocks [begin, end),
+  // as far as each is complete with the others.
+  void run(int64_t image, int64_t head, int64_t begin, int64_t end, int64_t first, int64_t last,
+           bool for_queries, bool for_keys) {
+    read_queries(image, head, begin, end);
     const T* k = head_of<const T>(a.k, image, head);
     const T* v = head_of<const T>(a.v, image, head);
     T* grad_k = head_of<T>(a.grad_k, image, head);
     T* grad_v = head_of<T>(a.grad_v, image, head);
-    const int64_t piece = piece_of(s.keys);
-    for (int64_t first = 0; first < s.keys; first += piece) {
-      const int64_t count = smaller(piece, s.keys - first);
+    const int64_t piece = attention::piece_of(s.keys);
+    for (; first < last; first += piece) {
+      const int64_t count = smaller(piece, last - first);
       widen_rows(k + first * a.k.row_stride, a.k.row_stride, count, s.head_dim, width, key_rows);
       widen_rows(v + first * a.v.row_stride, a.v.row_stride, count, s.head_dim, width,
                  value_rows);
       __builtin_memset(grad_keys, 0, count * width * sizeof(float));
       __builtin_memset(grad_values, 0, count * width * sizeof(float));
-      attend(first, count);
-      for (int64_t i = 0; i < count; ++i) {
+      attend(begin, end, first, count, for_queries, for_keys);
+      for (int64_t i = 0; for_keys && i < count; ++i) {
         narrow_row(grad_keys + i * width, s.scale, s.head_dim,
                    grad_k + (first + i) * a.grad_k.row_stride);
         narrow_row(grad_values + i * width, 1.0f, s.head_dim,
@@ -265,7 +277,7 @@ struct HeadGradients {
       }
     }
     T* grad_q = head_of<T>(a.grad_q, image, head);
-    for (int64_t b = 0; b < s.num_blocks; ++b) {
+    for (int64_t b = begin; for_queries && b < end; ++b) {
       const Block& block = s.blocks[b];
       for (int64_t i = 0; i < block.count; ++i) {
         narrow_row(grad_queries + (b * kQueries + i) * width, s.scale, s.head_dim,
@@ -277,8 +289,30 @@ struct HeadGradients {
 
 template <class T>
 void backward(const Backward& a, int64_t begin, int64_t end) {
+  const Shape& s = a.shape;
   HeadGradients<T> gradients(a);
-  for (int64_t i = begin; i < end; ++i) gradients.run(i / a.shape.heads, i % a.shape.heads);
+  for (int64_t i = begin; i < end; ++i) {
+    gradients.run(i / s.heads, i % s.heads, 0, s.num_blocks, 0, s.keys, true, true);
+  }
+}
+
+template <class T>
+void backward_parts(const Backward& a, int64_t begin, int64_t end) {
+  const Shape& s = a.shape;
+  const int64_t piece = attention::piece_of(s.keys), parts = attention::parts_of(s);
+  HeadGradients<T> gradients(a);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t image = i / parts / s.heads, head = i / parts % s.heads, part = i % parts;
+    if (part < s.num_blocks) {
+      gradients.run(image, head, part, part + 1, 0, s.blocks[part].keys, true, false);
+      continue;
+    }
+    const int64_t first = (part - s.num_blocks) * piece;
+    int64_t seen_from = 0;
+    while (seen_from < s.num_blocks && s.blocks[seen_from].keys <= first) ++seen_from;
+    gradients.run(image, head, seen_from, s.num_blocks, first, smaller(first + piece, s.keys),
+                  false, true);
+  }
 }
 
 }  // namespace
@@ -286,6 +320,7 @@ void backward(const Backward& a, int64_t begin, int64_t end) {
 extern const attention::Kernels attention_kernels = {
     {forward<float>, forward<BFloat16>, forward<Float16>},
     {backward<float>, backward<BFloat16>, backward<Float16>},
+    {backward_parts<float>, backward_parts<BFloat16>, backward_parts<Float16>},
 };
 
 }  // namespace ECAR_ISA
