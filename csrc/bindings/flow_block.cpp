@@ -63,11 +63,23 @@ const void* bias_of(const MaybeTensor& bias, const Tensor& x, int64_t outputs) {
   return bias->const_data_ptr();
 }
 
-void run(Dtype dtype, gemm::Input input, gemm::Output output, const Tensor& x, const Tokens& t) {
+Tensor new_workspace(const Tensor& x, const Tokens& t) {
+  return empty(x, {gemm::workspace_size(t.images * t.tokens, t.channels)},
+               aoti_torch_dtype_float32());
+}
+
+void check_workspace(const Tensor& workspace, const Tokens& t) {
+  const int64_t size = gemm::workspace_size(t.images * t.tokens, t.channels);
+  if (dtype_code(workspace) != aoti_torch_dtype_float32() || workspace.dim() != 1 ||
+      workspace.size(0) < size || workspace.stride(0) != 1) {
+    refuse("workspace", size, " or more contiguous float32, got ", text(workspace.sizes()));
+  }
+}
+
+void run(Dtype dtype, gemm::Input input, gemm::Output output, const Tensor& workspace,
+         const Tokens& t) {
   const int64_t all = t.images * t.tokens;
   if (all == 0 || output.outputs == 0) return;
-  const Tensor workspace = empty(x, {gemm::workspace_size(all, t.channels)},
-                                 aoti_torch_dtype_float32());
   input.tokens = output.tokens = t.tokens;
   input.depth = output.depth = t.channels;
   input.workspace = static_cast<float*>(workspace.mutable_data_ptr());
@@ -86,14 +98,16 @@ void run(Dtype dtype, gemm::Input input, gemm::Output output, const Tensor& x, c
   }
 }
 
-Tensor packed_adaln_linear(const Tensor& x, const Tensor& shift, const Tensor& scale,
-                           const Tensor& packed, int64_t outputs, const MaybeTensor& bias,
-                           const MaybeTensor& step_shift, const MaybeTensor& step_scale,
-                           bool gelu, double eps) {
+void adaln_linear(const Tensor& x, const Tensor& shift, const Tensor& scale, const Tensor& packed,
+                  int64_t outputs, const MaybeTensor& bias, const MaybeTensor& step_shift,
+                  const MaybeTensor& step_scale, bool gelu, double eps, const Tensor& workspace,
+                  const Tensor& out) {
   const Dtype dtype = check_leading("x", x, 3);
   const Tokens t = tokens_of(x);
   check_packed(packed, x, outputs, t.channels);
-  const Tensor y = empty(x, {t.images, t.tokens, outputs});
+  check_workspace(workspace, t);
+  check_output("out", out, x, {t.images, t.tokens, outputs});
+  check_apart("out", out, x);
   gemm::Input input{};
   input.x = rows_of(x);
   set_shift(input, shift, step_shift, x, t);
@@ -103,31 +117,64 @@ Tensor packed_adaln_linear(const Tensor& x, const Tensor& shift, const Tensor& s
   output.bias = bias_of(bias, x, outputs);
   output.gelu = gelu;
   output.outputs = outputs;
-  output.y = y.mutable_data_ptr();
-  run(dtype, input, output, x, t);
+  output.y = out.mutable_data_ptr();
+  run(dtype, input, output, workspace, t);
+}
+
+Tensor packed_adaln_linear(const Tensor& x, const Tensor& shift, const Tensor& scale,
+                           const Tensor& packed, int64_t outputs, const MaybeTensor& bias,
+                           const MaybeTensor& step_shift, const MaybeTensor& step_scale,
+                           bool gelu, double eps) {
+  check_leading("x", x, 3);
+  const Tokens t = tokens_of(x);
+  check_packed(packed, x, outputs, t.channels);
+  const Tensor y = empty(x, {t.images, t.tokens, outputs});
+  adaln_linear(x, shift, scale, packed, outputs, bias, step_shift, step_scale, gelu, eps,
+               new_workspace(x, t), y);
   return y;
+}
+
+// The residual may be `out` itself: each of its elements is read by the one that replaces it.
+void linear_gated_residual(const Tensor& h, const Tensor& packed, const MaybeTensor& bias,
+                           const Tensor& gate, const Tensor& residual,
+                           const MaybeTensor& step_gate, const Tensor& workspace,
+                           const Tensor& out) {
+  const Dtype dtype = check_leading("h", h, 3);
+  const Tokens t = tokens_of(h);
+  check_leading("residual", residual, 3);
+  const Tokens of_out{t.images, t.tokens, residual.size(2)};
+  check_packed(packed, h, of_out.channels, t.channels);
+  check_workspace(workspace, t);
+  check_output("out", out, h, {t.images, t.tokens, of_out.channels});
+  check_apart("out", out, h);
+  if (!same_memory(out, residual)) check_apart("out", out, residual);
+  gemm::Input input{};
+  input.x = rows_of(h);
+  gemm::Output output{};
+  output.packed = packed.const_data_ptr();
+  output.bias = bias_of(bias, h, of_out.channels);
+  set_gate(output, gate, step_gate, h, of_out);
+  output.residual = like("residual", residual, h, of_out);
+  output.outputs = of_out.channels;
+  output.y = out.mutable_data_ptr();
+  run(dtype, input, output, workspace, t);
 }
 
 Tensor packed_linear_gated_residual(const Tensor& h, const Tensor& packed,
                                     const MaybeTensor& bias, const Tensor& gate,
                                     const Tensor& residual, const MaybeTensor& step_gate) {
-  const Dtype dtype = check_leading("h", h, 3);
+  check_leading("h", h, 3);
   const Tokens t = tokens_of(h);
   check_leading("residual", residual, 3);
-  const Tokens out{t.images, t.tokens, residual.size(2)};
-  check_packed(packed, h, out.channels, t.channels);
-  const Tensor y = empty(h, {out.images, out.tokens, out.channels});
-  gemm::Input input{};
-  input.x = rows_of(h);
-  gemm::Output output{};
-  output.packed = packed.const_data_ptr();
-  output.bias = bias_of(bias, h, out.channels);
-  set_gate(output, gate, step_gate, h, out);
-  output.residual = like("residual", residual, h, out);
-  output.outputs = out.channels;
-  output.y = y.mutable_data_ptr();
-  run(dtype, input, output, h, t);
+  check_packed(packed, h, residual.size(2), t.channels);
+  const Tensor y = empty(h, {t.images, t.tokens, residual.size(2)});
+  linear_gated_residual(h, packed, bias, gate, residual, step_gate, new_workspace(h, t), y);
   return y;
+}
+
+// Floats that a call's workspace has at least.
+int64_t packed_workspace_size(int64_t rows, int64_t depth) {
+  return gemm::workspace_size(rows, depth);
 }
 
 }  // namespace
@@ -141,10 +188,24 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
   library.def(
       "packed_linear_gated_residual(Tensor h, Tensor packed, Tensor? bias, Tensor gate, "
       "Tensor residual, Tensor? step_gate) -> Tensor");
+  library.def(
+      "packed_adaln_linear_out(Tensor x, Tensor shift, Tensor scale, Tensor packed, int outputs, "
+      "Tensor? bias, Tensor? step_shift, Tensor? step_scale, bool gelu, float eps, "
+      "Tensor(a!) workspace, Tensor(b!) out) -> ()");
+  library.def(
+      "packed_linear_gated_residual_out(Tensor h, Tensor packed, Tensor? bias, Tensor gate, "
+      "Tensor residual, Tensor? step_gate, Tensor(a!) workspace, Tensor(b!) out) -> ()");
+  library.def("packed_workspace_size(int rows, int depth) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ecar, CPU, library) {
   library.impl("pack_linear_weight", TORCH_BOX(&ecar::pack_linear_weight));
   library.impl("packed_adaln_linear", TORCH_BOX(&ecar::packed_adaln_linear));
   library.impl("packed_linear_gated_residual", TORCH_BOX(&ecar::packed_linear_gated_residual));
+  library.impl("packed_adaln_linear_out", TORCH_BOX(&ecar::adaln_linear));
+  library.impl("packed_linear_gated_residual_out", TORCH_BOX(&ecar::linear_gated_residual));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ecar, CompositeExplicitAutograd, library) {
+  library.impl("packed_workspace_size", TORCH_BOX(&ecar::packed_workspace_size));
 }

@@ -25,13 +25,17 @@ from ecar_kernels.flow_block.packing import (
     packed_weight,
 )
 
-__all__ = ["adaln_linear", "forget_packed", "linear_gated_residual", "packed_weight",
-           "prepare_weight"]
+__all__ = ["adaln_linear", "adaln_linear_out", "forget_packed", "linear_gated_residual",
+           "linear_gated_residual_out", "packed_weight", "prepare_weight", "workspace_size"]
 
 _native.require()
 
 _packed_adaln_linear = torch.ops.ecar.packed_adaln_linear.default
 _packed_linear_gated_residual = torch.ops.ecar.packed_linear_gated_residual.default
+# For who has weights packed and outputs allocated (ecar/bound.py): the packed op's arguments, a
+# workspace, and the output, contiguous, which may be the residual itself.
+adaln_linear_out = torch.ops.ecar.packed_adaln_linear_out.default
+linear_gated_residual_out = torch.ops.ecar.packed_linear_gated_residual_out.default
 
 
 def adaln_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, *,
@@ -49,6 +53,11 @@ def linear_gated_residual(h: Tensor, weight: Tensor, bias: Tensor | None, gate: 
     call = (_linear_gated_residual if torch.compiler.is_compiling()
             else _run_linear_gated_residual)
     return call(h, weight, bias, gate, residual, step_gate)
+
+
+def workspace_size(rows: int, depth: int) -> int:
+    """Floats that the workspace of a call has at least: rows of all images, inputs of each."""
+    return torch.ops.ecar.packed_workspace_size(rows, depth)
 
 
 def prepare_weight(weight: Tensor, keep: bool) -> None:
@@ -104,6 +113,16 @@ def _(x, shift, scale, packed, outputs, bias, step_shift, step_scale, gelu, eps)
 @torch.library.register_fake("ecar::packed_linear_gated_residual", lib=_library)
 def _(h, packed, bias, gate, residual, step_gate):
     return h.new_empty(residual.shape)
+
+
+@torch.library.register_fake("ecar::packed_adaln_linear_out", lib=_library)
+def _(x, shift, scale, packed, outputs, bias, step_shift, step_scale, gelu, eps, workspace, out):
+    return None
+
+
+@torch.library.register_fake("ecar::packed_linear_gated_residual_out", lib=_library)
+def _(h, packed, bias, gate, residual, step_gate, workspace, out):
+    return None
 
 
 @torch.library.register_fake("ecar::pack_linear_weight", lib=_library)

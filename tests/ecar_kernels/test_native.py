@@ -190,7 +190,8 @@ def test_lesser_instruction_sets(isa):
     """The families' own tests again, in a process that may not use more."""
     if SETS.index(_native.instruction_set()) > SETS.index(isa):
         pytest.skip(f"this CPU has no {isa}")
-    files = [f"tests/ecar_kernels/test_{family}_native.py" for family in ("adaln", "flow_step")]
+    files = [f"tests/ecar_kernels/test_{name}_native.py"
+             for name in ("adaln", "flow_step", "flow_boundary")]
     code = ("import sys, pytest; from ecar_kernels import _native; "
             f"assert _native.instruction_set() == {isa!r}; "
             f"sys.exit(pytest.main(['-q', '-p', 'no:xdist', '-p', 'no:cacheprovider', *{files}]))")
