@@ -4,6 +4,7 @@
 
 #include "cpu/gemm_gelu.h"
 #include "cpu/gemm_tile.h"
+#include "cpu/transpose.h"
 #include "cpu/vec_rows.h"
 
 namespace ecar {
@@ -99,32 +100,6 @@ struct Source {
   }
 };
 
-// [8 rows][8] to [8][8 rows].
-inline void transpose(const float (&rows)[8][8], float* to) {
-#if defined(ECAR_ISA_avx512) || defined(ECAR_ISA_avx2)
-  __m256 a[8], b[8];
-  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(rows[i]);
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
-    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {  // a[i + j]: columns j and j + 4 of rows i to i + 3
-    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
-    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
-    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
-    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
-  }
-  for (int j = 0; j < 4; ++j) {
-    _mm256_storeu_ps(to + 8 * j, _mm256_permute2f128_ps(a[j], a[4 + j], 0x20));
-    _mm256_storeu_ps(to + 8 * (j + 4), _mm256_permute2f128_ps(a[j], a[4 + j], 0x31));
-  }
-#else
-  for (int i = 0; i < 8; ++i) {
-    for (int j = 0; j < 8; ++j) to[8 * j + i] = rows[i][j];
-  }
-#endif
-}
-
 // Block `block` of a chunk of `blocks`; rows beyond `rows` are zeros.
 template <class T>
 void prepare_block(const Input& input, int64_t first, int64_t rows, int64_t block,
@@ -161,10 +136,10 @@ void prepare_block(const Input& input, int64_t first, int64_t rows, int64_t bloc
     const int64_t count = ceil_div(size, per_word);
     for (int64_t i = 0; i < count; i += 8, to += 8 * kBlockRows) {
       if (count - i >= 8) {
-        transpose(words[i / 8], to);
+        transpose(words[i / 8][0], 8, to, kBlockRows);
       } else {
         float last[8 * kBlockRows];
-        transpose(words[i / 8], last);
+        transpose(words[i / 8][0], 8, last, kBlockRows);
         __builtin_memcpy(to, last, (count - i) * kBlockRows * sizeof(float));
       }
     }

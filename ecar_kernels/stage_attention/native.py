@@ -1,7 +1,7 @@
-"""Stage attention without a mask: one dense attention per stage.
+"""Stage attention without a mask: a stage's queries see a contiguous prefix of the keys.
 
-A stage's queries see a contiguous prefix of the keys, so that no masked score is computed and
-scaled_dot_product_attention keeps its fast kernels, which a mask would rule out.
+On CPU tensors in C++, csrc/cpu/attention_isa.cpp. Elsewhere one dense attention for each stage, so
+that scaled_dot_product_attention keeps its fast kernels, which a mask would rule out.
 """
 
 from collections.abc import Sequence
@@ -9,19 +9,41 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ecar_kernels._precision import widen
+from ecar_kernels import _native
+
+if _native.why_not() is None:
+    _forward = torch.ops.ecar.stage_attention.default
+    _forward_out = torch.ops.ecar.stage_attention_out.default
+    _forward_training = torch.ops.ecar.stage_attention_training.default
+    _backward = torch.ops.ecar.stage_attention_backward.default
 
 
 def stage_attention(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int], *,
                     scale: float | None = None) -> Tensor:
     """q [B, Nq, H, D], k and v [B, N, H, D] -> [B, Nq, H, D]."""
-    dtype = q.dtype
-    if q.device.type == "cpu" and torch.is_grad_enabled() and any(
-            x.requires_grad for x in (q, k, v)):
-        # On the CPU, torch's backward in bfloat16 took 4.4 times float32's (617 against 141 ms
-        # a step of 64 images of 84 tokens, 4 heads of 32, one thread of a Zen 4, torch 2.13).
-        q, k, v = widen(q), widen(k), widen(v)
+    if not q.is_cpu:
+        return _each_stage(q, k, v, stage_lengths, scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _StageAttention.apply(q, k, v, stage_lengths, scale)
+    return _forward(q, k, v, stage_lengths, scale)
+
+
+def stage_attention_out(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int],
+                        out: Tensor, *, scale: float | None = None) -> None:
+    """As `stage_attention`, into `out`: CPU tensors, no gradients.
+
+    out: [B, Nq, H, D] of q's type, the last dimension contiguous; it shares no memory with the
+    others. Nothing is allocated but a workspace of each thread, which is kept.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    _forward_out(q, k, v, stage_lengths, scale, out)
+
+
+def _each_stage(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int],
+                scale: float | None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     outputs, key_end = [], k.shape[2]
     query_end = q.shape[2]
@@ -33,5 +55,39 @@ def stage_attention(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int
             scale=scale).transpose(1, 2))
         query_end -= length
         key_end -= length
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs[::-1], dim=1)
-    return output.to(dtype)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs[::-1], dim=1)
+
+
+class _StageAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, stage_lengths, scale):
+        out, lse = _forward_training(q, k, v, stage_lengths, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.stage_lengths, ctx.scale = stage_lengths, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        if grad.stride(-1) != 1:  # the gradient of a sum, say
+            grad = grad.contiguous()
+        return (*_backward(grad, *ctx.saved_tensors, ctx.stage_lengths, ctx.scale), None, None)
+
+
+if _native.why_not() is None:
+    @torch.library.register_fake("ecar::stage_attention")
+    def _(q, k, v, stage_lengths, scale):
+        return q.new_empty(q.shape)
+
+    @torch.library.register_fake("ecar::stage_attention_out")
+    def _(q, k, v, stage_lengths, scale, out):
+        return None
+
+    @torch.library.register_fake("ecar::stage_attention_training")
+    def _(q, k, v, stage_lengths, scale):
+        batch, queries, heads, _ = q.shape
+        return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=torch.float32)
+
+    @torch.library.register_fake("ecar::stage_attention_backward")
+    def _(grad, q, k, v, out, lse, stage_lengths, scale):
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

@@ -1,0 +1,327 @@
+#include "cpu/attention.h"
+
+#include <type_traits>
+
+#include "cpu/attention_tile.h"
+
+namespace ecar {
+namespace ECAR_ISA {
+namespace {
+
+using attention::Backward;
+using attention::Block;
+using attention::Forward;
+using attention::Shape;
+
+constexpr float kLog2E = 1.44269504f;
+
+// The running softmax of a block of queries.
+struct Softmax {
+  alignas(64) float largest[kQueries];
+  alignas(64) float total[kQueries];
+  alignas(64) float shrink[kQueries];  // of what was summed before
+
+  // Scores in base 2, [keys][kQueries], to weights.
+  void take(float* scores, int64_t keys, int64_t vectors, bool fresh) {
+    for (int64_t v = 0; v < vectors * kWidth; v += kWidth) {
+      float* at = scores + v;
+      Vec most[4];
+      for (Vec& its : most) its = fresh ? Full{}.load(at) : Full{}.load(largest + v);
+      int64_t i = 0;
+      for (; i + 4 <= keys; i += 4) {
+        ECAR_UNROLL for (int j = 0; j < 4; ++j) {
+          most[j] = larger(most[j], Full{}.load(at + (i + j) * kQueries));
+        }
+      }
+      for (; i < keys; ++i) most[0] = larger(most[0], Full{}.load(at + i * kQueries));
+      const Vec now = larger(larger(most[0], most[1]), larger(most[2], most[3]));
+      Vec sums[4] = {};
+      const auto weigh = [&](int64_t key, Vec& sum) {
+        const Vec weight = exp2(Full{}.load(at + key * kQueries) - now);
+        Full{}.store(at + key * kQueries, weight);
+        sum += weight;
+      };
+      for (i = 0; i + 4 <= keys; i += 4) {
+        ECAR_UNROLL for (int j = 0; j < 4; ++j) weigh(i + j, sums[j]);
+      }
+      for (; i < keys; ++i) weigh(i, sums[0]);
+      Vec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      if (!fresh) {
+        const Vec factor = exp2(Full{}.load(largest + v) - now);
+        Full{}.store(shrink + v, factor);
+        sum = fma(Full{}.load(total + v), factor, sum);
+      }
+      Full{}.store(largest + v, now);
+      Full{}.store(total + v, sum);
+    }
+  }
+};
+
+// A head's rows as floats where they lie, or as many as were asked for so far in `copies`.
+template <class T>
+struct Rows32 {
+  const T* rows;
+  int64_t stride, head_dim, width;
+  float* copies;
+  int64_t copied;
+
+  void copy(int64_t count) {
+    if (count <= copied) return;
+    widen_rows(rows + copied * stride, stride, count - copied, head_dim, width,
+               copies + copied * width);
+    copied = count;
+  }
+};
+
+template <class T>
+void forward(const Forward& a, int64_t begin, int64_t end) {
+  constexpr bool direct = std::is_same_v<T, float>;  // keys are read where they lie
+  const Shape& s = a.shape;
+  const int64_t width = attention::padded(s.head_dim);
+  float* queries = attention::workspace((2 * kQueries + s.keys * (direct ? 1 : 2)) * width +
+                                        kKeys * kQueries);
+  float* scores = queries + kQueries * width;
+  float* sums = scores + kKeys * kQueries;
+  float* values = sums + kQueries * width;
+  float* keys = values + s.keys * width;
+  Rows32<T> k{}, v{};
+  Softmax softmax;
+  int64_t current = -1;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const Block& block = s.blocks[unit % s.num_blocks];
+    const int64_t image = unit / s.num_blocks / s.heads, head = unit / s.num_blocks % s.heads;
+    if (unit / s.num_blocks != current) {
+      current = unit / s.num_blocks;
+      k = {head_of<const T>(a.k, image, head), a.k.row_stride, s.head_dim, width, keys, 0};
+      v = {head_of<const T>(a.v, image, head), a.v.row_stride, s.head_dim, width, values, 0};
+    }
+    v.copy(block.keys);
+    if constexpr (!direct) k.copy(block.keys);
+    widen_rows(head_of<const T>(a.q, image, head) + block.first * a.q.row_stride, a.q.row_stride,
+               block.count, s.head_dim, width, sums);
+    transpose_rows(sums, block.count, width, s.scale * kLog2E, queries);
+
+    const int64_t vectors = ceil_div(block.count, kWidth), piece = attention::piece_of(block.keys);
+    for (int64_t at = 0; at < block.keys; at += piece) {
+      const int64_t count = smaller(piece, block.keys - at);
+      Factors product{keys + at * width, width,    queries, kQueries, s.head_dim,
+                      scores,            kQueries, nullptr};
+      if constexpr (direct) product.a = k.rows + at * k.stride, product.a_row = k.stride;
+      multiply<Into::replace, 0, 1>(product, count, vectors);
+      softmax.take(scores, count, vectors, at == 0);
+      product = {scores, 1, values + at * width, width, count, sums, width, softmax.shrink};
+      if (at == 0) {
+        multiply<Into::replace, 1, kQueries>(product, block.count, width / kWidth);
+      } else {
+        multiply<Into::scaled, 1, kQueries>(product, block.count, width / kWidth);
+      }
+    }
+    T* out = head_of<T>(a.out, image, head) + block.first * a.out.row_stride;
+    for (int64_t i = 0; i < block.count; ++i, out += a.out.row_stride) {
+      narrow_row(sums + i * width, 1.0f / softmax.total[i], s.head_dim, out);
+    }
+    if (a.lse != nullptr) {
+      float* lse = a.lse + current * s.queries + block.first;
+      for (int64_t i = 0; i < block.count; ++i) {
+        lse[i] = softmax.largest[i] + __builtin_log2f(softmax.total[i]);
+      }
+    }
+  }
+}
+
+// One head's gradients. A piece of keys at a time gets its own gradients complete, while each
+// block of queries that sees it adds to its own.
+template <class T>
+struct HeadGradients {
+  const Backward& a;
+  const Shape& s;
+  int64_t width;
+  // [block][width][kQueries]: queries in base 2, gradients of the output
+  float *queries, *grads;
+  float* outputs;  // [width][kQueries], of one block
+  // [block][kQueries][width]
+  float *query_rows, *grad_rows, *grad_queries;
+  // [block][kQueries]
+  float *lse, *delta;
+  // [kKeys][width]
+  float *key_rows, *value_rows, *grad_keys, *grad_values;
+  // [kKeys][kQueries]
+  float *weights, *grad_scores;
+
+  static int64_t floats(const Shape& s) {
+    const int64_t width = attention::padded(s.head_dim);
+    return s.num_blocks * kQueries * (5 * width + 2) + kQueries * width +
+           kKeys * (4 * width + 2 * kQueries);
+  }
+
+  explicit HeadGradients(const Backward& arguments)
+      : a(arguments), s(arguments.shape), width(attention::padded(s.head_dim)) {
+    float* next = attention::workspace(floats(s));
+    const auto take = [&](int64_t count) {
+      float* taken = next;
+      next += count;
+      return taken;
+    };
+    const int64_t rows = s.num_blocks * kQueries;
+    queries = take(rows * width), grads = take(rows * width);
+    query_rows = take(rows * width), grad_rows = take(rows * width);
+    grad_queries = take(rows * width), outputs = take(kQueries * width);
+    key_rows = take(kKeys * width), value_rows = take(kKeys * width);
+    grad_keys = take(kKeys * width), grad_values = take(kKeys * width);
+    weights = take(kKeys * kQueries), grad_scores = take(kKeys * kQueries);
+    lse = take(rows), delta = take(rows);
+  }
+
+  void read_queries(int64_t image, int64_t head, int64_t begin, int64_t end) {
+    const T* q = head_of<const T>(a.q, image, head);
+    const T* grad = head_of<const T>(a.grad, image, head);
+    const T* out = head_of<const T>(a.out, image, head);
+    const float* its_lse = a.lse + (image * s.heads + head) * s.queries;
+    for (int64_t b = begin; b < end; ++b) {
+      const Block& block = s.blocks[b];
+      const int64_t at = b * kQueries, first = block.first;
+      widen_rows(q + first * a.q.row_stride, a.q.row_stride, block.count, s.head_dim, width,
+                 query_rows + at * width);
+      transpose_rows(query_rows + at * width, block.count, width, s.scale * kLog2E,
+                     queries + at * width);
+      widen_rows(grad + first * a.grad.row_stride, a.grad.row_stride, block.count, s.head_dim,
+                 width, grad_rows + at * width);
+      transpose_rows(grad_rows + at * width, block.count, width, 1.0f, grads + at * width);
+      // Summed as the gradients of the weights are, whose difference is then exactly 0 where a
+      // query sees one key.
+      float* y = grad_queries + at * width;
+      widen_rows(out + first * a.out.row_stride, a.out.row_stride, block.count, s.head_dim, width,
+                 y);
+      transpose_rows(y, block.count, width, 1.0f, outputs);
+      for (int64_t v = 0; v < ceil_div(block.count, kWidth) * kWidth; v += kWidth) {
+        Vec sum{};
+        for (int64_t d = 0; d < s.head_dim; ++d) {
+          sum = fma(Full{}.load(outputs + d * kQueries + v),
+                    Full{}.load(grads + at * width + d * kQueries + v), sum);
+        }
+        Full{}.store(delta + at + v, sum);
+      }
+      __builtin_memset(lse + at, 0, kQueries * sizeof(float));
+      __builtin_memcpy(lse + at, its_lse + first, block.count * sizeof(float));
+      __builtin_memset(y, 0, kQueries * width * sizeof(float));
+    }
+  }
+
+  // The scores of a block of queries and `keys` keys become weights, and the weights' gradients
+  // the scores'.
+  void differentiate(int64_t b, int64_t keys, int64_t vectors) {
+    for (int64_t v = 0; v < vectors * kWidth; v += kWidth) {
+      const Vec its_lse = Full{}.load(lse + b * kQueries + v);
+      const Vec its_delta = Full{}.load(delta + b * kQueries + v);
+      ECAR_UNROLL for (int64_t i = 0; i < keys; ++i) {
+        float* weight = weights + i * kQueries + v;
+        float* grad = grad_scores + i * kQueries + v;
+        const Vec p = exp2(Full{}.load(weight) - its_lse);
+        Full{}.store(weight, p);
+        Full{}.store(grad, p * (Full{}.load(grad) - its_delta));
+      }
+    }
+  }
+
+  // Blocks [begin, end) of queries and `count` keys from `first` on.
+  void attend(int64_t begin, int64_t end, int64_t first, int64_t count, bool for_queries,
+              bool for_keys) {
+    for (int64_t b = begin; b < end; ++b) {
+      const Block& block = s.blocks[b];
+      const int64_t keys = smaller(count, block.keys - first);
+      if (keys <= 0) continue;
+      const int64_t vectors = ceil_div(block.count, kWidth), at = b * kQueries * width;
+      Factors product{key_rows, width,    queries + at, kQueries, s.head_dim,
+                      weights,  kQueries, nullptr};
+      multiply<Into::replace, 0, 1>(product, keys, vectors);
+      product.a = value_rows, product.b = grads + at, product.c = grad_scores;
+      multiply<Into::replace, 0, 1>(product, keys, vectors);
+      differentiate(b, keys, vectors);
+      if (for_keys) {
+        product = {weights,     kQueries, grad_rows + at, width, block.count,
+                   grad_values, width,    nullptr};
+        multiply<Into::add, kQueries, 1>(product, keys, width / kWidth);
+        product.a = grad_scores, product.b = query_rows + at, product.c = grad_keys;
+        multiply<Into::add, kQueries, 1>(product, keys, width / kWidth);
+      }
+      if (for_queries) {
+        product = {grad_scores, 1, key_rows, width, keys, grad_queries + at, width, nullptr};
+        multiply<Into::add, 1, kQueries>(product, block.count, width / kWidth);
+      }
+    }
+  }
+
+  // The gradients of keys [first, last), which start a piece, and those of blocks [begin, end),
+  // as far as each is complete with the others.
+  void run(int64_t image, int64_t head, int64_t begin, int64_t end, int64_t first, int64_t last,
+           bool for_queries, bool for_keys) {
+    read_queries(image, head, begin, end);
+    const T* k = head_of<const T>(a.k, image, head);
+    const T* v = head_of<const T>(a.v, image, head);
+    T* grad_k = head_of<T>(a.grad_k, image, head);
+    T* grad_v = head_of<T>(a.grad_v, image, head);
+    const int64_t piece = attention::piece_of(s.keys);
+    for (; first < last; first += piece) {
+      const int64_t count = smaller(piece, last - first);
+      widen_rows(k + first * a.k.row_stride, a.k.row_stride, count, s.head_dim, width, key_rows);
+      widen_rows(v + first * a.v.row_stride, a.v.row_stride, count, s.head_dim, width,
+                 value_rows);
+      __builtin_memset(grad_keys, 0, count * width * sizeof(float));
+      __builtin_memset(grad_values, 0, count * width * sizeof(float));
+      attend(begin, end, first, count, for_queries, for_keys);
+      for (int64_t i = 0; for_keys && i < count; ++i) {
+        narrow_row(grad_keys + i * width, s.scale, s.head_dim,
+                   grad_k + (first + i) * a.grad_k.row_stride);
+        narrow_row(grad_values + i * width, 1.0f, s.head_dim,
+                   grad_v + (first + i) * a.grad_v.row_stride);
+      }
+    }
+    T* grad_q = head_of<T>(a.grad_q, image, head);
+    for (int64_t b = begin; for_queries && b < end; ++b) {
+      const Block& block = s.blocks[b];
+      for (int64_t i = 0; i < block.count; ++i) {
+        narrow_row(grad_queries + (b * kQueries + i) * width, s.scale, s.head_dim,
+                   grad_q + (block.first + i) * a.grad_q.row_stride);
+      }
+    }
+  }
+};
+
+template <class T>
+void backward(const Backward& a, int64_t begin, int64_t end) {
+  const Shape& s = a.shape;
+  HeadGradients<T> gradients(a);
+  for (int64_t i = begin; i < end; ++i) {
+    gradients.run(i / s.heads, i % s.heads, 0, s.num_blocks, 0, s.keys, true, true);
+  }
+}
+
+template <class T>
+void backward_parts(const Backward& a, int64_t begin, int64_t end) {
+  const Shape& s = a.shape;
+  const int64_t piece = attention::piece_of(s.keys), parts = attention::parts_of(s);
+  HeadGradients<T> gradients(a);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t image = i / parts / s.heads, head = i / parts % s.heads, part = i % parts;
+    if (part < s.num_blocks) {
+      gradients.run(image, head, part, part + 1, 0, s.blocks[part].keys, true, false);
+      continue;
+    }
+    const int64_t first = (part - s.num_blocks) * piece;
+    int64_t seen_from = 0;
+    while (seen_from < s.num_blocks && s.blocks[seen_from].keys <= first) ++seen_from;
+    gradients.run(image, head, seen_from, s.num_blocks, first, smaller(first + piece, s.keys),
+                  false, true);
+  }
+}
+
+}  // namespace
+
+extern const attention::Kernels attention_kernels = {
+    {forward<float>, forward<BFloat16>, forward<Float16>},
+    {backward<float>, backward<BFloat16>, backward<Float16>},
+    {backward_parts<float>, backward_parts<BFloat16>, backward_parts<Float16>},
+};
+
+}  // namespace ECAR_ISA
+}  // namespace ecar

@@ -1,0 +1,189 @@
+#pragma once
+
+// The products, the exponential and the packing of attention, for *_isa.cpp files.
+
+#include "cpu/attention.h"
+#include "cpu/transpose.h"
+#include "cpu/vec.h"
+
+namespace ecar {
+namespace ECAR_ISA {
+namespace {
+
+using attention::ceil_div;
+using attention::Heads;
+using attention::kKeys;
+using attention::kQueries;
+using attention::MutableHeads;
+using std::int64_t;
+
+#define ECAR_UNROLL _Pragma("GCC unroll 8")
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// max(a, b); a NaN in b is kept.
+inline Vec larger(Vec a, Vec b) {
+#if defined(ECAR_ISA_avx512)
+  return _mm512_max_ps(a, b);
+#elif defined(ECAR_ISA_avx2)
+  return _mm256_max_ps(a, b);
+#elif defined(__x86_64__)
+  return _mm_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// 2^x within an ulp where -125 <= x <= 0, and 2^-125 below; a NaN stays one.
+inline Vec exp2(Vec x) {
+  x = larger(splat(-125.0f), x);
+  // The ulp of `magic` is 1: adding it rounds to a whole number, whose last bits are then the
+  // exponent of 2^n.
+  const Vec magic = splat(0x1.8p23f + 127.0f);
+  const Vec shifted = x + magic;
+  const Vec r = x - (shifted - magic);
+  // Minimax where |r| <= 1/2: 2e-9.
+  Vec p = splat(1.5353365e-4f);
+  p = fma(p, r, splat(1.3398875e-3f));
+  p = fma(p, r, splat(9.618437e-3f));
+  p = fma(p, r, splat(5.5503324e-2f));
+  p = fma(p, r, splat(2.4022648e-1f));
+  p = fma(p, r, splat(6.931472e-1f));
+  p = fma(p, r, splat(1.0f));
+  return p * (Vec)((IVec)shifted << 23);
+}
+
+// --- products -------------------------------------------------------------------------------
+
+// A tile of sums fills the registers: 24 of 32 with AVX-512, 12 of 16 elsewhere.
+#if defined(ECAR_ISA_avx512)
+constexpr int kTileRows = 8;
+#else
+constexpr int kTileRows = 4;
+#endif
+constexpr int kTileVectors = 3;
+
+// What becomes of a product: it replaces what was there, is added, or is added to it times its
+// row's factor.
+enum class Into { replace, add, scaled };
+
+// c[r][n] = sum over k < depth of a[r * row + k * kStep] b[k * b_row + n], a's row stride known
+// when compiled where kRow > 0.
+struct Factors {
+  const float* a;
+  int64_t a_row;
+  const float* b;
+  int64_t b_row;
+  int64_t depth;
+  float* c;
+  int64_t c_row;
+  const float* scales;  // of the rows, for Into::scaled
+};
+
+template <Into kInto, int kRow, int kStep, int R, int V>
+void tile(const Factors& f, int64_t row, int64_t column) {
+  const int64_t a_row = kRow > 0 ? kRow : f.a_row, b_row = f.b_row;
+  const float* a = f.a + row * a_row;
+  const float* b = f.b + column;
+  Vec sums[R][V] = {};
+  for (int64_t k = 0; k < f.depth; ++k) {
+    Vec columns[V];
+    ECAR_UNROLL for (int v = 0; v < V; ++v) columns[v] = Full{}.load(b + v * kWidth);
+    ECAR_UNROLL for (int r = 0; r < R; ++r) {
+      const Vec x = splat(a[r * a_row]);
+      ECAR_UNROLL for (int v = 0; v < V; ++v) sums[r][v] = fma(x, columns[v], sums[r][v]);
+    }
+    a += kStep;
+    b += b_row;
+  }
+  ECAR_UNROLL for (int r = 0; r < R; ++r) {
+    float* c = f.c + (row + r) * f.c_row + column;
+    ECAR_UNROLL for (int v = 0; v < V; ++v) {
+      Vec sum = sums[r][v];
+      if constexpr (kInto == Into::add) sum += Full{}.load(c + v * kWidth);
+      if constexpr (kInto == Into::scaled) {
+        sum = fma(Full{}.load(c + v * kWidth), splat(f.scales[row + r]), sum);
+      }
+      Full{}.store(c + v * kWidth, sum);
+    }
+  }
+}
+
+template <Into kInto, int kRow, int kStep, int V>
+void tiles(const Factors& f, int64_t rows, int64_t column) {
+  int64_t row = 0;
+  for (; row + kTileRows <= rows; row += kTileRows) {
+    tile<kInto, kRow, kStep, kTileRows, V>(f, row, column);
+  }
+  if constexpr (kTileRows > 4) {
+    if (rows - row >= 4) tile<kInto, kRow, kStep, 4, V>(f, row, column), row += 4;
+  }
+  if (rows - row >= 2) tile<kInto, kRow, kStep, 2, V>(f, row, column), row += 2;
+  if (rows - row >= 1) tile<kInto, kRow, kStep, 1, V>(f, row, column);
+}
+
+// `rows` rows by `vectors` vectors of columns, which go in tiles about even.
+template <Into kInto, int kRow, int kStep>
+void multiply(const Factors& f, int64_t rows, int64_t vectors) {
+  const int64_t count = ceil_div(vectors, kTileVectors);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t first = vectors * i / count, size = vectors * (i + 1) / count - first;
+    if (size == 3) {
+      tiles<kInto, kRow, kStep, 3>(f, rows, first * kWidth);
+    } else if (size == 2) {
+      tiles<kInto, kRow, kStep, 2>(f, rows, first * kWidth);
+    } else {
+      tiles<kInto, kRow, kStep, 1>(f, rows, first * kWidth);
+    }
+  }
+}
+
+// --- rows of the tensors --------------------------------------------------------------------
+
+template <class T, class View>
+inline auto head_of(const View& view, int64_t image, int64_t head) {
+  return static_cast<T*>(view.data) + image * view.image_stride + head * view.head_stride;
+}
+
+// Rows to floats, `width` a row, zeros beyond the head.
+template <class T>
+void widen_rows(const T* from, int64_t stride, int64_t rows, int64_t head_dim, int64_t width,
+                float* to) {
+  for (int64_t i = 0; i < rows; ++i, from += stride, to += width) {
+    for_each(head_dim, [&](auto io, int64_t at) { Full{}.store(to + at, io.load(from + at)); });
+    const int64_t written = ceil_div(head_dim, kWidth) * kWidth;
+    for (int64_t at = written; at < width; at += kWidth) Full{}.store(to + at, Vec{});
+  }
+}
+
+// [rows, width] of floats to [width][kQueries], times `factor`; rows up to whole vectors and
+// eights are zeros in both.
+inline void transpose_rows(float* from, int64_t rows, int64_t width, float factor, float* to) {
+  constexpr int64_t whole = kWidth > 8 ? kWidth : 8;
+  const int64_t all = ceil_div(rows, whole) * whole;
+  __builtin_memset(from + rows * width, 0, (all - rows) * width * sizeof(float));
+  for (int64_t row = 0; row < all; row += 8) {
+    for (int64_t at = 0; at < width; at += 8) {
+      transpose(from + row * width + at, width, to + at * kQueries + row, kQueries);
+    }
+  }
+  if (factor == 1.0f) return;
+  for (int64_t at = 0; at < width; ++at) {
+    for (int64_t row = 0; row < all; row += kWidth) {
+      float* p = to + at * kQueries + row;
+      Full{}.store(p, Full{}.load(p) * factor);
+    }
+  }
+}
+
+// Floats times `factor` to a row of the tensor.
+template <class T>
+inline void narrow_row(const float* from, float factor, int64_t head_dim, T* to) {
+  for_each(head_dim, [&](auto io, int64_t at) {
+    io.store(to + at, io.load(from + at) * factor);
+  });
+}
+
+}  // namespace
+}  // namespace ECAR_ISA
+}  // namespace ecar
