@@ -1,9 +1,10 @@
 """A stage's Euler steps on the CPU as flat lists of C++ calls, bound before the first step.
 
-At 16 tokens a step is a millisecond, of which Python's way from op to op would be a good part. So
-what a step does is laid out once a stage: each call with its views, packed weights and output.
-All outputs are buffers of the plan, none is allocated in the loop. The residual stream is written
-over in place, and the state too, which stays in the token layout; only a stage's end is an image.
+At 16 tokens a step is a millisecond or two, of which Python's way from op to op would be a good
+part. So a step is one call for each flow block and one for the boundary, and all of a stage are
+laid out before the first, with their views, packed weights and outputs. Those are buffers of the
+plan; none is allocated in the loop. The residual stream is written over in place, and the state,
+which stays in the token layout; only a stage's end is an image.
 """
 
 from __future__ import annotations
@@ -51,11 +52,14 @@ def can_bind(head: FlowHead, dtype: torch.dtype) -> bool:
     if boundary.__module__ != "ecar_kernels.flow_step.boundary":
         return False
     from ecar_kernels.flow_block import native
+    from ecar_kernels.stage_attention.native import stage_attention
 
     x = torch.empty(0, head.width, dtype=dtype)
+    q = torch.empty(0, head.blocks[0].head_dim, dtype=dtype)
     return all(
         _served(block, "adaln_linear", x) is native.adaln_linear
         and _served(block, "linear_gated_residual", x) is native.linear_gated_residual
+        and _served(block, "stage_attention", q) is stage_attention
         # An inference tensor has no version: a packed copy could go stale unseen.
         and not any(layer.weight.is_inference() for layer in _layers(block))
         for block in head.blocks
@@ -87,10 +91,7 @@ class Buffers:
     def __init__(self, config: ECARConfig, batch: int, rows: int, dtype: torch.dtype) -> None:
         from ecar_kernels.flow_block import native
 
-        self.rows, width, hidden = rows, config.width, config.mlp_width
-        tokens = max(config.stage_tokens)
-        self.heads, self.head_dim, self.width, self.hidden = (
-            config.heads, config.head_dim, width, hidden)
+        width, hidden, tokens = config.width, config.mlp_width, max(config.stage_tokens)
         self.stream = torch.empty(rows * tokens * width, dtype=dtype)
         # Queries, keys, values and what attention makes of them; later the MLP's hidden tokens.
         self.wide = torch.empty(rows * tokens * max(4 * width, hidden), dtype=dtype)
@@ -102,106 +103,50 @@ class Buffers:
             for which in (range(1, config.num_stages + 1), range(2, config.num_stages + 1)))
 
 
-class _Views:
-    """The buffers as the calls of one stage take them, for ``rows`` rows of ``tokens`` tokens."""
-
-    def __init__(self, buffers: Buffers, rows: int, tokens: int) -> None:
-        def view(flat: Tensor, channels: int, skipped: int = 0) -> Tensor:
-            begin, count = rows * tokens * skipped, rows * tokens * channels
-            return flat[begin:begin + count].view(rows, tokens, channels)
-
-        width, heads = buffers.width, (buffers.heads, buffers.head_dim)
-        self.stream = view(buffers.stream, width)
-        self.qkv = view(buffers.wide, 3 * width)
-        self.q, self.k, self.v = self.qkv.view(rows, tokens, 3, *heads).unbind(2)
-        self.attended = view(buffers.wide, width, skipped=3 * width)
-        self.by_head = self.attended.view(rows, tokens, *heads)
-        self.hidden = view(buffers.wide, buffers.hidden)
-        self.workspace = buffers.workspace
-
-
-class _BoundBlock:
-    """A flow block's calls, with its weights packed."""
-
-    def __init__(self, block: FlowBlock) -> None:
-        from ecar_kernels.flow_block import native
-
-        self.block, self.native = block, native
-        # As adaln_linear takes a layer, then as linear_gated_residual does, without the outputs.
-        self.weights = [(native.packed_weight(layer.weight), layer.out_features, layer.bias)
-                        for layer in _layers(block)]
-
-    def calls(self, views: _Views, spatial: tuple, step: tuple) -> list[Call]:
-        """``FlowBlock.infer``, written over ``views.stream``."""
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = spatial
-        t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = step
-        qkv, (proj, _, proj_bias), fc1, (fc2, _, fc2_bias) = self.weights
-        adaln_linear = self.native.adaln_linear_out
-        residual, x, eps = self.native.linear_gated_residual_out, views.stream, self.block.eps
-        return [
-            partial(adaln_linear, x, shift, scale, *qkv, t_shift, t_scale, False, eps,
-                    views.workspace, views.qkv),
-            self._attention(views),
-            partial(residual, views.attended, proj, proj_bias, gate, x, t_gate, views.workspace,
-                    x),
-            partial(adaln_linear, x, mlp_shift, mlp_scale, *fc1, t_mlp_shift, t_mlp_scale, True,
-                    eps, views.workspace, views.hidden),
-            partial(residual, views.hidden, fc2, fc2_bias, mlp_gate, x, t_mlp_gate,
-                    views.workspace, x),
-        ]
-
-    def _attention(self, views: _Views) -> Call:
-        from ecar_kernels.stage_attention import native
-
-        served, lengths = _served(self.block, "stage_attention", views.q), (views.q.shape[1],)
-        in_place = getattr(native, "stage_attention_out", None)
-        if served is native.stage_attention and in_place is not None:
-            return partial(in_place, views.q, views.k, views.v, lengths, views.by_head)
-
-        def attend() -> None:
-            views.by_head.copy_(served(views.q, views.k, views.v, lengths))
-
-        return attend
-
-
 class _Steps:
     """All steps of a stage, laid out on the buffers."""
 
     def __init__(self, run: Stage, buffers: Buffers) -> None:
-        self.run, self.buffers, self.head = run, buffers, run.head
-        self.patch = run.head.patch_size
+        from ecar_kernels.flow_block import native
+
+        self.run, self.head, self.patch = run, run.head, run.head.patch_size
         self.end = buffers.ends[run.stage - 1]
+        self.start = buffers.starts[run.stage - 1] if run.stage <= len(buffers.starts) else None
         self.end_patches = patches(self.end, self.patch)
-        batch, self.tokens = len(self.end), run.spatial[0][0].shape[1]
-        values = run.head.output.out_features
-        self.state = buffers.state[:batch * self.tokens * values].view(
-            batch, self.tokens, values)
+        self.spatial = self.head.spatial_modulation(run.token_map)
+        rows, tokens, _ = self.spatial.shape
+        batch, values, width = len(self.end), self.head.output.out_features, self.head.width
+        self.state = buffers.state[:batch * tokens * values].view(batch, tokens, values)
         self.state_patches = self.state.view(self.end_patches.shape)
-        self.blocks = [_BoundBlock(block) for block in run.head.blocks]
-        self.views = {rows: _Views(buffers, rows, self.tokens)
-                      for rows in {run.rows(step) for step in range(run.count)}}
-        self.calls = [self._step(step) for step in range(run.count)]
-        self.start: Tensor | None = None
-        if run.stage < run.plan.config.num_stages:
-            self.start = buffers.starts[run.stage - 1]
+        self.stream = buffers.stream[:rows * tokens * width].view(rows, tokens, width)
+        # A block's arguments after the modulations, its weights packed.
+        self.blocks = [
+            (*(value for layer in _layers(block)
+               for value in (native.packed_weight(layer.weight), layer.bias)),
+             block.heads, block.mlp.fc1.out_features, block.eps, buffers.wide, buffers.workspace)
+            for block in self.head.blocks
+        ]
+        self.flow_block = native.flow_block_
+        times = self.head.step_modulation(run.plan.times[run.stage - 1]).split(1)
+        self.calls = [self._step(step, time) for step, time in enumerate(times)]
         self.calls[-1] += self._last()
 
-    def _step(self, step: int) -> list[Call]:
+    def _step(self, step: int, time: Tensor) -> list[Call]:
         from ecar_kernels.flow_step.boundary import flow_boundary_out
 
-        run, head, rows = self.run, self.head, self.run.rows(step)
-        views, spatial, own = self.views[rows], run.spatial[run.guided[step]], run.steps[step]
-        x, calls = views.stream, []
+        run, head, rows, calls = self.run, self.head, self.run.rows(step), []
+        x, spatial = self.stream[:rows], self.spatial[:rows]
         if step > 0 and run.rows(step - 1) < rows:  # unconditional rows begin as the others
             half = rows // 2
             calls.append(partial(x[half:].copy_, x[:half]))
-        for index, block in enumerate(self.blocks):
-            part = slice(6 * index, 6 * index + 6)
-            calls += block.calls(views, spatial[part], own[part])
+        calls += [partial(self.flow_block, x, spatial, time, 6 * index, *block)
+                  for index, block in enumerate(self.blocks)]
+        (shift, scale), (step_shift, step_scale) = (
+            part[..., -2 * head.width:].chunk(2, dim=-1) for part in (spatial, time))
         calls.append(partial(
-            flow_boundary_out, x, self.state, spatial[-2], spatial[-1], head.output.weight,
-            head.output.bias, head.embed.weight, head.embed.bias, head.positions, run.dt,
-            own[-2], own[-1], float(run.scale(step)), NORM_EPS, self.state, x,
+            flow_boundary_out, x, self.state, shift, scale, head.output.weight, head.output.bias,
+            head.embed.weight, head.embed.bias, head.positions, run.dt, step_shift, step_scale,
+            float(run.scale(step)), NORM_EPS, self.state, x,
         ))
         return calls
 
@@ -219,8 +164,8 @@ class _Steps:
     def begin(self, x: Tensor, step: int) -> None:
         """From the state x [B, C, h, w] before ``step``."""
         self.state_patches.copy_(patches(x, self.patch))
-        self.views[self.run.rows(step)].stream.copy_(
-            self.head.embed_tokens(self.run.network_input(x, step)))
+        tokens = self.head.embed_tokens(self.run.network_input(x, step))
+        self.stream[:len(tokens)].copy_(tokens)
 
     def image(self) -> Tensor:
         """The state [B, C, h, w], new memory."""

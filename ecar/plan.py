@@ -7,9 +7,9 @@ so that a CUDA graph of ``run`` serves them all.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -146,11 +146,17 @@ class Stage:
         self.batch, self.count = plan.shape.batch, plan.counts[stage - 1]
         self.guided, self.scales = plan.shape.guided[stage - 1], plan.scales[stage - 1]
         self.dt, self.input = 1 / self.count, plan.inputs[stage - 1]
-        rows = 2 * self.batch if any(self.guided) else self.batch
-        both = head.spatial_parts(token_map[:rows])
-        # By whether the step is guided: the first B rows are the conditional ones.
-        self.spatial = (tuple(part[: self.batch] for part in both), both)
-        self.steps = head.step_parts(plan.times[stage - 1])
+        self.token_map = token_map[: 2 * self.batch if any(self.guided) else self.batch]
+
+    @functools.cached_property
+    def spatial(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """By whether the step is guided: the first B rows are the conditional ones."""
+        both = self.head.spatial_parts(self.token_map)
+        return tuple(part[: self.batch] for part in both), both
+
+    @functools.cached_property
+    def steps(self) -> list[tuple[Tensor, ...]]:
+        return self.head.step_parts(self.plan.times[self.stage - 1])
 
     def rows(self, step: int) -> int:
         return 2 * self.batch if self.guided[step] else self.batch
@@ -225,7 +231,7 @@ class Stage:
                 step_scale=own[-1], guidance_scale=self.scale(step), eps=NORM_EPS,
             )
             if self.watch is not None:
-                image = partial(unpatchify, state, patch, head.shape)
+                image = functools.partial(unpatchify, state, patch, head.shape)
                 if (replaced := self.watch(self.stage, step, image)) is not None:
                     state = patchify(replaced, patch)
                     embedded = head.embed_tokens(self.network_input(replaced, step))

@@ -1,6 +1,10 @@
 // The fused GEMMs of a flow block on CPU tensors, with the weight packed ahead of time.
 
+#include <cmath>
+#include <vector>
+
 #include "bindings/tokens.h"
+#include "cpu/attention.h"
 #include "cpu/gemm.h"
 #include "cpu/pages.h"
 
@@ -98,16 +102,14 @@ void run(Dtype dtype, gemm::Input input, gemm::Output output, const Tensor& work
   }
 }
 
-void adaln_linear(const Tensor& x, const Tensor& shift, const Tensor& scale, const Tensor& packed,
-                  int64_t outputs, const MaybeTensor& bias, const MaybeTensor& step_shift,
-                  const MaybeTensor& step_scale, bool gelu, double eps, const Tensor& workspace,
-                  const Tensor& out) {
+Tensor packed_adaln_linear(const Tensor& x, const Tensor& shift, const Tensor& scale,
+                           const Tensor& packed, int64_t outputs, const MaybeTensor& bias,
+                           const MaybeTensor& step_shift, const MaybeTensor& step_scale,
+                           bool gelu, double eps) {
   const Dtype dtype = check_leading("x", x, 3);
   const Tokens t = tokens_of(x);
   check_packed(packed, x, outputs, t.channels);
-  check_workspace(workspace, t);
-  check_output("out", out, x, {t.images, t.tokens, outputs});
-  check_apart("out", out, x);
+  const Tensor y = empty(x, {t.images, t.tokens, outputs});
   gemm::Input input{};
   input.x = rows_of(x);
   set_shift(input, shift, step_shift, x, t);
@@ -117,59 +119,130 @@ void adaln_linear(const Tensor& x, const Tensor& shift, const Tensor& scale, con
   output.bias = bias_of(bias, x, outputs);
   output.gelu = gelu;
   output.outputs = outputs;
-  output.y = out.mutable_data_ptr();
-  run(dtype, input, output, workspace, t);
-}
-
-Tensor packed_adaln_linear(const Tensor& x, const Tensor& shift, const Tensor& scale,
-                           const Tensor& packed, int64_t outputs, const MaybeTensor& bias,
-                           const MaybeTensor& step_shift, const MaybeTensor& step_scale,
-                           bool gelu, double eps) {
-  check_leading("x", x, 3);
-  const Tokens t = tokens_of(x);
-  check_packed(packed, x, outputs, t.channels);
-  const Tensor y = empty(x, {t.images, t.tokens, outputs});
-  adaln_linear(x, shift, scale, packed, outputs, bias, step_shift, step_scale, gelu, eps,
-               new_workspace(x, t), y);
+  output.y = y.mutable_data_ptr();
+  run(dtype, input, output, new_workspace(x, t), t);
   return y;
-}
-
-// The residual may be `out` itself: each of its elements is read by the one that replaces it.
-void linear_gated_residual(const Tensor& h, const Tensor& packed, const MaybeTensor& bias,
-                           const Tensor& gate, const Tensor& residual,
-                           const MaybeTensor& step_gate, const Tensor& workspace,
-                           const Tensor& out) {
-  const Dtype dtype = check_leading("h", h, 3);
-  const Tokens t = tokens_of(h);
-  check_leading("residual", residual, 3);
-  const Tokens of_out{t.images, t.tokens, residual.size(2)};
-  check_packed(packed, h, of_out.channels, t.channels);
-  check_workspace(workspace, t);
-  check_output("out", out, h, {t.images, t.tokens, of_out.channels});
-  check_apart("out", out, h);
-  if (!same_memory(out, residual)) check_apart("out", out, residual);
-  gemm::Input input{};
-  input.x = rows_of(h);
-  gemm::Output output{};
-  output.packed = packed.const_data_ptr();
-  output.bias = bias_of(bias, h, of_out.channels);
-  set_gate(output, gate, step_gate, h, of_out);
-  output.residual = like("residual", residual, h, of_out);
-  output.outputs = of_out.channels;
-  output.y = out.mutable_data_ptr();
-  run(dtype, input, output, workspace, t);
 }
 
 Tensor packed_linear_gated_residual(const Tensor& h, const Tensor& packed,
                                     const MaybeTensor& bias, const Tensor& gate,
                                     const Tensor& residual, const MaybeTensor& step_gate) {
-  check_leading("h", h, 3);
+  const Dtype dtype = check_leading("h", h, 3);
   const Tokens t = tokens_of(h);
   check_leading("residual", residual, 3);
-  check_packed(packed, h, residual.size(2), t.channels);
-  const Tensor y = empty(h, {t.images, t.tokens, residual.size(2)});
-  linear_gated_residual(h, packed, bias, gate, residual, step_gate, new_workspace(h, t), y);
+  const Tokens out{t.images, t.tokens, residual.size(2)};
+  check_packed(packed, h, out.channels, t.channels);
+  const Tensor y = empty(h, {out.images, out.tokens, out.channels});
+  gemm::Input input{};
+  input.x = rows_of(h);
+  gemm::Output output{};
+  output.packed = packed.const_data_ptr();
+  output.bias = bias_of(bias, h, out.channels);
+  set_gate(output, gate, step_gate, h, out);
+  output.residual = like("residual", residual, h, out);
+  output.outputs = out.channels;
+  output.y = y.mutable_data_ptr();
+  run(dtype, input, output, new_workspace(h, t), t);
   return y;
+}
+
+// One stage's attention over q, k and v of one projection, [images, tokens, 3, heads, head_dim].
+void attend(Dtype dtype, const void* qkv, const Tokens& t, int64_t heads, int64_t item, void* out) {
+  const int64_t head_dim = t.channels / heads, row = 3 * t.channels;
+  const char* data = static_cast<const char*>(qkv);
+  std::vector<attention::Block> blocks(attention::blocks_of(t.tokens));
+  attention::divide(0, t.tokens, t.tokens, blocks.data());
+  const auto part = [&](int64_t index) {
+    return attention::Heads{data + index * t.channels * item, t.tokens * row, row, head_dim};
+  };
+  attention::Forward a{};
+  a.shape = {heads, t.tokens, t.tokens, head_dim, blocks.data(),
+             static_cast<int64_t>(blocks.size()),
+             static_cast<float>(1 / std::sqrt(static_cast<double>(head_dim)))};
+  a.q = part(0), a.k = part(1), a.v = part(2);
+  a.out = {out, t.tokens * t.channels, t.channels, head_dim};
+  const int64_t units = t.images * heads * a.shape.num_blocks;
+  const int64_t cost = 2 * t.tokens * t.tokens * head_dim / a.shape.num_blocks;
+  const attention::ForwardKernel kernel = ECAR_CHOOSE(attention_kernels).forward[dtype];
+  parallel(units, cost / kMultiplyAddsAnElement,
+           [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+}
+
+// Six modulations of C channels each, from the `part`-th on, of all that the tensor holds.
+Rows six_parts(const char* name, const Tensor& tensor, const Tensor& x, const Tokens& t,
+               int64_t images, int64_t tokens, int64_t part) {
+  const int64_t channels = tensor.dim() == 3 ? tensor.size(2) : 0;
+  if (part < 0 || (part + 6) * t.channels > channels) {
+    refuse(name, "six parts of ", t.channels, " channels from part ", part, " on, got ",
+           text(tensor.sizes()));
+  }
+  check_sizes(name, tensor, x, {images, tokens, channels});
+  return rows_of(tensor);
+}
+
+// A flow block: adaln_linear, attention, linear_gated_residual, adaln_linear, and
+// linear_gated_residual, with x the residual stream, which is written over. `wide` holds what
+// lies between them: q, k, v and attention's result, then the hidden tokens.
+void flow_block_(const Tensor& x, const Tensor& spatial, const Tensor& step, int64_t part,
+                 const Tensor& qkv, const MaybeTensor& qkv_bias, const Tensor& proj,
+                 const MaybeTensor& proj_bias, const Tensor& fc1, const MaybeTensor& fc1_bias,
+                 const Tensor& fc2, const MaybeTensor& fc2_bias, int64_t heads, int64_t hidden,
+                 double eps, const Tensor& wide, const Tensor& workspace) {
+  const Dtype dtype = check_leading("x", x, 3);
+  const Tokens t = tokens_of(x), t_hidden{t.images, t.tokens, hidden};
+  const int64_t c = t.channels, item = static_cast<int64_t>(x.element_size());
+  if (!x.is_contiguous()) refuse("x", "a contiguous tensor, got strides ", text(x.strides()));
+  if (heads < 1 || c < 1 || c % heads != 0) refuse("heads", "a divisor of ", c, ", got ", heads);
+  if (hidden < 1) refuse("hidden", "at least 1, got ", hidden);
+  const Rows of_token = six_parts("spatial", spatial, x, t, t.images, t.tokens, part);
+  const Rows of_step = six_parts("step", step, x, t, 1, 1, part);
+  check_packed(qkv, x, 3 * c, c);
+  check_packed(proj, x, c, c);
+  check_packed(fc1, x, hidden, c);
+  check_packed(fc2, x, c, hidden);
+  check_workspace(workspace, t);
+  check_workspace(workspace, t_hidden);
+  const int64_t all = t.images * t.tokens, room = all * (4 * c > hidden ? 4 * c : hidden);
+  check_sizes("wide", wide, x, {wide.numel()});
+  if (wide.numel() < room) refuse("wide", room, " elements or more, got ", wide.numel());
+  for (const Tensor* read : {&spatial, &step, &wide}) check_apart("x", x, *read);
+  if (all == 0) return;
+
+  const auto modulation = [&](const Rows& rows, int64_t index) {
+    const char* data = static_cast<const char*>(rows.data) + (part + index) * c * item;
+    return Rows{data, rows.image_stride, rows.token_stride};
+  };
+  char* between = static_cast<char*>(wide.mutable_data_ptr());
+  void* attended = between + 3 * all * c * item;
+  const auto product = [&](const void* from, int64_t depth, const Tensor& packed,
+                           const MaybeTensor& bias, int64_t outputs, void* to, int64_t norm,
+                           int64_t gate) {
+    gemm::Input input{};
+    input.x = {from, t.tokens * depth, depth};
+    if (norm >= 0) {
+      input.shift = modulation(of_token, norm), input.scale = modulation(of_token, norm + 1);
+      input.step_shift = modulation(of_step, norm);
+      input.step_scale = modulation(of_step, norm + 1);
+      input.eps = static_cast<float>(eps);
+    }
+    gemm::Output output{};
+    output.packed = packed.const_data_ptr();
+    output.bias = bias_of(bias, x, outputs);
+    output.gelu = norm == 3;
+    if (gate >= 0) {
+      output.gate = modulation(of_token, gate), output.step_gate = modulation(of_step, gate);
+      output.residual = rows_of(x);
+    }
+    output.outputs = outputs;
+    output.y = to;
+    run(dtype, input, output, workspace, {t.images, t.tokens, depth});
+  };
+  void* stream = x.mutable_data_ptr();
+  product(stream, c, qkv, qkv_bias, 3 * c, between, 0, -1);
+  attend(dtype, between, t, heads, item, attended);
+  product(attended, c, proj, proj_bias, c, stream, -1, 2);
+  product(stream, c, fc1, fc1_bias, hidden, between, 3, -1);
+  product(between, hidden, fc2, fc2_bias, c, stream, -1, 5);
 }
 
 // Floats that a call's workspace has at least.
@@ -189,12 +262,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
       "packed_linear_gated_residual(Tensor h, Tensor packed, Tensor? bias, Tensor gate, "
       "Tensor residual, Tensor? step_gate) -> Tensor");
   library.def(
-      "packed_adaln_linear_out(Tensor x, Tensor shift, Tensor scale, Tensor packed, int outputs, "
-      "Tensor? bias, Tensor? step_shift, Tensor? step_scale, bool gelu, float eps, "
-      "Tensor(a!) workspace, Tensor(b!) out) -> ()");
-  library.def(
-      "packed_linear_gated_residual_out(Tensor h, Tensor packed, Tensor? bias, Tensor gate, "
-      "Tensor residual, Tensor? step_gate, Tensor(a!) workspace, Tensor(b!) out) -> ()");
+      "flow_block_(Tensor(a!) x, Tensor spatial, Tensor step, int part, Tensor qkv, "
+      "Tensor? qkv_bias, Tensor proj, Tensor? proj_bias, Tensor fc1, Tensor? fc1_bias, "
+      "Tensor fc2, Tensor? fc2_bias, int heads, int hidden, float eps, Tensor(b!) wide, "
+      "Tensor(c!) workspace) -> ()");
   library.def("packed_workspace_size(int rows, int depth) -> int");
 }
 
@@ -202,8 +273,7 @@ STABLE_TORCH_LIBRARY_IMPL(ecar, CPU, library) {
   library.impl("pack_linear_weight", TORCH_BOX(&ecar::pack_linear_weight));
   library.impl("packed_adaln_linear", TORCH_BOX(&ecar::packed_adaln_linear));
   library.impl("packed_linear_gated_residual", TORCH_BOX(&ecar::packed_linear_gated_residual));
-  library.impl("packed_adaln_linear_out", TORCH_BOX(&ecar::adaln_linear));
-  library.impl("packed_linear_gated_residual_out", TORCH_BOX(&ecar::linear_gated_residual));
+  library.impl("flow_block_", TORCH_BOX(&ecar::flow_block_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ecar, CompositeExplicitAutograd, library) {

@@ -25,17 +25,18 @@ from ecar_kernels.flow_block.packing import (
     packed_weight,
 )
 
-__all__ = ["adaln_linear", "adaln_linear_out", "forget_packed", "linear_gated_residual",
-           "linear_gated_residual_out", "packed_weight", "prepare_weight", "workspace_size"]
+__all__ = ["adaln_linear", "flow_block_", "forget_packed", "linear_gated_residual",
+           "packed_weight", "prepare_weight", "workspace_size"]
 
 _native.require()
 
 _packed_adaln_linear = torch.ops.ecar.packed_adaln_linear.default
 _packed_linear_gated_residual = torch.ops.ecar.packed_linear_gated_residual.default
-# For who has weights packed and outputs allocated (ecar/bound.py): the packed op's arguments, a
-# workspace, and the output, contiguous, which may be the residual itself.
-adaln_linear_out = torch.ops.ecar.packed_adaln_linear_out.default
-linear_gated_residual_out = torch.ops.ecar.packed_linear_gated_residual_out.default
+# `FlowBlock.infer` in one call, for who has packed the weights and allocated the buffers
+# (ecar/bound.py): x [R, N, C] is written over; spatial [R, N, parts C] and step [1, 1, parts C]
+# hold the block's six modulations from `part` on; `wide`, of x's type, has R N max(4 C, hidden)
+# elements or more, and `workspace`, floats, what `workspace_size` says of C and of `hidden`.
+flow_block_ = torch.ops.ecar.flow_block_.default
 
 
 def adaln_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, *,
@@ -115,13 +116,9 @@ def _(h, packed, bias, gate, residual, step_gate):
     return h.new_empty(residual.shape)
 
 
-@torch.library.register_fake("ecar::packed_adaln_linear_out", lib=_library)
-def _(x, shift, scale, packed, outputs, bias, step_shift, step_scale, gelu, eps, workspace, out):
-    return None
-
-
-@torch.library.register_fake("ecar::packed_linear_gated_residual_out", lib=_library)
-def _(h, packed, bias, gate, residual, step_gate, workspace, out):
+@torch.library.register_fake("ecar::flow_block_", lib=_library)
+def _(x, spatial, step, part, qkv, qkv_bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias, heads,
+      hidden, eps, wide, workspace):
     return None
 
 
