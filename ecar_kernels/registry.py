@@ -94,7 +94,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     for family, ops in FAMILIES.items() for op in ops
 }
 IMPLEMENTATIONS["stage_attention"]["native"] = Implementation(
-    "ecar_kernels.stage_attention.native:stage_attention")
+    "ecar_kernels.stage_attention.native:stage_attention",
+    missing_on={"cpu": _native.why_not})
 for op in FAMILIES["flow_step"]:
     IMPLEMENTATIONS[op]["native"] = Implementation(
         f"ecar_kernels.flow_step.native:{op}", devices=("cpu", "cuda"), missing=_native.why_not,

@@ -97,9 +97,14 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
     }
     v.copy(block.keys);
     if constexpr (!direct) k.copy(block.keys);
-    widen_rows(head_of<const T>(a.q, image, head) + block.first * a.q.row_stride, a.q.row_stride,
-               block.count, s.head_dim, width, sums);
-    transpose_rows(sums, block.count, width, s.scale * kLog2E, queries);
+    const T* q = head_of<const T>(a.q, image, head) + block.first * a.q.row_stride;
+    if (direct && width == s.head_dim && block.count % kWholeRows == 0) {
+      transpose_rows(reinterpret_cast<const float*>(q), a.q.row_stride, block.count, width,
+                     s.scale * kLog2E, queries);
+    } else {
+      widen_rows(q, a.q.row_stride, block.count, s.head_dim, width, sums);
+      transpose_padded(sums, block.count, width, s.scale * kLog2E, queries);
+    }
 
     const int64_t vectors = ceil_div(block.count, kWidth), piece = attention::piece_of(block.keys);
     for (int64_t at = 0; at < block.keys; at += piece) {
@@ -182,17 +187,17 @@ struct HeadGradients {
       const int64_t at = b * kQueries, first = block.first;
       widen_rows(q + first * a.q.row_stride, a.q.row_stride, block.count, s.head_dim, width,
                  query_rows + at * width);
-      transpose_rows(query_rows + at * width, block.count, width, s.scale * kLog2E,
-                     queries + at * width);
+      transpose_padded(query_rows + at * width, block.count, width, s.scale * kLog2E,
+                       queries + at * width);
       widen_rows(grad + first * a.grad.row_stride, a.grad.row_stride, block.count, s.head_dim,
                  width, grad_rows + at * width);
-      transpose_rows(grad_rows + at * width, block.count, width, 1.0f, grads + at * width);
+      transpose_padded(grad_rows + at * width, block.count, width, 1.0f, grads + at * width);
       // Summed as the gradients of the weights are, whose difference is then exactly 0 where a
       // query sees one key.
       float* y = grad_queries + at * width;
       widen_rows(out + first * a.out.row_stride, a.out.row_stride, block.count, s.head_dim, width,
                  y);
-      transpose_rows(y, block.count, width, 1.0f, outputs);
+      transpose_padded(y, block.count, width, 1.0f, outputs);
       for (int64_t v = 0; v < ceil_div(block.count, kWidth) * kWidth; v += kWidth) {
         Vec sum{};
         for (int64_t d = 0; d < s.head_dim; ++d) {

@@ -156,24 +156,24 @@ void widen_rows(const T* from, int64_t stride, int64_t rows, int64_t head_dim, i
   }
 }
 
-// [rows, width] of floats to [width][kQueries], times `factor`; rows up to whole vectors and
-// eights are zeros in both.
-inline void transpose_rows(float* from, int64_t rows, int64_t width, float factor, float* to) {
-  constexpr int64_t whole = kWidth > 8 ? kWidth : 8;
-  const int64_t all = ceil_div(rows, whole) * whole;
-  __builtin_memset(from + rows * width, 0, (all - rows) * width * sizeof(float));
-  for (int64_t row = 0; row < all; row += 8) {
+// Queries are transposed as many at a time: whole vectors, and eights.
+constexpr int64_t kWholeRows = kWidth > 8 ? kWidth : 8;
+
+// Whole rows of `width` floats to [width][kQueries], times `factor`.
+inline void transpose_rows(const float* from, int64_t stride, int64_t rows, int64_t width,
+                           float factor, float* to) {
+  for (int64_t row = 0; row < rows; row += 8) {
     for (int64_t at = 0; at < width; at += 8) {
-      transpose(from + row * width + at, width, to + at * kQueries + row, kQueries);
+      transpose(from + row * stride + at, stride, to + at * kQueries + row, kQueries, factor);
     }
   }
-  if (factor == 1.0f) return;
-  for (int64_t at = 0; at < width; ++at) {
-    for (int64_t row = 0; row < all; row += kWidth) {
-      float* p = to + at * kQueries + row;
-      Full{}.store(p, Full{}.load(p) * factor);
-    }
-  }
+}
+
+// As above, of any number of rows; zeros are put behind them.
+inline void transpose_padded(float* from, int64_t rows, int64_t width, float factor, float* to) {
+  const int64_t whole = ceil_div(rows, kWholeRows) * kWholeRows;
+  __builtin_memset(from + rows * width, 0, (whole - rows) * width * sizeof(float));
+  transpose_rows(from, width, whole, width, factor, to);
 }
 
 // Floats times `factor` to a row of the tensor.

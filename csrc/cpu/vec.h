@@ -217,6 +217,26 @@ inline void fence() {
 // Access to the first `count` < kWidth elements, the others reading as 0.
 struct Partial {
   int count;
+#if defined(ECAR_ISA_avx512)
+  // Masks; a copy of so many bytes is a call.
+  __mmask16 lanes() const { return static_cast<__mmask16>((1u << count) - 1u); }
+  template <class T>
+  Vec load(const T* from) const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return _mm512_maskz_loadu_ps(lanes(), from);
+    } else {
+      return widen((HVec)_mm256_maskz_loadu_epi16(lanes(), from), T{});
+    }
+  }
+  template <class T>
+  void store(T* to, Vec v) const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      _mm512_mask_storeu_ps(to, lanes(), v);
+    } else {
+      _mm256_mask_storeu_epi16(to, lanes(), (__m256i)narrow(v, T{}));
+    }
+  }
+#else
   template <class T>
   Vec load(const T* from) const {
     typename StorageOf<T>::type storage = {};
@@ -228,6 +248,7 @@ struct Partial {
     const typename StorageOf<T>::type storage = narrow(v, T{});
     __builtin_memcpy(to, &storage, count * sizeof(T));
   }
+#endif
   Vec keep(Vec v) const { return lane_numbers() < count ? v : Vec{}; }
 };
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/adaln.h"
+#include "cpu/attention.h"
 #include "cpu/flow_step.h"
 #include "cpu/gemm.h"
 
@@ -101,6 +102,32 @@ struct Calls {
     measure("linear_gated_residual", run);
   }
 
+  // Two of the heads, over the keys of this stage and those before it.
+  void stage_attention() const {
+    constexpr int64_t heads = 2, head_dim = 128, row = heads * head_dim;
+    const attention::Kernels& kernels = ECAR_CHOOSE(attention_kernels);
+    const int64_t keys = tokens == 16 ? 16 : 336;
+    std::vector<attention::Block> blocks(attention::blocks_of(tokens));
+    attention::divide(0, tokens, keys, blocks.data());
+    const int64_t number = static_cast<int64_t>(blocks.size());
+    const attention::Shape shape{heads, tokens, keys, head_dim, blocks.data(), number, 0.1f};
+    const auto view = [&](int64_t rows) {
+      return attention::Heads{memory(rows * row), 0, row, head_dim};
+    };
+    const auto output = [&](int64_t rows) {
+      return attention::MutableHeads{memory(rows * row), 0, row, head_dim};
+    };
+    float* lse = static_cast<float*>(memory(heads * tokens));
+    attention::Forward f{shape, view(tokens), view(keys), view(keys), output(tokens), nullptr};
+    measure("stage_attention", [&] { kernels.forward[dtype](f, 0, heads * number); });
+    f.lse = lse;
+    kernels.forward[dtype](f, 0, heads * number);
+    const attention::Backward b{shape, view(tokens), f.q, f.k, f.v,
+                                {f.out.data, 0, row, head_dim}, lse,
+                                output(tokens), output(keys), output(keys)};
+    measure("stage_attention_backward", [&] { kernels.backward[dtype](b, 0, heads); });
+  }
+
   // Images of four channels whose side, in patches of two, gives the tokens.
   void flow_step() const {
     const FlowStepKernels& kernels = ECAR_CHOOSE(flow_step_kernels);
@@ -133,6 +160,7 @@ int main() {
       const ecar::Calls calls{static_cast<ecar::Dtype>(dtype), tokens};
       calls.adaln_family();
       calls.flow_block();
+      calls.stage_attention();
       calls.flow_step();
     }
   }
