@@ -21,8 +21,6 @@ SIZES = ("S", "B", "L")
 STAGES = ECARConfig.preset("S").stage_tokens  # of S, B and L alike
 BATCHES = (1, 8, 32)
 WIDTHLESS = tuple(op for op in FAMILIES["flow_step"] if op != "flow_boundary")
-# On the CPU the reference alone serves flow_boundary: there is nothing to hold it against.
-ON_CPU = tuple(op for op in OPS if op != "flow_boundary")
 CHANNELS, PATCH = 4, 2
 # Inputs used in turn hold this many times what the cache does, unless that takes too many sets.
 ROTATION = 4
@@ -57,7 +55,7 @@ class Case:
 
 
 def select(sizes: Sequence[str] = SIZES, *, forward: Sequence[int] = (),
-           backward: Sequence[int] = (), ops: Sequence[str] = ON_CPU) -> list[Case]:
+           backward: Sequence[int] = (), ops: Sequence[str] = OPS) -> list[Case]:
     """These ops at the three stages, forward at these batches and backward, where they have one."""
     cases = []
     for op in ops:

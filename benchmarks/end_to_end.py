@@ -13,22 +13,27 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment, models, results, timing
+from benchmarks import environment, models, rates, results, roofline, timing
 from benchmarks.image_gemms import ImageGemms
 from benchmarks.models import STEPS, StageTime, Way, image_seconds, time_image
 from benchmarks.results import duration, figures, markdown
+from benchmarks.roofline import Roofline
 from ecar.config import ECARConfig
+from ecar_kernels.costs import Rates
 from ecar_kernels.flow_block import packing
 
 SIZES = ("S", "B", "L")
 SHARES = {"S": 1, "B": 3, "L": 5}  # of the time: an image of L takes longest
 NON_GEMM = 0.10  # section 7 of the design: of the GEMMs' own time, at most
+FLOOR = ("floor: all that must be read and multiplied (`python -m benchmarks.roofline`), at the "
+         "rates of a copy and of\na large product in the same run.\n")
 FASTER_THAN_EAGER = {"S": 1.4, "L": 1.3}  # likewise: at least
 
 
 def measure(size: str, config: ECARConfig, seconds: float, *, steps: int = STEPS,
-            timed_steps: int = 4, compile: bool = True) -> dict[str, Any]:
-    """One size's record."""
+            timed_steps: int = 4, compile: bool = True, rates_found: Rates | None = None
+            ) -> dict[str, Any]:
+    """One size's record; with the machine's rates, the image's floor too."""
     model = models.random_model(config)
     ways = models.ways(model, compile)
     gemms = ImageGemms(ways["ours"].model, steps)
@@ -43,7 +48,16 @@ def measure(size: str, config: ECARConfig, seconds: float, *, steps: int = STEPS
         "seconds": {name: timing.summary([image_seconds(stages, steps) for stages in rounds])
                     for name, rounds in taken.items()},
         "stages": {name: _medians(rounds) for name, rounds in taken.items()},
-    }
+    } | ({} if rates_found is None else
+         {"floor": _floor(config, steps, rates_found)})
+
+
+def _floor(config: ECARConfig, steps: int, rates_found: Rates) -> dict[str, float]:
+    """What the image must read and multiply at least, and the seconds that this takes."""
+    work = Roofline(config, steps=steps, itemsize=4).total()
+    least = roofline.floor(work, rates_found)
+    return {"bytes": work.bytes, "multiply_adds": work.multiply_adds, "memory": least.memory,
+            "arithmetic": least.arithmetic, "seconds": least.seconds}
 
 
 def _timer(way: Way, timed_steps: int, steps: int) -> Callable[[], list[StageTime]]:
@@ -67,13 +81,16 @@ def render(record: dict[str, Any]) -> str:
     header = ("model", "eager", "compiled", "ours", "eager / ours", "compiled / ours",
               "linear layers alone", "with attention's products", "non-GEMM",
               "non-GEMM beside attention")
-    text = markdown(header, map(_cells, record["rows"]))
+    floors = any("floor" in row for row in record["rows"])  # results of before have none
+    text = markdown(header + (("floor", "floor / ours") if floors else ()),
+                    [_cells(row) + (_floor_cells(row) if floors else ()) for row in record["rows"]])
     steps = [f"{row['timed_steps_of_a_stage']} steps of each stage were run and scaled to "
              f"{row['steps']} in all" for row in record["rows"]]
     verdicts = "\n".join(verdict for row in record["rows"] for verdict in _verdicts(row))
     return (f"{text}\n\nOne image, no guidance, random weights, float32: {steps[0]}. Medians of "
             "interleaved rounds.\nnon-GEMM: ours over its GEMMs alone, less one: over the linear "
-            f"layers, and over those and attention's products.\n\n{verdicts}")
+            "layers, and over those and attention's products.\n"
+            f"{FLOOR if floors else ''}\n{verdicts}")
 
 
 def non_gemm(row: dict[str, Any]) -> tuple[float, float]:
@@ -95,6 +112,13 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
             "-" if compiled is None else f"{figures(compiled / median['ours'])}x",
             duration(median["linears"]), duration(median["linears"] + median["attention"]),
             *(f"{value:.0%}" for value in non_gemm(row)))
+
+
+def _floor_cells(row: dict[str, Any]) -> tuple[str, str]:
+    if (floor := row.get("floor")) is None:
+        return "-", "-"
+    return (duration(floor["seconds"]),
+            f"{floor['seconds'] / _medians_of(row)['ours']:.0%}")
 
 
 def _verdicts(row: dict[str, Any]) -> list[str]:
@@ -133,10 +157,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     facts, rows = environment.describe(), []
     file = results.path("end_to_end", options.results)
     whole = sum(SHARES[size] for size in options.sizes)
+    found, _ = rates.measure()
     for size in options.sizes:
         rows.append(measure(size, ECARConfig.preset(size), 60 * options.minutes * SHARES[size]
                             / whole, steps=options.steps, timed_steps=options.timed_steps,
-                            compile=size in options.compile))
+                            compile=size in options.compile, rates_found=found))
         forget()
         results.write(file, "end_to_end", facts, rows=rows)  # what is there survives an end
         print(f"E-CAR-{size} done", flush=True)

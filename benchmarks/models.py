@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import ecar_kernels
 from ecar.config import ECARConfig
 from ecar.model import ECAR
-from ecar.sampler import StepInfo, sample, split_steps
+from ecar.plan import Plan, Shape
+from ecar.sampler import split_steps
 
 STEPS = 250  # of the paper's Table 3
 WEIGHT_SCALE = 0.02
@@ -91,7 +92,7 @@ def time_image(way: Way, timed_steps: int, steps: int = STEPS, *,
                batch: int = 1) -> list[StageTime]:
     """Each stage's time for images of `steps` steps, of which `timed_steps` a stage are run.
 
-    The sampler itself runs. `once` is what precedes a stage's first step (the AR's pass, the
+    The sampler's own plan runs. `once` is what precedes a stage's first step (the AR's pass, the
     tokens' modulation, and the modulation of all `steps`, whose rows beyond those of the steps
     that are run are timed apart), and what its last step takes longer than the others' median.
     """
@@ -100,14 +101,17 @@ def time_image(way: Way, timed_steps: int, steps: int = STEPS, *,
     timed_steps = max(3, timed_steps)
     stamps: list[tuple[int, float]] = []
 
-    def note(info: StepInfo) -> None:
-        stamps.append((info.stage, time.perf_counter()))
+    def note(stage: int, step: int, image: Callable[[], Tensor]) -> None:
+        stamps.append((stage, time.perf_counter()))
 
     labels, seeds = torch.randint(config.num_classes, (batch,)), torch.randint(2**62, (batch,))
-    with way.backend_in_force():
+    every = (timed_steps,) * config.num_stages
+    shape = Shape(batch, every, "euler", tuple((False,) * count for count in every))
+    with way.backend_in_force(), torch.no_grad():
         begin = time.perf_counter()
-        sample(way.model, labels, seeds=seeds, steps=[timed_steps] * config.num_stages,
-               callback=note)
+        plan = Plan(way.model, shape, device_scales=False)
+        plan.load(labels, seeds, [[1.0] * count for count in every])
+        plan.run(way.model, note)
         found = []
         for stage, (count, head) in enumerate(zip(counts, way.model.heads, strict=True), start=1):
             at = [when for of, when in stamps if of == stage]

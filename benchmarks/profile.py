@@ -1,7 +1,9 @@
 """`python -m benchmarks.profile`: where the time of a sampler's step goes, op by op.
 
-One step of each stage of an accelerated E-CAR under torch's profiler. Its own cost is part of all
-figures but the last row's, a step without it; the shares are what this is for.
+One step of each stage of an accelerated E-CAR, op after op from Python, under torch's profiler.
+Its own cost is part of all figures but the last two rows': that step without it, and a step as the
+sampler takes it on the CPU, bound ahead of time (ecar/bound.py), where a block is one call and
+cannot be looked into.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from ecar_kernels import euler_step
 BETWEEN = "between the ops"
 OPS = {"ecar::packed_adaln_linear": "adaln_linear",
        "ecar::packed_linear_gated_residual": "linear_gated_residual",
-       "aten::scaled_dot_product_attention": "attention",
+       "ecar::stage_attention": "attention", "aten::scaled_dot_product_attention": "attention",
        "ecar::euler_step": "euler_step", "aten::copy_": "copies"}
 
 
@@ -55,7 +57,8 @@ def stage_rows(head: FlowHead, config: ECARConfig, stage: int, steps: int) -> di
 def render(record: dict[str, Any]) -> str:
     stages = record["stages"]
     header = ("a step", *(f"{stage['tokens']} tokens" for stage in stages))
-    names = [name for name in OPS.values() if any(name in stage["ops"] for stage in stages)]
+    names = [name for name in dict.fromkeys(OPS.values())
+             if any(name in stage["ops"] for stage in stages)]
 
     def cell(seconds: float, stage: dict[str, Any]) -> str:
         return f"{duration(seconds)} ({seconds / stage['step']:.0%})"
@@ -65,8 +68,11 @@ def render(record: dict[str, Any]) -> str:
     rows.append((BETWEEN, *(cell(stage[BETWEEN], stage) for stage in stages)))
     rows.append(("all", *(duration(stage["step"]) for stage in stages)))
     rows.append(("without the profiler", *(duration(stage["alone"]) for stage in stages)))
+    if bound := "bound" in stages[0]:  # results of before have none
+        rows.append(("as the sampler takes it", *(duration(stage["bound"]) for stage in stages)))
+    last = "the last two rows" if bound else "the last row"
     return (f"{markdown(header, rows)}\n\nE-CAR-{record['size']}, one image, no guidance, float32, "
-            "accelerated; under torch's profiler but for\nthe last row.")
+            "accelerated; under torch's profiler but for\n" + last + ".")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -79,9 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     facts, file = environment.describe(), results.path("profile", options.results)
     model = models.accelerated(models.random_model(ECARConfig.preset(options.size)))
+    bound = models.time_image(models.Way(model, "auto"), options.steps)
     record = {"size": options.size, "stages": [
-        stage_rows(head, model.config, stage, options.steps)
-        for stage, head in enumerate(model.heads, start=1)]}
+        stage_rows(head, model.config, stage, options.steps) | {"bound": taken.step}
+        for (stage, head), taken in zip(enumerate(model.heads, start=1), bound, strict=True)]}
     results.write(file, "profile", facts, **record)
     print(f"{render(record)}\n\n{results.where(facts)}\n\nwrote {file}")
 

@@ -7,6 +7,7 @@ so that a CUDA graph of ``run`` serves them all.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 import ecar_kernels
-from ecar import stages
+from ecar import bound, stages
 from ecar.flow import NORM_EPS, FlowHead
 from ecar.guidance import step_times
 from ecar.model import ECAR
@@ -23,8 +24,9 @@ from ecar_kernels import initial_noise, registry
 
 __all__ = ["Plan", "Shape"]
 
-# Called after each step with (stage from 1, step in the stage, the state) -> a state or None.
-Watch = Callable[[int, int, Tensor], "Tensor | None"]
+# Called after each step with (stage from 1, step in the stage, what gives the state as an image)
+# -> a state in its place or None.
+Watch = Callable[[int, int, Callable[[], Tensor]], "Tensor | None"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,11 @@ class Plan:
         # Heun's two velocities of a step need the state as an image anyway.
         token_layout = shape.solver == "euler"
         self.boundary = boundary_op(device, dtype, config.width) if token_layout else None
+        # On the CPU the steps are bound ahead of time (bound.py), each op to a buffer.
+        self.buffers: bound.Buffers | None = None
+        if device.type == "cpu" and self.boundary is not None and not device_scales and all(
+                bound.can_bind(head, dtype) for head in model.heads):
+            self.buffers = bound.Buffers(config, batch, self.rows, dtype)
 
     def _network_times(self, stage: int) -> list[float]:
         times = step_times(self.counts, stage)
@@ -119,12 +126,17 @@ class Plan:
     ) -> tuple[Tensor, Tensor]:
         """(end_s, start_{s+1}) from start_s = x; the last stage has no start after it."""
         token_map = self._token_map(model, stage, end_before)
-        run = _Stage(self, model.heads[stage - 1], stage, token_map, watch)
-        x = run.image_steps(x) if self.boundary is None else run.token_steps(x, self.boundary)
+        run = Stage(self, model.heads[stage - 1], stage, token_map, watch)
+        if self.buffers is not None:
+            return bound.run_stage(run, self.buffers, x)
+        if self.boundary is None or bound.overridden(run.head):
+            x = run.image_steps(x)
+        else:
+            x = run.token_steps(x, self.boundary)
         return run.last_step(x)
 
 
-class _Stage:
+class Stage:
     """One stage of a run: what stays the same over its steps."""
 
     def __init__(
@@ -134,11 +146,17 @@ class _Stage:
         self.batch, self.count = plan.shape.batch, plan.counts[stage - 1]
         self.guided, self.scales = plan.shape.guided[stage - 1], plan.scales[stage - 1]
         self.dt, self.input = 1 / self.count, plan.inputs[stage - 1]
-        rows = 2 * self.batch if any(self.guided) else self.batch
-        both = head.spatial_parts(token_map[:rows])
-        # By whether the step is guided: the first B rows are the conditional ones.
-        self.spatial = (tuple(part[: self.batch] for part in both), both)
-        self.steps = head.step_parts(plan.times[stage - 1])
+        self.token_map = token_map[: 2 * self.batch if any(self.guided) else self.batch]
+
+    @functools.cached_property
+    def spatial(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """By whether the step is guided: the first B rows are the conditional ones."""
+        both = self.head.spatial_parts(self.token_map)
+        return tuple(part[: self.batch] for part in both), both
+
+    @functools.cached_property
+    def steps(self) -> list[tuple[Tensor, ...]]:
+        return self.head.step_parts(self.plan.times[self.stage - 1])
 
     def rows(self, step: int) -> int:
         return 2 * self.batch if self.guided[step] else self.batch
@@ -191,7 +209,7 @@ class _Stage:
         return end, start
 
     def seen(self, x: Tensor, step: int) -> Tensor:
-        replaced = None if self.watch is None else self.watch(self.stage, step, x)
+        replaced = None if self.watch is None else self.watch(self.stage, step, lambda: x)
         return x if replaced is None else replaced
 
     def token_steps(self, x: Tensor, flow_boundary: Callable) -> Tensor:
@@ -213,8 +231,8 @@ class _Stage:
                 step_scale=own[-1], guidance_scale=self.scale(step), eps=NORM_EPS,
             )
             if self.watch is not None:
-                x = unpatchify(state, patch, head.shape)
-                if (replaced := self.seen(x, step)) is not x:
+                image = functools.partial(unpatchify, state, patch, head.shape)
+                if (replaced := self.watch(self.stage, step, image)) is not None:
                     state = patchify(replaced, patch)
                     embedded = head.embed_tokens(self.network_input(replaced, step))
         return unpatchify(state, patch, head.shape)

@@ -183,10 +183,11 @@ def _run(model: ECAR, shape: Shape, data: tuple, watch: Callable) -> list[Tensor
 
 
 def _watch(counts: list[int], bar: tqdm, callback: Callable | None) -> Callable:
-    def watch(stage: int, step: int, state: Tensor) -> Tensor | None:
+    def watch(stage: int, step: int, image: Callable[[], Tensor]) -> Tensor | None:
         bar.update()
         if callback is None:
             return None
+        state = image()
         count = counts[stage - 1]
         before = sum(counts[: stage - 1])
         info = StepInfo(before + step, sum(counts), stage, step / count, state)

@@ -100,10 +100,9 @@ for op in FAMILIES["flow_step"]:
     IMPLEMENTATIONS[op]["native"] = Implementation(
         f"ecar_kernels.flow_step.native:{op}", devices=("cpu", "cuda"), missing=_native.why_not,
         missing_on={"cuda": _native.why_not_cuda})
-# On the CPU its reference is all there is.
 IMPLEMENTATIONS["flow_boundary"]["native"] = Implementation(
-    "ecar_kernels.flow_step.boundary:flow_boundary", devices=("cuda",), max_width=8192,
-    missing=_native.why_not_cuda)
+    "ecar_kernels.flow_step.boundary:flow_boundary", devices=("cpu", "cuda"), max_width=8192,
+    missing=_native.why_not, missing_on={"cuda": _native.why_not_cuda})
 for family in ("adaln", "flow_block"):
     for op in FAMILIES[family]:
         IMPLEMENTATIONS[op]["native"] = Implementation(

@@ -15,7 +15,7 @@ from benchmarks import cases, timing
 from ecar_kernels import resolve
 
 CALLS = 100  # in a round
-CASES = [cases.Case(op, 16, 1, cases.SIZES[0]) for op in cases.ON_CPU]
+CASES = [cases.Case(op, 16, 1, cases.SIZES[0]) for op in cases.OPS]
 
 
 def least(case: cases.Case, arguments: dict) -> dict:

@@ -76,12 +76,9 @@ void check_seeds(const Tensor& seeds) {
   if (seeds.dim() != 1) refuse("seeds", "one dimension, got ", text(seeds.sizes()));
 }
 
-std::tuple<Tensor, Tensor> jump(Dtype dtype, UpsampleRenoise& a, const Tensor& x,
-                                const Tensor& velocity, double dt, double guidance_scale,
-                                double time) {
+void jump(Dtype dtype, UpsampleRenoise& a, const Tensor& x, const Tensor& velocity, double dt,
+          double guidance_scale, double time, const Tensor& end, const Tensor& start) {
   const Sizes sizes = x.sizes();
-  const Tensor end = empty(x, {sizes[0], sizes[1], sizes[2], sizes[3]});
-  const Tensor start = empty(x, {sizes[0], sizes[1], 2 * sizes[2], 2 * sizes[3]});
   a.step = euler_arguments(x, velocity, dt, guidance_scale, end);
   a.up_factor = static_cast<float>((1 + time) / 2);
   a.noise_factor = static_cast<float>(1 - time);
@@ -91,7 +88,26 @@ std::tuple<Tensor, Tensor> jump(Dtype dtype, UpsampleRenoise& a, const Tensor& x
   parallel(sizes[3] > 0 ? sizes[0] * sizes[1] * sizes[2] : 0,
            sizes[3] * (a.details == nullptr ? 20 : 5),
            [&](std::int64_t begin, std::int64_t end) { kernel(a, begin, end); });
+}
+
+std::tuple<Tensor, Tensor> new_jump(Dtype dtype, UpsampleRenoise& a, const Tensor& x,
+                                    const Tensor& velocity, double dt, double guidance_scale,
+                                    double time) {
+  const Sizes sizes = x.sizes();
+  const Tensor end = empty(x, {sizes[0], sizes[1], sizes[2], sizes[3]});
+  const Tensor start = empty(x, {sizes[0], sizes[1], 2 * sizes[2], 2 * sizes[3]});
+  jump(dtype, a, x, velocity, dt, guidance_scale, time, end, start);
   return {end, start};
+}
+
+void set_seeds(UpsampleRenoise& a, const Tensor& seeds, std::int64_t stage, const Tensor& x) {
+  check_seeds(seeds);
+  if (seeds.size(0) != x.size(0)) {
+    refuse("seeds", "one for each image, ", x.size(0), ", got ", seeds.size(0));
+  }
+  a.seeds = static_cast<const std::int64_t*>(seeds.const_data_ptr());
+  a.seed_stride = seeds.stride(0);
+  a.stage = static_cast<std::uint32_t>(stage);
 }
 
 std::tuple<Tensor, Tensor> upsample_renoise_euler_seeds(const Tensor& x, const Tensor& velocity,
@@ -101,15 +117,27 @@ std::tuple<Tensor, Tensor> upsample_renoise_euler_seeds(const Tensor& x, const T
                                                         const MaybeTensor& guidance) {
   check_guidance(guidance);
   const Dtype dtype = check_leading("x", x, 4);
-  check_seeds(seeds);
-  if (seeds.size(0) != x.size(0)) {
-    refuse("seeds", "one for each image, ", x.size(0), ", got ", seeds.size(0));
-  }
   UpsampleRenoise a{};
-  a.seeds = static_cast<const std::int64_t*>(seeds.const_data_ptr());
-  a.seed_stride = seeds.stride(0);
-  a.stage = static_cast<std::uint32_t>(stage);
-  return jump(dtype, a, x, velocity, dt, guidance_scale, time);
+  set_seeds(a, seeds, stage, x);
+  return new_jump(dtype, a, x, velocity, dt, guidance_scale, time);
+}
+
+// `end` may be x or the velocity: each element is read before it is replaced.
+void upsample_renoise_euler_seeds_out(const Tensor& x, const Tensor& velocity, double dt,
+                                      double guidance_scale, double time, std::int64_t stage,
+                                      const Tensor& seeds, const Tensor& end,
+                                      const Tensor& start) {
+  const Dtype dtype = check_leading("x", x, 4);
+  const Sizes sizes = x.sizes();
+  UpsampleRenoise a{};
+  set_seeds(a, seeds, stage, x);
+  check_output("end", end, x, {sizes[0], sizes[1], sizes[2], sizes[3]});
+  check_output("start", start, x, {sizes[0], sizes[1], 2 * sizes[2], 2 * sizes[3]});
+  for (const Tensor* input : {&x, &velocity}) {
+    if (!same_memory(end, *input)) check_apart("end", end, *input);
+    check_apart("start", start, *input);
+  }
+  jump(dtype, a, x, velocity, dt, guidance_scale, time, end, start);
 }
 
 std::tuple<Tensor, Tensor> upsample_renoise_euler_details(const Tensor& x, const Tensor& velocity,
@@ -123,7 +151,7 @@ std::tuple<Tensor, Tensor> upsample_renoise_euler_details(const Tensor& x, const
   UpsampleRenoise a{};
   a.details = details.const_data_ptr();
   for (int d = 0; d < 4; ++d) a.details_strides[d] = details.stride(d);
-  return jump(dtype, a, x, velocity, dt, guidance_scale, time);
+  return new_jump(dtype, a, x, velocity, dt, guidance_scale, time);
 }
 
 Dtype table_entry(ScalarType type) {
@@ -171,6 +199,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
       "upsample_renoise_euler_seeds(Tensor x, Tensor velocity, float dt, float guidance_scale, "
       "float time, int stage, Tensor seeds, Tensor? guidance=None) -> (Tensor end, Tensor start)");
   library.def(
+      "upsample_renoise_euler_seeds_out(Tensor x, Tensor velocity, float dt, "
+      "float guidance_scale, float time, int stage, Tensor seeds, Tensor(a!) end, "
+      "Tensor(b!) start) -> ()");
+  library.def(
       "upsample_renoise_euler_details(Tensor x, Tensor velocity, float dt, float guidance_scale, "
       "float time, Tensor details, Tensor? guidance=None) -> (Tensor end, Tensor start)");
   library.def(
@@ -181,6 +213,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
 STABLE_TORCH_LIBRARY_IMPL(ecar, CPU, library) {
   library.impl("euler_step", TORCH_BOX(&ecar::euler_step));
   library.impl("upsample_renoise_euler_seeds", TORCH_BOX(&ecar::upsample_renoise_euler_seeds));
+  library.impl("upsample_renoise_euler_seeds_out",
+               TORCH_BOX(&ecar::upsample_renoise_euler_seeds_out));
   library.impl("upsample_renoise_euler_details",
                TORCH_BOX(&ecar::upsample_renoise_euler_details));
   library.impl("initial_noise", TORCH_BOX(&ecar::initial_noise));

@@ -133,6 +133,37 @@ inline Tensor empty(const Tensor& like, std::initializer_list<std::int64_t> size
   return empty(like, sizes, dtype_code(like));
 }
 
+// A tensor to write to: of the leading one's type, of these sizes, contiguous.
+inline void check_output(const char* name, const Tensor& out, const Tensor& leading,
+                         std::initializer_list<std::int64_t> sizes) {
+  check_sizes(name, out, leading, sizes);
+  if (!out.is_contiguous()) refuse(name, "a contiguous tensor, got strides ", text(out.strides()));
+}
+
+// Do both have the same elements at the same addresses?
+inline bool same_memory(const Tensor& a, const Tensor& b) {
+  if (a.const_data_ptr() != b.const_data_ptr() || a.dim() != b.dim()) return false;
+  for (std::int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != b.size(d) || (a.size(d) > 1 && a.stride(d) != b.stride(d))) return false;
+  }
+  return true;
+}
+
+// A contiguous output must not lie in what the kernel is yet to read.
+inline void check_apart(const char* name, const Tensor& out, const Tensor& input) {
+  std::int64_t last = 0;
+  for (std::int64_t d = 0; d < input.dim(); ++d) {
+    if (input.size(d) == 0) return;
+    last += (input.size(d) - 1) * input.stride(d);
+  }
+  const std::int64_t item = static_cast<std::int64_t>(input.element_size());
+  const char* in = static_cast<const char*>(input.const_data_ptr());
+  const char* to = static_cast<const char*>(out.const_data_ptr());
+  if (to < in + (last + 1) * item && in < to + out.numel() * item) {
+    refuse(name, "memory apart from that of the inputs, got an overlap");
+  }
+}
+
 // Elements that a thread should have before another one is worth waking.
 constexpr std::int64_t kGrain = 32768;
 

@@ -58,6 +58,52 @@ __device__ inline void block_sums(float (&value)[kRows], float* sums) {
   __syncthreads();
 }
 
+// Do rows of this many elements begin on 16 bytes, one after another?
+template <class T>
+__device__ inline bool whole_vectors(const void* data, int row) {
+  return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && row % kVector<T> == 0;
+}
+
+__device__ inline void load_shared(const float* from, float (&to)[4]) {
+#if defined(__CUDA_ARCH__)
+  const float4 read = *reinterpret_cast<const float4*>(from);
+  to[0] = read.x, to[1] = read.y, to[2] = read.z, to[3] = read.w;
+#else
+  std::memcpy(to, from, 16);
+#endif
+}
+
+// A lane's part of one output's sums: of its 16 bytes of every 512 where the rows allow it.
+template <class T, int kRows>
+__device__ inline void lane_sums(const T* weight, const float* y, int channels, bool whole,
+                                 float (&sum)[kRows]) {
+  const int lane = threadIdx.x % 32;
+  if (whole) {
+#pragma unroll 2
+    for (int c = lane * kVector<T>; c < channels; c += 32 * kVector<T>) {
+      float w[kVector<T>];
+      load(weight + c, kVector<T>, true, w);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+        for (int i = 0; i < kVector<T>; i += 4) {
+          float four[4];
+          load_shared(y + r * channels + c + i, four);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sum[r] = fmaf(w[i + j], four[j], sum[r]);
+        }
+      }
+    }
+    return;
+  }
+#pragma unroll 4
+  for (int c = lane; c < channels; c += 32) {
+    const float w = to_float(weight[c]);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) sum[r] = fmaf(w, y[r * channels + c], sum[r]);
+  }
+}
+
 // S: the state's type.
 template <class T, class S, int kTokens, int kGuided>
 __device__ inline void flow_boundary_block(const FlowBoundary& a, float* shared) {
@@ -117,15 +163,11 @@ __device__ inline void flow_boundary_block(const FlowBoundary& a, float* shared)
 
   // The velocity: a warp takes an output at a time.
   const int lane = threadIdx.x % 32;
+  const bool whole = whole_vectors<T>(a.weight, channels);
   for (int output = threadIdx.x / 32; output < outputs; output += blockDim.x / 32) {
     const T* weight = static_cast<const T*>(a.weight) + std::int64_t{output} * channels;
     float sum[kRows] = {};
-#pragma unroll 4
-    for (int c = lane; c < channels; c += 32) {
-      const float w = to_float(weight[c]);
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) sum[r] = fmaf(w, y[r * channels + c], sum[r]);
-    }
+    lane_sums(weight, y, channels, whole, sum);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       sum[r] = warp_sum(sum[r]);
@@ -157,13 +199,22 @@ __device__ inline void flow_boundary_block(const FlowBoundary& a, float* shared)
   }
   __syncthreads();
 
+  const bool whole_embed = whole_vectors<T>(a.embed_weight, outputs);
   for (int c = threadIdx.x; c < channels; c += blockDim.x) {
     const T* weight = static_cast<const T*>(a.embed_weight) + std::int64_t{c} * outputs;
     float sum[kTokens] = {};
-    for (int output = 0; output < outputs; ++output) {
-      const float w = to_float(weight[output]);
+    for (int first_output = 0; first_output < outputs; first_output += kVector<T>) {
+      const int count = outputs - first_output;
+      float w[kVector<T>];
+      load(weight + first_output, count, whole_embed, w);
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) sum[t] = fmaf(w, state[t * outputs + output], sum[t]);
+      for (int i = 0; i < kVector<T>; ++i) {
+        if (i >= count) break;
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) {
+          sum[t] = fmaf(w[i], state[t * outputs + first_output + i], sum[t]);
+        }
+      }
     }
     const float bias = to_float(static_cast<const T*>(a.embed_bias)[c]);
 #pragma unroll

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
+#include "cpu/boundary.h"
 #include "cpu/dtypes.h"
-#include "cpu/rows.h"
 
 namespace ecar {
 namespace cuda {
@@ -44,20 +44,11 @@ struct InitialNoise {
   void* out;                                // contiguous [images, count]
 };
 
-// Rows [B or 2B, N, C]; state and embedded are contiguous, as the weights, biases and positions.
-struct FlowBoundary {
-  Rows x, shift, scale, step_shift, step_scale;
-  const void *weight, *bias, *embed_weight, *embed_bias, *positions;
-  const void* state;
-  std::int64_t state_image_stride, state_token_stride;
-  void *new_state, *embedded;
-  std::int64_t images, tokens, channels, outputs;
-  bool guided, wide_state;  // wide_state: float32 whatever x is
-  float dt, eps;
+struct FlowBoundary : Boundary {
   Guidance guidance;
 };
 
-constexpr std::int64_t kMaxOutputs = 64, kMaxChannels = 8192;
+constexpr std::int64_t kMaxChannels = 8192;
 
 // Each queues one launch on the stream and returns a cudaError_t.
 int euler_step(const EulerStep&, Dtype, void* stream);

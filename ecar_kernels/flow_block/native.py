@@ -25,13 +25,18 @@ from ecar_kernels.flow_block.packing import (
     packed_weight,
 )
 
-__all__ = ["adaln_linear", "forget_packed", "linear_gated_residual", "packed_weight",
-           "prepare_weight"]
+__all__ = ["adaln_linear", "flow_block_", "forget_packed", "linear_gated_residual",
+           "packed_weight", "prepare_weight", "workspace_size"]
 
 _native.require()
 
 _packed_adaln_linear = torch.ops.ecar.packed_adaln_linear.default
 _packed_linear_gated_residual = torch.ops.ecar.packed_linear_gated_residual.default
+# `FlowBlock.infer` in one call, for who has packed the weights and allocated the buffers
+# (ecar/bound.py): x [R, N, C] is written over; spatial [R, N, parts C] and step [1, 1, parts C]
+# hold the block's six modulations from `part` on; `wide`, of x's type, has R N max(4 C, hidden)
+# elements or more, and `workspace`, floats, what `workspace_size` says of C and of `hidden`.
+flow_block_ = torch.ops.ecar.flow_block_.default
 
 
 def adaln_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, *,
@@ -49,6 +54,11 @@ def linear_gated_residual(h: Tensor, weight: Tensor, bias: Tensor | None, gate: 
     call = (_linear_gated_residual if torch.compiler.is_compiling()
             else _run_linear_gated_residual)
     return call(h, weight, bias, gate, residual, step_gate)
+
+
+def workspace_size(rows: int, depth: int) -> int:
+    """Floats that the workspace of a call has at least: rows of all images, inputs of each."""
+    return torch.ops.ecar.packed_workspace_size(rows, depth)
 
 
 def prepare_weight(weight: Tensor, keep: bool) -> None:
@@ -104,6 +114,12 @@ def _(x, shift, scale, packed, outputs, bias, step_shift, step_scale, gelu, eps)
 @torch.library.register_fake("ecar::packed_linear_gated_residual", lib=_library)
 def _(h, packed, bias, gate, residual, step_gate):
     return h.new_empty(residual.shape)
+
+
+@torch.library.register_fake("ecar::flow_block_", lib=_library)
+def _(x, spatial, step, part, qkv, qkv_bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias, heads,
+      hidden, eps, wide, workspace):
+    return None
 
 
 @torch.library.register_fake("ecar::pack_linear_weight", lib=_library)

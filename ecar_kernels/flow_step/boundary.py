@@ -1,4 +1,6 @@
-"""The boundary between two network calls in CUDA C++: csrc/cuda/flow_boundary.cuh."""
+"""The boundary between two network calls in C++: csrc/cpu/flow_boundary_isa.cpp, and
+csrc/cuda/flow_boundary.cuh for CUDA.
+"""
 
 import torch
 from torch import Tensor
@@ -6,10 +8,11 @@ from torch import Tensor
 from ecar_kernels import _native
 from ecar_kernels.flow_step.native import _scale
 
-if (_reason := _native.load_cuda()) is not None:
-    raise ImportError(_reason)
+_native.require()
 
 _flow_boundary = torch.ops.ecar.flow_boundary.default
+# The arguments up to `eps`, then the outputs: the state's may be the state, the embedding's x.
+flow_boundary_out = torch.ops.ecar.flow_boundary_out.default
 
 
 def flow_boundary(x: Tensor, state: Tensor, shift: Tensor, scale: Tensor, weight: Tensor,
@@ -27,3 +30,9 @@ def flow_boundary(x: Tensor, state: Tensor, shift: Tensor, scale: Tensor, weight
 def _(x, state, shift, scale, weight, bias, embed_weight, embed_bias, positions, dt, step_shift,
       step_scale, guidance_scale, eps, guidance=None):
     return state.new_empty(state.shape), x.new_empty(x.shape)
+
+
+@torch.library.register_fake("ecar::flow_boundary_out")
+def _(x, state, shift, scale, weight, bias, embed_weight, embed_bias, positions, dt, step_shift,
+      step_scale, guidance_scale, eps, new_state, embedded):
+    return None

@@ -18,6 +18,8 @@ _native.require()
 
 _euler_step = torch.ops.ecar.euler_step.default
 _from_seeds = torch.ops.ecar.upsample_renoise_euler_seeds.default
+# upsample_renoise_euler from seeds on the CPU into tensors that are there; `end` may be x.
+jump_out = torch.ops.ecar.upsample_renoise_euler_seeds_out.default
 _from_details = torch.ops.ecar.upsample_renoise_euler_details.default
 _initial_noise = torch.ops.ecar.initial_noise.default
 
@@ -132,6 +134,11 @@ def _fake_jump(x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("ecar::upsample_renoise_euler_seeds")
 def _(x, velocity, dt, guidance_scale, time, stage, seeds, guidance=None):
     return _fake_jump(x)
+
+
+@torch.library.register_fake("ecar::upsample_renoise_euler_seeds_out")
+def _(x, velocity, dt, guidance_scale, time, stage, seeds, end, start):
+    return None
 
 
 @torch.library.register_fake("ecar::upsample_renoise_euler_details")

@@ -37,7 +37,7 @@ def test_every_op_runs_forward_and_backward_as_the_reference_does(case):
 def test_every_has_each_op_stage_size_and_batch():
     every = cases.every()
     assert len(every) == len(set(every))
-    assert {case.op for case in every} == set(OPS) - {"flow_boundary"}  # the CPU has no kernel
+    assert {case.op for case in every} == set(OPS)
     for op in ("adaln", "stage_attention"):
         found = {(c.size, c.tokens, c.batch) for c in every if c.op == op and c.backward}
         assert found == set(itertools.product("SBL", (16, 64, 256), (1, 8, 32)))

@@ -5,7 +5,9 @@ import torch
 
 from benchmarks import dit, end_to_end, memory, models, table2, table3
 from benchmarks.models import StageTime
+from benchmarks.roofline import Roofline
 from ecar.config import ECARConfig
+from ecar_kernels.costs import Rates
 from tests.support.native import needs_native
 
 TINY = ECARConfig(stage_sides=(4, 8), channels=1, num_classes=3, width=16, heads=2, ar_layers=1,
@@ -30,10 +32,17 @@ def test_a_twin_has_the_same_parameters_and_modules_of_its_own():
 
 @needs_native
 def test_end_to_end_has_every_way_and_the_gemms():
-    row = end_to_end.measure("S", TINY, 0, steps=8, timed_steps=3, compile=False)
+    row = end_to_end.measure("S", TINY, 0, steps=8, timed_steps=3, compile=False,
+                             rates_found=Rates(1e9, 1e9))
+    work = Roofline(TINY, steps=8, itemsize=4).total()
+    assert row["floor"]["seconds"] == max(work.bytes, work.multiply_adds) / 1e9
     assert row["seconds"].keys() == {"eager", "ours", "linears", "attention"}
     assert all(summary["min"] > 0 for summary in row["seconds"].values())
+    share = row["floor"]["seconds"] / row["seconds"]["ours"]["median"]
     text = end_to_end.render({"rows": [row]})
+    assert f"| {share:.0%} |" in " ".join(text.split())
+    del row["floor"]  # as in results from before
+    assert "floor" not in end_to_end.render({"rows": [row]})
     assert "3 steps of each stage were run and scaled to 8" in text and "wanted >= 1.4x" in text
 
 

@@ -100,8 +100,10 @@ def test_initial_noise(kernels, shape, dtype):
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("guided, group, wide_state", [(0, 1, 1), (1, 1, 0), (0, 4, 0), (1, 4, 1)])
-def test_flow_boundary(kernels, guided, group, wide_state, dtype):
-    batch, tokens, channels, outputs = 2, 5, 72, 12
+@pytest.mark.parametrize("channels, outputs", [(520, 16), (72, 12), (70, 5)])
+def test_flow_boundary(kernels, channels, outputs, guided, group, wide_state, dtype):
+    """Weights whose rows are whole vectors of 16 bytes, those of one only, and none."""
+    batch, tokens = 2, 5
     rows = batch * (1 + guided)
 
     def normal(*shape):

@@ -1,11 +1,10 @@
 """The flow step on CUDA: the accuracy rule, the CPU's noise, graphs, and wrong devices."""
 
-import re
 
 import pytest
 import torch
 
-from ecar_kernels import BackendUnavailableError, _native, flow_boundary, use_backend
+from ecar_kernels import _native, flow_boundary, use_backend
 from ecar_kernels.flow_step import reference
 from ecar_kernels.registry import KERNEL_DTYPES, resolve
 from tests.support.accuracy import assert_accurate
@@ -42,7 +41,7 @@ def on_gpu(call):
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("guided", [False, True])
 def test_the_boundary_is_its_formula(guided, dtype):
-    """By hand in float64; the public function on the CPU is the reference."""
+    """By hand in float64."""
     call = boundary(dtype, guided)
     wide = {name: value.double() if isinstance(value, torch.Tensor) else value
             for name, value in call.items()}
@@ -58,12 +57,6 @@ def test_the_boundary_is_its_formula(guided, dtype):
     torch.testing.assert_close(found[1], torch.cat([embedded] * (1 + guided)))
     with use_backend("auto"):
         assert_accurate(flow_boundary, reference.flow_boundary, call)
-
-
-def test_the_boundary_has_no_native_cpu_kernel():
-    reason = REASON or "it serves cuda tensors, not cpu"
-    with use_backend("native"), pytest.raises(BackendUnavailableError, match=re.escape(reason)):
-        flow_boundary(**boundary())
 
 
 @pytest.mark.parametrize("name, change", [

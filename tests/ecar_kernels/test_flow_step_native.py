@@ -128,6 +128,27 @@ def test_a_jump_draws_the_reference_s_details(stage):
     assert (start.double() - expected).abs().max() <= 4e-6
 
 
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_a_jump_into_given_tensors_has_the_same_bits_and_may_replace_x(dtype):
+    from ecar_kernels.flow_step.native import jump_out
+
+    x, velocity = torch.randn(2, 3, 4, 5).to(dtype), torch.randn(4, 3, 4, 5).to(dtype)
+    seeds = torch.tensor([3, -4])
+    expected = native("upsample_renoise_euler", dtype)(
+        x, velocity, 0.1, time=0.5, stage=2, seeds=seeds, guidance_scale=1.5)
+    start = torch.empty(2, 3, 8, 10, dtype=dtype)
+    jump_out(x, velocity, 0.1, 1.5, 0.5, 2, seeds, x, start)
+    assert x.equal(expected[0]) and start.equal(expected[1])
+    for outputs, wrong in (((x[:1], start), "end"), ((x, start[..., :-1]), "start"),
+                           ((x, start.double()), "start")):
+        with pytest.raises(RuntimeError, match=f"argument '{wrong}': expected"):
+            jump_out(x, velocity, 0.1, 1.5, 0.5, 2, seeds, *outputs)
+    room = torch.zeros(2, 3, 8, 10, dtype=dtype)
+    inside = room.view(-1)[:x.numel()].view(x.shape)
+    with pytest.raises(RuntimeError, match="argument 'start': expected memory apart"):
+        jump_out(inside, velocity, 0.1, 1.5, 0.5, 2, seeds, inside, room)
+
+
 def test_edge_words_through_the_vector_functions():
     """The smallest and largest uniforms, and every quarter turn, by seeds found with Philox."""
     wanted = {(word, edge): None for word in range(4) for edge in ("low", "high")}

@@ -56,6 +56,10 @@ def samples(op):
         "upsample_renoise_euler_seeds": [
             (image, velocity, 0.1, 1.5, 0.5, 2, torch.tensor([1, -7])),
         ],
+        "upsample_renoise_euler_seeds_out": [
+            (image, velocity, 0.1, 1.5, 0.5, 2, torch.tensor([1, -7]), torch.empty(2, 3, 4, 5),
+             torch.empty(2, 3, 8, 10)),
+        ],
         "upsample_renoise_euler_details": [(image, image, 0.1, 1.0, 0.5, details)],
         "initial_noise": [(torch.tensor([3, -3]), 3, 4, 5, torch.float16)],
     }[op]
@@ -63,7 +67,8 @@ def samples(op):
 
 NAMES = ("adaln", "gated_residual", "gated_residual_adaln", "adaln_backward",
          "gated_residual_backward", "gated_residual_adaln_backward", "euler_step",
-         "upsample_renoise_euler_seeds", "upsample_renoise_euler_details", "initial_noise")
+         "upsample_renoise_euler_seeds", "upsample_renoise_euler_seeds_out",
+         "upsample_renoise_euler_details", "initial_noise")
 
 
 @needs_native
@@ -190,7 +195,8 @@ def test_lesser_instruction_sets(isa):
     """The families' own tests again, in a process that may not use more."""
     if SETS.index(_native.instruction_set()) > SETS.index(isa):
         pytest.skip(f"this CPU has no {isa}")
-    files = [f"tests/ecar_kernels/test_{family}_native.py" for family in ("adaln", "flow_step")]
+    files = [f"tests/ecar_kernels/test_{name}_native.py"
+             for name in ("adaln", "flow_step", "flow_boundary", "flow_block_whole")]
     code = ("import sys, pytest; from ecar_kernels import _native; "
             f"assert _native.instruction_set() == {isa!r}; "
             f"sys.exit(pytest.main(['-q', '-p', 'no:xdist', '-p', 'no:cacheprovider', *{files}]))")

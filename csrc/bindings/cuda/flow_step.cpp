@@ -8,7 +8,7 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
-#include "bindings/tokens.h"
+#include "bindings/boundary.h"
 
 namespace ecar {
 namespace {
@@ -195,31 +195,12 @@ std::tuple<Tensor, Tensor> flow_boundary(
     const Tensor& embed_bias, const Tensor& positions, double dt, const MaybeTensor& step_shift,
     const MaybeTensor& step_scale, double guidance_scale, double eps,
     const MaybeTensor& guidance) {
-  const Dtype dtype = check_leading("x", x, 3);
-  const Tokens t = tokens_of(x);
-  if (state.dim() != 3) refuse("state", "3 dimensions, got ", text(state.sizes()));
-  const std::int64_t images = state.size(0), outputs = state.size(2);
-  if (outputs > cuda::kMaxOutputs) refuse("state", "at most ", cuda::kMaxOutputs, " outputs");
-  if (t.channels > cuda::kMaxChannels || t.channels < 1) {
-    refuse("x", "1 to ", cuda::kMaxChannels, " channels");
+  cuda::FlowBoundary a{};
+  const Dtype dtype = set_boundary(a, {x, state, shift, scale, weight, bias, embed_weight,
+                                       embed_bias, positions, step_shift, step_scale}, dt, eps);
+  if (a.channels > cuda::kMaxChannels || a.channels < 1) {
+    refuse("x", "1 to ", cuda::kMaxChannels, " channels, got ", a.channels);
   }
-  if (t.images != images && t.images != 2 * images) {
-    refuse("x", "as many images as the state or twice as many, got ", t.images);
-  }
-  const std::int32_t state_code = dtype_code(state);
-  if (state_code != aoti_torch_dtype_float32() && state_code != dtype_code(x)) {
-    refuse("state", "float32 or the type of x, got another one");
-  }
-  if (outputs > 1 && state.stride(2) != 1) refuse("state", "a contiguous last dimension");
-  if (state.size(1) != t.tokens) refuse("state", t.tokens, " tokens, got ", state.size(1));
-  check_sizes("weight", weight, x, {outputs, t.channels});
-  check_sizes("bias", bias, x, {outputs});
-  check_sizes("embed_weight", embed_weight, x, {t.channels, outputs});
-  check_sizes("embed_bias", embed_bias, x, {t.channels});
-  check_sizes("positions", positions, x, {t.tokens, t.channels});
-  if (!weight.is_contiguous()) refuse("weight", "a contiguous tensor");
-  if (!embed_weight.is_contiguous()) refuse("embed_weight", "a contiguous tensor");
-  if (!positions.is_contiguous()) refuse("positions", "a contiguous tensor");
   for (const auto& [name, tensor] : {std::pair<const char*, const Tensor*>{"state", &state},
         {"shift", &shift}, {"scale", &scale}, {"weight", &weight}, {"bias", &bias},
         {"embed_weight", &embed_weight}, {"embed_bias", &embed_bias},
@@ -229,32 +210,11 @@ std::tuple<Tensor, Tensor> flow_boundary(
   if (step_shift.has_value()) check_device("step_shift", *step_shift, x);
   if (step_scale.has_value()) check_device("step_scale", *step_scale, x);
   const DeviceGuard guard(device_of(x));
-  const Tensor new_state = empty(state, {images, t.tokens, outputs}, state_code, false);
-  const Tensor embedded = empty(x, {t.images, t.tokens, t.channels}, dtype_code(x), false);
-  cuda::FlowBoundary a{};
-  a.x = rows_of(x);
-  a.shift = spatial("shift", shift, x, t);
-  a.scale = spatial("scale", scale, x, t);
-  a.step_shift = step("step_shift", step_shift, x, t);
-  a.step_scale = step("step_scale", step_scale, x, t);
-  a.weight = weight.const_data_ptr();
-  a.bias = bias.const_data_ptr();
-  a.embed_weight = embed_weight.const_data_ptr();
-  a.embed_bias = embed_bias.const_data_ptr();
-  a.positions = positions.const_data_ptr();
-  a.state = state.const_data_ptr();
-  a.state_image_stride = state.stride(0);
-  a.state_token_stride = state.stride(1);
+  const Tensor new_state =
+      empty(state, {a.images, a.tokens, a.outputs}, dtype_code(state), false);
+  const Tensor embedded = empty(x, {x.size(0), a.tokens, a.channels}, dtype_code(x), false);
   a.new_state = new_state.mutable_data_ptr();
   a.embedded = embedded.mutable_data_ptr();
-  a.images = images;
-  a.tokens = t.tokens;
-  a.channels = t.channels;
-  a.outputs = outputs;
-  a.guided = t.images != images;
-  a.wide_state = state_code == aoti_torch_dtype_float32();
-  a.dt = static_cast<float>(dt);
-  a.eps = static_cast<float>(eps);
   a.guidance = guidance_of(guidance_scale, guidance, x);
   check(cuda::flow_boundary(a, dtype, current_stream(device_of(x))));
   return {new_state, embedded};
@@ -262,14 +222,6 @@ std::tuple<Tensor, Tensor> flow_boundary(
 
 }  // namespace
 }  // namespace ecar
-
-STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
-  library.def(
-      "flow_boundary(Tensor x, Tensor state, Tensor shift, Tensor scale, Tensor weight, "
-      "Tensor bias, Tensor embed_weight, Tensor embed_bias, Tensor positions, float dt, "
-      "Tensor? step_shift, Tensor? step_scale, float guidance_scale, float eps, "
-      "Tensor? guidance=None) -> (Tensor state, Tensor embedded)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(ecar, CUDA, library) {
   library.impl("euler_step", TORCH_BOX(&ecar::euler_step));

@@ -1,0 +1,39 @@
+#pragma once
+
+// Between two network calls of a stage: final adaLN and linear, guidance and the Euler update,
+// token by token; then the next step's embedding with positions, band of channels by band, so
+// that a weight is turned once for many tokens. Every sum is taken in an order that depends on
+// channels and outputs alone. Since all tokens are read before the first is embedded, `embedded`
+// may be x itself, and `new_state` the state.
+
+#include "cpu/boundary.h"
+#include "cpu/dtypes.h"
+#include "cpu/isa.h"
+
+namespace ecar {
+
+struct FlowBoundary : Boundary {
+  float guidance;
+};
+
+constexpr std::int64_t kBand = 64;        // channels
+constexpr std::int64_t kBandTokens = 64;  // of one unit, at most
+
+// Works on tokens [begin, end) of all images.
+using BoundaryState = void (*)(const FlowBoundary&, std::int64_t begin, std::int64_t end);
+// Works on units [begin, end): unit = chunk of tokens * bands + band.
+using BoundaryEmbed = void (*)(const FlowBoundary&, std::int64_t begin, std::int64_t end);
+
+struct BoundaryKernels {
+  BoundaryState state[kDtypes][2];  // [1]: of a wide state
+  BoundaryEmbed embed[kDtypes][2];
+};
+
+#define ECAR_DECLARE(isa) \
+  namespace isa {         \
+  extern const BoundaryKernels boundary_kernels; \
+  }
+ECAR_FOR_EACH_ISA(ECAR_DECLARE)
+#undef ECAR_DECLARE
+
+}  // namespace ecar

@@ -1,0 +1,196 @@
+"""The CPU's bound steps: the same images as the plain loop, no allocation, and when they serve."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import ecar_kernels
+from ecar import bound, plan
+from ecar.flow import FlowHead
+from ecar.plan import Plan, Shape, Stage
+from ecar.sampler import sample
+from ecar_kernels import use_backend
+from tests.support.native import needs_native
+
+from .conftest import tiny_model
+from .test_sampler import draw
+
+pytestmark = needs_native
+
+PATTERNS = [
+    {}, {"guidance_scale": 2.5}, {"guidance_scale": 2.5, "guidance_interval": (0.1, 0.6)},
+    {"guidance_scale": 2.5, "guidance_schedule": "linear"},
+]
+
+
+@contextlib.contextmanager
+def plain_loop():
+    """The state as an image, one op after the other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "boundary_op", lambda *settings: None)
+        yield
+
+
+def planned(model, batch=2, counts=(4, 5), solver="euler", guided=False, device_scales=False):
+    with torch.no_grad():
+        shape = Shape(batch, counts, solver, tuple((guided,) * n for n in counts))
+        return Plan(model, shape, device_scales=device_scales)
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("options", PATTERNS)
+def test_it_is_the_plain_loop_s_image(model, options, accelerated):
+    if accelerated:
+        ecar_kernels.accelerate(model, keep_weights=False)
+    assert planned(model).buffers is not None
+    found = draw(model, steps=[4, 5], return_stage_ends=True, **options).stage_ends
+    with plain_loop():
+        assert planned(model).buffers is None
+        expected = draw(model, steps=[4, 5], return_stage_ends=True, **options).stage_ends
+    for ours, plain in zip(found, expected, strict=True):
+        assert ours.shape == plain.shape
+        assert (ours - plain).abs().max() < 1e-5 * plain.abs().max()
+
+
+@pytest.mark.parametrize("changes", [{"patch_size": 1}, {"channels": 3, "heads": 4},
+                                     {"stage_sides": (8,)}, {"stage_sides": (4, 8, 16)}])
+def test_other_sizes(changes):
+    model = tiny_model(**changes)
+    counts = [1, 3, 2][:model.config.num_stages]
+    found = draw(model, steps=counts, guidance_scale=2.0).latents
+    with plain_loop():
+        expected = draw(model, steps=counts, guidance_scale=2.0).latents
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_models_keep_their_state_in_float32(model, dtype):
+    """By the accuracy rule's measure: no further from float32's image than twice the plain loop."""
+    model.to(dtype)
+    assert planned(model).buffers is not None
+    images = []
+    for loop in (contextlib.nullcontext(), plain_loop()):
+        with loop:
+            images.append(draw(model, steps=[4, 5], guidance_scale=2.0).latents)
+    exact = draw(model.float(), steps=[4, 5], guidance_scale=2.0).latents
+    found, plain = ((image - exact).norm() for image in images)
+    assert images[0].dtype == torch.float32
+    assert found <= 2 * plain
+
+
+def test_an_image_has_the_same_bits_beside_others_of_the_same_batch_size(model):
+    first = draw(model, (3, 7), (5, 6)).latents
+    assert first[1].equal(draw(model, (2, 7), (-9, 6)).latents[1])
+    assert first.flip(0).equal(draw(model, (7, 3), (6, 5)).latents)
+
+
+def test_a_guided_batch_of_none(model):
+    empty = torch.empty(0, dtype=torch.int64)
+    found = sample(model, empty, seeds=empty, steps=4, guidance_scale=2.0).latents
+    assert found.shape == (0, 1, 8, 8)
+
+
+class TestCallback:
+    def test_it_sees_and_replaces_images(self, model):
+        def turned(info):
+            seen.append(info.latents)
+            return info.latents.flip(-1) if info.index in (0, 4, 6) else None
+
+        images = []
+        for loop in (contextlib.nullcontext(), plain_loop()):
+            seen = []
+            with loop:
+                output = draw(model, steps=[3, 4], guidance_scale=2.0, callback=turned)
+            images.append([*seen, output.latents])  # those kept are not written over later
+        assert len(images[0]) == 8
+        for found, expected in zip(*images, strict=True):
+            assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+    def test_too_late_at_a_jump(self, model):
+        with pytest.raises(ValueError, match="comes too late"):
+            draw(model, steps=[1, 2], callback=lambda info: info.latents.flip(-1))
+
+
+class TestWhenItServes:
+    def test_not_for_heun_nor_for_scales_that_a_graph_reads(self, model):
+        assert planned(model, solver="heun").buffers is None
+        assert planned(model, device_scales=True).buffers is None
+
+    def test_not_under_the_reference_nor_under_autocast(self, model):
+        with use_backend("reference"):
+            assert planned(model).buffers is None
+            ecar_kernels.accelerate(model)
+        assert planned(model).buffers is None  # its blocks are bound to the reference
+        ecar_kernels.accelerate(model, backend="auto")
+        assert planned(model).buffers is not None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert planned(model).buffers is None
+
+    @pytest.mark.parametrize("what", ["velocity", "stream", "infer"])
+    def test_not_where_a_method_is_replaced(self, model, monkeypatch, what):
+        """A compiled velocity, for instance: it is called, and for all steps."""
+        called = []
+        owner = model.heads[1].blocks[0] if what == "infer" else model.heads[1]
+        own = getattr(owner, what)
+        monkeypatch.setattr(owner, what, lambda *x: called.append(1) or own(*x))
+        assert planned(model).buffers is None
+        draw(model, steps=[2, 3])
+        assert len(called) == 3
+
+    def test_not_for_a_head_of_another_class(self, model):
+        class Other(FlowHead):
+            pass
+
+        model.heads[0].__class__ = Other
+        assert planned(model).buffers is None
+
+    def test_a_weight_that_changed_is_seen(self, model):
+        first = draw(model).latents
+        with torch.no_grad():
+            model.heads[0].blocks[0].qkv.weight.mul_(2)
+        second = draw(model).latents
+        assert not second.equal(first)
+        with plain_loop():
+            assert (draw(model).latents - second).abs().max() < 1e-5 * second.abs().max()
+
+
+def allocations(work):
+    """Allocations of tensor memory while `work` runs."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    return [event for event in profiler.profiler.kineto_results.events()
+            if event.name() == "[memory]" and event.nbytes() > 0]
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_no_allocation_inside_a_stage_s_loop(model, guided):
+    ecar_kernels.accelerate(model)
+    with torch.no_grad():
+        made = planned(model, counts=(6, 6), guided=guided)
+        made.load(torch.tensor([1, 2]), torch.tensor([3, 4]), [[2.0 if guided else 1.0] * 6] * 2)
+        for stage in (1, 2):
+            token_map = torch.randn(made.rows, model.config.stage_tokens[stage - 1], 32)
+            run = Stage(made, model.heads[stage - 1], stage, token_map, None)
+            steps = bound._Steps(run, made.buffers)
+            steps.begin(torch.randn_like(steps.end), 0)
+
+            def all_steps(steps=steps):
+                for calls in steps.calls:
+                    for call in calls:
+                        call()
+
+            all_steps()
+            assert not allocations(all_steps)
+            assert steps.end.isfinite().all()
+        assert allocations(lambda: torch.empty(3) + 1)  # the counter counts
+
+
+def test_the_buffers_are_no_more_than_a_step_s_activations(model):
+    """Nor is the state beside them: the qkv of all rows and the MLP's hidden tokens share one."""
+    config, buffers = model.config, planned(model, guided=True).buffers
+    rows = 4 * max(config.stage_tokens)
+    assert buffers.stream.numel() == rows * config.width
+    assert buffers.wide.numel() == rows * config.mlp_width
+    assert buffers.workspace.numel() <= rows * config.mlp_width

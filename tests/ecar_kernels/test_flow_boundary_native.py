@@ -1,0 +1,158 @@
+"""The boundary between two network calls in C++, on the CPU: accuracy, bits, outputs in place."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ecar_kernels import flow_boundary, use_backend
+from ecar_kernels.flow_step import reference
+from ecar_kernels.registry import KERNEL_DTYPES, resolve
+from tests.ecar_kernels.test_flow_step_cuda import boundary
+from tests.support.accuracy import assert_accurate
+from tests.support.native import needs_native
+
+pytestmark = needs_native
+
+OPTIONAL = ("step_shift", "step_scale")
+
+
+def kernel(dtype=torch.float32):
+    return resolve("flow_boundary", device="cpu", dtype=dtype, backend="native")
+
+
+def in_place(call):
+    """The outputs of `flow_boundary_out`, written over copies of the state and of x."""
+    from ecar_kernels.flow_step.boundary import flow_boundary_out
+
+    x, state = call["x"].clone(), call["state"].contiguous().clone()
+    names = ("shift", "scale", "weight", "bias", "embed_weight", "embed_bias", "positions", "dt")
+    flow_boundary_out(x, state, *(call[name] for name in names),
+                      *(call.get(name) for name in OPTIONAL), call["guidance_scale"], 1e-6,
+                      state, x)
+    return state, x
+
+
+@st.composite
+def calls(draw):
+    kinds = {"dtype": draw(st.sampled_from(KERNEL_DTYPES)), "guided": draw(st.booleans()),
+             "batch": draw(st.integers(0, 3)), "tokens": draw(st.integers(0, 70)),
+             "channels": draw(st.integers(1, 200)), "outputs": draw(st.integers(1, 64))}
+    torch.manual_seed(draw(st.integers(0, 2**32)))
+    call = boundary(**kinds)
+    if draw(st.booleans()):
+        call["state"] = call["state"].float()
+    if draw(st.booleans()):  # a view of more tokens and values
+        room = torch.randn(len(call["state"]), 2 * kinds["tokens"], kinds["outputs"] + 3)
+        call["state"] = room.to(call["state"].dtype)[:, ::2, 1:-2]
+    for name in draw(st.sets(st.sampled_from(OPTIONAL))):
+        del call[name]
+    return call
+
+
+@given(calls())
+def test_outputs(call):
+    assert_accurate(kernel(), reference.flow_boundary, call)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("tokens, channels", [(16, 768), (64, 1024), (256, 1152)])
+def test_the_models_sizes(tokens, channels, dtype):
+    call = boundary(dtype, batch=1, tokens=tokens, channels=channels)
+    call["state"] = call["state"].float()
+    assert_accurate(kernel(), reference.flow_boundary, call)
+
+
+@given(calls())
+def test_in_place_gives_the_same_bits(call):
+    for found, expected in zip(in_place(call), kernel()(**call), strict=True):
+        assert found.equal(expected)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_an_image_is_the_same_bits_in_every_batch_and_on_any_number_of_threads(dtype):
+    call = boundary(dtype, batch=5, tokens=67, channels=130)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(kernel()(**call))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(Tensor.equal, results[0], other))
+    for image in range(5):
+        alone = {name: value[[image, 5 + image]] if isinstance(value, Tensor) and len(value) == 10
+                 else value for name, value in call.items()}
+        state, embedded = kernel()(**alone | {"state": call["state"][image:image + 1]})
+        assert state[0].equal(results[0][0][image])
+        assert embedded.equal(results[0][1][[image, 5 + image]])
+
+
+def test_without_guidance_a_scale_changes_nothing():
+    """Both halves alike: u + g (c - u) is c."""
+    call = boundary(guided=False)
+    twice = {name: value.repeat(2, 1, 1) if name in ("x", "shift", "scale", "step_scale")
+             else value for name, value in call.items()}
+    alone, doubled = kernel()(**call), kernel()(**twice | {"guidance_scale": 3.0})
+    assert doubled[0].equal(alone[0]) and doubled[1].equal(alone[1].repeat(2, 1, 1))
+
+
+def test_auto_takes_it():
+    assert resolve("flow_boundary", device="cpu", dtype=torch.float32, width=768,
+                   backend="auto") is kernel()
+
+
+def out_arguments():
+    """Of the op itself, with outputs apart from its inputs."""
+    call = boundary()
+    out = torch.empty_like(call["state"]), torch.empty_like(call["x"])
+    return (*(call[name] for name in ("x", "state", "shift", "scale", "weight", "bias",
+                                      "embed_weight", "embed_bias", "positions", "dt",
+                                      *OPTIONAL)), 1.5, 1e-6, *out)
+
+
+def test_opcheck():
+    kernel()  # its fakes
+    arguments = out_arguments()
+    torch.library.opcheck(torch.ops.ecar.flow_boundary_out.default, arguments)
+    torch.library.opcheck(torch.ops.ecar.flow_boundary.default, arguments[:-2])
+
+
+@torch.no_grad()
+def test_inductor_equals_eager():
+    torch._dynamo.reset()
+    for guided in (False, True):
+        call = boundary(guided=guided)
+        with use_backend("native"):
+            compiled = torch.compile(flow_boundary, fullgraph=True)(**call)
+            assert all(map(Tensor.equal, compiled, flow_boundary(**call)))
+
+
+@pytest.mark.parametrize("index, wrong, message", [
+    (1, lambda a: a[1][:1], "'x': expected as many images as the state or twice as many"),
+    (1, lambda a: a[1].double(), "'state': expected float32 or the type of x"),
+    (1, lambda a: torch.randn(2, 16, 65), "'state': expected at most 64 outputs"),
+    (4, lambda a: a[4].T.contiguous().T, "'weight': expected a contiguous"),
+    (14, lambda a: a[14][:, :-1], "'new_state': expected"),
+    (14, lambda a: torch.empty(2, 16, 32)[..., :16], "'new_state': expected a contiguous tensor"),
+    (15, lambda a: a[15].half(), "'embedded': expected the first argument's type"),
+    (15, lambda a: a[0].flatten()[4:], "'embedded': expected"),
+])
+def test_a_wrong_call_of_the_op_itself_is_refused(index, wrong, message):
+    kernel()
+    arguments = list(out_arguments())
+    arguments[index] = wrong(arguments)
+    with pytest.raises(RuntimeError, match=f"argument {message}"):
+        torch.ops.ecar.flow_boundary_out(*arguments)
+
+
+def test_an_output_that_overlaps_an_input_is_refused():
+    kernel()
+    arguments = list(out_arguments())
+    room = torch.randn(4 * 16 * 72 + 8)
+    arguments[0] = room[:-8].view(4, 16, 72)
+    arguments[15] = room[8:].view(4, 16, 72)
+    with pytest.raises(RuntimeError, match="argument 'embedded': expected memory apart"):
+        torch.ops.ecar.flow_boundary_out(*arguments)
