@@ -69,7 +69,8 @@ def render(record: dict[str, Any]) -> str:
     rows.append(cells("all", sum(eager.values()), sum(ours.values())))
     return (markdown(("kept for the backward", "eager", "ours", "ours / eager"), rows)
             + f"\n\nE-CAR-{record['size']}, MiB of one image, float32, by the module in whose "
-              "forward it was saved. A\nlinear layer keeps its input, or in ours what the input is made anew of.")
+              "forward it was saved. A\nlinear layer keeps its input, or in ours what that is made "
+              "anew of.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

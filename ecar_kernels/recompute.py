@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ecar_kernels import registry
 
+
 def active() -> bool:
     """Is a linear layer that runs now to forget its input?"""
     return (torch.is_grad_enabled() and not torch.compiler.is_compiling()
