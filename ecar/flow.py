@@ -25,6 +25,7 @@ from ecar_kernels import (
     OpsModule,
     accelerates,
     adaln,
+    recompute,
 )
 from ecar_kernels.acceleration import PUBLIC
 
@@ -50,6 +51,11 @@ def time_frequencies(time: Tensor) -> Tensor:
     exponents = torch.arange(half, dtype=torch.float32, device=time.device) / half
     angles = 1000 * time.float()[:, None] * torch.exp(-math.log(10000) * exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def _begun(spatial: Sequence[Tensor], step: Sequence[Tensor], at: int) -> tuple[Tensor, ...]:
+    """The shift and scale, then those of the step, that stand at a part and the next."""
+    return *spatial[at : at + 2], *step[at : at + 2]
 
 
 class FlowHead(OpsModule):
@@ -97,7 +103,7 @@ class FlowHead(OpsModule):
 
     def spatial_modulation(self, token_map: Tensor) -> Tensor:
         """W SiLU(c_s) + b with c_s = MLP_s(M_s): [B, N, C] -> [B, N, parts C]."""
-        return self.modulation(F.silu(self.condition(token_map)))
+        return recompute.linear(self.modulation, *recompute.silu(self.condition(token_map)))
 
     def step_modulation(self, time: Tensor) -> Tensor:
         """W SiLU(t) for times [R] in [0, 1]: [R, 1, parts C]."""
@@ -142,8 +148,9 @@ class FlowHead(OpsModule):
             if self.gradient_checkpointing and self.training:
                 x, y = checkpoint(block, x, y, spatial[own], step[own], use_reentrant=False)
             else:
-                x, y = block(x, y, spatial[own], step[own])
-        return unpatchify(self.output(y), self.patch_size, self.shape)
+                x, y = block(x, y, spatial[own], step[own], _begun(spatial, step, 6 * index))
+        made = recompute.adaln(y, x, *_begun(spatial, step, self.parts - 2), NORM_EPS)
+        return unpatchify(recompute.linear(self.output, *made), self.patch_size, self.shape)
 
     def stream(self, x: Tensor, spatial: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
         """The blocks' inference path.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class SharedLayer:
     them all.
     """
 
-    hidden: Tensor  # [B, N, hidden], W's input
+    hidden: Tensor  # [B, N, hidden], of which W's input is the GELU
     output: Tensor  # [B, N, width], W's output, which keeps its gradient
     stage_tokens: tuple[int, ...]
 
@@ -44,7 +45,8 @@ class SharedLayer:
         gradients = self.output.grad.split(self.stage_tokens, dim=1)
         hiddens = self.hidden.detach().split(self.stage_tokens, dim=1)
         return torch.stack([
-            (gradient.flatten(0, 1).T @ hidden.flatten(0, 1)).float()
+            (gradient.flatten(0, 1).T
+             @ F.gelu(hidden.flatten(0, 1), approximate="tanh")).float()
             for gradient, hidden in zip(gradients, hiddens, strict=True)
         ])
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ecar.config import ECARConfig
-from ecar_kernels import StageBlock
+from ecar_kernels import StageBlock, recompute
 
 __all__ = ["ARTransformer", "KVCache", "patchify", "unpatchify"]
 
@@ -125,8 +125,8 @@ class ARTransformer(nn.Module):
             ends: the end states of stages 1 .. S-1, [B, C, h_s, w_s] each.
 
         Returns:
-            The maps M_s [B, N_s, width], and the last MLP's hidden tokens and output, which
-            GradNorm needs.
+            The maps M_s [B, N_s, width], and the last MLP's hidden tokens before their GELU and
+            its output, which GradNorm needs.
         """
         tokens = [self.embed_class(labels)]
         tokens += [self.embed_end(end, stage) for stage, end in enumerate(ends, start=2)]
@@ -139,8 +139,8 @@ class ARTransformer(nn.Module):
                 x = block(x, lengths)
         last = self.blocks[-1]  # opened up: GradNorm looks inside its MLP
         x = x + last.attention(x, lengths, None, 0)
-        hidden = last.mlp.hidden(last.norm2(x))
-        output = last.mlp.fc2(hidden)
+        hidden = recompute.linear(last.mlp.fc1, *recompute.layer_norm(last.norm2, x))
+        output = last.mlp.project(hidden)
         return self.norm(x + output).split(lengths, dim=1), hidden, output
 
     def stage(self, tokens: Tensor, cache: KVCache) -> Tensor:

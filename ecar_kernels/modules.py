@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ecar_kernels import recompute
 from ecar_kernels.acceleration import PUBLIC, Accelerated, Ops, accelerates
 
 _PACKING = "ecar_kernels.flow_block.native"  # the backend that packs weights
@@ -91,11 +92,11 @@ class MLP(nn.Module):
         self.fc2 = Linear(hidden or 4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.hidden(x))
+        return self.project(self.fc1(x))
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """[.., C] -> [.., hidden]."""
-        return F.gelu(self.fc1(x), approximate="tanh")
+    def project(self, x: Tensor) -> Tensor:
+        """The second half, of tokens before their GELU: [.., hidden] -> [.., C]."""
+        return recompute.gelu_linear(self.fc2, x)
 
 
 class _Attention(OpsModule):
@@ -116,6 +117,12 @@ class _Attention(OpsModule):
             k, v = cache.write(layer, k, v)
         run = self.ops(q).stage_attention
         return run(q, k, v, stage_lengths or (n,)).reshape(b, n, self.width)
+
+    def feed_forward(self, z: Tensor, *made: object) -> Tensor:
+        """self.mlp(z), for blocks that have one; `made`: of what z is, as in `recompute`."""
+        if not recompute.as_written(self.mlp, MLP):
+            return self.mlp(z)
+        return self.mlp.project(recompute.linear(self.mlp.fc1, z, *made))
 
 
 class StageAttention(_Attention):
@@ -165,13 +172,14 @@ class StageBlock(_Attention):
     def attention(self, x: Tensor, stage_lengths: Sequence[int] | None = None,
                   cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """The attention's branch, which the residual stream adds."""
-        return self.proj(self.attend(self.qkv(self.norm1(x)), stage_lengths, cache, layer))
+        qkv = recompute.linear(self.qkv, *recompute.layer_norm(self.norm1, x))
+        return self.proj(self.attend(qkv, stage_lengths, cache, layer))
 
     def forward(self, x: Tensor, stage_lengths: Sequence[int] | None = None,
                 cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """[B, N, C] -> [B, N, C]; arguments as those of `StageAttention`."""
         x = x + self.attention(x, stage_lengths, cache, layer)
-        return x + self.mlp(self.norm2(x))
+        return x + self.feed_forward(*recompute.layer_norm(self.norm2, x))
 
 
 class FlowBlock(_Attention):
@@ -193,7 +201,8 @@ class FlowBlock(_Attention):
         self.mlp = MLP(width, mlp_width)
 
     def forward(
-        self, x: Tensor, y: Tensor, spatial: Sequence[Tensor], step: Sequence[Tensor]
+        self, x: Tensor, y: Tensor, spatial: Sequence[Tensor], step: Sequence[Tensor],
+        begun: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The training path: the residual stream is touched twice.
 
@@ -203,19 +212,23 @@ class FlowBlock(_Attention):
             spatial, step: six parts each, [B, N, C] and [B, 1, C]: this block's gate, the MLP's
                 shift and scale, its gate, then the shift and scale with which the next block
                 (or the final layer) begins.
+            begun: the shift, scale, step's shift and step's scale that made y of x, from which
+                the backward then makes it anew; None to keep y for it.
 
         Returns:
             The residual stream, and the next block's y.
         """
+        made = (y,) if begun is None else recompute.adaln(y, x, *begun, self.eps)
         gate, shift, scale, mlp_gate, next_shift, next_scale = spatial
         t_gate, t_shift, t_scale, t_mlp_gate, t_next_shift, t_next_scale = step
         run = self.ops(x).gated_residual_adaln
         x, y = run(
-            x, self.proj(self.attend(self.qkv(y))), gate, shift, scale,
+            x, self.proj(self.attend(recompute.linear(self.qkv, *made))), gate, shift, scale,
             step_gate=t_gate, step_shift=t_shift, step_scale=t_scale, eps=self.eps,
         )
+        made = recompute.adaln(y, x, shift, scale, t_shift, t_scale, self.eps)
         return run(
-            x, self.mlp(y), mlp_gate, next_shift, next_scale,
+            x, self.feed_forward(*made), mlp_gate, next_shift, next_scale,
             step_gate=t_mlp_gate, step_shift=t_next_shift, step_scale=t_next_scale, eps=self.eps,
         )
 

@@ -20,6 +20,7 @@ from ecar_kernels.acceleration import Accelerated
 from ecar_kernels.registry import KERNEL_DTYPES
 from ecar_kernels.stage_attention.reference import block_causal_mask
 from tests.support.accuracy import assert_accurate
+from tests.support.modules import arguments_of, functional
 
 WIDTH, HEADS, STAGES = 48, 4, (1, 4, 9)
 TOKENS = sum(STAGES)
@@ -47,31 +48,6 @@ CASES = {
                   {"x": (2, TOKENS, WIDTH), "spatial": (6, 2, TOKENS, WIDTH),
                    "step": (6, 1, 1, WIDTH)}),
 }
-
-
-def functional(module, call):
-    """The call as a function of the module's weights too, named w0, w1, .."""
-    names = [name for name, _ in module.named_parameters()]
-
-    class Call(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = module
-
-        def forward(self, inputs):
-            return call(self.inner, **inputs)
-
-    def run(**arguments):
-        weights = {f"inner.{name}": arguments.pop(f"w{i}") for i, name in enumerate(names)}
-        return torch.func.functional_call(Call(), weights, (arguments,))
-    return run
-
-
-def arguments_of(module, shapes, dtype):
-    weights = {f"w{i}": p.detach() + 0.1 * torch.randn(p.shape)
-               for i, p in enumerate(module.parameters())}
-    inputs = {name: torch.randn(shape) for name, shape in shapes.items()}
-    return {name: value.to(dtype) for name, value in (weights | inputs).items()}
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)

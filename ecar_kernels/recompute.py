@@ -1,0 +1,150 @@
+"""Linear layers that do not keep their input for the backward, where it is cheap to make anew.
+
+A linear layer keeps its input, for the gradient of its weight. Where that input came of one pass
+over tensors that the backward has anyway (a LayerNorm's, a GELU's or an adaLN's arguments), the
+layer keeps those instead, and its backward makes the input anew:
+
+    z = f(sources);  y = z W^T + b;  dW = dy^T f(sources)
+
+No matrix product is done twice, unlike in gradient checkpointing, and the two go together. It is
+done where a gradient may be asked for, by every backend but the reference. Under torch.compile it
+is left to the compiler, whose partitioner does the same.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ecar_kernels import registry
+
+
+def active() -> bool:
+    """Is a linear layer that runs now to forget its input?"""
+    return (torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            and registry.active_backend() != "reference")
+
+
+def as_written(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Does calling `module` do just what `kind` does? Not with hooks, nor as another class."""
+    binding = vars(module).get("_binding")  # what `accelerate` leaves: plain where it trains
+    original = type(module) if binding is None else binding.original
+    return (original.forward is kind.forward and "forward" not in vars(module)
+            and module._compiled_call_impl is None
+            and not (module._forward_hooks or module._forward_pre_hooks
+                     or module._backward_hooks or module._backward_pre_hooks))
+
+
+def linear(layer: nn.Module, z: Tensor, function: Callable[..., Tensor] | None = None,
+           *sources: Tensor | None) -> Tensor:
+    """layer(z), keeping `sources` in z's place.
+
+    z: [.., C], the result of function(*sources), whose gradient goes its own way. function: makes
+    the same z of the same sources at any time, without a module's state; None: z is kept.
+    """
+    if function is None or not active() or not as_written(layer, nn.Linear):
+        return layer(z)
+    return _Linear.apply(function, z, layer.weight, layer.bias, *sources)
+
+
+def gelu_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(GELU(x)), tanh's approximation, keeping x [.., C] alone."""
+    if not active() or not as_written(layer, nn.Linear):
+        return layer(F.gelu(x, approximate="tanh"))
+    return _GELULinear.apply(x, layer.weight, layer.bias)
+
+
+# What makes z of its sources: each returns (z, function, *sources), as `linear` takes them.
+
+
+def silu(x: Tensor) -> tuple:
+    return F.silu(x), F.silu, x
+
+
+def layer_norm(norm: nn.Module, x: Tensor) -> tuple:
+    """norm(x); of a module that is no plain LayerNorm the result alone."""
+    z = norm(x)
+    if not as_written(norm, nn.LayerNorm):
+        return (z,)
+
+    def again(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.layer_norm(x, shape, weight, bias, eps)
+
+    shape, eps = norm.normalized_shape, norm.eps
+    return z, again, x, norm.weight, norm.bias
+
+
+def adaln(y: Tensor, x: Tensor, shift: Tensor, scale: Tensor, step_shift: Tensor | None,
+          step_scale: Tensor | None, eps: float) -> tuple:
+    """y, which adaln(x, shift, ..) has made, or gated_residual_adaln with the new x."""
+    def again(x: Tensor, *modulation: Tensor | None) -> Tensor:
+        run = registry.implementation("adaln", x.device.type, dtype, x.shape[-1], backend=backend)
+        # Under torch.autocast y is of a lower type than x may be.
+        x, shift, scale, step_shift, step_scale = (
+            None if source is None else source.to(dtype) for source in (x, *modulation))
+        return run(x, shift, scale, step_shift=step_shift, step_scale=step_scale, eps=eps)
+
+    backend, dtype = registry.active_backend(), y.dtype
+    return y, again, x, shift, scale, step_shift, step_scale
+
+
+class _Linear(torch.autograd.Function):
+    """Differentiable twice where `function` is: the sources are saved as inputs."""
+
+    @staticmethod
+    def forward(ctx, function, z, weight, bias, *sources):
+        y = F.linear(z, weight, bias)  # first of all: it turns a packed weight back
+        ctx.save_for_backward(weight, *sources)
+        ctx.function, ctx.autocast = function, _autocast_state(z)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, *sources = ctx.saved_tensors
+        _, z_wanted, weight_wanted, bias_wanted, *_ = ctx.needs_input_grad
+        with torch.autocast(**ctx.autocast):
+            return (None, grad @ weight if z_wanted else None,
+                    _weight(grad, ctx.function(*sources)) if weight_wanted else None,
+                    _bias(grad) if bias_wanted else None, *(None for _ in sources))
+
+
+class _GELULinear(torch.autograd.Function):
+    """One for both, as the gradient of the GELU is then written over that of its result."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        y = F.linear(F.gelu(x, approximate="tanh"), weight, bias)
+        ctx.save_for_backward(x, weight)
+        ctx.autocast = _autocast_state(x)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        x_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad
+        grad_x = grad_weight = None
+        with torch.autocast(**ctx.autocast):
+            if weight_wanted:
+                grad_weight = _weight(grad, F.gelu(x, approximate="tanh"))
+            if x_wanted:
+                grad_x = (grad @ weight).to(x.dtype)
+                place = {} if torch.is_grad_enabled() else {"grad_input": grad_x}
+                run = (torch.ops.aten.gelu_backward.grad_input if place
+                       else torch.ops.aten.gelu_backward.default)
+                grad_x = run(grad_x, x, approximate="tanh", **place)
+            return grad_x, grad_weight, _bias(grad) if bias_wanted else None
+
+
+def _autocast_state(x: Tensor) -> dict:
+    device = x.device.type
+    return {"device_type": device, "enabled": torch.is_autocast_enabled(device),
+            "dtype": torch.get_autocast_dtype(device)}
+
+
+def _weight(grad: Tensor, z: Tensor) -> Tensor:
+    return grad.flatten(0, -2).T @ z.flatten(0, -2)
+
+
+def _bias(grad: Tensor) -> Tensor:
+    return grad.flatten(0, -2).sum(0)
