@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from benchmarks import dit, end_to_end, memory, models, table2, table3
+from benchmarks import dit, end_to_end, mar, memory, models, table2, table3
 from benchmarks.models import StageTime
 from ecar.config import ECARConfig
 from tests.support.native import needs_native
 
 TINY = ECARConfig(stage_sides=(4, 8), channels=1, num_classes=3, width=16, heads=2, ar_layers=1,
                   flow_blocks=1)
+MASKED = mar.MARSize(layers=1, width=16, heads=2, mlp_blocks=1, mlp_width=24, tokens=16, buffer=4)
 PEER = dit.DiTSize(layers=1, width=16, heads=2, latent_side=8)
 
 
@@ -38,10 +39,15 @@ def test_end_to_end_has_every_way_and_the_gemms():
 
 
 def test_table3_pairs_and_says_that_it_extrapolates():
-    row = table3.measure("S", 0, config=TINY, peer=PEER, steps=8, timed_steps=3)
+    row = table3.measure("S", 0, config=TINY, peer=PEER, masked=MASKED, steps=8, timed_steps=3)
     assert row["ratio"]["median"] > 0 and row["multiply_adds"]["dit"] > 0
     text = table3.render({"rows": [row]})
     assert "Extrapolated: 3 steps" in text and "| B/2 |" in text and "4.6x" in text
+    lines = [line for line in text.splitlines() if "MAR-B" in line]
+    assert [line.split("|")[3].strip() for line in lines] == ["64", "256"]
+    assert all("37.3x" in line and "106.9x" in line for line in lines)
+    del row["mar_ratios"]  # as results from before MAR was measured
+    assert "MAR" not in table3.render({"rows": [row]})
 
 
 def test_table2_counts_what_the_paper_has_to_a_few_percent():
