@@ -51,7 +51,7 @@ def _models() -> dict[str, Model]:
     for size in SIZES:
         config = ECARConfig.preset(size)
         found[size] = Model(config.width, config.heads, STAGES)
-        found |= {f"{size} {pixels}px": Model(config.width, config.heads, stages)
+        found |= {f"{size}-{pixels}px": Model(config.width, config.heads, stages)
                   for pixels, stages in LARGE.items()}
     return found
 
@@ -128,7 +128,7 @@ def large(pixels: int, sizes: Sequence[str] = ("S", "L")) -> list[Case]:
     """Every op at the last stage of a larger image; the stages before are another size's."""
     tokens, found = LARGE[pixels][-1], []
     for op in ON_CPU:
-        of = ("-",) if op in WIDTHLESS else [f"{size} {pixels}px" for size in sizes]
+        of = ("-",) if op in WIDTHLESS else [f"{size}-{pixels}px" for size in sizes]
         ways = (False, True) if op in FAMILIES["adaln"] else (False,)
         found += [Case(op, tokens, 1, size, backward) for backward in ways for size in of]
     return found
@@ -137,7 +137,7 @@ def large(pixels: int, sizes: Sequence[str] = ("S", "L")) -> list[Case]:
 def every() -> list[Case]:
     return list(dict.fromkeys([
         *default(), *select(forward=BATCHES, backward=BATCHES), *var(backward=True),
-        *attention("L 1024px"), *attention("S 2048px"), *large(2048)]))
+        *attention("L-1024px"), *attention("S-2048px"), *large(2048)]))
 
 
 def default() -> list[Case]:
@@ -146,7 +146,7 @@ def default() -> list[Case]:
     One image for all sizes, attention over all stages, larger images, VAR's stages, then batches.
     """
     alone = select(forward=(1,))
-    whole = [case for size in (*SIZES, VAR, "S 512px", "L 512px", "S 1024px")
+    whole = [case for size in (*SIZES, VAR, "S-512px", "L-512px", "S-1024px")
              for case in attention(size)]
     batches = [*select(("S",), forward=(8, 32), backward=(8,)),
                *(case for case in select(("L",), backward=(8,)) if case.size == "L")]

@@ -20,7 +20,7 @@ from ecar_kernels.registry import OPS, BackendUnavailableError, resolve
 
 DTYPE = torch.bfloat16
 MAX_SETS = 256
-WHOLE = ("L", "L 1024px", cases.VAR, "L 512px", "S", "B")  # at all stages at once, in this order
+WHOLE = ("L", "L-1024px", cases.VAR, "L-512px", "S", "B")  # at all stages at once, in this order
 
 
 class Arena(cases.Arena):

@@ -45,7 +45,7 @@ def test_every_has_each_op_stage_size_and_batch():
         found = {(c.size, c.tokens, c.batch) for c in every if c.op == op and c.backward}
         assert found >= set(itertools.product("SBL", (16, 64, 256), (1, 8, 32)))
         assert found >= {(cases.VAR, side**2, 1) for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)}
-        assert {size for size, *_ in found} >= {"S 512px", "S 1024px", "L 1024px"}
+        assert {size for size, *_ in found} >= {"S-512px", "S-1024px", "L-1024px"}
     assert set(cases.default()) < set(every)
 
 
