@@ -35,14 +35,8 @@ class Arena(cases.Arena):
 def run(work: Work) -> None:
     """Rows {op, size, tokens, batch, variants}: first without, then with compiled variants."""
     arena = Arena(2**22 if work.dry else 2**30, DTYPE, work.device)
-    with torch.no_grad():
-        for case in _cases(work):
-            if work.left < 3:
-                return
-            # FlexAttention has to be compiled; it comes with training's.
-            others = {name: function for name, function in peers.functions(case.op).items()
-                      if name != "FlexAttention"}
-            _measure(work, case, arena, {**_ours(work, case), **others}, "eager")
+    for case in _cases(work):
+        _newest(work, case, arena)
     for case in _whole(work):
         if work.left < 8:
             return
@@ -50,6 +44,8 @@ def run(work: Work) -> None:
         group = "forward and backward" if case.backward else "training forward"
         with torch.set_grad_enabled(case.backward):
             _measure(work, case, arena, {**_ours(work, case), **peers.functions(case.op)}, group)
+    for case in _larger(work):
+        _newest(work, case, arena)
     with torch.no_grad():
         for case in _cases(work)[: 1 if work.dry else None]:
             if case.batch > 1 or work.left < 10:
@@ -61,14 +57,30 @@ def run(work: Work) -> None:
             _measure(work, case, arena, {"torch.compile": compiled, **dict(ours)}, "compiled")
 
 
+@torch.no_grad()
+def _newest(work: Work, case: cases.Case, arena: Arena) -> None:
+    """Without what has to be compiled, FlexAttention among it; that comes with training's."""
+    if work.left < 3:
+        return
+    others = peers.functions(case.op)
+    others.pop("FlexAttention", None)
+    _measure(work, case, arena, {**_ours(work, case), **others}, "eager")
+
+
 def _cases(work: Work) -> list[cases.Case]:
     if work.dry:
         return [cases.Case(op, 16, 1, "-" if op in cases.WIDTHLESS else "S")
                 for op in OPS]
     found = cases.select(forward=(1, 8), ops=OPS)
-    found.sort(key=lambda case: (case.batch, "-SLB".index(case.size), -case.tokens))
-    return [*found, *(case for pixels in (1024, 512) for case in cases.large(pixels)
-                      if not case.backward), *reversed(cases.var())]
+    return sorted(found, key=lambda case: (case.batch, "-SLB".index(case.size), -case.tokens))
+
+
+def _larger(work: Work) -> list[cases.Case]:
+    """Larger images' last stages, and VAR's stages, the longest first."""
+    if work.dry:
+        return [cases.Case("adaln", 9, 1, cases.VAR)]
+    return [*(case for pixels in (1024, 512) for case in cases.large(pixels)
+              if not case.backward), *reversed(cases.var())]
 
 
 def _whole(work: Work) -> list[cases.Case]:
