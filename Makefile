@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 KEEP_TORCH := $(VENV)/torch-version.txt
 INSTALL := $(PIP) install --constraint $(KEEP_TORCH) --no-build-isolation --editable
 
-.PHONY: help demo test lint bench gpu compile-gate compile-gate-oldest cuda-gate callgrind
+.PHONY: help demo test lint bench bench-check gpu compile-gate compile-gate-oldest cuda-gate callgrind
 .PHONY: wheel-test sanitize fuzz evaluate train-demo clean
 .DELETE_ON_ERROR:
 
@@ -25,7 +25,8 @@ help:
 	@echo "make demo        install, then draw a 10 x 10 sheet of digits into $(DEMO)"
 	@echo "make test        install, then run the tests on $(JOBS) processes"
 	@echo "make lint        ruff"
-	@echo "make bench       time every op against eager, torch.compile and its floor"
+	@echo "make bench       time every op against eager, torch.compile, other libraries and its floor"
+	@echo "make bench-check  fail where an op lost speed or grew instructions since the committed results"
 	@echo "make compile-gate  compile every Triton kernel for four chips; needs no GPU"
 	@echo "make cuda-gate   compile the CUDA C++ kernels for four chips, look at the machine code"
 	@echo "make gpu         on a GPU: build, tests, sanitizers and timings, with what $(PYTHON) has"
@@ -49,6 +50,10 @@ lint: $(STAMPS)/dev
 
 bench: $(STAMPS)/bench
 	$(BIN)/python -m benchmarks
+
+# Some minutes on a machine that does nothing else; CHECK='--only instructions' needs no quiet.
+bench-check: $(STAMPS)/test
+	$(BIN)/python -m benchmarks.check $(CHECK)
 
 # Every Triton kernel under every launch setting, by the Triton installed and by the oldest that
 # the kernels are held to. GATE='--output docs/compile-gate.json' writes the tables anew.

@@ -1,7 +1,8 @@
-"""What is timed: every op at the stages of E-CAR-S/B/L, with inputs that the cache does not hold.
+"""What is timed: every op at the stages of whole models, with inputs that the cache does not hold.
 
-Forward, stage_attention is the sampler's: a stage's queries over the keys of all stages so far.
-Backward it is the training's: the queries of all stages up to that one.
+E-CAR-S/B/L at 256 pixels, S and L at larger images, and VAR-d16 with its ten stages. Forward,
+stage_attention is the sampler's: a stage's queries over the keys of all stages so far. Backward,
+and where a case says `whole`, it is the training's: the queries of all stages up to that one.
 """
 
 import math
@@ -19,6 +20,10 @@ from ecar_kernels.registry import FAMILIES, OPS
 
 SIZES = ("S", "B", "L")
 STAGES = ECARConfig.preset("S").stage_tokens  # of S, B and L alike
+# Tokens of the stages of a larger image, side by pixels; 16 times as many tokens for 4 times 256.
+LARGE = {512: (64, 256, 1024), 1024: (64, 256, 1024, 4096), 2048: (64, 256, 1024, 4096, 16384)}
+VAR = "VAR-d16"
+VAR_STAGES = tuple(side**2 for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 BATCHES = (1, 8, 32)
 WIDTHLESS = tuple(op for op in FAMILIES["flow_step"] if op != "flow_boundary")
 CHANNELS, PATCH = 4, 2
@@ -31,27 +36,63 @@ ARENA_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
+class Model:
+    """What an op knows of a model."""
+
+    width: int
+    heads: int
+    stages: tuple[int, ...]
+
+
+def _models() -> dict[str, Model]:
+    found = {VAR: Model(1024, 16, VAR_STAGES)}
+    for size in SIZES:
+        config = ECARConfig.preset(size)
+        found[size] = Model(config.width, config.heads, STAGES)
+        found |= {f"{size}-{pixels}px": Model(config.width, config.heads, stages)
+                  for pixels, stages in LARGE.items()}
+    return found
+
+
+MODELS = _models()
+
+
+@dataclass(frozen=True)
 class Case:
-    """One row of the table: an op at a stage of a size, for `batch` images."""
+    """One row of the table: an op at a stage of a size, for `batch` images.
+
+    whole: stage_attention's queries are those of all stages up to this one; backward always.
+    """
 
     op: str
     tokens: int
     batch: int
     size: str = "-"  # for ops that know no width
     backward: bool = False
+    whole: bool = False
 
     @property
     def name(self) -> str:
-        way = "backward" if self.backward else "forward"
+        way = "backward" if self.backward else "whole" if self.whole else "forward"
         return f"{self.op}-{way}-{self.size}-{self.tokens}tokens-batch{self.batch}"
 
     @property
+    def model(self) -> Model:
+        return MODELS[self.size]
+
+    @property
     def width(self) -> int:
-        return ECARConfig.preset(self.size).width
+        return self.model.width
 
     @property
     def heads(self) -> int:
-        return ECARConfig.preset(self.size).heads
+        return self.model.heads
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Tokens of the stages up to this one."""
+        stages = self.model.stages
+        return stages[:stages.index(self.tokens) + 1]
 
 
 def select(sizes: Sequence[str] = SIZES, *, forward: Sequence[int] = (),
@@ -68,14 +109,46 @@ def select(sizes: Sequence[str] = SIZES, *, forward: Sequence[int] = (),
     return cases
 
 
+def attention(size: str) -> list[Case]:
+    """Training's: all stages of a size at once, forward and backward."""
+    return [Case("stage_attention", MODELS[size].stages[-1], 1, size, backward, whole=not backward)
+            for backward in (False, True)]
+
+
+def var(backward: bool = False) -> list[Case]:
+    """Every op that knows a width at each of VAR-d16's ten stages."""
+    return [Case(op, tokens, 1, VAR, backward) for op in OPS
+            if op not in WIDTHLESS and (op in BACKWARD_READS or not backward)
+            for tokens in VAR_STAGES]
+
+
+def large(pixels: int, sizes: Sequence[str] = ("S", "L")) -> list[Case]:
+    """Every op at the last stage of a larger image; the stages before are another size's."""
+    tokens, found = LARGE[pixels][-1], []
+    for op in OPS:
+        of = ("-",) if op in WIDTHLESS else [f"{size}-{pixels}px" for size in sizes]
+        ways = (False, True) if op in FAMILIES["adaln"] else (False,)
+        found += [Case(op, tokens, 1, size, backward) for backward in ways for size in of]
+    return found
+
+
 def every() -> list[Case]:
-    return select(forward=BATCHES, backward=BATCHES)
+    return list(dict.fromkeys([
+        *default(), *select(forward=BATCHES, backward=BATCHES), *var(backward=True),
+        *attention("L-1024px"), *attention("S-2048px"), *large(2048)]))
 
 
 def default() -> list[Case]:
-    """What fits into the time of `make bench`: one image for all sizes, then the batches of S."""
-    return [*select(forward=(1,)), *select(("S",), forward=(8, 32), backward=(8,)),
-            *(case for case in select(("L",), backward=(8,)) if case.size == "L")]
+    """What fits into the time of `make bench`, the most important first.
+
+    One image for all sizes, attention over all stages, larger images, VAR's stages, then batches.
+    """
+    alone = select(forward=(1,))
+    whole = [case for size in (*SIZES, VAR, "S-512px", "L-512px", "S-1024px")
+             for case in attention(size)]
+    batches = [*select(("S",), forward=(8, 32), backward=(8,)),
+               *(case for case in select(("L",), backward=(8,)) if case.size == "L")]
+    return list(dict.fromkeys([*alone, *whole, *large(512), *large(1024), *var(), *batches]))
 
 
 def at_64_mib() -> list[Case]:
@@ -158,8 +231,8 @@ def _modulated(case: Case, arena: Arena) -> dict[str, Any]:
 
 
 def _attention(case: Case, arena: Arena) -> dict[str, Any]:
-    stages = STAGES[:STAGES.index(case.tokens) + 1]
-    queries = sum(stages) if case.backward else case.tokens
+    stages = case.stages
+    queries = sum(stages) if case.backward or case.whole else case.tokens
     heads = (case.heads, case.width // case.heads)
     q, k, v = (arena.take(case.batch, n, *heads) for n in (queries, sum(stages), sum(stages)))
     return {"q": q, "k": k, "v": v, "stage_lengths": stages}

@@ -2,11 +2,16 @@
 
 Random weights, one image, 250 steps, no guidance, float32. A few steps of each stage are run and
 scaled to 250, as the output says. All ways take turns; figures are medians over the rounds.
+
+torch.compile makes one graph of S's whole flow heads. Of B and L, with four and six blocks a head,
+it compiles the repeated block, as PyTorch recommends for deep models; --compile-whole has it make
+whole graphs of them, too, in minutes.
 """
 
 import argparse
 import gc
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,21 +29,32 @@ from ecar_kernels.flow_block import packing
 
 SIZES = ("S", "B", "L")
 SHARES = {"S": 1, "B": 3, "L": 5}  # of the time: an image of L takes longest
+COMPILED = {
+    "whole": "E-CAR-{size}: torch.compile of whole flow heads; its first run took "
+             "{compile_seconds:.0f} s.",
+    "blocks": "E-CAR-{size}: torch.compile of the repeated block, one graph a stage, as PyTorch "
+              "recommends for deep models;\nits first run took {compile_seconds:.0f} s.",
+}
 NON_GEMM = 0.10  # section 7 of the design: of the GEMMs' own time, at most
 FLOOR = ("floor: all that must be read and multiplied (`python -m benchmarks.roofline`), at the "
          "rates of a copy and of\na large product in the same run.\n")
+WHOLE = ("S",)  # sizes whose heads are compiled whole
 FASTER_THAN_EAGER = {"S": 1.4, "L": 1.3}  # likewise: at least
 
 
 def measure(size: str, config: ECARConfig, seconds: float, *, steps: int = STEPS,
-            timed_steps: int = 4, compile: bool = True, rates_found: Rates | None = None
-            ) -> dict[str, Any]:
-    """One size's record; with the machine's rates, the image's floor too."""
+            timed_steps: int = 4, compile: str | None = "whole",
+            rates_found: Rates | None = None) -> dict[str, Any]:
+    """One size's record; compile: "whole" heads, "blocks", or None; with rates, the floor too."""
     model = models.random_model(config)
     ways = models.ways(model, compile)
     gemms = ImageGemms(ways["ours"].model, steps)
     runs = {name: _timer(way, timed_steps, steps) for name, way in ways.items()}
     taken: dict[str, list[list[StageTime]]] = {}
+    begin = time.perf_counter()
+    if compile is not None:
+        runs["compiled"]()
+    compile_seconds = time.perf_counter() - begin
     for done in models.rounds({**runs, "gemms": lambda: gemms.time(timed_steps)}, seconds):
         alone = done.pop("gemms")
         for name, stages in (done | alone).items():
@@ -48,6 +64,7 @@ def measure(size: str, config: ECARConfig, seconds: float, *, steps: int = STEPS
         "seconds": {name: timing.summary([image_seconds(stages, steps) for stages in rounds])
                     for name, rounds in taken.items()},
         "stages": {name: _medians(rounds) for name, rounds in taken.items()},
+        "compile": compile, "compile_seconds": compile_seconds,
     } | ({} if rates_found is None else
          {"floor": _floor(config, steps, rates_found)})
 
@@ -86,11 +103,13 @@ def render(record: dict[str, Any]) -> str:
                     [_cells(row) + (_floor_cells(row) if floors else ()) for row in record["rows"]])
     steps = [f"{row['timed_steps_of_a_stage']} steps of each stage were run and scaled to "
              f"{row['steps']} in all" for row in record["rows"]]
+    compiled = "".join(COMPILED[row["compile"]].format(**row) + "\n" for row in record["rows"]
+                       if row.get("compile") is not None)
     verdicts = "\n".join(verdict for row in record["rows"] for verdict in _verdicts(row))
     return (f"{text}\n\nOne image, no guidance, random weights, float32: {steps[0]}. Medians of "
             "interleaved rounds.\nnon-GEMM: ours over its GEMMs alone, less one: over the linear "
             "layers, and over those and attention's products.\n"
-            f"{FLOOR if floors else ''}\n{verdicts}")
+            f"{FLOOR if floors else ''}{compiled}\n{verdicts}")
 
 
 def non_gemm(row: dict[str, Any]) -> tuple[float, float]:
@@ -150,7 +169,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--timed-steps", type=int, default=4,
                         help="of each stage that are run, at least 3 (default: %(default)s)")
     parser.add_argument("--compile", nargs="*", choices=SIZES, default=SIZES,
-                        help="sizes that are compiled, too; compiling L takes minutes")
+                        help="sizes that are compiled, too (default: all)")
+    parser.add_argument("--compile-whole", nargs="*", choices=SIZES, default=WHOLE,
+                        help="of these, whose heads are compiled whole, in minutes for L "
+                             "(default: S)")
     parser.add_argument("--results", type=Path, default=results.FOLDER,
                         help="folder to write <device>/end_to_end.json into")
     options = parser.parse_args(arguments)
@@ -161,7 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for size in options.sizes:
         rows.append(measure(size, ECARConfig.preset(size), 60 * options.minutes * SHARES[size]
                             / whole, steps=options.steps, timed_steps=options.timed_steps,
-                            compile=size in options.compile, rates_found=found))
+                            compile=None if size not in options.compile else
+                            "whole" if size in options.compile_whole else "blocks",
+                            rates_found=found))
         forget()
         results.write(file, "end_to_end", facts, rows=rows)  # what is there survives an end
         print(f"E-CAR-{size} done", flush=True)

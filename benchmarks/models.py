@@ -36,15 +36,23 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo=shared)
 
 
-def compiled(model: ECAR) -> ECAR:
-    """A twin whose flow heads are compiled whole, and the AR's norms and MLPs; on first use.
+def compiled(model: ECAR, whole: bool = True) -> ECAR:
+    """A twin whose flow heads are compiled, and the AR's norms and MLPs; on first use.
 
     The AR's attention writes to a cache whose state is in Python, a graph for each layer.
+
+    whole: each head's velocity is one graph. Otherwise its repeated block is compiled, one graph
+    for each stage (PyTorch's regional compilation, which it recommends for deep models: compile
+    time does not grow with the depth), beside its modulations and embedding; the last projection
+    stays eager.
     """
     model = twin(model)
     for head in model.heads:
-        for name in ("velocity", "spatial_modulation", "step_modulation"):
+        methods = ("velocity",) if whole else ("embed_tokens",)
+        for name in (*methods, "spatial_modulation", "step_modulation"):
             setattr(head, name, torch.compile(getattr(head, name), dynamic=False))
+        for block in () if whole else head.blocks:
+            block.infer = torch.compile(block.infer, dynamic=False)
     for block in model.ar.blocks:
         block.norm1 = torch.compile(block.norm1, dynamic=False)
         block.mlp = torch.compile(block.mlp, dynamic=False)
@@ -67,13 +75,13 @@ class Way:
         return ecar_kernels.use_backend(self.backend)
 
 
-def ways(model: ECAR, compile: bool = True) -> dict[str, Way]:
-    """The reference in eager mode, compiled, and ours."""
+def ways(model: ECAR, compile: str | None = "whole") -> dict[str, Way]:
+    """The reference in eager mode, compiled (by "whole" heads or by "blocks"), and ours."""
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64  # a graph for each head of each stage
     found = {"eager": Way(model, "reference")}
-    if compile:
-        found["compiled"] = Way(compiled(model), "reference")
+    if compile is not None:
+        found["compiled"] = Way(compiled(model, compile == "whole"), "reference")
     return found | {"ours": Way(accelerated(model), "auto")}
 
 

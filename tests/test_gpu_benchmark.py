@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import roofline
+from benchmarks import cases, roofline
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import end_to_end, report
 from benchmarks.gpu.checks import _counts, suites
@@ -44,6 +44,10 @@ def test_a_dry_run_goes_through_every_part(tmp_path):
     assert {row["op"] for row in micro} >= {"adaln", "stage_attention", "euler_step"}
     assert all(row["variants"]["reference"]["median"] > 0 for row in micro
                if row["group"] != "compiled")
+    trained = [row for row in micro if row["group"] == "forward and backward"]
+    assert trained and trained[0]["variants"]["SDPA math"]["median"] > 0
+    assert "FlexAttention does not support backward" in trained[0]["failed"]["FlexAttention"]
+    assert cases.VAR in {row["size"] for row in micro}
     table = (tmp_path / "gpu.md").read_text()
     assert "## sanitize" in table and "A dry run" in table
     assert {file.name for file in tmp_path.iterdir()} == {"gpu.json", "gpu.md"}

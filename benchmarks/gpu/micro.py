@@ -1,31 +1,26 @@
-"""Every op at the stages of E-CAR-S/B/L against PyTorch and other kernels, bfloat16.
+"""Every op at the stages of models against PyTorch and others (`benchmarks.peers`), bfloat16.
 
 Inputs of each repeat are other tensors, together larger than the last-level cache where 256 sets
-are enough. Attention has peers of its own: scaled_dot_product_attention's backends and
-flash-attn on what the sampler asks for (the newest stage's queries over all keys, no mask), and
-FlexAttention, xformers and masked SDPA on what training asks for (all stages at once).
+are enough. Attention is the sampler's (the newest stage's queries over all keys) and training's:
+all stages at once, of larger images and of VAR-d16, too, and there forward with its backward.
 """
 
-import importlib.util
-import math
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import cases
+from benchmarks import cases, peers
 from benchmarks.gpu.timing import Timer, interleave
 from benchmarks.gpu.work import Work
-from ecar_kernels.costs import Rates, cost, floor_seconds
+from ecar_kernels.costs import Rates, backward_cost, cost, floor_seconds
 from ecar_kernels.registry import OPS, BackendUnavailableError, resolve
 
 DTYPE = torch.bfloat16
 MAX_SETS = 256
-SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
-        "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
+WHOLE = ("L", "L-1024px", cases.VAR, "L-512px", "S", "B")  # at all stages at once, in this order
 
 
 class Arena(cases.Arena):
@@ -40,13 +35,18 @@ class Arena(cases.Arena):
 def run(work: Work) -> None:
     """Rows {op, size, tokens, batch, variants}: first without, then with compiled variants."""
     arena = Arena(2**22 if work.dry else 2**30, DTYPE, work.device)
+    for case in _cases(work):
+        _newest(work, case, arena)
+    for case in _whole(work):
+        if work.left < 8:
+            return
+        torch._dynamo.reset()
+        group = "forward and backward" if case.backward else "training forward"
+        with torch.set_grad_enabled(case.backward):
+            _measure(work, case, arena, {**_ours(work, case), **peers.functions(case.op)}, group)
+    for case in _larger(work):
+        _newest(work, case, arena)
     with torch.no_grad():
-        for case in _cases(work):
-            if work.left < 3:
-                return
-            _measure(work, case, arena, {**_ours(work, case), **_peers(case)}, "eager")
-        for batch in (1,) if work.dry else (1, 32):
-            _training(work, arena, batch)
         for case in _cases(work)[: 1 if work.dry else None]:
             if case.batch > 1 or work.left < 10:
                 continue
@@ -57,12 +57,39 @@ def run(work: Work) -> None:
             _measure(work, case, arena, {"torch.compile": compiled, **dict(ours)}, "compiled")
 
 
+@torch.no_grad()
+def _newest(work: Work, case: cases.Case, arena: Arena) -> None:
+    """Without what has to be compiled, FlexAttention among it; that comes with training's."""
+    if work.left < 3:
+        return
+    others = peers.functions(case.op)
+    others.pop("FlexAttention", None)
+    _measure(work, case, arena, {**_ours(work, case), **others}, "eager")
+
+
 def _cases(work: Work) -> list[cases.Case]:
     if work.dry:
         return [cases.Case(op, 16, 1, "-" if op in cases.WIDTHLESS else "S")
                 for op in OPS]
     found = cases.select(forward=(1, 8), ops=OPS)
     return sorted(found, key=lambda case: (case.batch, "-SLB".index(case.size), -case.tokens))
+
+
+def _larger(work: Work) -> list[cases.Case]:
+    """Larger images' last stages, and VAR's stages, the longest first."""
+    if work.dry:
+        return [cases.Case("adaln", 9, 1, cases.VAR)]
+    return [*(case for pixels in (1024, 512) for case in cases.large(pixels)
+              if not case.backward), *reversed(cases.var())]
+
+
+def _whole(work: Work) -> list[cases.Case]:
+    """Attention as in training, at batch 1, and E-CAR-L's at 32, too."""
+    if work.dry:
+        return [cases.Case("stage_attention", 16, 1, "S", backward, whole=True)
+                for backward in (False, True)]
+    one = [case for size in WHOLE for case in cases.attention(size)]
+    return [*one, *(dataclasses.replace(case, batch=32) for case in cases.attention("L"))]
 
 
 def _ours(work: Work, case: cases.Case) -> dict[str, Callable]:
@@ -94,87 +121,47 @@ def _inputs(case: cases.Case, arena: Arena, device: torch.device, cache: int
                     if isinstance(value, Tensor))
 
 
+def _call(case: cases.Case, function: Callable, given: dict[str, Any]) -> Callable[[], object]:
+    """Forward, or forward with its backward, which a CUDA graph can hold only together."""
+    if not case.backward:
+        return lambda: function(**given)
+    leaves = {name: value.detach().requires_grad_() if isinstance(value, Tensor) else value
+              for name, value in given.items()}
+    wanted = [value for value in leaves.values() if isinstance(value, Tensor)]
+    gradient = torch.randn_like(given["q"])
+    return lambda: torch.autograd.grad(function(**leaves), wanted, gradient)
+
+
 def _measure(work: Work, case: cases.Case, arena: Arena, variants: dict[str, Callable],
              group: str) -> None:
     sets = list(_inputs(case, arena, work.device, work.cache_bytes))
     timers, failed = {}, {}
     for name, function in variants.items():
-        try:
-            timers[name] = Timer([lambda f=function, a=given: f(**a) for given in sets])
-        except Exception as error:  # a peer that does not serve the case is a row that says so
-            failed[name] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        calls = [_call(case, function, given) for given in sets]
+
+        def add(name: str = name, calls: list = calls) -> None:
+            timers[name] = Timer(calls)
+
+        if (reason := peers.why_not(add)) is not None:  # a cell that says so
+            failed[name] = reason
     row: dict[str, Any] = {"op": case.op, "size": case.size, "tokens": case.tokens,
                            "batch": case.batch, "group": group, "sets": len(sets)}
     if timers:
         row["variants"] = interleave(timers, work.span(0.05))
-    least = cost(case.op, sets[0], resolve(
-        case.op, device=work.device, dtype=DTYPE, backend="reference")(**sets[0]))
+    with torch.no_grad():
+        outputs = _outputs(case, sets[0])
+    least = cost(case.op, sets[0], outputs)
+    if case.backward:
+        least += backward_cost(case.op, sets[0], outputs)
     row |= {"failed": failed, "bytes": least.bytes, "multiply_adds": least.multiply_adds}
     if {"copy", "bfloat16"} <= work.rates.keys():
         row["floor"] = floor_seconds(least, Rates(work.rates["copy"], work.rates["bfloat16"]))
     work.add(**row)
 
 
-def _peers(case: cases.Case) -> dict[str, Callable]:
-    """What others have for the newest stage's queries over all keys so far."""
-    if case.op != "stage_attention":
-        return {}
-
-    def dense(backend: SDPBackend) -> Callable:
-        def call(q: Tensor, k: Tensor, v: Tensor, stage_lengths: tuple[int, ...]) -> Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
-        return call
-
-    found = {f"SDPA {name}": dense(backend) for name, backend in SDPA.items()}
-    if importlib.util.find_spec("flash_attn") is not None:
-        from flash_attn import flash_attn_func
-        found["flash-attn"] = lambda q, k, v, stage_lengths: flash_attn_func(q, k, v)
-    if importlib.util.find_spec("xformers") is not None:
-        from xformers.ops import memory_efficient_attention
-        found["xformers"] = lambda q, k, v, stage_lengths: memory_efficient_attention(q, k, v)
-    return found
-
-
-def _training(work: Work, arena: Arena, batch: int) -> None:
-    """All stages at once: ours, masked SDPA, and FlexAttention with the stages' mask."""
-    stages = (4, 16) if work.dry else cases.STAGES
-    n = sum(stages)
-    of = torch.repeat_interleave(torch.arange(len(stages)), torch.tensor(stages)).to(work.device)
-    mask = of[:, None] >= of[None, :]
-    for size in ("S",) if work.dry else ("S", "B", "L"):
-        if work.left < 8:
-            return
-        case = cases.Case("stage_attention", stages[-1], batch, size)
-        variants = {
-            name: lambda q, k, v, f=function: f(q, k, v, stages)
-            for name, function in _ours(work, case).items()
-        }
-        variants["SDPA with a mask"] = lambda q, k, v: F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask)
-        if not work.dry:
-            variants["FlexAttention"] = _flex(of, n, work.device)
-        heads, dim = case.heads, case.width // case.heads
-        size_of_set = 3 * batch * n * case.width * DTYPE.itemsize
-        count = min(MAX_SETS, max(2, math.ceil(3 * work.cache_bytes / size_of_set)))
-        sets = [[arena.take(batch, n, heads, dim) for _ in range(3)] for _ in range(count)]
-        timers, failed = {}, {}
-        for name, function in variants.items():
-            try:
-                timers[name] = Timer([lambda f=function, a=given: f(*a) for given in sets])
-            except Exception as error:
-                failed[name] = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        work.add(op="stage_attention, all stages", size=size, tokens=n, batch=batch,
-                 group="training forward", sets=count, failed=failed,
-                 variants=interleave(timers, work.span(0.05)))
-
-
-def _flex(of: Tensor, n: int, device: torch.device) -> Callable:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    torch._dynamo.reset()
-    block_mask = create_block_mask(lambda b, h, q, k: of[q] >= of[k], None, None, n, n,
-                                   device=device.type)
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(*(x.transpose(1, 2) for x in (q, k, v)),
-                                    block_mask=block_mask)
+def _outputs(case: cases.Case, given: dict[str, Any]) -> Any:
+    """Of the sizes alone where that can be: a whole attention's scores may be large."""
+    if case.op == "stage_attention":
+        return torch.empty_like(given["q"])
+    device = next(value.device for value in given.values() if isinstance(value, Tensor))
+    return resolve(case.op, device=device, dtype=DTYPE, backend="reference")(**given)

@@ -1,4 +1,4 @@
-"""Every op at the stages of E-CAR-S/B/L, and at 64 MiB: eager, compiled, ours, and the floor.
+"""Every op at the stages of models, and at 64 MiB: eager, compiled, ours, peers, and the floor.
 
 pytest-benchmark times ours; before each of its rounds, untimed by it, the other ways take their
 turn and are timed in the same manner, so that a machine's moods hit all of them.
@@ -11,6 +11,7 @@ from benchmarks.micro import variants
 from ecar_kernels.costs import floor_seconds
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 2000
+LONG_ROUND, LONG_ROUNDS = 1.5, 3  # seconds of a round from which on fewer are enough
 
 
 def pytest_generate_tests(metafunc):
@@ -25,14 +26,10 @@ def test_op(benchmark, case, in_time, measured_rates, seconds, arena):
     calls, failures = {}, {}
     functions = variants.functions(case)
     for name, function in functions.items():
-        try:
-            variants.warm(case, function, sets)
-        except Exception as error:  # a row says what torch.compile cannot do
-            if name != "compiled":
-                raise
-            failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-        else:
+        if (reason := variants.why_not(case, name, function, sets)) is None:
             calls[name] = variants.calls(case, function, sets)
+        else:  # a row says what a way cannot do
+            failures[name] = reason
     ours, others = calls.pop("ours"), calls
     times = {name: [] for name in others}
 
@@ -47,7 +44,8 @@ def test_op(benchmark, case, in_time, measured_rates, seconds, arena):
     start = time.perf_counter()
     target(*setup()[0])
     round_seconds = time.perf_counter() - start
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / round_seconds)))
+    least = LONG_ROUNDS if round_seconds > LONG_ROUND else MIN_ROUNDS
+    rounds = max(least, min(MAX_ROUNDS, int(seconds / round_seconds)))
     for values in times.values():
         values.clear()
     with timing.no_collection():
@@ -55,7 +53,8 @@ def test_op(benchmark, case, in_time, measured_rates, seconds, arena):
     cost = variants.case_cost(case, sets[0])
     benchmark.extra_info.update(
         op=case.op, size=case.size, tokens=case.tokens, batch=case.batch,
-        backward=case.backward, backend=variants.backend(case, functions["ours"]), sets=len(sets),
+        backward=case.backward, whole=case.whole, sets=len(sets),
+        backend=variants.backend(case, functions["ours"]),
         bytes=cost.bytes, multiply_adds=cost.multiply_adds,
         floor_seconds=floor_seconds(cost, measured_rates[0]),
         seconds=timing.summaries(times), failures=failures)

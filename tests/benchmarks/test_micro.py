@@ -1,16 +1,19 @@
 """`make bench`: every case's inputs and costs are right, and a run writes a complete record."""
 
+import functools
 import itertools
+import warnings
 
 import pytest
 import torch
 
-from benchmarks import cases, environment, results, table
+from benchmarks import cases, environment, peers, results, table
 from benchmarks.micro import table as micro_table
 from benchmarks.micro import variants
 from ecar_kernels.costs import BACKWARD_READS, Rates, floor_seconds
 from ecar_kernels.registry import OPS
 from tests.benchmarks.support import python
+from tests.support.accuracy import assert_accurate
 
 SMALL = cases.Arena(2**20, cases.DTYPE)
 
@@ -40,7 +43,9 @@ def test_every_has_each_op_stage_size_and_batch():
     assert {case.op for case in every} == set(OPS)
     for op in ("adaln", "stage_attention"):
         found = {(c.size, c.tokens, c.batch) for c in every if c.op == op and c.backward}
-        assert found == set(itertools.product("SBL", (16, 64, 256), (1, 8, 32)))
+        assert found >= set(itertools.product("SBL", (16, 64, 256), (1, 8, 32)))
+        assert found >= {(cases.VAR, side**2, 1) for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)}
+        assert {size for size, *_ in found} >= {"S-512px", "S-1024px", "L-1024px"}
     assert set(cases.default()) < set(every)
 
 
@@ -123,5 +128,75 @@ def test_the_table_has_ratios_rates_and_the_fraction_of_the_floor():
     assert cells[1][7] == "1000.0 GFLOP/s"
     without = row(failures={"compiled": "Unsupported: a reason"})
     del without["seconds"]["compiled"]
-    text = micro_table.render({"rows": [without]})
-    assert "adaln backward: torch.compile: Unsupported: a reason" in text
+    lines = micro_table.render({"rows": [without, row()]}).splitlines()
+    assert [cell.strip() for cell in lines[-1].strip("|").split("|")] == [
+        "adaln backward", "torch.compile", "1 of 2", "Unsupported: a reason"]
+
+
+def test_the_table_has_a_row_for_each_peer_timed_or_not():
+    timed = row(op="stage_attention", backward=False, whole=True,
+                failures={"flash-attn": "ImportError: flash-attn is not installed"})
+    timed["seconds"]["SDPA math"] = {"median": 5e-3}
+    lines = micro_table.render({"rows": [timed, timed]}).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    name = "stage_attention, all stages"
+    assert cells.count([name, "S", "16", "1", "SDPA math", "5.00 ms", "2.50x", "0.4 GB/s",
+                        "20%"]) == 2
+    assert [name, "flash-attn", "2 of 2", "ImportError: flash-attn is not installed"] in cells
+
+
+@pytest.mark.parametrize("case", [
+    cases.Case("stage_attention", 16, 1, "S"),
+    cases.Case("stage_attention", 9, 1, cases.VAR, whole=True),
+    cases.Case("stage_attention", 4, 2, cases.VAR, backward=True),
+], ids=lambda case: case.name)
+def test_attentions_peers_compute_the_same_or_say_why_not(case):
+    given = cases.inputs(case, SMALL)
+    functions = variants.functions(case)
+    reasons, right = {}, 0
+    for name in peers.functions(case.op):
+        if (why := variants.why_not(case, name, functions[name], [given])) is not None:
+            reasons[name] = why
+            continue
+        with torch.set_grad_enabled(case.backward):
+            assert_accurate(functions[name], functions["eager"], given, gradients=case.backward)
+        right += 1
+    assert right >= 2  # SDPA's math and flash serve every machine
+    assert set(reasons) <= {"FlexAttention", "SDPA efficient", "SDPA cudnn", "flash-attn",
+                            "xformers"}
+    if case.backward and "FlexAttention" in reasons:
+        assert "FlexAttention does not support backward" in reasons["FlexAttention"]
+
+
+def test_a_call_by_stage_is_the_masked_one():
+    """As flash-attn and xformers are asked for all stages."""
+    case = cases.Case("stage_attention", 25, 2, cases.VAR, whole=True)
+    given = cases.inputs(case, SMALL)
+    reference = variants.functions(case)["eager"]
+
+    def dense(q, k, v):
+        return reference(q, k, v, (k.shape[1] - q.shape[1], q.shape[1])
+                         if k.shape[1] > q.shape[1] else (k.shape[1],))
+
+    assert_accurate(functools.partial(peers._by_stage, dense), reference, given)
+
+
+def test_scores_that_memory_does_not_hold_are_a_reason(monkeypatch):
+    monkeypatch.setattr(variants, "_memory", lambda: 1000)
+    case = cases.Case("stage_attention", 16, 1, "S")
+    given = [cases.inputs(case, SMALL)]
+    assert "its scores would take" in variants.why_not(case, "eager", None, given)
+    ours = variants.functions(case)["ours"]
+    assert variants.why_not(case, "ours", ours, given) is None
+    assert variants.why_not(some("adaln"), "eager", variants.functions(some("adaln"))["eager"],
+                            [cases.inputs(some("adaln"), SMALL)]) is None
+
+
+def test_reasons_are_one_line():
+    def refused():
+        warnings.warn("Flash attention kernel not used because:", stacklevel=1)
+        warnings.warn("a mask was given.\nmore", stacklevel=1)
+        raise RuntimeError("No available kernel. Aborting execution.\nmore")
+
+    assert peers.why_not(refused) == "RuntimeError: No available kernel; a mask was given."
+    assert peers.why_not(lambda: None) is None

@@ -1,17 +1,23 @@
 """Whole models: end to end, against DiT, and memory; with tiny ones."""
 
+import dataclasses
+import functools
+
 import pytest
 import torch
 
-from benchmarks import dit, end_to_end, memory, models, table2, table3
+from benchmarks import dit, end_to_end, mar, memory, models, table2, table3
 from benchmarks.models import StageTime
 from benchmarks.roofline import Roofline
 from ecar.config import ECARConfig
+from ecar.sampler import sample
+from ecar_kernels import use_backend
 from ecar_kernels.costs import Rates
 from tests.support.native import needs_native
 
 TINY = ECARConfig(stage_sides=(4, 8), channels=1, num_classes=3, width=16, heads=2, ar_layers=1,
                   flow_blocks=1)
+MASKED = mar.MARSize(layers=1, width=16, heads=2, mlp_blocks=1, mlp_width=24, tokens=16, buffer=4)
 PEER = dit.DiTSize(layers=1, width=16, heads=2, latent_side=8)
 
 
@@ -32,7 +38,7 @@ def test_a_twin_has_the_same_parameters_and_modules_of_its_own():
 
 @needs_native
 def test_end_to_end_has_every_way_and_the_gemms():
-    row = end_to_end.measure("S", TINY, 0, steps=8, timed_steps=3, compile=False,
+    row = end_to_end.measure("S", TINY, 0, steps=8, timed_steps=3, compile=None,
                              rates_found=Rates(1e9, 1e9))
     work = Roofline(TINY, steps=8, itemsize=4).total()
     assert row["floor"]["seconds"] == max(work.bytes, work.multiply_adds) / 1e9
@@ -44,13 +50,44 @@ def test_end_to_end_has_every_way_and_the_gemms():
     del row["floor"]  # as in results from before
     assert "floor" not in end_to_end.render({"rows": [row]})
     assert "3 steps of each stage were run and scaled to 8" in text and "wanted >= 1.4x" in text
+    assert "torch.compile" not in text
+    row |= {"compile": "blocks", "compile_seconds": 12.3}
+    assert "E-CAR-S: torch.compile of the repeated block" in end_to_end.render({"rows": [row]})
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_image_is_the_eager_one_and_a_block_is_compiled_once_a_stage(whole):
+    torch._dynamo.reset()
+    config = dataclasses.replace(TINY, flow_blocks=3)
+    model = models.random_model(config)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(sum("softmax" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    compile = functools.partial(torch.compile, backend=backend)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", compile)
+        compiled = models.compiled(model, whole)
+    with use_backend("reference"):
+        images = [sample(m, torch.tensor([1]), seeds=torch.tensor([7]), steps=[2, 2]).latents
+                  for m in (model, compiled)]
+    assert torch.equal(*images)  # the backend runs the same ops
+    attentions = [count for count in graphs if count]
+    assert attentions == ([3, 3] if whole else [1, 1])  # of two stages with three blocks each
 
 
 def test_table3_pairs_and_says_that_it_extrapolates():
-    row = table3.measure("S", 0, config=TINY, peer=PEER, steps=8, timed_steps=3)
+    row = table3.measure("S", 0, config=TINY, peer=PEER, masked=MASKED, steps=8, timed_steps=3)
     assert row["ratio"]["median"] > 0 and row["multiply_adds"]["dit"] > 0
     text = table3.render({"rows": [row]})
     assert "Extrapolated: 3 steps" in text and "| B/2 |" in text and "4.6x" in text
+    lines = [line for line in text.splitlines() if "MAR-B" in line]
+    assert [line.split("|")[3].strip() for line in lines] == ["64", "256"]
+    assert all("37.3x" in line and "106.9x" in line for line in lines)
+    del row["mar_ratios"]  # as results from before MAR was measured
+    assert "MAR" not in table3.render({"rows": [row]})
 
 
 def test_table2_counts_what_the_paper_has_to_a_few_percent():

@@ -1,0 +1,242 @@
+"""MAR (Li et al., 2024), the peer of the paper's Table 3, of the published sizes, on our ops.
+
+A masked autoencoder draws 256 tokens of 16 channels in some AR steps, in random order: each step
+encodes the tokens that are known (behind 64 buffer tokens that hold the class), decodes all, and
+denoises the latents of the next few tokens by 100 steps of a small adaLN MLP. How many are next
+follows a cosine. Sizes are those with which the authors evaluate; weights are random, and the
+MLP's norms have none of their own (they could be folded into the modulation).
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ecar_kernels
+from ecar.flow import TIME_CHANNELS, time_frequencies
+from ecar_kernels import Accelerated, Linear, OpsModule, StageBlock, accelerates
+
+CLASSES = 1000
+TOKENS, BUFFER, CHANNELS = 256, 64, 16  # one token a latent pixel of 16 x 16
+DIFFUSION_STEPS = 100
+AR_STEPS = (64, 256)  # the authors' faster setting, and the one of their results
+
+
+@dataclass(frozen=True)
+class MARSize:
+    """Encoder and decoder have `layers` each; the MLP has `mlp_blocks` of `mlp_width`."""
+
+    layers: int
+    width: int
+    heads: int
+    mlp_blocks: int
+    mlp_width: int
+    tokens: int = TOKENS
+    buffer: int = BUFFER
+
+
+SIZES = {"B": MARSize(12, 768, 12, 6, 1024), "L": MARSize(16, 1024, 16, 8, 1280),
+         "H": MARSize(20, 1280, 16, 12, 1536)}
+
+
+class ResidualBlock(OpsModule):
+    """x + gate W2 SiLU(W1 adaLN(x)); shift, scale and gate of each token from its condition."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.modulation = Linear(width, 3 * width)
+        self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x, condition (SiLU applied): [1, n, width]."""
+        ops = self.ops(x)
+        shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
+        hidden = F.silu(ops.adaln_linear(x, shift, scale, self.fc1.weight, self.fc1.bias))
+        return ops.linear_gated_residual(hidden, self.fc2.weight, self.fc2.bias, gate, x)
+
+
+@accelerates(ResidualBlock)
+class AcceleratedResidualBlock(Accelerated, ResidualBlock):
+    uses = ("adaln_linear", "linear_gated_residual")
+    weights = ("fc1.weight", "fc2.weight")
+
+
+class DiffusionMLP(OpsModule):
+    """Noise and variance of a token's latent: [1, n, 16] -> [1, n, 32]."""
+
+    def __init__(self, size: MARSize) -> None:
+        super().__init__()
+        width = size.mlp_width
+        self.width = width
+        self.time = nn.Sequential(Linear(TIME_CHANNELS, width), nn.SiLU(), Linear(width, width))
+        self.condition = Linear(size.width, width)
+        self.embed = Linear(CHANNELS, width)
+        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(size.mlp_blocks))
+        self.modulation = Linear(width, 2 * width)
+        self.output = nn.Linear(width, 2 * CHANNELS)
+
+    def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
+        """t: time in [0, 1], [n]. z: the decoder's tokens [1, n, width of the decoder]."""
+        condition = F.silu(self.time(time_frequencies(t).to(x.dtype)) + self.condition(z))
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x, condition)
+        shift, scale = self.modulation(condition).chunk(2, dim=-1)
+        return self.ops(x).adaln_linear(x, shift, scale, self.output.weight, self.output.bias)
+
+
+@accelerates(DiffusionMLP)
+class AcceleratedDiffusionMLP(Accelerated, DiffusionMLP):
+    uses = ("adaln_linear",)
+    weights = ("output.weight",)
+
+
+class MAR(nn.Module):
+    """The whole model; one image at a time."""
+
+    def __init__(self, size: MARSize) -> None:
+        super().__init__()
+        width, places = size.width, size.buffer + size.tokens
+        self.size = size
+        self.label = nn.Embedding(CLASSES, width)
+        self.embed, self.embed_norm = Linear(CHANNELS, width), nn.LayerNorm(width, eps=1e-6)
+        self.decoder_embed = Linear(width, width)
+        self.mask_token = nn.Parameter(torch.randn(1, 1, width))
+        self.encoder_positions, self.decoder_positions = (
+            nn.Parameter(torch.randn(1, places, width)) for _ in range(2))
+        self.diffusion_positions = nn.Parameter(torch.randn(1, size.tokens, width))
+        self.encoder, self.decoder = (nn.ModuleList(
+            StageBlock(width, size.heads) for _ in range(size.layers)) for _ in range(2))
+        self.encoder_norm, self.decoder_norm = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+        self.mlp = DiffusionMLP(size)
+
+    def condition(self, label: Tensor, latents: Tensor, known: Tensor, wanted: Tensor) -> Tensor:
+        """What the latents of some tokens are denoised with.
+
+        Args:
+            label: [1].
+            latents: of all tokens [1, 256, 16]; those that are not known are not read.
+            known, wanted: indices of tokens.
+
+        Returns:
+            [1, wanted, width].
+        """
+        buffer = self.size.buffer
+        x = torch.cat([self.label(label)[:, None].expand(-1, buffer, -1),
+                       self.embed(latents[:, known])], dim=1)
+        places = torch.cat([torch.arange(buffer, device=known.device), buffer + known])
+        x = self.embed_norm(x + self.encoder_positions[:, places])
+        for block in self.encoder:
+            x = block(x)
+        all_tokens = self.mask_token.expand(1, buffer + self.size.tokens, -1).clone()
+        all_tokens[:, places] = self.decoder_embed(self.encoder_norm(x))
+        x = all_tokens + self.decoder_positions
+        for block in self.decoder:
+            x = block(x)
+        return (self.decoder_norm(x)[:, buffer:] + self.diffusion_positions)[:, wanted]
+
+
+def next_tokens(steps: int, tokens: int = TOKENS) -> list[int]:
+    """How many tokens each AR step draws: a cosine, at least one, all in the end."""
+    left, found = tokens, []
+    for step in range(1, steps + 1):
+        rest = max(1, min(left - 1, math.floor(tokens * math.cos(math.pi / 2 * step / steps))))
+        rest = 0 if step == steps else rest
+        found.append(left - rest)
+        left = rest
+    return found
+
+
+class Sampler:
+    """Times an image without guidance, drawn by a MAR with random weights.
+
+    Args:
+        size: of the model.
+        accelerate: bind the ops to backends, as a user does.
+    """
+
+    def __init__(self, size: MARSize, *, accelerate: bool = True) -> None:
+        self.size = size
+        self.model = MAR(size).eval()
+        if accelerate:
+            ecar_kernels.accelerate(self.model)
+        # Of a cosine schedule, respaced: what is left of the image at each step, and a step's own.
+        grid = torch.linspace(0, 1, DIFFUSION_STEPS + 1).double()
+        left = (torch.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2).clamp(min=1e-8)
+        keep = (left[1:] / left[:-1]).clamp(min=1e-3)
+        floor = ((1 - keep) * (1 - left[:-1]) / (1 - left[1:])).clamp(min=1e-8)
+        self.schedule = torch.stack([keep.rsqrt(), (1 - keep) / (1 - left[1:]).sqrt(),
+                                     (1 - keep).clamp(min=1e-8).log(), floor.log()], 1).float()
+
+    @torch.no_grad()
+    def denoise(self, z: Tensor, steps: Sequence[int]) -> Tensor:
+        """Ancestral sampling with a learned variance: [1, n, width] -> [1, n, 16]."""
+        x = torch.randn(1, z.shape[1], CHANNELS)
+        for step in steps:
+            scale, noise_share, most, least = self.schedule[step].tolist()
+            t = torch.full((z.shape[1],), step / DIFFUSION_STEPS)
+            noise, fraction = self.model.mlp(x, t, z).chunk(2, dim=-1)
+            deviation = torch.exp((least + (most - least) * (fraction + 1) / 2) / 2)
+            x = (x - noise_share * noise) * scale
+            x = x + deviation * torch.randn_like(x) if step else x
+        return x
+
+    @torch.no_grad()
+    def time_image(self, ar_steps: int, timed_ar_steps: int, timed_steps: int) -> float:
+        """Seconds of an image: a few AR steps, evenly spread, and a few diffusion steps of each.
+
+        The mean over the timed AR steps times all; in each, the median diffusion step times 100.
+        """
+        tokens = self.size.tokens
+        drawn = next_tokens(ar_steps, tokens)
+        timed = min(timed_ar_steps, ar_steps)
+        chosen = [int((i + 0.5) * ar_steps / timed) for i in range(timed)]
+        label, latents = torch.randint(CLASSES, (1,)), torch.randn(1, tokens, CHANNELS)
+        spread = torch.linspace(DIFFUSION_STEPS - 1, 0, timed_steps).round().long().tolist()
+        seconds = []
+        for step in chosen:
+            order, known = torch.randperm(tokens), sum(drawn[:step])
+            wanted = order[known:known + drawn[step]]
+            begin = time.perf_counter()
+            z = self.model.condition(label, latents, order[:known], wanted)
+            seconds.append(time.perf_counter() - begin)
+            denoising = []
+            for diffusion_step in spread:
+                begin = time.perf_counter()
+                self.denoise(z, [diffusion_step])
+                denoising.append(time.perf_counter() - begin)
+            seconds[-1] += statistics.median(denoising) * DIFFUSION_STEPS
+        return statistics.fmean(seconds) * ar_steps
+
+
+def multiply_adds(size: MARSize, ar_steps: int) -> int:
+    """Of one image's matrix products, without guidance."""
+    with torch.device("meta"):
+        model = MAR(size)
+
+    def weights(*modules: nn.Module) -> int:
+        return sum(layer.weight.numel() for module in modules for layer in module.modules()
+                   if isinstance(layer, nn.Linear))
+
+    def layers(blocks: nn.ModuleList, rows: int) -> int:
+        return rows * weights(blocks) + len(blocks) * 2 * rows * rows * size.width
+
+    total, known, every = 0, 0, size.buffer + size.tokens
+    for drawn in next_tokens(ar_steps, size.tokens):
+        rows = size.buffer + known
+        total += (known * weights(model.embed) + layers(model.encoder, rows)
+                  + rows * weights(model.decoder_embed) + layers(model.decoder, every)
+                  + drawn * DIFFUSION_STEPS * weights(model.mlp))
+        known += drawn
+    return total
+
+
+def count_parameters(size: MARSize) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in MAR(size).parameters())

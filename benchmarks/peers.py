@@ -1,0 +1,178 @@
+"""What others have for an op: PyTorch, flash-attn, xformers, Liger, flashinfer; on any device.
+
+Each peer is a function with the op's signature. One that is not installed, or that the device or
+the case is not for, raises when it is called, and `why_not` makes its reason a line.
+
+A query of the newest stage sees every key, so attention needs no mask there and gets none. For the
+queries of all stages, PyTorch's get the stages' mask, and flash-attn and xformers, which know no
+such mask, a call for each stage. None has adaLN with a modulation for each token: the nearest is
+a norm with one weight and bias for all, which reads and computes less.
+"""
+
+import functools
+import importlib
+import re
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ecar_kernels.stage_attention.reference import block_causal_mask
+
+SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
+REASON_LENGTH = 200
+
+
+def functions(op: str) -> dict[str, Callable]:
+    """Every peer of the op by name; none for ops that no library has anything like."""
+    if op == "stage_attention":
+        return {"FlexAttention": _flex(), **{f"SDPA {name}": functools.partial(_sdpa, backend)
+                                             for name, backend in SDPA.items()},
+                "flash-attn": functools.partial(_by_stage, _flash_attn),
+                "xformers": functools.partial(_by_stage, _xformers)}
+    if op == "adaln":
+        return {"Liger, LayerNorm": _liger_norm, "flashinfer, LayerNorm": _flashinfer_norm}
+    if op == "gated_residual_adaln":
+        return {"Liger, add + RMSNorm": _liger_add_norm,
+                "flashinfer, add + RMSNorm": _flashinfer_add_norm}
+    return {}
+
+
+def why_not(call: Callable[[], object]) -> str | None:
+    """Why the call fails, in a line; None where it does not."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            call()
+        except Exception as error:  # whatever a peer raises is its reason
+            name, text = type(error).__name__, str(error)
+            # torch.compile tells of an error in what it compiles in a text of its own.
+            if (inner := re.search(r"raised exception (\w+)\(['\"](.+?)['\"]\)", text)) is not None:
+                name, text = inner.groups()
+            first = text.partition("\n")[0].partition(". ")[0].rstrip(".")
+            reason = "; ".join([f"{name}: {first}", *_refusals(first, said)])
+            return reason[:REASON_LENGTH].replace("|", "/")
+    return None
+
+
+def _refusals(error: str, said: list[warnings.WarningMessage]) -> list[str]:
+    """PyTorch raises that there is no kernel, and says in warnings why it took none."""
+    if "kernel" not in error.lower():
+        return []
+    texts = [str(warning.message).splitlines()[0] for warning in said]
+    return [text for text in texts if "not used because" not in text and "disabled" not in text]
+
+
+@functools.cache
+def _load(package: str, module: str, name: str) -> Callable:
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        missing = getattr(error, "name", None) or module
+        raise ImportError(f"{package} is not installed" if module.startswith(missing)
+                          else f"{package} does not load: {error}") from None
+    return getattr(found, name)
+
+
+def _is_newest(q: Tensor, stage_lengths: tuple[int, ...]) -> bool:
+    return q.shape[1] == stage_lengths[-1]
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.transpose(1, 2) for tensor in tensors]
+
+
+@functools.lru_cache(maxsize=4)  # of 5,440 tokens one takes 30 MB
+def _mask(stage_lengths: tuple[int, ...], queries: int, device: torch.device) -> Tensor:
+    return block_causal_mask(stage_lengths, queries, device=device)
+
+
+def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor,
+          stage_lengths: tuple[int, ...]) -> Tensor:
+    mask = None if _is_newest(q, stage_lengths) else _mask(stage_lengths, q.shape[1], q.device)
+    with sdpa_kernel(backend):
+        out = F.scaled_dot_product_attention(*_heads_first(q, k, v), attn_mask=mask)
+    return out.transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=4)
+def _block_mask(stage_lengths: tuple[int, ...], queries: int, device: torch.device):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    total = sum(stage_lengths)
+    stage = torch.repeat_interleave(torch.tensor(stage_lengths, device=device))
+    first = total - queries
+    return create_block_mask(lambda b, h, q, k: stage[q + first] >= stage[k], None, None, queries,
+                             total, device=device.type)
+
+
+def _flex() -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # A whole graph or an error: what falls back to eager is not FlexAttention's kernel.
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, stage_lengths: tuple[int, ...]) -> Tensor:
+        mask = (None if _is_newest(q, stage_lengths)
+                else _block_mask(stage_lengths, q.shape[1], q.device))
+        return compiled(*_heads_first(q, k, v), block_mask=mask).transpose(1, 2)
+
+    return call
+
+
+def _by_stage(attention: Callable, q: Tensor, k: Tensor, v: Tensor,
+              stage_lengths: tuple[int, ...]) -> Tensor:
+    """A dense call for each stage of the queries, over the keys up to its end."""
+    if _is_newest(q, stage_lengths):
+        return attention(q, k, v)
+    ends = torch.tensor(stage_lengths).cumsum(0).tolist()
+    return torch.cat([attention(q[:, end - length:end], k[:, :end], v[:, :end])
+                      for length, end in zip(stage_lengths, ends, strict=True)], dim=1)
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _load("flash-attn", "flash_attn", "flash_attn_func")(q, k, v)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _load("xformers", "xformers.ops", "memory_efficient_attention")(q, k, v)
+
+
+def _one_for_all(modulation: Tensor) -> Tensor:
+    """[C] of a token-wise modulation: what a plain norm can take."""
+    return modulation[0, 0]
+
+
+def _liger_norm(x: Tensor, shift: Tensor, scale: Tensor, step_shift: Tensor, step_scale: Tensor,
+                eps: float = 1e-6) -> Tensor:
+    norm = _load("liger-kernel", "liger_kernel.ops.layer_norm", "LigerLayerNormFunction")
+    return norm.apply(x, _one_for_all(scale), _one_for_all(shift), eps)
+
+
+def _liger_add_norm(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor,
+                    step_gate: Tensor, step_shift: Tensor, step_scale: Tensor,
+                    eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    norm = _load("liger-kernel", "liger_kernel.ops.fused_add_rms_norm",
+                 "LigerFusedAddRMSNormFunction")
+    y, x = norm.apply(branch, x, _one_for_all(scale), eps)
+    return x, y
+
+
+def _flashinfer_norm(x: Tensor, shift: Tensor, scale: Tensor, step_shift: Tensor,
+                     step_scale: Tensor, eps: float = 1e-6) -> Tensor:
+    norm = _load("flashinfer", "flashinfer.norm", "layernorm")
+    y = norm(x.flatten(0, 1), _one_for_all(scale).float(), _one_for_all(shift).float(), eps)
+    return y.view_as(x)
+
+
+def _flashinfer_add_norm(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor,
+                         step_gate: Tensor, step_shift: Tensor, step_scale: Tensor,
+                         eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """In place, so that x and the branch are other numbers at each turn."""
+    norm = _load("flashinfer", "flashinfer.norm", "fused_add_rmsnorm")
+    norm(branch.flatten(0, 1), x.flatten(0, 1), _one_for_all(scale), eps)
+    return x, branch

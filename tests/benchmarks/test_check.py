@@ -1,0 +1,128 @@
+"""The judging of `make bench-check`: a regression fails and is named, noise does not."""
+
+import json
+
+import pytest
+
+from benchmarks import cases, check, environment, instructions, results
+from tests.benchmarks.support import python
+
+CASE = cases.Case("adaln", 256, 1, "S")
+NAME = "adaln S 256 tokens, batch 1"
+
+
+def row(eager=3e-3, compiled=2e-3, ours=1e-3, spread=0.02, **changes):
+    """Medians, and the interquartile range as a share of each."""
+    seconds = {name: {"median": value, "q1": value * (1 - spread / 2),
+                      "q3": value * (1 + spread / 2)}
+               for name, value in (("eager", eager), ("compiled", compiled), ("ours", ours))}
+    return {"op": CASE.op, "size": CASE.size, "tokens": CASE.tokens, "batch": CASE.batch,
+            "backward": False, "whole": False, "seconds": seconds, **changes}
+
+
+def test_a_regression_is_a_loss_that_names_the_row_and_both_ratios():
+    lost = check.judge(row(), row(ours=1.3e-3))
+    assert [line.startswith(NAME) for line in lost] == [True, True]
+    assert "eager / ours 2.31x, was 3.00x: -23%, noise allows -10%" in lost[0]
+    assert "torch.compile / ours" in lost[1]
+
+
+def test_a_machine_that_is_slower_altogether_is_none():
+    assert check.judge(row(), row(eager=6e-3, compiled=4e-3, ours=2e-3)) == []
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.02, 0.05])
+def test_a_loss_within_the_noise_is_none(spread):
+    noise = check.noise(row(spread=spread), row(spread=spread), "eager")
+    assert noise == pytest.approx(2 * spread)  # four ranges
+    allowed = max(check.NOISE * noise, check.LEAST)
+    slower = row(ours=1e-3 / (1 - allowed + 0.005), spread=spread)
+    assert check.judge(row(spread=spread), slower) == []
+    too_slow = row(ours=1e-3 / (1 - allowed - 0.005), spread=spread)
+    assert len(check.judge(row(spread=spread), too_slow)) == 2
+
+
+def test_noise_of_either_run_widens_what_is_allowed():
+    slower = row(ours=1.3e-3)
+    assert check.judge(row(), slower)
+    assert not check.judge(row(spread=0.2), slower)
+    assert not check.judge(row(), row(ours=1.3e-3, spread=0.2))
+
+
+def test_a_way_that_was_not_timed_is_not_judged():
+    without = row(ours=1.3e-3)
+    del without["seconds"]["compiled"]
+    assert len(check.judge(row(), without)) == 1
+
+
+@pytest.fixture
+def committed(tmp_path):
+    file = tmp_path / "micro.json"
+    results.write(file, "micro", environment.describe(), rows=[row(), {"overhead": True}])
+    return file
+
+
+def run(monkeypatch, committed, *measured):
+    """check_ratios, where the runs one after another measure these rows."""
+    turns = iter(measured)
+    monkeypatch.setattr(check, "measure", lambda *_: check.by_key([{"rows": [next(turns)]}]))
+    well = check.check_ratios([committed], 0.1, 1)
+    assert next(turns, None) is None, "a run too few"
+    return well
+
+
+def test_what_is_as_committed_is_measured_once(monkeypatch, committed, capsys):
+    assert run(monkeypatch, committed, row(ours=1.02e-3))
+    assert "1 rows, none lost" in capsys.readouterr().out
+
+
+def test_a_loss_counts_if_it_is_seen_twice(monkeypatch, committed, capsys):
+    assert not run(monkeypatch, committed, row(ours=1.3e-3), row(ours=1.4e-3))
+    assert f"LOST: {NAME}: eager / ours 2.14x, was 3.00x" in capsys.readouterr().out
+    assert run(monkeypatch, committed, row(ours=1.3e-3), row())
+
+
+def test_a_run_that_measured_nothing_is_no_success(monkeypatch, committed):
+    assert not run(monkeypatch, committed, row(tokens=64))
+
+
+@pytest.mark.parametrize("change", [{"threads": 99}, {"device": "an abacus"},
+                                    {"versions": {"torch": "0.1"}}])
+def test_other_machines_results_are_not_compared(monkeypatch, tmp_path, capsys, change):
+    facts, file = environment.describe() | change, tmp_path / "micro.json"
+    results.write(file, "micro", facts, rows=[row()])
+    assert run(monkeypatch, file)
+    assert "not compared" in capsys.readouterr().out
+    assert check.check_ratios([], 0.1, 1)
+
+
+def test_without_valgrind_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(instructions.shutil, "which", lambda *_, **__: None)
+    assert check.check_instructions()
+    assert "skipped: valgrind was not found" in capsys.readouterr().out
+    monkeypatch.setattr(instructions, "main", lambda _: 1)
+    assert not check.check_instructions()
+
+
+def test_what_is_checked_is_what_make_bench_times():
+    chosen = set(check.selection())
+    assert chosen <= {*cases.default(), *cases.at_64_mib()}
+    assert {case.op for case in chosen} == set(cases.OPS)
+
+
+def test_the_command_measures_and_compares(tmp_path, monkeypatch):
+    """With results of its own run, then with such as no machine reaches."""
+    command = ("-m", "benchmarks", "--results", str(tmp_path), "--seconds", "0.01",
+               "-k", "[euler_step-forward---256tokens-batch1]")
+    python(*command)
+    (file,) = tmp_path.glob("*/micro.json")
+    record = json.loads(file.read_text())
+    (timed,) = record["rows"]
+    timed["seconds"]["eager"] = {name: 1000 * value for name, value in
+                                 timed["seconds"]["eager"].items()}
+    timed["seconds"]["ours"] |= {"q1": timed["seconds"]["ours"]["median"],
+                                 "q3": timed["seconds"]["ours"]["median"]}
+    file.write_text(json.dumps(record))
+    out = python("-m", "benchmarks.check", "--only", "ratios", "--against", str(file),
+                 "--seconds", "0.05", status=1)
+    assert "LOST: euler_step - 256 tokens, batch 1: eager / ours" in out
