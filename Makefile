@@ -9,6 +9,7 @@ JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 CASES ?= 10000
 CHECKPOINT ?= checkpoints/digits
 DEMO ?= demo.png
+REPORT ?= build/report
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 KEEP_TORCH := $(VENV)/torch-version.txt
 INSTALL := $(PIP) install --constraint $(KEEP_TORCH) --no-build-isolation --editable
 
-.PHONY: help demo test lint bench gpu compile-gate compile-gate-oldest cuda-gate callgrind
+.PHONY: help demo test lint bench report gpu compile-gate compile-gate-oldest cuda-gate callgrind
 .PHONY: wheel-test sanitize fuzz evaluate train-demo clean
 .DELETE_ON_ERROR:
 
@@ -26,6 +27,7 @@ help:
 	@echo "make test        install, then run the tests on $(JOBS) processes"
 	@echo "make lint        ruff"
 	@echo "make bench       time every op against eager, torch.compile and its floor"
+	@echo "make report      one page of all results that there are: $(REPORT)/report.md"
 	@echo "make compile-gate  compile every Triton kernel for four chips; needs no GPU"
 	@echo "make cuda-gate   compile the CUDA C++ kernels for four chips, look at the machine code"
 	@echo "make gpu         on a GPU: build, tests, sanitizers and timings, with what $(PYTHON) has"
@@ -49,6 +51,9 @@ lint: $(STAMPS)/dev
 
 bench: $(STAMPS)/bench
 	$(BIN)/python -m benchmarks
+
+report: $(STAMPS)/bench
+	$(BIN)/python -m benchmarks.report --output $(REPORT)
 
 # Every Triton kernel under every launch setting, by the Triton installed and by the oldest that
 # the kernels are held to. GATE='--output docs/compile-gate.json' writes the tables anew.

@@ -5,6 +5,8 @@ import re
 import pytest
 import torch
 
+from benchmarks import pictures
+from benchmarks.pictures.__main__ import stray
 from ecar import ECAR, ECARConfig
 from ecar_kernels.registry import OPS
 from tools.update_docs import ROOT, contract, pages, updated
@@ -21,14 +23,22 @@ EXAMPLES = [
 @pytest.mark.parametrize("name", PAGES)
 def test_what_is_made_from_files_is_up_to_date(name):
     text = PAGES[name].read_text("utf-8")
-    assert updated(text) == text, "run: python -m tools.update_docs"
+    assert updated(text, PAGES[name]) == text, "run: python -m tools.update_docs"
+
+
+def test_pictures_are_of_the_present_results():
+    stale = [picture.name for picture in pictures.committed()
+             if not picture.is_in(pictures.FOLDER)]
+    assert not stale, "run: python -m tools.update_docs"
+    assert not stray(), "pictures of no results; run: python -m tools.update_docs"
 
 
 def test_a_stale_page_is_seen():
     page = "<!-- contract: adaln -->\nold\n<!-- end of contract -->"
     assert contract("adaln") in updated(page)
-    with pytest.raises(KeyError, match="unheard-of"):
-        updated("<!-- figures: unheard-of -->\n<!-- end of figures -->")
+    for kind in ("figures", "pictures"):
+        with pytest.raises(KeyError, match="unheard-of"):
+            updated(f"<!-- {kind}: unheard-of -->\n<!-- end of {kind} -->")
 
 
 def test_every_op_has_a_page_and_a_line():

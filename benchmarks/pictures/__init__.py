@@ -50,6 +50,11 @@ class Picture:
     data: dict[str, Any]
 
     @property
+    def kind(self) -> str:
+        """The name of its module."""
+        return self.module.__name__.rpartition(".")[2]
+
+    @property
     def alt(self) -> str:
         """What is to be seen, and of which device."""
         return f"{self.module.ALT}: {self.data['device']}" if "device" in self.data else (

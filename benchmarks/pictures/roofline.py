@@ -32,24 +32,21 @@ def data(record: dict[str, Any]) -> dict[str, Any] | None:
 
 def draw(data: dict[str, Any]) -> Figure:
     made = style.figure(4.6, "What each op reaches of what this device can do", data["note"])
-    left, right = made.subplots(1, 2)
-    _moving(left, data["moving"], data["rates"]["bytes"])
-    _multiplying(right, data["multiplying"], data["rates"])
-    for axes in (left, right):
+    panels = {"moving": _moving, "multiplying": _multiplying}
+    of = [kind for kind in panels if data[kind]]
+    for axes, kind in zip(made.subplots(1, len(of), squeeze=False)[0], of, strict=True):
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.grid(which="minor", visible=False)
-        if axes.lines:
-            axes.legend(loc="upper center", bbox_to_anchor=(0.46, -0.17), fontsize=8.5, ncols=2,
-                        handletextpad=0.1, columnspacing=0.8)
-            for axis in (axes.xaxis, axes.yaxis):
-                style.log_ticks(axis, style.steps(*axis.get_view_interval()))
-        else:
-            axes.text(0.5, 0.5, "none measured", transform=axes.transAxes, ha="center")
+        panels[kind](axes, data[kind], data["rates"])
+        axes.legend(loc="upper center", bbox_to_anchor=(0.46, -0.17), fontsize=8.5, ncols=2,
+                    handletextpad=0.1, columnspacing=0.8)
+        for axis in (axes.xaxis, axes.yaxis):
+            style.log_ticks(axis, style.steps(*axis.get_view_interval()))
     return made
 
 
-def _moving(axes: Any, ops: dict[str, Any], copy: float) -> None:
+def _moving(axes: Any, ops: dict[str, Any], rates: dict[str, float]) -> None:
+    copy = rates["bytes"]
     for index, (op, points) in enumerate(ops.items()):
         _scatter(axes, index, op, [(back, size / 1e6, size / seconds / 1e9)
                                    for back, size, _, seconds in points])
