@@ -18,8 +18,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 KEEP_TORCH := $(VENV)/torch-version.txt
 INSTALL := $(PIP) install --constraint $(KEEP_TORCH) --no-build-isolation --editable
 
-.PHONY: help demo test lint bench report gpu compile-gate compile-gate-oldest cuda-gate callgrind
-.PHONY: wheel-test sanitize fuzz evaluate train-demo clean
+.PHONY: help demo test lint bench gpu compile-gate compile-gate-oldest cuda-gate callgrind
+.PHONY: report wheel-test sanitize fuzz evaluate train-demo clean
 .DELETE_ON_ERROR:
 
 help:
@@ -27,11 +27,11 @@ help:
 	@echo "make test        install, then run the tests on $(JOBS) processes"
 	@echo "make lint        ruff"
 	@echo "make bench       time every op against eager, torch.compile and its floor"
-	@echo "make report      one page of all results that there are: $(REPORT)/report.md"
 	@echo "make compile-gate  compile every Triton kernel for four chips; needs no GPU"
 	@echo "make cuda-gate   compile the CUDA C++ kernels for four chips, look at the machine code"
 	@echo "make gpu         on a GPU: build, tests, sanitizers and timings, with what $(PYTHON) has"
 	@echo "make callgrind   count the C++ kernels' instructions, against the committed counts"
+	@echo "make report      one page of all results that there are: $(REPORT)/report.md"
 	@echo "make wheel-test  sdist, wheel, and both in empty environments, for each of TORCHES"
 	@echo "make sanitize    the C++ ops' tests under the address and undefined-behaviour sanitizers"
 	@echo "make fuzz        $(CASES) random calls of every op, valid and invalid mixed"
@@ -51,9 +51,6 @@ lint: $(STAMPS)/dev
 
 bench: $(STAMPS)/bench
 	$(BIN)/python -m benchmarks
-
-report: $(STAMPS)/bench
-	$(BIN)/python -m benchmarks.report --output $(REPORT)
 
 # Every Triton kernel under every launch setting, by the Triton installed and by the oldest that
 # the kernels are held to. GATE='--output docs/compile-gate.json' writes the tables anew.
@@ -79,6 +76,10 @@ gpu:
 
 callgrind: $(STAMPS)/test
 	$(BIN)/python -m benchmarks.instructions
+
+# Needs nothing but the results: it measures nothing.
+report: $(STAMPS)/bench
+	$(BIN)/python -m benchmarks.report --output $(REPORT)
 
 # TORCHES='torch==2.10.0 torch' tries the oldest and the newest torch, several GB of downloads.
 wheel-test: $(STAMPS)/test

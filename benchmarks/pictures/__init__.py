@@ -35,7 +35,7 @@ OF_KIND = {
     "micro": ("bars", "roofline"),
     "gpu": ("bars", "roofline"),
     "end_to_end": ("end_to_end",),
-    "table3": ("table3",),
+    "table3": ("table3", "mar"),
     "ablation": ("ablation",),
     "scaling": ("scaling", "attention"),
 }

@@ -67,7 +67,8 @@ def medians(seconds: dict[str, Any]) -> dict[str, float]:
 def _micro(record: dict[str, Any]) -> Iterator[Row]:
     for row in record["rows"]:
         if not row.get("overhead"):
-            yield Row(row["op"], row["size"], row["tokens"], row["batch"],
+            op = f"{row['op']}, all stages" if row.get("whole") else row["op"]
+            yield Row(op, row["size"], row["tokens"], row["batch"],
                       row.get("backward", False),
                       row.get("bytes", 0), row.get("multiply_adds", 0), medians(row["seconds"]))
 
@@ -80,8 +81,9 @@ def _gpu(record: dict[str, Any]) -> Iterator[Row]:
                    if name not in own}
         if own:
             seconds[OURS] = timed[own[-1]]
-        yield Row(row["op"], row["size"], row["tokens"], row["batch"], "backward" in row["group"],
-                  row.get("bytes", 0), row.get("multiply_adds", 0), seconds)
+        whole = row["group"] == "forward and backward"  # timed together, as one graph holds them
+        yield Row(f"{row['op']}, with its forward" if whole else row["op"], row["size"],
+                  row["tokens"], row["batch"], "backward" in row["group"], row.get("bytes", 0), row.get("multiply_adds", 0), seconds)
 
 
 def _part(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
