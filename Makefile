@@ -19,7 +19,7 @@ KEEP_TORCH := $(VENV)/torch-version.txt
 INSTALL := $(PIP) install --constraint $(KEEP_TORCH) --no-build-isolation --editable
 
 .PHONY: help demo test lint bench gpu compile-gate compile-gate-oldest cuda-gate callgrind
-.PHONY: report wheel-test sanitize fuzz evaluate train-demo clean
+.PHONY: wheel-test sanitize fuzz evaluate train-demo clean
 .DELETE_ON_ERROR:
 
 help:
@@ -78,6 +78,7 @@ callgrind: $(STAMPS)/test
 	$(BIN)/python -m benchmarks.instructions
 
 # Needs nothing but the results: it measures nothing.
+.PHONY: report
 report: $(STAMPS)/bench
 	$(BIN)/python -m benchmarks.report --output $(REPORT)
 

@@ -54,28 +54,29 @@ class Part:
 
 
 EXAMPLES = {"example-dit": "examples.accelerate_dit", "example-var": "examples.accelerate_var"}
+FURTHER = (Part("ablation", 0.08, 0.5), Part("scaling", 0.12, 0.5), Part("profile", 0.01),
+           Part("saved", 0.01), *(Part(name, 0.02) for name in EXAMPLES))
 GEMM_CELLS = 60  # of `benchmarks.gemm`'s widths, layers and rows: 3 x 4 x 4, and packing
 # The quick and certain first; shares and beginnings as seen on two cores of a Zen 5.
-PARTS = (Part("table2", 0.01), Part("micro", 0.29), Part("end_to_end", 0.23, 4.0),
-         Part("table3", 0.10, 1.0), Part("memory", 0.09), Part("gemm", 0.05),
-         Part("ablation", 0.07, 0.5), Part("scaling", 0.10, 0.5), Part("profile", 0.01),
-         Part("saved", 0.01), Part("example-dit", 0.02), Part("example-var", 0.02))
+PARTS = (Part("table2", 0.01), Part("micro", 0.38), Part("end_to_end", 0.30, 4.0),
+         Part("table3", 0.13, 1.0), Part("memory", 0.12), Part("gemm", 0.06))
 
 
 def main() -> int:
+    names = [part.name for part in (*PARTS, *FURTHER)]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.all",
                                      description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=35.0,
+    parser.add_argument("--minutes", type=float, default=25.0,
                         help="in all, about (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS],
-                        default=[part.name for part in PARTS], metavar="PART",
-                        help="of " + ", ".join(part.name for part in PARTS))
+    parser.add_argument("--only", nargs="+", choices=names,
+                        default=names, metavar="PART",
+                        help="of " + ", ".join(names))
     parser.add_argument("--quick", action="store_true",
                         help="next to nothing of each: does it run? The figures mean nothing")
     parser.add_argument("--results", type=Path, default=results.FOLDER,
                         help="folder to write <device>/*.json into (default: %(default)s)")
     options = parser.parse_args()
-    parts = [part for part in PARTS if part.name in options.only]
+    parts = [part for part in (*PARTS, *FURTHER) if part.name in options.only]
     whole = sum(part.share for part in parts)
     failed, begin = [], time.monotonic()
     for part in parts:

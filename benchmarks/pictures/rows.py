@@ -83,7 +83,8 @@ def _gpu(record: dict[str, Any]) -> Iterator[Row]:
             seconds[OURS] = timed[own[-1]]
         whole = row["group"] == "forward and backward"  # timed together, as one graph holds them
         yield Row(f"{row['op']}, with its forward" if whole else row["op"], row["size"],
-                  row["tokens"], row["batch"], "backward" in row["group"], row.get("bytes", 0), row.get("multiply_adds", 0), seconds)
+                  row["tokens"], row["batch"], "backward" in row["group"], row.get("bytes", 0),
+                  row.get("multiply_adds", 0), seconds)
 
 
 def _part(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
