@@ -36,7 +36,7 @@ help:
 	@echo "make sanitize    the C++ ops' tests under the address and undefined-behaviour sanitizers"
 	@echo "make fuzz        $(CASES) random calls of every op, valid and invalid mixed"
 	@echo "make evaluate    judge the samples of $(CHECKPOINT)"
-	@echo "make train-demo  train a small model on 8 x 8 digits (20 minutes on 2 cores)"
+	@echo "make train-demo  train a small model on 8 x 8 digits, in some tens of minutes"
 	@echo "make clean       remove builds and caches (not $(VENV))"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' CHECKPOINT=$(CHECKPOINT)"
 

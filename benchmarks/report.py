@@ -76,7 +76,7 @@ def _section(file: Path, record: dict[str, Any], output: Path) -> str:
         picture.write(output / "pictures")
         lines.append(link(picture, "pictures"))
     if kind in table.RENDERERS:
-        lines.append(_below(table.render(record)))
+        lines.append(below(table.render(record), 3))
     else:
         lines.append(f"There is no table for results of kind {kind!r}.")
     return "\n\n".join(lines)
@@ -88,11 +88,11 @@ def link(picture: pictures.Picture, folder: str) -> str:
     return f"[![{picture.alt}]({place}.png)]({place}.svg)"
 
 
-def _below(text: str) -> str:
-    """The headings of a table's text put below the page's own; fenced blocks are left alone."""
+def below(text: str, level: int) -> str:
+    """The headings of a table's text put below those of a level; fenced blocks are left alone."""
     pieces = re.split(r"(^```.*?^```$)", text, flags=re.MULTILINE | re.DOTALL)
     return "".join(piece if piece.startswith("```") else
-                   re.sub(r"^#", "####", piece, flags=re.MULTILINE) for piece in pieces)
+                   re.sub(r"^#", "#" * (level + 1), piece, flags=re.MULTILINE) for piece in pieces)
 
 
 def _device(records: dict[Path, dict[str, Any]]) -> str:

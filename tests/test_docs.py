@@ -1,5 +1,6 @@
 """The pages of docs/: what is made from files is up to date, and their examples run."""
 
+import itertools
 import re
 
 import pytest
@@ -47,6 +48,25 @@ def test_every_op_has_a_page_and_a_line():
     assert sorted(listed) == sorted(OPS)
     for op in OPS:
         assert f"<!-- contract: {op} -->" in PAGES[f"docs/ops/{op}.md"].read_text("utf-8")
+
+
+def test_every_page_is_in_the_index():
+    index = PAGES["docs/README.md"].read_text("utf-8")
+    for name in PAGES:
+        if re.fullmatch(r"docs/[\w-]+\.md", name) and name != "docs/README.md":
+            assert f"]({name.removeprefix('docs/')})" in index, f"{name} is not in docs/README.md"
+
+
+def test_the_share_of_scores_that_a_mask_throws_away():
+    """As the page of stage_attention has it, of E-CAR's stages and of VAR's."""
+    def share(stages):
+        seen = sum(n * end for n, end in zip(stages, itertools.accumulate(stages), strict=True))
+        return f"{1 - seen / sum(stages) ** 2:.0%}".replace("%", " %")
+
+    text = PAGES["docs/ops/stage_attention.md"].read_text("utf-8")
+    assert re.findall(r"\d+ %", text.partition("## How")[0]) == [
+        share(ECARConfig.preset("S").stage_tokens),
+        share([side * side for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)])]
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from ecar_kernels.registry import OPS
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = re.compile(r"<!-- (figures|pictures|contract): ([\w-]+) -->\n.*?<!-- end of \1 -->",
                    re.DOTALL)
+ACCURACY, RATIO = 0.99, 3  # the marks of a checkpoint: at least, at most
 COLUMNS = ("checkpoint", "read as the class asked for", "Fréchet distance, generated",
            "the same, real", "ratio", "precision", "recall", "steps", "guidance")
 
@@ -58,16 +59,21 @@ def evaluation(root: Path = ROOT) -> str:
         sampling = protocol["sampling"]
         rows.append((
             f"[`{path.parent.name}`](checkpoints/{path.parent.name}/README.md)",
-            f"{metrics['label_accuracy']:.2%} of {protocol['generated_images']:,}",
+            f"{metrics['label_accuracy']:.2%} of {protocol['generated_images']:,}"
+            f"{_mark(metrics['label_accuracy'] >= ACCURACY)}",
             f"{metrics['frechet_distance_matched']:.3f}",
             f"{real['frechet_distance']:.3f} ({protocol['real_train_images']:,} images)",
-            f"{metrics['frechet_ratio']:.2f}",
+            f"{metrics['frechet_ratio']:.2f}{_mark(metrics['frechet_ratio'] <= RATIO)}",
             f"{metrics['precision']:.3f}",
             f"{metrics['recall']:.3f}",
             str(sampling["num_inference_steps"]),
             f"{sampling['guidance_scale']:g}",
         ))
     return table(rows)
+
+
+def _mark(met: bool) -> str:
+    return ", met" if met else ", MISSED"
 
 
 def contract(op: str) -> str:
@@ -82,7 +88,8 @@ def contract(op: str) -> str:
 def measured(kind: str, root: Path = ROOT) -> str:
     """The tables of this kind of every device that it was measured on."""
     records = map(results.read, sorted(root.glob(f"benchmarks/results/*/{kind}*.json")))
-    return "\n\n".join(render(record) for record in records
+    # A GPU's record has headings of its own, one level below the page's.
+    return "\n\n".join(report.below(render(record), 2) for record in records
                        if record["kind"] == kind) or NOT_MEASURED
 
 
