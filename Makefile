@@ -9,6 +9,7 @@ JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 CASES ?= 10000
 CHECKPOINT ?= checkpoints/digits
 DEMO ?= demo.png
+REPORT ?= build/report
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
@@ -31,11 +32,12 @@ help:
 	@echo "make cuda-gate   compile the CUDA C++ kernels for four chips, look at the machine code"
 	@echo "make gpu         on a GPU: build, tests, sanitizers and timings, with what $(PYTHON) has"
 	@echo "make callgrind   count the C++ kernels' instructions, against the committed counts"
+	@echo "make report      one page of all results that there are: $(REPORT)/report.md"
 	@echo "make wheel-test  sdist, wheel, and both in empty environments, for each of TORCHES"
 	@echo "make sanitize    the C++ ops' tests under the address and undefined-behaviour sanitizers"
 	@echo "make fuzz        $(CASES) random calls of every op, valid and invalid mixed"
 	@echo "make evaluate    judge the samples of $(CHECKPOINT)"
-	@echo "make train-demo  train a small model on 8 x 8 digits (20 minutes on 2 cores)"
+	@echo "make train-demo  train a small model on 8 x 8 digits, in some tens of minutes"
 	@echo "make clean       remove builds and caches (not $(VENV))"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' CHECKPOINT=$(CHECKPOINT)"
 
@@ -79,6 +81,11 @@ gpu:
 
 callgrind: $(STAMPS)/test
 	$(BIN)/python -m benchmarks.instructions
+
+# Needs nothing but the results: it measures nothing.
+.PHONY: report
+report: $(STAMPS)/bench
+	$(BIN)/python -m benchmarks.report --output $(REPORT)
 
 # TORCHES='torch==2.10.0 torch' tries the oldest and the newest torch, several GB of downloads.
 wheel-test: $(STAMPS)/test

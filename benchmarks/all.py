@@ -30,6 +30,9 @@ class Part:
             "end_to_end": [f"--minutes={measured:.2f}"],
             "table3": [f"--minutes={measured:.2f}"],
             "gemm": [f"--seconds={minutes * 60 / GEMM_CELLS:.3f}"],
+            "ablation": [f"--minutes={measured:.2f}"],
+            "scaling": [f"--minutes={measured:.2f}"],
+            **{name: [f"--seconds={30 * minutes:.1f}"] for name in EXAMPLES},
         }
         small = {
             "micro": ["--minutes=9", "-k", "euler_step-forward and 16tokens and batch1"],
@@ -37,12 +40,22 @@ class Part:
             "table3": ["--sizes", "S", "--steps", "9"],
             "memory": ["--sizes", "digits", "--training", "digits", "--batch", "2"],
             "gemm": ["--widths", "16", "--rows", "3"],
+            "scaling": ["--pixels", "256"],
+            "profile": ["--size", "digits", "--steps", "3"],
+            "saved": ["--size", "digits"],
+            "example-dit": ["--size", "S"],
+            "example-var": ["--size", "d12"],
         }
-        module = "benchmarks" if self.name == "micro" else f"benchmarks.{self.name}"
-        return [sys.executable, "-m", module, "--results", str(folder),
-                *settings.get(self.name, []), *(small.get(self.name, []) if quick else [])]
+        module = {"micro": "benchmarks", **EXAMPLES}.get(self.name, f"benchmarks.{self.name}")
+        goal = (["--output", str(results.path(self.name, folder))] if self.name in EXAMPLES
+                else ["--results", str(folder)])
+        return [sys.executable, "-m", module, *goal, *settings.get(self.name, []),
+                *(small.get(self.name, []) if quick else [])]
 
 
+EXAMPLES = {"example-dit": "examples.accelerate_dit", "example-var": "examples.accelerate_var"}
+FURTHER = (Part("ablation", 0.08, 0.5), Part("scaling", 0.12, 0.5), Part("profile", 0.01),
+           Part("saved", 0.01), *(Part(name, 0.02) for name in EXAMPLES))
 GEMM_CELLS = 60  # of `benchmarks.gemm`'s widths, layers and rows: 3 x 4 x 4, and packing
 # The quick and certain first; shares and beginnings as seen on two cores of a Zen 5.
 PARTS = (Part("table2", 0.01), Part("micro", 0.33), Part("end_to_end", 0.30, 5.0),
@@ -50,19 +63,20 @@ PARTS = (Part("table2", 0.01), Part("micro", 0.33), Part("end_to_end", 0.30, 5.0
 
 
 def main() -> int:
+    names = [part.name for part in (*PARTS, *FURTHER)]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.all",
                                      description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30.0,
                         help="in all, about (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS],
-                        default=[part.name for part in PARTS], metavar="PART",
-                        help="of " + ", ".join(part.name for part in PARTS))
+    parser.add_argument("--only", nargs="+", choices=names,
+                        default=names, metavar="PART",
+                        help="of " + ", ".join(names))
     parser.add_argument("--quick", action="store_true",
                         help="next to nothing of each: does it run? The figures mean nothing")
     parser.add_argument("--results", type=Path, default=results.FOLDER,
                         help="folder to write <device>/*.json into (default: %(default)s)")
     options = parser.parse_args()
-    parts = [part for part in PARTS if part.name in options.only]
+    parts = [part for part in (*PARTS, *FURTHER) if part.name in options.only]
     whole = sum(part.share for part in parts)
     failed, begin = [], time.monotonic()
     for part in parts:

@@ -18,6 +18,8 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+from benchmarks.results import markdown
+
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "instructions"
 RESULTS = ROOT / "benchmarks" / "results" / "instructions.json"
@@ -81,6 +83,16 @@ def compare(counts: dict, committed: dict) -> list[str]:
             complaints.append(f"{isa} {call}: {now:,} instructions, {now / before - 1:+.1%} "
                               f"from {before:,}")
     return complaints
+
+
+def render(record: dict) -> str:
+    """The committed counts as a Markdown table."""
+    counts = record["counts"]
+    calls = dict.fromkeys(call for of_isa in counts.values() for call in of_isa)
+    rows = [(call, *(f"{of_isa[call]:,}" if call in of_isa else "-"
+                     for of_isa in counts.values())) for call in calls]
+    return (f"{markdown(('instructions of a call', *counts), rows)}\n\n{record['machine']}; "
+            f"{record['compiler']}; {record['valgrind']}.")
 
 
 def main(argv: list[str] | None = None) -> int:

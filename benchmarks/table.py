@@ -21,6 +21,7 @@ RENDERERS = {
     "profile": "benchmarks.profile",
     "ablation": "benchmarks.ablation",
     "scaling": "benchmarks.scaling",
+    "example": "examples.compare",
 }
 
 

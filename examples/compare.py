@@ -5,12 +5,14 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import ecar_kernels
 from benchmarks import environment, results, timing
+from benchmarks.results import duration, figures, markdown
 
 
 def options(description: str, sizes: Iterable[str], default: str) -> argparse.ArgumentParser:
@@ -59,3 +61,16 @@ def compare(name: str, model: nn.Module, call: Callable[..., Tensor], inputs: di
     if not errors["accelerated"] <= allowed:
         raise SystemExit("the accelerated model's output is not right")
     return found
+
+
+def render(record: dict[str, Any]) -> str:
+    """An example's result as a Markdown table."""
+    seconds, errors = record["seconds"], record["errors"]
+    header = ("model", "batch", "plain", "accelerated", "times as fast", "error, plain",
+              "error, accelerated", "allowed")
+    row = (record["name"], str(record["batch"]), duration(seconds["plain"]["median"]),
+           duration(seconds["accelerated"]["median"]), f"{figures(record['speedup'])}x",
+           *(f"{value:.2g}" for value in (errors["plain"], errors["accelerated"],
+                                          record["allowed"])))
+    return (f"{markdown(header, [row])}\n\nRandom weights, float32. Errors are root mean squares "
+            "against the plain model in float64.")

@@ -1,10 +1,13 @@
 """The pages of docs/: what is made from files is up to date, and their examples run."""
 
+import itertools
 import re
 
 import pytest
 import torch
 
+from benchmarks import pictures
+from benchmarks.pictures.__main__ import stray
 from ecar import ECAR, ECARConfig
 from ecar_kernels.registry import OPS
 from tools.update_docs import ROOT, contract, pages, updated
@@ -21,14 +24,22 @@ EXAMPLES = [
 @pytest.mark.parametrize("name", PAGES)
 def test_what_is_made_from_files_is_up_to_date(name):
     text = PAGES[name].read_text("utf-8")
-    assert updated(text) == text, "run: python -m tools.update_docs"
+    assert updated(text, PAGES[name]) == text, "run: python -m tools.update_docs"
+
+
+def test_pictures_are_of_the_present_results():
+    stale = [picture.name for picture in pictures.committed()
+             if not picture.is_in(pictures.FOLDER)]
+    assert not stale, "run: python -m tools.update_docs"
+    assert not stray(), "pictures of no results; run: python -m tools.update_docs"
 
 
 def test_a_stale_page_is_seen():
     page = "<!-- contract: adaln -->\nold\n<!-- end of contract -->"
     assert contract("adaln") in updated(page)
-    with pytest.raises(KeyError, match="unheard-of"):
-        updated("<!-- figures: unheard-of -->\n<!-- end of figures -->")
+    for kind in ("figures", "pictures"):
+        with pytest.raises(KeyError, match="unheard-of"):
+            updated(f"<!-- {kind}: unheard-of -->\n<!-- end of {kind} -->")
 
 
 def test_every_op_has_a_page_and_a_line():
@@ -37,6 +48,25 @@ def test_every_op_has_a_page_and_a_line():
     assert sorted(listed) == sorted(OPS)
     for op in OPS:
         assert f"<!-- contract: {op} -->" in PAGES[f"docs/ops/{op}.md"].read_text("utf-8")
+
+
+def test_every_page_is_in_the_index():
+    index = PAGES["docs/README.md"].read_text("utf-8")
+    for name in PAGES:
+        if re.fullmatch(r"docs/[\w-]+\.md", name) and name != "docs/README.md":
+            assert f"]({name.removeprefix('docs/')})" in index, f"{name} is not in docs/README.md"
+
+
+def test_the_share_of_scores_that_a_mask_throws_away():
+    """As the page of stage_attention has it, of E-CAR's stages and of VAR's."""
+    def share(stages):
+        seen = sum(n * end for n, end in zip(stages, itertools.accumulate(stages), strict=True))
+        return f"{1 - seen / sum(stages) ** 2:.0%}".replace("%", " %")
+
+    text = PAGES["docs/ops/stage_attention.md"].read_text("utf-8")
+    assert re.findall(r"\d+ %", text.partition("## How")[0]) == [
+        share(ECARConfig.preset("S").stage_tokens),
+        share([side * side for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)])]
 
 
 @pytest.fixture

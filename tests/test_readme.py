@@ -1,5 +1,6 @@
 """The README's examples run, and the commands and files that it names exist."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -61,6 +62,41 @@ def test_make_targets_exist():
         for target in re.findall(r"^make (\w[\w-]*)|`make (\w[\w-]*)`", text, re.MULTILINE):
             name = "".join(target)
             assert re.search(rf"^{re.escape(name)}:", makefile, re.MULTILINE), f"make {name}"
+
+
+def commands(pattern: str) -> set[str]:
+    """What shell blocks and code spans of all pages call, by a pattern of its one group."""
+    found = set()
+    for page in PAGES:
+        text = (ROOT / page).read_text("utf-8").replace("\\\n", " ")
+        spans = "\n".join(re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text,
+                                                           flags=re.DOTALL)))
+        blocks = "\n".join(block for language, block in re.findall(
+            r"```(\w*)\n(.*?)```", text, re.DOTALL) if language in ("", "sh"))
+        found.update(re.findall(pattern, f"{spans}\n{blocks}", re.MULTILINE))
+    return found
+
+
+def test_modules_that_pages_run_exist():
+    modules = commands(r"(?:^|[ /])python -m ([\w.]+)")
+    assert {"benchmarks.pictures", "examples.accelerate_var", "tools.update_docs"} <= modules
+    for module in modules:
+        assert importlib.util.find_spec(module) is not None, f"python -m {module}"
+
+
+def test_options_that_pages_give_exist(capsys):
+    from ecar.cli import main
+
+    calls = {call.partition("#")[0].strip()
+             for call in commands(r"^(?:\$ )?ecar ((?:sample|train|evaluate|info|tune)\b.*)$")}
+    assert len(calls) > 8
+    for call in calls:
+        command, *words = shlex.split(call)
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+        used = {word.split("=")[0] for word in words if word.startswith("--")}
+        assert used <= known, f"ecar {call}: no {used - known}"
 
 
 def test_makefile_calls_options_that_exist(capsys):

@@ -1,11 +1,14 @@
-"""Write into README.md and docs/ what is made from files: figures and contracts.
+"""Write into README.md and docs/ what is made from files: pictures, figures and contracts.
 
     python -m tools.update_docs
 
-A page has places for it:
+First the pictures of docs/images/ are drawn that are missing or not of the present results
+(`python -m benchmarks.pictures`). Then the pages, which have places for what is made:
 
     <!-- figures: NAME -->      figures of that name, from committed results
     <!-- end of figures -->
+    <!-- pictures: NAME -->     pictures of that kind (bars) or name (micro-bars), of every device
+    <!-- end of pictures -->
     <!-- contract: OP -->       an op's signature and docstring
     <!-- end of contract -->
 """
@@ -15,18 +18,22 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 import re
 import textwrap
 from pathlib import Path
 
 import ecar_kernels
-from benchmarks import results
+from benchmarks import instructions, pictures, report, results
+from benchmarks.pictures.__main__ import update as update_pictures
 from benchmarks.table import RENDERERS, render
 from ecar.files import atomic_path
 from ecar_kernels.registry import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
-PLACE = re.compile(r"<!-- (figures|contract): ([\w-]+) -->\n.*?<!-- end of \1 -->", re.DOTALL)
+PLACE = re.compile(r"<!-- (figures|pictures|contract): ([\w-]+) -->\n.*?<!-- end of \1 -->",
+                   re.DOTALL)
+ACCURACY, RATIO = 0.99, 3  # the marks of a checkpoint: at least, at most
 COLUMNS = ("checkpoint", "read as the class asked for", "Fréchet distance, generated",
            "the same, real", "ratio", "precision", "recall", "steps", "guidance")
 
@@ -52,16 +59,21 @@ def evaluation(root: Path = ROOT) -> str:
         sampling = protocol["sampling"]
         rows.append((
             f"[`{path.parent.name}`](checkpoints/{path.parent.name}/README.md)",
-            f"{metrics['label_accuracy']:.2%} of {protocol['generated_images']:,}",
+            f"{metrics['label_accuracy']:.2%} of {protocol['generated_images']:,}"
+            f"{_mark(metrics['label_accuracy'] >= ACCURACY)}",
             f"{metrics['frechet_distance_matched']:.3f}",
             f"{real['frechet_distance']:.3f} ({protocol['real_train_images']:,} images)",
-            f"{metrics['frechet_ratio']:.2f}",
+            f"{metrics['frechet_ratio']:.2f}{_mark(metrics['frechet_ratio'] <= RATIO)}",
             f"{metrics['precision']:.3f}",
             f"{metrics['recall']:.3f}",
             str(sampling["num_inference_steps"]),
             f"{sampling['guidance_scale']:g}",
         ))
     return table(rows)
+
+
+def _mark(met: bool) -> str:
+    return ", met" if met else ", MISSED"
 
 
 def contract(op: str) -> str:
@@ -75,8 +87,26 @@ def contract(op: str) -> str:
 
 def measured(kind: str, root: Path = ROOT) -> str:
     """The tables of this kind of every device that it was measured on."""
-    files = sorted(root.glob(f"benchmarks/results/*/{kind}.json"))
-    return "\n\n".join(render(results.read(file)) for file in files) or NOT_MEASURED
+    records = map(results.read, sorted(root.glob(f"benchmarks/results/*/{kind}*.json")))
+    # A GPU's record has headings of its own, one level below the page's.
+    return "\n\n".join(report.below(render(record), 2) for record in records
+                       if record["kind"] == kind) or NOT_MEASURED
+
+
+def counted(root: Path = ROOT) -> str:
+    """The instructions of the C++ kernels."""
+    file = root / "benchmarks" / "results" / "instructions.json"
+    if not file.is_file():
+        return NOT_MEASURED
+    return instructions.render(json.loads(file.read_text("utf-8")))
+
+
+def drawn(name: str, page: Path) -> str:
+    """The pictures of this kind, or those with this name alone, linked from a page."""
+    folder = os.path.relpath(pictures.FOLDER, page.parent)
+    found = [report.link(picture, folder) for picture in pictures.committed()
+             if name in (picture.kind, picture.name.rpartition("/")[2])]
+    return "\n\n".join(found) or NOT_MEASURED
 
 
 def measured_op(op: str, root: Path = ROOT) -> str:
@@ -84,6 +114,8 @@ def measured_op(op: str, root: Path = ROOT) -> str:
     parts = []
     for file in sorted(root.glob("benchmarks/results/*/micro*.json")):
         record = results.read(file)
+        if record["kind"] != "micro":
+            continue
         record["rows"] = [row for row in record["rows"] if row["op"] == op]
         if record["rows"]:
             parts.append(render(record | {"left_out": 0}))
@@ -91,25 +123,31 @@ def measured_op(op: str, root: Path = ROOT) -> str:
 
 
 NOT_MEASURED = "Not measured yet."
-FIGURES = {"evaluation": evaluation} | {
+FIGURES = {"evaluation": evaluation, "instructions": counted} | {
     kind: functools.partial(measured, kind) for kind in RENDERERS} | {
     op: functools.partial(measured_op, op) for op in OPS}
+PICTURES = {"stages", *(name for names in pictures.OF_KIND.values() for name in names)}
 
 
-def updated(text: str) -> str:
-    """A page with everything in its places. Raises KeyError where no such figures are known."""
+def updated(text: str, page: Path = ROOT / "README.md") -> str:
+    """A page with everything in its places. Raises KeyError where no such thing is known."""
     def fill(place: re.Match) -> str:
         kind, name = place.groups()
-        made = contract(name) if kind == "contract" else FIGURES[name]()
+        if kind == "pictures" and name.rpartition("-")[2] not in PICTURES:
+            raise KeyError(name)
+        made = (contract(name) if kind == "contract" else drawn(name, page) if kind == "pictures"
+                else FIGURES[name]())
         return f"<!-- {kind}: {name} -->\n{made}\n<!-- end of {kind} -->"
 
     return PLACE.sub(fill, text)
 
 
 def main() -> None:
+    for name in update_pictures():
+        print(f"drew or removed {name.relative_to(ROOT)}")
     for page in pages():
         text = page.read_text("utf-8")
-        if (new := updated(text)) != text:
+        if (new := updated(text, page)) != text:
             with atomic_path(page) as temporary:
                 temporary.write_text(new, "utf-8")
             print(f"wrote {page.relative_to(ROOT)}")
