@@ -18,7 +18,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 KEEP_TORCH := $(VENV)/torch-version.txt
 INSTALL := $(PIP) install --constraint $(KEEP_TORCH) --no-build-isolation --editable
 
-.PHONY: help demo test lint bench bench-check gpu compile-gate compile-gate-oldest cuda-gate callgrind
+.PHONY: help demo test lint bench bench-check report gpu compile-gate compile-gate-oldest
+.PHONY: cuda-gate callgrind test-oldest-triton
 .PHONY: wheel-test sanitize fuzz evaluate train-demo clean
 .DELETE_ON_ERROR:
 
@@ -29,6 +30,8 @@ help:
 	@echo "make bench       time every op against eager, torch.compile, other libraries and its floor"
 	@echo "make bench-check  fail where an op lost speed or grew instructions since the committed results"
 	@echo "make compile-gate  compile every Triton kernel for four chips; needs no GPU"
+	@echo "make compile-gate-oldest, test-oldest-triton  the same, and the interpreter's tests, by"
+	@echo "                 Triton $(OLDEST_TRITON)"
 	@echo "make cuda-gate   compile the CUDA C++ kernels for four chips, look at the machine code"
 	@echo "make gpu         on a GPU: build, tests, sanitizers and timings, with what $(PYTHON) has"
 	@echo "make callgrind   count the C++ kernels' instructions, against the committed counts"
@@ -67,8 +70,14 @@ compile-gate-oldest: $(STAMPS)/base build/triton-$(OLDEST_TRITON)
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m tools.compile_gate --quiet \
 	  --triton $(OLDEST_TRITON) $(GATE)
 
+# The kernels in its interpreter, which takes arrays of one element for numbers: numpy 2.4 refuses.
+test-oldest-triton: $(STAMPS)/test build/triton-$(OLDEST_TRITON)
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) \
+	  --timeout 600 tests/ecar_kernels/triton
+
 build/triton-$(OLDEST_TRITON): | $(STAMPS)/base
-	$(PIP) install --quiet --no-deps --target $@.partial triton==$(OLDEST_TRITON)
+	rm -rf $@.partial
+	$(PIP) install --quiet --no-deps --target $@.partial triton==$(OLDEST_TRITON) 'numpy<2.4'
 	mv $@.partial $@
 
 # CUDA C++ compiled for chips that need not be here; skips where nvcc is missing.

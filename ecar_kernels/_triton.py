@@ -118,4 +118,3 @@ class CompileCase:
     # Arguments known to be divisible by 16: pointers and what the launcher would specialise.
     aligned: tuple[str, ...] = field(default=())
     max_registers: int | None = None  # of a thread, `maxnreg`; None leaves it to ptxas
-    spills: tuple[str, ...] = ()  # Triton releases under which it is known to spill registers

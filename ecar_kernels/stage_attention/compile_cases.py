@@ -12,8 +12,8 @@ _KERNELS = {
 }
 _TYPES = {"bfloat16": "bf16", "float16": "fp16", "tf32": "fp32", "exact": "fp32"}
 # A setting needs the more registers the wider the head: of each band in one part and in two the
-# widest D, and the narrowest of all.
-HEAD_DIMS = (8, 40, 64, 72, 80, 96, 128, 160, 192, 256)
+# widest D, and the narrowest of all. 72 and 88 have masks where 80 and 96 have none.
+HEAD_DIMS = (8, 40, 64, 72, 80, 88, 96, 128, 160, 192, 256)
 FEWER_HEAD_DIMS = (64, 96, 128, 192, 256)
 _FLOAT32 = ("lse", "delta")
 
@@ -38,19 +38,18 @@ def _cases(op: str, head_dim: int, kind: str, arch: int, *, negative: bool = Fal
            unit: int = 8) -> Iterator[CompileCase]:
     kernel = _KERNELS[op]
     part1, part2 = launch.parts(head_dim, op, kind)
-    spills = tuple(release for release, known in launch.SPILLS.items()
-                   if (op, kind, head_dim) in known)
     found = launch.settings(op, head_dim, kind, arch)
     for its in found if unit > 1 else (launch.unaligned(op, head_dim, kind, arch),):
         constants = {
             "HEAD_DIM": head_dim, "PART1": part1, "PART2": part2, "UNIT": unit,
             "NEGATIVE": negative, "PRECISION": "tf32" if kind == "tf32" else "ieee",
-            "RELOAD": kind == "exact", "BLOCK_M": its.block_m, "BLOCK_N": its.block_n,
+            "RELOAD": launch.reload(op, head_dim, kind, arch),
+            "BLOCK_M": its.block_m, "BLOCK_N": its.block_n,
         }
         name = f"{op} {kind} D={head_dim} {its.block_m}x{its.block_n}"
         name += " scale<0" * negative + " unaligned" * (unit == 1)
         yield _case(name, kernel, _TYPES[kind], constants, its,
-                    launch.max_registers(op, head_dim, kind), spills)
+                    launch.max_registers(op, head_dim, kind))
 
 
 def _delta(dtype: str, head_dim: int) -> CompileCase:
@@ -61,7 +60,7 @@ def _delta(dtype: str, head_dim: int) -> CompileCase:
 
 
 def _case(name: str, kernel, dtype: str, constants: dict, its,
-          max_registers: int | None = None, spills: tuple[str, ...] = ()) -> CompileCase:
+          max_registers: int | None = None) -> CompileCase:
     def kind(argument: str) -> str:
         if argument in constants:
             return "constexpr"
@@ -79,4 +78,4 @@ def _case(name: str, kernel, dtype: str, constants: dict, its,
                     if its_kind.startswith("*")
                     or (constants["UNIT"] > 1 and argument.endswith(("_image", "_row"))))
     return CompileCase(name, kernel, signature, constants, its.num_warps,
-                       getattr(its, "num_stages", 1), aligned, max_registers, spills)
+                       getattr(its, "num_stages", 1), aligned, max_registers)

@@ -12,7 +12,9 @@ logsumexp that the forward leaves for the backward is in base 2 too.
 
 Exact float32 products have no matrix instruction: the compiler spreads a factor's whole rows over
 registers, and those of a loop's constant factor for the whole loop, which does not fit. There
-RELOAD fetches that factor anew (out of the L1 cache) in each pass.
+RELOAD, the number of columns that go at once, fetches that factor anew (out of the L1 cache) in
+each pass. Where that is fewer than a part has, both factors of a sum over the head's dimensions
+are fetched strip by strip.
 
 Strides are in units of UNIT elements: a compile-time factor tells the compiler that rows are
 aligned where their strides, 72 say, are no multiples of 16.
@@ -100,6 +102,19 @@ def _load_own(base, stride, length, OFFSET: tl.constexpr, WIDTH: tl.constexpr,
     if NEGATIVE:
         value = (-value.to(tl.float32)).to(value.dtype)
     return value
+
+
+@triton.jit
+def _strips(own, own_row, length, loop, loop_row, left, STRIP: tl.constexpr,
+            BLOCK_OWN: tl.constexpr, BLOCK_LOOP: tl.constexpr, BOUNDED: tl.constexpr,
+            NEGATIVE: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr):
+    """own loop^T, [BLOCK_OWN, BLOCK_LOOP], of which registers hold STRIP columns at a time."""
+    total = tl.zeros([BLOCK_OWN, BLOCK_LOOP], tl.float32)
+    for OFFSET in tl.static_range(0, HEAD_DIM, STRIP):
+        a = _load_own(own, own_row, length, OFFSET, STRIP, BLOCK_OWN, NEGATIVE, HEAD_DIM)
+        b = _load(loop, loop_row, left, OFFSET, STRIP, BLOCK_LOOP, BOUNDED, HEAD_DIM)
+        total = _dot(a, tl.trans(b), total, PRECISION)
+    return total
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -236,6 +251,7 @@ def key_gradients_kernel(
         grad_v2 = tl.zeros([BLOCK_N, PART2], tl.float32)
     whole = first + (queries - first) // BLOCK_M * BLOCK_M
 
+    STRIPS: tl.constexpr = RELOAD and RELOAD < PART1
     for BOUNDED in tl.static_range(2):
         for at in tl.range(whole if BOUNDED else first, queries if BOUNDED else whole, BLOCK_M,
                            disable_licm=RELOAD):
@@ -243,10 +259,16 @@ def key_gradients_kernel(
             q_at = q + at * q_row
             grad_at = grad + at * grad_row
             rows = at + tl.arange(0, BLOCK_M)
+            if STRIPS:
+                scores = _strips(k, k_row, length, q_at, q_row, left, RELOAD, BLOCK_N, BLOCK_M,
+                                 BOUNDED, NEGATIVE, HEAD_DIM, PRECISION)
+                grad_weights = _strips(v, v_row, length, grad_at, grad_row, left, RELOAD,
+                                       BLOCK_N, BLOCK_M, BOUNDED, False, HEAD_DIM, PRECISION)
             q1 = _load(q_at, q_row, left, 0, PART1, BLOCK_M, BOUNDED, HEAD_DIM)
-            if RELOAD:
-                k1 = _load_own(k, k_row, length, 0, PART1, BLOCK_N, NEGATIVE, HEAD_DIM)
-            scores = _dot(k1, tl.trans(q1), None, PRECISION)
+            if not STRIPS:
+                if RELOAD:
+                    k1 = _load_own(k, k_row, length, 0, PART1, BLOCK_N, NEGATIVE, HEAD_DIM)
+                scores = _dot(k1, tl.trans(q1), None, PRECISION)
             if PART2 > 0:
                 q2 = _load(q_at, q_row, left, PART1, PART2, BLOCK_M, BOUNDED, HEAD_DIM)
                 if RELOAD:
@@ -261,9 +283,10 @@ def key_gradients_kernel(
                 row_delta = tl.load(delta + rows)
             weights = tl.exp2(tl.fma(scores, scale_log2, -row_lse[None, :]))
             grad1 = _load(grad_at, grad_row, left, 0, PART1, BLOCK_M, BOUNDED, HEAD_DIM)
-            if RELOAD:
-                v1 = _load_own(v, v_row, length, 0, PART1, BLOCK_N, False, HEAD_DIM)
-            grad_weights = _dot(v1, tl.trans(grad1), None, PRECISION)
+            if not STRIPS:
+                if RELOAD:
+                    v1 = _load_own(v, v_row, length, 0, PART1, BLOCK_N, False, HEAD_DIM)
+                grad_weights = _dot(v1, tl.trans(grad1), None, PRECISION)
             low = weights.to(q.dtype.element_ty)
             grad_v1 = _dot(low, grad1, grad_v1, PRECISION)
             if PART2 > 0:

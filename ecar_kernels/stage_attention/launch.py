@@ -3,8 +3,7 @@
 A kernel owns tiles of one side, queries or keys, and loops over blocks of the other. The rules
 are arithmetic about registers, shared memory and the chip's size; none was measured. Where a
 rule names spills, they were seen by compiling what it avoids; compile_cases.py lists what the
-compile gate checks. Known to spill still, with Triton 3.6 alone: exact products for the gradients
-of keys in one part of 256 (`SPILLS`).
+compile gate checks.
 """
 
 import functools
@@ -16,9 +15,6 @@ from ecar_kernels.stage_attention import tiles
 
 OPS = ("stage_attention", "stage_attention_keys", "stage_attention_queries")
 KINDS = ("bfloat16", "float16", "tf32", "exact")
-# Triton release -> (op, kind, D) that spills registers there whatever was tried: its threads hold
-# whole rows of both factors, 2 x 256 values, where they have 255 registers.
-SPILLS = {"3.6.0": (("stage_attention_keys", "exact", 256),)}
 # Keys and values of the heads that run at the same time stay within the L2 cache: 40 MiB on
 # A100, 50 on H100, more on later chips, of which a tile's own rows and the output take a part.
 L2_BYTES = 16 << 20
@@ -75,12 +71,28 @@ def delta(head_dim: int) -> DeltaSettings:
     return DeltaSettings(2048 // width, width, 4)
 
 
+def reload(op: str, head_dim: int, kind: str, arch: int) -> int:
+    """Columns of an exact product's factors that are read at once, whole parts; 0 for the others.
+
+    In the gradients of keys a thread would hold whole rows of both factors, twice the columns of
+    a part, and has 255 registers: of a part of 256 Triton 3.6 spills 320 bytes and more. Strips
+    of 64 columns do not, but on sm_80, where Triton 3.9 spills those and none of 128.
+    """
+    if kind != "exact":
+        return 0
+    whole = parts(head_dim, op, kind)[0]
+    if op != "stage_attention_keys" or whole < 256:
+        return whole
+    return 64 if arch >= 90 else 128
+
+
 def max_registers(op: str, head_dim: int, kind: str) -> int | None:
     """Of a thread: all. Left alone, ptxas spills a few to fit one more program; but exact
-    products for gradients, other than of wide heads' keys, spill fewer if left alone."""
+    products for gradients spill fewer if left alone, except for keys' in whole parts beyond 64."""
     if kind != "exact" or op == "stage_attention":
         return 255
-    return 255 if op == "stage_attention_keys" and sum(parts(head_dim, op, kind)) > 64 else None
+    whole_parts = 64 < sum(parts(head_dim, op, kind)) < 256
+    return 255 if op == "stage_attention_keys" and whole_parts else None
 
 
 def unaligned(op: str, head_dim: int, kind: str, arch: int) -> Settings:
@@ -110,7 +122,7 @@ def settings(op: str, head_dim: int, kind: str, arch: int) -> tuple[Settings, ..
     elif kind == "tf32":
         found = _tf32(op, width, arch)
     else:
-        found = _sixteen_bits(op, width, arch)
+        found = _sixteen_bits(op, width, head_dim < width, arch)
     if op == "stage_attention_keys":
         return tuple(Settings(loop, own, *rest) for own, loop, *rest in found)
     return tuple(Settings(*its) for its in found)
@@ -121,7 +133,8 @@ def _has_warp_groups(arch: int) -> bool:
     return 90 <= arch < 120
 
 
-def _sixteen_bits(op: str, width: int, arch: int) -> tuple[tuple[int, int, int, int], ...]:
+def _sixteen_bits(op: str, width: int, masked: bool,
+                  arch: int) -> tuple[tuple[int, int, int, int], ...]:
     # (own, loop, warps, stages). A thread of a 64-row tile has width / 2 registers of each
     # sum, half of that for each of the tile's factors, and half the loop's block of scores:
     # what is left of 255 sets the loop's block.
@@ -140,7 +153,10 @@ def _sixteen_bits(op: str, width: int, arch: int) -> tuple[tuple[int, int, int, 
         loop = 32 if width < 64 or _has_warp_groups(arch) else 16
         if arch >= 120 and 64 < width < 128:  # 2 warps spill a few of two parts with Triton 3.6
             return ((64, loop, 4, 2),)
-        return (32, 16, 2, 2), (64, loop, 4, 2)
+        # Two parts, the second with empty columns (D = 72 and 88), take masks: with two blocks in
+        # flight Triton 3.6 spills a few, unless warp groups leave the factors out of registers.
+        few = 1 if masked and 64 < width < 128 else 2
+        return (32, 16, 2, few), (64, loop, 4, 2 if _has_warp_groups(arch) else few)
     if op == "stage_attention_queries":
         return (32, 32, 2, 2), (64, 32, 4, 2)
     # Blocks in flight: 16 KiB each at width 64, 32 KiB at 128.

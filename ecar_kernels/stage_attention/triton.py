@@ -102,7 +102,8 @@ def _launch(kernel, op: str, side: str, q: Tensor, k: Tensor, stage_lengths: lis
     kernel[(len(table) * batch * heads,)](
         *tensors, table, *strides, len(table), heads, batch * heads, *counts, group, *scales,
         HEAD_DIM=head_dim, PART1=part1, PART2=part2, UNIT=unit, NEGATIVE=scale < 0,
-        PRECISION=precision, RELOAD=kind == "exact", BLOCK_M=its.block_m, BLOCK_N=its.block_n,
+        PRECISION=precision, RELOAD=launch.reload(op, head_dim, kind, arch),
+        BLOCK_M=its.block_m, BLOCK_N=its.block_n,
         num_warps=its.num_warps, num_stages=its.num_stages,
         maxnreg=launch.max_registers(op, head_dim, kind))
 
