@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ecar_kernels import stage_attention, use_backend
 from ecar_kernels.registry import KERNEL_DTYPES
 from ecar_kernels.stage_attention import native, reference
 from tests.support.accuracy import assert_accurate
@@ -267,96 +266,6 @@ def test_what_training_keeps():
     assert [tuple(x.shape) for x in own] == [(1, 4, 336)] and len(kept) == 5
 
 
-def op_calls():
-    call = call_of((2, 5), heads=3, head_dim=9, batch=2, layouts=("packed", "sliced", "one head"))
-    q, k, v, stages = call.values()
-    out, lse = torch.ops.ecar.stage_attention_training(q, k, v, stages, 0.3)
-    return {"stage_attention": (q, k, v, stages, 0.3),
-            "stage_attention_out": (q, k, v, stages, 0.3, torch.empty_like(out)),
-            "stage_attention_training": (q, k, v, stages, 0.3),
-            "stage_attention_backward": (torch.randn_like(out), q, k, v, out, lse, stages, 0.3)}
-
-
-@pytest.mark.parametrize("op", ["stage_attention", "stage_attention_out",
-                                "stage_attention_training", "stage_attention_backward"])
-def test_opcheck(op):
-    torch.library.opcheck(getattr(torch.ops.ecar, op).default, op_calls()[op])
-
-
-def test_the_ops_refuse_what_would_leave_their_tensors():
-    calls = op_calls()
-    for op, call in calls.items():
-        run = getattr(torch.ops.ecar, op).default
-        run(*call)
-        first = 1 if op == "stage_attention_backward" else 0
-        q, k, v = call[first:first + 3]
-        wrong = [
-            (first, q[0], "argument 'q': expected 4 dimensions"),
-            (first, q[:, :3], "argument 'q': expected the tokens of the newest stages, got 3"),
-            (first, q.double(), "argument 'q': expected float32, bfloat16 or float16"),
-            (first + 1, k[:1], r"argument 'k': expected \[2, 7, 3, 9\], got "),
-            (first + 1, k[0], "argument 'k': expected 4 dimensions"),
-            (first + 1, k[:, :6], "argument 'v': expected "),
-            (first + 2, v[:, :, :2], "argument 'v': expected "),
-            (first + 2, v.half(), "argument 'v': expected the first argument's type"),
-            (first + 2, v.transpose(2, 3).contiguous().transpose(2, 3),
-             "argument 'v': expected a contiguous last dimension"),
-        ] + [(call.index((2, 5)), stages, "argument 'stage_lengths': expected 7 tokens")
-             for stages in ((), (2, 4), (2, 6), (9, -2), (7, 0), (2**62, 2**62, 2**63 - 1, 7))]
-        if op == "stage_attention_out":
-            wrong += [(5, call[5][:, :6], "argument 'out': expected "),
-                      (5, call[5].half(), "argument 'out': expected ")]
-        if op == "stage_attention_backward":
-            lse = call[5]
-            wrong += [(0, call[0][:, :6], "argument 'grad': expected "),
-                      (4, call[4][:1], "argument 'out': expected "),
-                      (5, lse[:, :2], "argument 'lse': expected "),
-                      (5, lse.half(), "argument 'lse': expected "),
-                      (5, lse.transpose(1, 2), "argument 'lse': expected "),
-                      (5, lse[..., :6], "argument 'lse': expected ")]
-        for index, value, message in wrong:
-            with pytest.raises(RuntimeError, match=message):
-                run(*call[:index], value, *call[index + 1:])
-
-
-def test_inductor_s_graph_is_ours():
-    torch._dynamo.reset()
-    compiled = torch.compile(native.stage_attention, fullgraph=True)
-    call = call_of((4, 20), 1, head_dim=24)
-    assert compiled(**call).equal(native.stage_attention(**call))
-    inputs = [call[name].requires_grad_() for name in "qkv"]
-    grad = torch.randn_like(call["q"])
-    results = [torch.autograd.grad(attend(**call), inputs, grad)
-               for attend in (compiled, native.stage_attention)]
-    for ours, eager in zip(*results, strict=True):
-        assert ours.equal(eager)
-
-
-def test_inductor_s_graph_into_a_given_tensor():
-    torch._dynamo.reset()
-
-    def attend(q, k, v, out):
-        native.stage_attention_out(q, k, v, (4, 20), out)
-        return out + 1
-
-    call = call_of((4, 20), 1, head_dim=24)
-    out = torch.empty_like(call["q"])
-    found = torch.compile(attend, fullgraph=True)(call["q"], call["k"], call["v"], out)
-    expected = native.stage_attention(**call)
-    assert out.equal(expected) and found.equal(expected + 1)
-
-
-def test_under_autocast_and_the_public_name():
-    call = call_of((4, 20), head_dim=24)
-    with use_backend("native"):
-        assert stage_attention(**call).equal(native.stage_attention(**call))
-        with torch.autocast("cpu", torch.bfloat16):
-            low = stage_attention(**call)
-    assert low.dtype == torch.bfloat16
-    assert low.equal(native.stage_attention(**{
-        name: value.bfloat16() if name in "qkv" else value for name, value in call.items()}))
-
-
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_lesser_instruction_sets(isa):
     """The accuracy rule again, in a process that is told to use the older one."""
@@ -377,30 +286,3 @@ for dtype in KERNEL_DTYPES:
     assert done.returncode == 0, done.stderr
     if done.stdout.strip() != isa:
         pytest.skip(f"this CPU has no {isa}")
-
-
-def test_without_the_library_the_reference_serves():
-    program = """if True:
-        from pathlib import Path
-        from ecar_kernels import _native
-        _native.FOLDER = Path("/nonexistent")
-        import torch, ecar_kernels
-        from ecar_kernels.stage_attention import native
-        bound = ecar_kernels.resolve("stage_attention", device="cpu", dtype=torch.float32)
-        assert bound.__module__.endswith("reference"), bound
-        x = torch.randn(1, 3, 2, 8)
-        try:
-            with ecar_kernels.use_backend("native"):
-                ecar_kernels.stage_attention(x, x, x, (1, 2))
-        except ecar_kernels.BackendUnavailableError as error:
-            print(error)
-        meta = x.to("meta")
-        assert native.stage_attention(meta, meta, meta, (1, 2)).shape == x.shape
-        (row,) = [row for row in ecar_kernels.backends()
-                  if (row.op, row.backend) == ("stage_attention", "native")]
-        assert row.available and "not cpu: the C++ library is not built" in row.limits
-    """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ("backend 'native' cannot serve stage_attention: the C++ library is not "
-                           "built: run pip install .\n")
