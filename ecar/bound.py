@@ -91,15 +91,18 @@ class Buffers:
     def __init__(self, config: ECARConfig, batch: int, rows: int, dtype: torch.dtype) -> None:
         from ecar_kernels.flow_block import native
 
+        def floats(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device="cpu")
+
         width, hidden, tokens = config.width, config.mlp_width, max(config.stage_tokens)
-        self.stream = torch.empty(rows * tokens * width, dtype=dtype)
+        self.stream = torch.empty(rows * tokens * width, dtype=dtype, device="cpu")
         # Queries, keys, values and what attention makes of them; later the MLP's hidden tokens.
-        self.wide = torch.empty(rows * tokens * max(4 * width, hidden), dtype=dtype)
-        self.state = torch.empty(batch * tokens * config.channels * config.patch_size**2)
-        self.workspace = torch.empty(max(native.workspace_size(rows * tokens, depth)
-                                         for depth in (width, hidden)))
+        self.wide = torch.empty(rows * tokens * max(4 * width, hidden), dtype=dtype, device="cpu")
+        self.state = floats(batch * tokens * config.channels * config.patch_size**2)
+        self.workspace = floats(max(native.workspace_size(rows * tokens, depth)
+                                    for depth in (width, hidden)))
         self.ends, self.starts = (
-            [torch.empty(batch, *config.stage_shape(stage)) for stage in which]
+            [floats(batch, *config.stage_shape(stage)) for stage in which]
             for which in (range(1, config.num_stages + 1), range(2, config.num_stages + 1)))
 
 

@@ -189,8 +189,8 @@ class FlowHead(OpsModule):
 
 @accelerates(FlowHead)
 class AcceleratedFlowHead(Accelerated, FlowHead):
+    # No weights are packed ahead: flow_boundary reads embed's and output's as they are.
     uses = ("adaln_linear", "linear_gated_residual")
-    weights = ("embed.weight", "output.weight")
 
     def embed_tokens(self, x: Tensor) -> Tensor:
         """One launch: the positions are the residual that the embedding is added to."""
