@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ecar_kernels import registry
 
 
-def active() -> bool:
-    """Is a linear layer that runs now to forget its input?"""
-    return (torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def active(x: Tensor) -> bool:
+    """Is a linear layer that runs now to forget its input x?"""
+    return (torch.is_grad_enabled() and not torch.compiler.is_compiling() and not x.is_meta
             and registry.active_backend() != "reference")
 
 
@@ -43,14 +43,14 @@ def linear(layer: nn.Module, z: Tensor, function: Callable[..., Tensor] | None =
     z: [.., C], the result of function(*sources), whose gradient goes its own way. function: makes
     the same z of the same sources at any time, without a module's state; None: z is kept.
     """
-    if function is None or not active() or not as_written(layer, nn.Linear):
+    if function is None or not active(z) or not as_written(layer, nn.Linear):
         return layer(z)
     return _Linear.apply(function, z, layer.weight, layer.bias, *sources)
 
 
 def gelu_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(GELU(x)), tanh's approximation, keeping x [.., C] alone."""
-    if not active() or not as_written(layer, nn.Linear):
+    if not active(x) or not as_written(layer, nn.Linear):
         return layer(F.gelu(x, approximate="tanh"))
     return _GELULinear.apply(x, layer.weight, layer.bias)
 

@@ -222,6 +222,8 @@ def test_the_reference_and_inference_do_not_recompute():
         assert recomputing(block(x, STAGES)) == 0
     with torch.no_grad():
         assert block(x, STAGES).grad_fn is None
+    on_meta = StageBlock(WIDTH, HEADS).to("meta")(x.to("meta"), STAGES)
+    assert on_meta.shape == x.shape and recomputing(on_meta) == 0
 
 
 def hooked(layer, calls):
