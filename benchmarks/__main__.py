@@ -21,7 +21,7 @@ def main() -> int:
                                      description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true",
                         help="every size, stage and batch, forward and backward (about an hour)")
-    parser.add_argument("--seconds", type=float, default=0.6,
+    parser.add_argument("--seconds", type=float, default=0.5,
                         help="of measuring for each row (default: %(default)s)")
     parser.add_argument("--minutes", type=float,
                         help="rows that would begin later are left out "
