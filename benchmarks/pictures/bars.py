@@ -28,9 +28,9 @@ def data(record: dict[str, Any]) -> dict[str, Any] | None:
 
 def draw(data: dict[str, Any]) -> Figure:
     ratios = data["ratios"]
-    # Named alike in both columns; eager and torch.compile first, then as they come.
-    peers = list(dict.fromkeys(peer for ops in ratios.values() for of_op in ops.values()
-                               for peer in of_op))
+    # Each has one colour in all pictures of a kind: the usual two first, the rest as they come.
+    peers = dict.fromkeys((*rows.NAMES.values(), *(
+        peer for ops in ratios.values() for of_op in ops.values() for peer in of_op)))
     colours = {peer: style.COLOURS[i % len(style.COLOURS)] for i, peer in enumerate(peers)}
     lengths = {name: sum(len(of_op) + 1.3 for of_op in ops.values())
                for name, ops in ratios.items()}

@@ -7,6 +7,8 @@ from typing import Any
 OURS = "ours"
 # What the GPU record calls an op's backends; the last that served is what "auto" takes.
 BACKENDS = ("reference", "native", "triton")
+# A graph holds a backward only with its forward.
+GROUPS = {"training forward": ", all stages", "forward and backward": ", with its forward"}
 NAMES = {"reference": "eager", "compiled": "torch.compile"}
 
 
@@ -81,10 +83,9 @@ def _gpu(record: dict[str, Any]) -> Iterator[Row]:
                    if name not in own}
         if own:
             seconds[OURS] = timed[own[-1]]
-        whole = row["group"] == "forward and backward"  # timed together, as one graph holds them
-        yield Row(f"{row['op']}, with its forward" if whole else row["op"], row["size"],
-                  row["tokens"], row["batch"], "backward" in row["group"], row.get("bytes", 0),
-                  row.get("multiply_adds", 0), seconds)
+        op = row["op"].removesuffix(", all stages") + GROUPS.get(row["group"], "")
+        yield Row(op, row["size"], row["tokens"], row["batch"], "backward" in row["group"],
+                  row.get("bytes", 0), row.get("multiply_adds", 0), seconds)
 
 
 def _part(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
