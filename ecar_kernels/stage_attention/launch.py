@@ -151,16 +151,18 @@ def _sixteen_bits(op: str, width: int, masked: bool,
         return ((64, 32 if _has_warp_groups(arch) else 16, 4, 2),)  # on others, 32 spill
     if op == "stage_attention_keys":
         loop = 32 if width < 64 or _has_warp_groups(arch) else 16
-        if arch >= 120 and 64 < width < 128:  # 2 warps spill a few of two parts with Triton 3.6
-            return ((64, loop, 4, 2),)
         # Two parts, the second with empty columns (D = 72 and 88), take masks: with two blocks in
         # flight Triton 3.6 spills a few, unless warp groups leave the factors out of registers.
         few = 1 if masked and 64 < width < 128 else 2
+        if arch >= 120 and 64 < width < 128:  # 2 warps spill a few of two parts with Triton 3.6
+            return ((64, loop, 4, few),)
         return (32, 16, 2, few), (64, loop, 4, 2 if _has_warp_groups(arch) else few)
     if op == "stage_attention_queries":
         return (32, 32, 2, 2), (64, 32, 4, 2)
-    # Blocks in flight: 16 KiB each at width 64, 32 KiB at 128.
-    return (32, 32, 2, 2), (64, 64, 4, 3 if width <= 64 else 2), (128, 64, 8, 2)
+    # Blocks in flight: 16 KiB each at width 64, 32 KiB at 128. Of two parts with masks Triton 3.9
+    # spills the small tile's on sm_90 and sm_120.
+    few = 1 if masked and 64 < width < 128 else 2
+    return (32, 32, 2, few), (64, 64, 4, 3 if width <= 64 else 2), (128, 64, 8, 2)
 
 
 def _tf32(op: str, width: int, arch: int) -> tuple[tuple[int, int, int, int], ...]:
