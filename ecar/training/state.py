@@ -62,7 +62,9 @@ def read_header(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, so there is no training to resume")
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        # Not "pt", which opens the path a second time to map it: a training that is still at work
+        # may have put another state in its place in between.
+        with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from None
