@@ -21,7 +21,9 @@ from typing import Any
 from benchmarks import cases, environment, instructions, results
 from benchmarks.micro.table import NAMES
 
-NOISE, LEAST = 1.5, 0.10
+# Least: two runs of the same code an hour apart on two cores of a Zen 4 differed by 11 % in one of
+# 26 rows, measured twice; what is between processes is in no run's own spread.
+NOISE, LEAST = 1.5, 0.15
 AGAIN = 3  # times as long, the second time
 WAYS = ("eager", "compiled")
 KEY = ("op", "size", "tokens", "batch", "backward")

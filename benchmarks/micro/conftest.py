@@ -23,6 +23,11 @@ def pytest_configure(config):
     environment.keep_memory()
 
 
+def pytest_collection_modifyitems(items):
+    # What a call costs takes seconds, so that no run is too short for it.
+    items.sort(key=lambda item: "overhead" not in item.nodeid)
+
+
 @pytest.fixture(scope="session")
 def seconds(pytestconfig) -> float:
     return pytestconfig.getoption("--ecar-seconds")

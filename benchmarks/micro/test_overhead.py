@@ -33,6 +33,8 @@ def least(case: cases.Case, arguments: dict) -> dict:
             return value[:, :1, :1, :1]
         if value.ndim == 3:
             return value[:, :1, :8]
+        if name == "positions":
+            return value[:1, :8]
         return value[:8, :8].clone() if value.ndim == 2 else value[:8]
     return {name: cut(name, value) for name, value in arguments.items()}
 
@@ -63,8 +65,10 @@ def test_overhead(benchmark, case, in_time, seconds, arena):
 
     def setup():
         for name, (function, given) in ways.items():
+            function(**given)  # the first call after another way's is not what is asked for
             call = lambda function=function, given=given: repeat(function, given)  # noqa: E731
             times[name].append(timing.seconds_of(call) / CALLS)
+        ours(**arguments)
 
     start = statistics.median(timing.seconds_of(setup) for _ in range(3))
     for values in times.values():

@@ -160,9 +160,10 @@ def _sixteen_bits(op: str, width: int, masked: bool,
     if op == "stage_attention_queries":
         return (32, 32, 2, 2), (64, 32, 4, 2)
     # Blocks in flight: 16 KiB each at width 64, 32 KiB at 128. Of two parts with masks Triton 3.9
-    # spills the small tile's on sm_90 and sm_120.
+    # spills the small tile's on sm_90 and sm_120, where a loop of 64 spills at D = 88, too.
     few = 1 if masked and 64 < width < 128 else 2
-    return (32, 32, 2, few), (64, 64, 4, 3 if width <= 64 else 2), (128, 64, 8, 2)
+    loop = 32 if few == 1 and width > 80 and arch >= 120 else 64
+    return (32, 32, 2, few), (64, loop, 4, 3 if width <= 64 else 2), (128, 64, 8, 2)
 
 
 def _tf32(op: str, width: int, arch: int) -> tuple[tuple[int, int, int, int], ...]:

@@ -23,7 +23,7 @@ def row(eager=3e-3, compiled=2e-3, ours=1e-3, spread=0.02, **changes):
 def test_a_regression_is_a_loss_that_names_the_row_and_both_ratios():
     lost = check.judge(row(), row(ours=1.3e-3))
     assert [line.startswith(NAME) for line in lost] == [True, True]
-    assert "eager / ours 2.31x, was 3.00x: -23%, noise allows -10%" in lost[0]
+    assert "eager / ours 2.31x, was 3.00x: -23%, noise allows -15%" in lost[0]
     assert "torch.compile / ours" in lost[1]
 
 
