@@ -9,15 +9,15 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ecar_kernels import _native
+from ecar_kernels.stage_attention._autograd import differentiable
 
 if _native.why_not() is None:
     _forward = torch.ops.ecar.stage_attention.default
     _forward_out = torch.ops.ecar.stage_attention_out.default
-    _forward_training = torch.ops.ecar.stage_attention_training.default
-    _backward = torch.ops.ecar.stage_attention_backward.default
+    _StageAttention = differentiable(torch.ops.ecar.stage_attention_training.default,
+                                     torch.ops.ecar.stage_attention_backward.default)
 
 
 def stage_attention(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int], *,
@@ -56,22 +56,6 @@ def _each_stage(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int],
         query_end -= length
         key_end -= length
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs[::-1], dim=1)
-
-
-class _StageAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, stage_lengths, scale):
-        out, lse = _forward_training(q, k, v, stage_lengths, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.stage_lengths, ctx.scale = stage_lengths, scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        if grad.stride(-1) != 1:  # the gradient of a sum, say
-            grad = grad.contiguous()
-        return (*_backward(grad, *ctx.saved_tensors, ctx.stage_lengths, ctx.scale), None, None)
 
 
 if _native.why_not() is None:

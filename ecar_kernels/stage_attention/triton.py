@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ecar_kernels import _triton, tuning
 from ecar_kernels.stage_attention import kernels, launch, tiles
+from ecar_kernels.stage_attention._autograd import differentiable
 
 LOG2_E = math.log2(math.e)
 
@@ -20,20 +20,6 @@ def stage_attention(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _StageAttention.apply(q, k, v, stage_lengths, scale)
     return _forward(q, k, v, stage_lengths, scale)[0]
-
-
-class _StageAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, stage_lengths, scale):
-        out, lse = _forward(q, k, v, stage_lengths, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.stage_lengths, ctx.scale = stage_lengths, scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return (*_backward(grad, *ctx.saved_tensors, ctx.stage_lengths, ctx.scale), None, None)
 
 
 def _run_forward(q: Tensor, k: Tensor, v: Tensor, stage_lengths: list[int],
@@ -51,8 +37,6 @@ def _run_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
     grad_q, grad_k, grad_v = _fake_backward(grad, q, k, v, out, lse, stage_lengths, scale)
     if not q.numel():
         return grad_q, grad_k, grad_v
-    if grad.stride(-1) != 1:  # the gradient of a sum, say
-        grad = grad.contiguous()
     delta = torch.empty_like(lse)
     _run_delta(out, grad, delta)
     read = (q, k, v, grad, lse, delta)
@@ -131,3 +115,4 @@ _backward = _triton.register(
     "stage_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "int[] stage_lengths, float scale) -> (Tensor, Tensor, Tensor)",
     _run_backward, _fake_backward)
+_StageAttention = differentiable(_forward, _backward)
