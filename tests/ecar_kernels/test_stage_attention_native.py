@@ -82,9 +82,11 @@ def calls(draw):
 @settings(max_examples=60)
 @given(calls())
 def test_any_call(call):
-    # Keys that are alike, or a scale of 0, leave of a gradient only its rounding. The rule is about
-    # a root mean square: of a few numbers it judges chance.
-    check(call, gradients=call["scale"] != 0 and call["q"].numel() >= 256)
+    # Keys that are alike, or a scale of 0, leave of a gradient only its rounding; so do a few keys
+    # of which one has all the weight, where the output's product with its gradient, which flash
+    # attention takes for the sum over keys, rounds otherwise than the products it is taken from.
+    few = min(call["stage_lengths"][0], call["q"].numel() // 16) < 16
+    check(call, gradients=call["scale"] != 0 and not few)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
