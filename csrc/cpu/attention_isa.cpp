@@ -192,19 +192,20 @@ struct HeadGradients {
       widen_rows(grad + first * a.grad.row_stride, a.grad.row_stride, block.count, s.head_dim,
                  width, grad_rows + at * width);
       transpose_padded(grad_rows + at * width, block.count, width, 1.0f, grads + at * width);
-      // Summed as the gradients of the weights are, whose difference is then exactly 0 where a
-      // query sees one key.
+      // Summed as the gradients of the weights are, so that they round alike.
       float* y = grad_queries + at * width;
-      widen_rows(out + first * a.out.row_stride, a.out.row_stride, block.count, s.head_dim, width,
-                 y);
-      transpose_padded(y, block.count, width, 1.0f, outputs);
-      for (int64_t v = 0; v < ceil_div(block.count, kWidth) * kWidth; v += kWidth) {
-        Vec sum{};
-        for (int64_t d = 0; d < s.head_dim; ++d) {
-          sum = fma(Full{}.load(outputs + d * kQueries + v),
-                    Full{}.load(grads + at * width + d * kQueries + v), sum);
+      if (block.keys > attention::piece_of(s.keys)) {  // else `differentiate` has them all
+        widen_rows(out + first * a.out.row_stride, a.out.row_stride, block.count, s.head_dim,
+                   width, y);
+        transpose_padded(y, block.count, width, 1.0f, outputs);
+        for (int64_t v = 0; v < ceil_div(block.count, kWidth) * kWidth; v += kWidth) {
+          Vec sum{};
+          for (int64_t d = 0; d < s.head_dim; ++d) {
+            sum = fma(Full{}.load(outputs + d * kQueries + v),
+                      Full{}.load(grads + at * width + d * kQueries + v), sum);
+          }
+          Full{}.store(delta + at + v, sum);
         }
-        Full{}.store(delta + at + v, sum);
       }
       __builtin_memset(lse + at, 0, kQueries * sizeof(float));
       __builtin_memcpy(lse + at, its_lse + first, block.count * sizeof(float));
@@ -213,17 +214,24 @@ struct HeadGradients {
   }
 
   // The scores of a block of queries and `keys` keys become weights, and the weights' gradients
-  // the scores'.
-  void differentiate(int64_t b, int64_t keys, int64_t vectors) {
+  // the scores': p (g - delta), delta the sum of p g over all keys. Where these are `all` of them
+  // it is taken as that, and a rounding of g falls out of the difference; of more keys than a
+  // piece, as the output times its gradient, whose own rounding is then one among many.
+  void differentiate(int64_t b, int64_t keys, int64_t vectors, bool all) {
     for (int64_t v = 0; v < vectors * kWidth; v += kWidth) {
       const Vec its_lse = Full{}.load(lse + b * kQueries + v);
-      const Vec its_delta = Full{}.load(delta + b * kQueries + v);
+      Vec sum{};
       ECAR_UNROLL for (int64_t i = 0; i < keys; ++i) {
         float* weight = weights + i * kQueries + v;
-        float* grad = grad_scores + i * kQueries + v;
         const Vec p = exp2(Full{}.load(weight) - its_lse);
         Full{}.store(weight, p);
-        Full{}.store(grad, p * (Full{}.load(grad) - its_delta));
+        if (all) sum = fma(p, Full{}.load(grad_scores + i * kQueries + v), sum);
+      }
+      const Vec its_delta = all ? sum : Full{}.load(delta + b * kQueries + v);
+      ECAR_UNROLL for (int64_t i = 0; i < keys; ++i) {
+        float* grad = grad_scores + i * kQueries + v;
+        Full{}.store(grad, Full{}.load(weights + i * kQueries + v) *
+                               (Full{}.load(grad) - its_delta));
       }
     }
   }
@@ -241,7 +249,7 @@ struct HeadGradients {
       multiply<Into::replace, 0, 1>(product, keys, vectors);
       product.a = value_rows, product.b = grads + at, product.c = grad_scores;
       multiply<Into::replace, 0, 1>(product, keys, vectors);
-      differentiate(b, keys, vectors);
+      differentiate(b, keys, vectors, first == 0 && keys == block.keys);
       if (for_keys) {
         product = {weights,     kQueries, grad_rows + at, width, block.count,
                    grad_values, width,    nullptr};
