@@ -92,7 +92,7 @@ def test_a_run_writes_its_record(tmp_path):
     record = results.read(file)
     assert {"device", "threads", "versions", "load_before", "date"} <= record["environment"].keys()
     assert record["rates"]["bytes_per_second"] > 0 < record["rates"]["multiply_adds_per_second"]
-    row, overhead = record["rows"]
+    overhead, row = record["rows"]  # a call's cost comes first
     assert (row["op"], row["tokens"], row["batch"], row["backward"]) == ("euler_step", 16, 1, False)
     assert row["seconds"].keys() == {"eager", "compiled", "ours"} and row["failures"] == {}
     for seconds in (*row["seconds"].values(), *overhead["seconds"].values()):
