@@ -13,9 +13,6 @@ namespace {
 
 using std::int64_t;
 
-// Multiply-adds that cost about as much as one element of elementwise work: see kGrain.
-constexpr int64_t kMultiplyAddsAnElement = 8;
-
 Tensor pack_linear_weight(const Tensor& weight) {
   const Dtype dtype = check_leading("weight", weight, 2);
   const int64_t outputs = weight.size(0), depth = weight.size(1);

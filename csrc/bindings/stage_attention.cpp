@@ -12,9 +12,6 @@ namespace {
 using attention::Block;
 using std::int64_t;
 
-// Multiply-adds that cost about as much as one element of elementwise work: see kGrain.
-constexpr int64_t kMultiplyAddsAnElement = 8;
-
 // The sizes of one call, checked, and its blocks of queries.
 struct Call {
   Dtype dtype;
@@ -100,13 +97,6 @@ Tensor stage_attention(const Tensor& q, const Tensor& k, const Tensor& v,
   return out;
 }
 
-void stage_attention_out(const Tensor& q, const Tensor& k, const Tensor& v,
-                         std::vector<int64_t> stage_lengths, double scale, const Tensor& out) {
-  const Call call(q, k, v, stage_lengths, scale);
-  check_sizes("out", out, q, {call.images, call.queries, call.heads, call.head_dim});
-  run_forward(call, q, k, v, out, nullptr);
-}
-
 std::tuple<Tensor, Tensor> stage_attention_training(const Tensor& q, const Tensor& k,
                                                     const Tensor& v,
                                                     std::vector<int64_t> stage_lengths,
@@ -164,9 +154,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
   library.def(
       "stage_attention(Tensor q, Tensor k, Tensor v, int[] stage_lengths, float scale) -> Tensor");
   library.def(
-      "stage_attention_out(Tensor q, Tensor k, Tensor v, int[] stage_lengths, float scale, "
-      "Tensor(a!) out) -> ()");
-  library.def(
       "stage_attention_training(Tensor q, Tensor k, Tensor v, int[] stage_lengths, float scale) "
       "-> (Tensor, Tensor)");
   library.def(
@@ -176,7 +163,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(ecar, CPU, library) {
   library.impl("stage_attention", TORCH_BOX(&ecar::stage_attention));
-  library.impl("stage_attention_out", TORCH_BOX(&ecar::stage_attention_out));
   library.impl("stage_attention_training", TORCH_BOX(&ecar::stage_attention_training));
   library.impl("stage_attention_backward", TORCH_BOX(&ecar::stage_attention_backward));
 }

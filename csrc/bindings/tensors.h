@@ -166,6 +166,8 @@ inline void check_apart(const char* name, const Tensor& out, const Tensor& input
 
 // Elements that a thread should have before another one is worth waking.
 constexpr std::int64_t kGrain = 32768;
+// Multiply-adds that cost about as much as one element of elementwise work.
+constexpr std::int64_t kMultiplyAddsAnElement = 8;
 
 // work(begin, end) over [0, count), on torch's threads where there is enough of it.
 template <class Work>

@@ -4,7 +4,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/transpose.h"
-#include "cpu/vec.h"
+#include "cpu/vec_tile.h"
 
 namespace ecar {
 namespace ECAR_ISA {
@@ -16,10 +16,6 @@ using attention::kKeys;
 using attention::kQueries;
 using attention::MutableHeads;
 using std::int64_t;
-
-#define ECAR_UNROLL _Pragma("GCC unroll 8")
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // max(a, b); a NaN in b is kept.
 inline Vec larger(Vec a, Vec b) {
@@ -54,14 +50,6 @@ inline Vec exp2(Vec x) {
 }
 
 // --- products -------------------------------------------------------------------------------
-
-// A tile of sums fills the registers: 24 of 32 with AVX-512, 12 of 16 elsewhere.
-#if defined(ECAR_ISA_avx512)
-constexpr int kTileRows = 8;
-#else
-constexpr int kTileRows = 4;
-#endif
-constexpr int kTileVectors = 3;
 
 // What becomes of a product: it replaces what was there, is added, or is added to it times its
 // row's factor.

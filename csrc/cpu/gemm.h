@@ -7,8 +7,9 @@
 // A call is cut into slabs of kSlabRows rows. A slab's rows are first written to a workspace,
 // normalised and modulated, as floats or, where the CPU multiplies those, as pairs of bfloat16;
 // then units of one weight panel by one chunk of rows are computed. The weight is packed into
-// panels of kPanelColumns outputs, [panel][k][output], zeros beyond the last; bfloat16 as
-// [panel][k / 2][output][k % 2]. The workspace is
+// panels of kPanelColumns outputs, [panel][k][output]; bfloat16 as [panel][k / 2][output][k % 2].
+// The last panel has as many outputs as are left, up to a multiple of kColumnGroup with zeros.
+// The workspace is
 // [chunk][k / kDepth][block][k % kDepth][row of the block], pairs as one word.
 
 #include <cstdint>
@@ -21,6 +22,7 @@ namespace ecar {
 namespace gemm {
 
 constexpr std::int64_t kPanelColumns = 48;  // 3 AVX-512 vectors: 24 sums with kBlockRows
+constexpr std::int64_t kColumnGroup = 16;   // the widest vector
 constexpr std::int64_t kBlockRows = 8;
 constexpr std::int64_t kDepth = 128;      // of one pass: its piece of a panel, 24 KiB, fits L1
 constexpr std::int64_t kChunkRows = 128;  // whose partial sums, 24 KiB, stay near
@@ -30,12 +32,18 @@ inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1
 
 inline std::int64_t panels(std::int64_t outputs) { return ceil_div(outputs, kPanelColumns); }
 
+// Columns of the panel that begins with output `first`, zeros among them.
+inline std::int64_t panel_width(std::int64_t outputs, std::int64_t first) {
+  const std::int64_t left = ceil_div(outputs - first, kColumnGroup) * kColumnGroup;
+  return left < kPanelColumns ? left : kPanelColumns;
+}
+
 // Panels are as deep as the next even number: bfloat16 is packed in pairs of k.
 inline std::int64_t whole_pairs(std::int64_t depth) { return depth + depth % 2; }
 
 // In elements; in floats.
 inline std::int64_t packed_size(std::int64_t outputs, std::int64_t depth) {
-  return panels(outputs) * kPanelColumns * whole_pairs(depth);
+  return ceil_div(outputs, kColumnGroup) * kColumnGroup * whole_pairs(depth);
 }
 inline std::int64_t workspace_size(std::int64_t rows, std::int64_t depth) {
   return ceil_div(rows < kSlabRows ? rows : kSlabRows, kBlockRows) * kBlockRows * depth;

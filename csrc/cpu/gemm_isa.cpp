@@ -15,6 +15,7 @@ using gemm::Input;
 using gemm::kChunkRows;
 using gemm::kDepth;
 using gemm::Output;
+using gemm::panel_width;
 using gemm::Weight;
 using gemm::whole_pairs;
 
@@ -31,8 +32,6 @@ bool multiplies_pairs() {
   return false;
 }
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Row `index` of all images' tokens; null where the tensor is absent.
 template <class T>
 inline const T* row_at(const Rows& rows, int64_t index, int64_t tokens) {
@@ -41,27 +40,28 @@ inline const T* row_at(const Rows& rows, int64_t index, int64_t tokens) {
 
 // --- the weight -----------------------------------------------------------------------------
 
-// Where element k of an output lies in its panel: bfloat16 has k and k + 1 in one word.
+// Where element k of an output lies in a panel of `width`: bfloat16 has k and k + 1 in one word.
 template <class T>
-int64_t packed_at(int64_t k, int64_t column) {
-  return std::is_same_v<T, BFloat16> ? (k / 2 * kPanelColumns + column) * 2 + k % 2
-                                     : k * kPanelColumns + column;
+int64_t packed_at(int64_t k, int64_t column, int64_t width) {
+  return std::is_same_v<T, BFloat16> ? (k / 2 * width + column) * 2 + k % 2 : k * width + column;
 }
 
 template <class T>
 void pack(const Weight& weight, int64_t begin, int64_t end) {
   constexpr int64_t square = 16;  // neither side is walked a cache line an element
+  static_assert(gemm::kColumnGroup % square == 0, "a panel is whole squares");
   const int64_t depth = whole_pairs(weight.depth);
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t first = panel * kPanelColumns;
     const T* from = static_cast<const T*>(weight.data) + first * weight.row_stride;
     T* to = static_cast<T*>(weight.packed) + first * depth;
     const int64_t columns = smaller(kPanelColumns, weight.outputs - first);
+    const int64_t width = panel_width(weight.outputs, first);
     for (int64_t k0 = 0; k0 < depth; k0 += square) {
-      for (int64_t n0 = 0; n0 < kPanelColumns; n0 += square) {
+      for (int64_t n0 = 0; n0 < width; n0 += square) {
         for (int64_t k = k0; k < smaller(k0 + square, depth); ++k) {
           for (int64_t n = n0; n < n0 + square; ++n) {
-            to[packed_at<T>(k, n)] =
+            to[packed_at<T>(k, n, width)] =
                 n < columns && k < weight.depth ? from[n * weight.row_stride + k] : T{};
           }
         }
@@ -181,23 +181,25 @@ void finish_row(const Output& output, int64_t row, int64_t first, int64_t column
   }
 }
 
-// A piece of a panel as floats: itself, or converted.
-inline const float* as_floats(const float* piece, int64_t, float*) { return piece; }
-inline const float* as_floats(const Float16* piece, int64_t depth, float* converted) {
-  for (int64_t i = 0; i < depth * kPanelColumns; i += kWidth) {
+// A piece of a panel of `width` as floats: itself, or converted.
+inline const float* as_floats(const float* piece, int64_t, int64_t, float*) { return piece; }
+inline const float* as_floats(const Float16* piece, int64_t depth, int64_t width,
+                              float* converted) {
+  for (int64_t i = 0; i < depth * width; i += kWidth) {
     Full{}.store(converted + i, Full{}.load(piece + i));
   }
   return converted;
 }
-inline const float* as_floats(const BFloat16* piece, int64_t depth, float* converted) {
+inline const float* as_floats(const BFloat16* piece, int64_t depth, int64_t width,
+                              float* converted) {
   const std::uint32_t* words = reinterpret_cast<const std::uint32_t*>(piece);
-  for (int64_t k = 0; k < depth; k += 2, words += kPanelColumns) {
-    float* even = converted + k * kPanelColumns;
-    for (int64_t i = 0; i < kPanelColumns; i += kWidth) {
+  for (int64_t k = 0; k < depth; k += 2, words += width) {
+    float* even = converted + k * width;
+    for (int64_t i = 0; i < width; i += kWidth) {
       UVec both;
       __builtin_memcpy(&both, words + i, sizeof both);
       Full{}.store(even + i, (Vec)(both << 16));
-      Full{}.store(even + kPanelColumns + i, (Vec)(both & 0xffff0000u));
+      Full{}.store(even + width + i, (Vec)(both & 0xffff0000u));
     }
   }
   return converted;
@@ -213,6 +215,7 @@ void multiply_unit(const Output& output, int64_t panel, const float* chunk, int6
   alignas(64) float converted[pairs || sizeof(T) == sizeof(float) ? 1 : kDepth * kPanelColumns];
   const int64_t first = panel * kPanelColumns;
   const int64_t columns = smaller(kPanelColumns, output.outputs - first);
+  const int64_t width = panel_width(output.outputs, first);
   const int64_t blocks = ceil_div(rows, kBlockRows);
   const T* weight = static_cast<const T*>(output.packed) + first * whole_pairs(output.depth);
   // While one piece is used the next is fetched from memory, in the first block or spread over
@@ -221,16 +224,16 @@ void multiply_unit(const Output& output, int64_t panel, const float* chunk, int6
   for (int64_t k = 0; k < output.depth; k += kDepth) {
     const int64_t depth = smaller(kDepth, output.depth - k);
     const int64_t steps = ceil_div(depth, per_word);
-    const T* piece = weight + k * kPanelColumns;
-    const char* next = reinterpret_cast<const char*>(piece + depth * kPanelColumns);
+    const T* piece = weight + k * width;
+    const char* next = reinterpret_cast<const char*>(piece + depth * width);
     const float* b;
     if constexpr (pairs) {
       b = reinterpret_cast<const float*>(piece);
     } else {
-      b = as_floats(piece, depth, converted);
+      b = as_floats(piece, depth, width, converted);
     }
     for (int64_t i = 0; i < blocks; ++i) {
-      multiply_block<Product>(chunk + (k / per_word * blocks + steps * i) * kBlockRows, b, steps,
+      multiply_block<Product>(chunk + (k / per_word * blocks + steps * i) * kBlockRows, b, width, steps,
                               rows - i * kBlockRows, columns, k == 0,
                               sums + i * kBlockRows * kPanelColumns,
                               next + i * lines * steps * 64, i * lines < 3 ? lines : 0);

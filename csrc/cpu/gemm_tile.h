@@ -3,7 +3,7 @@
 // The innermost part of the product, for *_isa.cpp files: a block of rows by a piece of a panel.
 
 #include "cpu/gemm.h"
-#include "cpu/vec.h"
+#include "cpu/vec_tile.h"
 
 namespace ecar {
 namespace ECAR_ISA {
@@ -14,22 +14,16 @@ using gemm::kBlockRows;
 using gemm::kPanelColumns;
 using std::int64_t;
 
-// A tile of sums fills the registers: 24 of 32 with AVX-512, 12 of 16 elsewhere.
-#if defined(ECAR_ISA_avx512)
-constexpr int kTileRows = 8;
-#else
-constexpr int kTileRows = 4;
-#endif
-constexpr int kTileVectors = 3;
 constexpr int kTileColumns = kTileVectors * kWidth;
 static_assert(kBlockRows % kTileRows == 0 && kPanelColumns % kTileColumns == 0, "whole tiles");
 
-// One pass over a tile of R rows by V vectors: its sums are stored to `to` where `fresh`, else
-// added. Each step takes a word of each row and asks for `Lines` cache lines from `next`.
+// One pass over a tile of R rows by V vectors, b's rows being `width` apart: its sums are stored to
+// `to` where `fresh`, else added. Each step takes a word of each row and asks for `Lines` cache
+// lines from `next`.
 #define ECAR_TILE(TARGET, MULTIPLY_ADD)                                                      \
   template <int R, int V, int Lines>                                                         \
-  TARGET static void tile(const float* a, const float* b, int64_t steps, bool fresh,         \
-                          float* to, const char* next) {                                     \
+  TARGET static void tile(const float* a, const float* b, int64_t width, int64_t steps,      \
+                          bool fresh, float* to, const char* next) {                         \
     Vec sums[R][V] = {};                                                                     \
     for (int64_t k = 0; k < steps; ++k) {                                                    \
       Vec columns[V];                                                                        \
@@ -42,7 +36,7 @@ static_assert(kBlockRows % kTileRows == 0 && kPanelColumns % kTileColumns == 0, 
         }                                                                                    \
       }                                                                                      \
       a += kBlockRows;                                                                       \
-      b += kPanelColumns;                                                                    \
+      b += width;                                                                            \
       next += 64 * Lines;                                                                    \
     }                                                                                        \
     ECAR_UNROLL for (int r = 0; r < R; ++r) {                                                \
@@ -52,7 +46,6 @@ static_assert(kBlockRows % kTileRows == 0 && kPanelColumns % kTileColumns == 0, 
       }                                                                                      \
     }                                                                                        \
   }
-#define ECAR_UNROLL _Pragma("GCC unroll 8")
 
 struct Floats {
   ECAR_TILE(, fma)
@@ -72,37 +65,37 @@ using Pairs = Floats;  // never called
 #undef ECAR_TILE
 
 template <class Product, int R, int Lines>
-void tiles(const float* a, const float* b, int64_t steps, int64_t columns, bool fresh, float* to,
-           const char* next) {
+void tiles(const float* a, const float* b, int64_t width, int64_t steps, int64_t columns,
+           bool fresh, float* to, const char* next) {
   for (int64_t n = 0; n < columns; n += kTileColumns) {
     const int64_t vectors = ceil_div(columns - n, kWidth);
     if (vectors >= kTileVectors) {
-      Product::template tile<R, kTileVectors, Lines>(a, b + n, steps, fresh, to + n, next);
+      Product::template tile<R, kTileVectors, Lines>(a, b + n, width, steps, fresh, to + n, next);
     } else if (vectors == 2) {
-      Product::template tile<R, 2, 0>(a, b + n, steps, fresh, to + n, next);
+      Product::template tile<R, 2, 0>(a, b + n, width, steps, fresh, to + n, next);
     } else {
-      Product::template tile<R, 1, 0>(a, b + n, steps, fresh, to + n, next);
+      Product::template tile<R, 1, 0>(a, b + n, width, steps, fresh, to + n, next);
     }
   }
 }
 
 // A block of `rows` rows or more; less than half a block takes the smallest tile that holds it.
 template <class Product>
-void multiply_block(const float* a, const float* b, int64_t steps, int64_t rows, int64_t columns,
-                    bool fresh, float* to, const char* next, int64_t lines) {
-  if (rows <= 1) return tiles<Product, 1, 0>(a, b, steps, columns, fresh, to, next);
-  if (rows <= 2) return tiles<Product, 2, 0>(a, b, steps, columns, fresh, to, next);
-  if (rows <= 4) return tiles<Product, 4, 0>(a, b, steps, columns, fresh, to, next);
+void multiply_block(const float* a, const float* b, int64_t width, int64_t steps, int64_t rows,
+                    int64_t columns, bool fresh, float* to, const char* next, int64_t lines) {
+  if (rows <= 1) return tiles<Product, 1, 0>(a, b, width, steps, columns, fresh, to, next);
+  if (rows <= 2) return tiles<Product, 2, 0>(a, b, width, steps, columns, fresh, to, next);
+  if (rows <= 4) return tiles<Product, 4, 0>(a, b, width, steps, columns, fresh, to, next);
   for (int r = 0; r < kBlockRows; r += kTileRows) {
     float* out = to + r * kPanelColumns;
     if (lines == 3) {
-      tiles<Product, kTileRows, 3>(a + r, b, steps, columns, fresh, out, next);
+      tiles<Product, kTileRows, 3>(a + r, b, width, steps, columns, fresh, out, next);
     } else if (lines == 2) {
-      tiles<Product, kTileRows, 2>(a + r, b, steps, columns, fresh, out, next);
+      tiles<Product, kTileRows, 2>(a + r, b, width, steps, columns, fresh, out, next);
     } else if (lines == 1) {
-      tiles<Product, kTileRows, 1>(a + r, b, steps, columns, fresh, out, next);
+      tiles<Product, kTileRows, 1>(a + r, b, width, steps, columns, fresh, out, next);
     } else {
-      tiles<Product, kTileRows, 0>(a + r, b, steps, columns, fresh, out, next);
+      tiles<Product, kTileRows, 0>(a + r, b, width, steps, columns, fresh, out, next);
     }
   }
 }

@@ -19,33 +19,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-PANEL = 48  # kPanelColumns of csrc/cpu/gemm.h
+PANEL, GROUP = 48, 16  # kPanelColumns and kColumnGroup of csrc/cpu/gemm.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def packed_size(outputs: int, depth: int) -> int:
     """Elements of the packed form."""
-    return -(-outputs // PANEL) * PANEL * (depth + depth % 2)
+    return -(-outputs // GROUP) * GROUP * (depth + depth % 2)
 
 
 def unpack(packed: Tensor, outputs: int, depth: int) -> Tensor:
     """The weight [outputs, depth], contiguous, from `pack_linear_weight`'s result.
 
-    Panels of 48 outputs are [k][output]; of bfloat16, [k / 2][output][k % 2]. Outputs and depth
-    are filled up with zeros to whole panels and pairs.
+    Panels of 48 outputs are [k][output]; of bfloat16, [k / 2][output][k % 2]; the last panel is
+    as wide as what is left. Outputs and depth are filled up with zeros to groups and pairs.
     """
     even = depth + depth % 2
-    rows = -(-outputs // PANEL) * PANEL
-    used = packed[: packed_size(outputs, depth)]
-    if packed.dtype is torch.bfloat16:
-        panels = used.view(rows // PANEL, even // 2, PANEL, 2).permute(0, 2, 1, 3)
-    else:
-        panels = used.view(rows // PANEL, even, PANEL).transpose(1, 2)
-    # Never a view: of one panel, a reshape would be.
-    whole = panels.clone(memory_format=torch.contiguous_format).view(rows, even)
-    if (rows, even) == (outputs, depth):
-        return whole
-    return whole[:outputs, :depth].clone(memory_format=torch.contiguous_format)
+    whole = outputs // PANEL * PANEL
+    weight = packed.new_empty(outputs, depth)
+    for first, last in ((0, whole), (whole, outputs)):
+        if first == last:
+            continue
+        width = min(PANEL, -(-(last - first) // GROUP) * GROUP)
+        count = -(-(last - first) // width)
+        panels = packed[first * even:(first + count * width) * even]
+        if packed.dtype is torch.bfloat16:
+            panels = panels.view(count, even // 2, width, 2).permute(0, 2, 1, 3)
+        else:
+            panels = panels.view(count, even, width).transpose(1, 2)
+        weight[first:last] = panels.reshape(-1, even)[:last - first, :depth]
+    return weight
 
 
 def _pack(weight: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from ecar_kernels.stage_attention._autograd import differentiable
 
 if _native.why_not() is None:
     _forward = torch.ops.ecar.stage_attention.default
-    _forward_out = torch.ops.ecar.stage_attention_out.default
     _StageAttention = differentiable(torch.ops.ecar.stage_attention_training.default,
                                      torch.ops.ecar.stage_attention_backward.default)
 
@@ -29,17 +28,6 @@ def stage_attention(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _StageAttention.apply(q, k, v, stage_lengths, scale)
     return _forward(q, k, v, stage_lengths, scale)
-
-
-def stage_attention_out(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int],
-                        out: Tensor, *, scale: float | None = None) -> None:
-    """As `stage_attention`, into `out`: CPU tensors, no gradients.
-
-    out: [B, Nq, H, D] of q's type, the last dimension contiguous; it shares no memory with the
-    others. Nothing is allocated but a workspace of each thread, which is kept.
-    """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    _forward_out(q, k, v, stage_lengths, scale, out)
 
 
 def _each_stage(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int],
@@ -62,10 +50,6 @@ if _native.why_not() is None:
     @torch.library.register_fake("ecar::stage_attention")
     def _(q, k, v, stage_lengths, scale):
         return q.new_empty(q.shape)
-
-    @torch.library.register_fake("ecar::stage_attention_out")
-    def _(q, k, v, stage_lengths, scale, out):
-        return None
 
     @torch.library.register_fake("ecar::stage_attention_training")
     def _(q, k, v, stage_lengths, scale):

@@ -18,8 +18,8 @@ pytestmark = needs_native
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (16, 33), (48, 32), (48, 7), (70, 9), (96, 64)],
-                         ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (16, 33), (48, 32), (48, 7), (70, 9), (96, 64),
+                                   (112, 8)], ids=str)
 def test_a_weight_there_and_back(shape, dtype):
     weight = nn.Parameter(torch.randn(shape).to(dtype))
     values = weight.detach().clone()
@@ -28,6 +28,12 @@ def test_a_weight_there_and_back(shape, dtype):
     packing.unpack_weight(weight)
     assert type(weight) is nn.Parameter and weight.equal(values)
     assert weight.is_contiguous() and packing.pack_weight(weight)  # and again
+
+
+@pytest.mark.parametrize("width", [768, 1024, 1152])
+def test_a_model_s_weights_take_no_more_packed(width):
+    assert packing.packed_size(width, 4 * width) == 4 * width**2
+    assert packing.packed_size(3 * width, width) == 3 * width**2
 
 
 @pytest.mark.parametrize("touch", [

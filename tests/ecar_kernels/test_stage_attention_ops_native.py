@@ -19,13 +19,12 @@ def op_calls():
     q, k, v, stages = call.values()
     out, lse = torch.ops.ecar.stage_attention_training(q, k, v, stages, 0.3)
     return {"stage_attention": (q, k, v, stages, 0.3),
-            "stage_attention_out": (q, k, v, stages, 0.3, torch.empty_like(out)),
             "stage_attention_training": (q, k, v, stages, 0.3),
             "stage_attention_backward": (torch.randn_like(out), q, k, v, out, lse, stages, 0.3)}
 
 
-@pytest.mark.parametrize("op", ["stage_attention", "stage_attention_out",
-                                "stage_attention_training", "stage_attention_backward"])
+@pytest.mark.parametrize("op", ["stage_attention", "stage_attention_training",
+                                "stage_attention_backward"])
 def test_opcheck(op):
     torch.library.opcheck(getattr(torch.ops.ecar, op).default, op_calls()[op])
 
@@ -50,9 +49,6 @@ def test_the_ops_refuse_what_would_leave_their_tensors():
              "argument 'v': expected a contiguous last dimension"),
         ] + [(call.index((2, 5)), stages, "argument 'stage_lengths': expected 7 tokens")
              for stages in ((), (2, 4), (2, 6), (9, -2), (7, 0), (2**62, 2**62, 2**63 - 1, 7))]
-        if op == "stage_attention_out":
-            wrong += [(5, call[5][:, :6], "argument 'out': expected "),
-                      (5, call[5].half(), "argument 'out': expected ")]
         if op == "stage_attention_backward":
             lse = call[5]
             wrong += [(0, call[0][:, :6], "argument 'grad': expected "),
@@ -77,20 +73,6 @@ def test_inductor_s_graph_is_ours():
                for attend in (compiled, native.stage_attention)]
     for ours, eager in zip(*results, strict=True):
         assert ours.equal(eager)
-
-
-def test_inductor_s_graph_into_a_given_tensor():
-    torch._dynamo.reset()
-
-    def attend(q, k, v, out):
-        native.stage_attention_out(q, k, v, (4, 20), out)
-        return out + 1
-
-    call = call_of((4, 20), 1, head_dim=24)
-    out = torch.empty_like(call["q"])
-    found = torch.compile(attend, fullgraph=True)(call["q"], call["k"], call["v"], out)
-    expected = native.stage_attention(**call)
-    assert out.equal(expected) and found.equal(expected + 1)
 
 
 def test_under_autocast_and_the_public_name():
