@@ -83,6 +83,9 @@ constexpr std::int64_t kBlock = 16;
 Tensor run_backward(const AdalnBackwardKernel* kernels, Dtype dtype, AdalnBackward& a,
                     const Tensor& x, const Tokens& t, std::int64_t slots, bool wanted) {
   a.tokens = t.tokens, a.channels = t.channels;
+  // As large as an output; absent ones have no size to ask.
+  a.stream = t.images * t.tokens * t.channels * static_cast<std::int64_t>(x.element_size()) >=
+             kStreamBytes;
   a.block = kBlock, a.blocks = (t.tokens + kBlock - 1) / kBlock;
   const Tensor sums = wanted ? empty(x, {slots, t.images + 1, t.channels}) : empty(x, {0});
   const Tensor partial = empty(x, {wanted ? t.images * a.blocks * slots * t.channels : 0},

@@ -34,6 +34,7 @@ struct AdalnBackward {
   float* sums;                   // [image, block, slot, C]; null if not asked for
   std::int64_t tokens, channels, block, blocks;  // `blocks` of one image
   float eps;
+  bool stream;  // the outputs go past the caches
 };
 
 // The order of the slots: gate, shift, scale, of those that the op has.

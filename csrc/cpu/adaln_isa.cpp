@@ -76,12 +76,15 @@ void forward(const AdalnForward& a, std::int64_t begin, std::int64_t end) {
   }
 }
 
-template <class Access>
-inline void accumulate(Access io, float* sums, std::int64_t at, Vec value) {
+// In the caches, whatever becomes of the outputs.
+inline void accumulate(Full, float* sums, std::int64_t at, Vec value) {
+  Full{}.store(sums + at, Full{}.load(sums + at) + value);
+}
+inline void accumulate(Partial io, float* sums, std::int64_t at, Vec value) {
   io.store(sums + at, io.load(sums + at) + value);
 }
 
-template <class T, bool kGated, bool kNorm>
+template <class T, bool kGated, bool kNorm, class Whole>
 void backward_token(const AdalnBackward& a, std::int64_t image, std::int64_t token, float* sums) {
   const std::int64_t channels = a.channels, index = image * a.tokens + token;
   const T* grad_new_x = row<T>(a.grad_new_x, image, token);
@@ -114,7 +117,7 @@ void backward_token(const AdalnBackward& a, std::int64_t image, std::int64_t tok
       return modulated(io, at) * ((io.load(x + at) - mean) * deviation);
     }) / channels);
   }
-  for_each(channels, [&](auto io, std::int64_t at) {
+  for_each<Whole>(channels, [&](auto io, std::int64_t at) {
     Vec grad = grad_new_x == nullptr ? Vec{} : io.load(grad_new_x + at);
     if constexpr (kNorm) {
       const Vec normal = (io.load(x + at) - mean) * deviation;
@@ -137,8 +140,8 @@ void backward_token(const AdalnBackward& a, std::int64_t image, std::int64_t tok
   });
 }
 
-template <class T, bool kGated, bool kNorm>
-void backward(const AdalnBackward& a, std::int64_t begin, std::int64_t end) {
+template <class T, bool kGated, bool kNorm, class Whole>
+void backward_blocks(const AdalnBackward& a, std::int64_t begin, std::int64_t end) {
   constexpr int kSlots = (kGated ? 1 : 0) + (kNorm ? 2 : 0);
   for (std::int64_t unit = begin; unit < end; ++unit) {
     const std::int64_t image = unit / a.blocks, first = unit % a.blocks * a.block;
@@ -150,8 +153,18 @@ void backward(const AdalnBackward& a, std::int64_t begin, std::int64_t end) {
       for_each(count, [&](auto io, std::int64_t at) { io.store(sums + at, Vec{}); });
     }
     for (std::int64_t token = first; token < last; ++token) {
-      backward_token<T, kGated, kNorm>(a, image, token, sums);
+      backward_token<T, kGated, kNorm, Whole>(a, image, token, sums);
     }
+  }
+}
+
+template <class T, bool kGated, bool kNorm>
+void backward(const AdalnBackward& a, std::int64_t begin, std::int64_t end) {
+  if (a.stream) {
+    backward_blocks<T, kGated, kNorm, Stream>(a, begin, end);
+    fence();
+  } else {
+    backward_blocks<T, kGated, kNorm, Full>(a, begin, end);
   }
 }
 
