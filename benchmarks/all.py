@@ -43,6 +43,7 @@ class Part:
             "scaling": ["--pixels", "256"],
             "profile": ["--size", "digits", "--steps", "3"],
             "saved": ["--size", "digits"],
+            "backward": ["--sizes", "S", "--ops", "euler_step", "--seconds", "0.01"],
             "example-dit": ["--size", "S"],
             "example-var": ["--size", "d12"],
         }
@@ -55,7 +56,8 @@ class Part:
 
 EXAMPLES = {"example-dit": "examples.accelerate_dit", "example-var": "examples.accelerate_var"}
 FURTHER = (Part("ablation", 0.08, 0.5), Part("scaling", 0.12, 0.5), Part("profile", 0.01),
-           Part("saved", 0.01), *(Part(name, 0.02) for name in EXAMPLES))
+           Part("saved", 0.01), Part("backward", 0.03, 1.0),
+           *(Part(name, 0.02) for name in EXAMPLES))
 GEMM_CELLS = 60  # of `benchmarks.gemm`'s widths, layers and rows: 3 x 4 x 4, and packing
 # The quick and certain first; shares and beginnings as seen on two cores of a Zen 5.
 PARTS = (Part("table2", 0.01), Part("micro", 0.33), Part("end_to_end", 0.30, 5.0),

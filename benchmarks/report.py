@@ -23,6 +23,7 @@ HEADINGS = {
     "ablation": "What each design choice is worth",
     "scaling": "How it grows",
     "memory": "Memory",
+    "backward": "What an elementwise op's backward is made of",
     "saved": "What a training step keeps",
     "example": "Other models, accelerated",
     "table2": "Sizes and multiply-adds",

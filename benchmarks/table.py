@@ -19,6 +19,7 @@ RENDERERS = {
     "memory": "benchmarks.memory",
     "saved": "benchmarks.saved",
     "profile": "benchmarks.profile",
+    "backward": "benchmarks.backward",
     "ablation": "benchmarks.ablation",
     "scaling": "benchmarks.scaling",
     "example": "examples.compare",

@@ -71,7 +71,7 @@ def _jump(x, velocity, details, seeds, dt, guidance_scale, time, stage):
     return _from_details(x, velocity, dt, number, time, details, on_device)
 
 
-def _scale(x: Tensor, guidance_scale: float | Tensor | Tensor) -> tuple[float, Tensor | None]:
+def _scale(x: Tensor, guidance_scale: float | Tensor) -> tuple[float, Tensor | None]:
     """As the ops take it: a number, or a tensor that stays on its GPU unread."""
     if not isinstance(guidance_scale, Tensor):
         return guidance_scale, None
