@@ -19,10 +19,10 @@ void run(const FlowBoundary& a, Dtype dtype) {
   // Four multiply-adds are about an element of elementwise work.
   parallel(all, (a.guided ? 2 : 1) * a.channels * (4 + a.outputs / 4),
            [&](int64_t begin, int64_t end) { state(a, begin, end); });
-  const int64_t bands = (a.channels + kBand - 1) / kBand;
+  const int64_t band = band_of(all), bands = (a.channels + band - 1) / band;
   const int64_t chunks = (all + kBandTokens - 1) / kBandTokens;
   const int64_t tokens = all < kBandTokens ? all : kBandTokens;
-  parallel(bands * chunks, kBand * (a.outputs * (tokens + 16) / 4 + tokens),
+  parallel(bands * chunks, band * (a.outputs * (tokens + 16) / 4 + tokens),
            [&](int64_t begin, int64_t end) { embed(a, begin, end); });
 }
 

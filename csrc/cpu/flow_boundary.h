@@ -16,8 +16,14 @@ struct FlowBoundary : Boundary {
   float guidance;
 };
 
-constexpr std::int64_t kBand = 64;        // channels
 constexpr std::int64_t kBandTokens = 64;  // of one unit, at most
+constexpr std::int64_t kMaxBand = 256;    // channels of one unit, at most
+
+// Channels of a band: 1 KiB of a row of float32, or less where few tokens would not occupy all
+// threads. (Strips of 256 bytes took an eighth longer of 4,096 tokens.)
+inline std::int64_t band_of(std::int64_t tokens_of_all_images) {
+  return tokens_of_all_images > kBandTokens ? kMaxBand : kMaxBand / 4;
+}
 
 // Works on tokens [begin, end) of all images.
 using BoundaryState = void (*)(const FlowBoundary&, std::int64_t begin, std::int64_t end);

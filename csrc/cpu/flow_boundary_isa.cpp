@@ -46,6 +46,14 @@ void velocity_of(const FlowBoundary& a, int64_t image, int64_t token, float* to)
                        combine(io, shift, step_shift, c)));
   };
   int64_t output = 0;
+  // The next token's rows come while this one's are multiplied.
+  const auto ahead_modulated = [&](auto io, int64_t c) {
+    __builtin_prefetch(x + a.x.token_stride + c);
+    __builtin_prefetch(shift + a.shift.token_stride + c);
+    __builtin_prefetch(scale + a.scale.token_stride + c);
+    return modulated(io, c);
+  };
+  if (a.outputs >= 8) products<8, T>(a, ahead_modulated, 0, to), output = 8;
   for (; output + 8 <= a.outputs; output += 8) products<8, T>(a, modulated, output, to);
   for (; output + 4 <= a.outputs; output += 4) products<4, T>(a, modulated, output, to);
   for (; output < a.outputs; ++output) products<1, T>(a, modulated, output, to);
@@ -74,7 +82,7 @@ void new_states(const FlowBoundary& a, int64_t begin, int64_t end) {
 
 // The embedding's weights of a band of channels, [output][channel of the band].
 template <class T>
-void turn_weights(const FlowBoundary& a, int64_t first, int64_t channels, float (*to)[kBand]) {
+void turn_weights(const FlowBoundary& a, int64_t first, int64_t channels, float (*to)[kMaxBand]) {
   for (int64_t c = 0; c < channels; ++c) {
     const T* weight = at<T>(a.embed_weight, (first + c) * a.outputs);
     float read[kRoom];
@@ -87,7 +95,7 @@ void turn_weights(const FlowBoundary& a, int64_t first, int64_t channels, float 
 
 // `Tokens` tokens from `index` on by `Vectors` whole vectors, or less than one, of a band.
 template <int Tokens, int Vectors, class T, class Access>
-inline void embed_tile(const FlowBoundary& a, Access io, const float (*weights)[kBand],
+inline void embed_tile(const FlowBoundary& a, Access io, const float (*weights)[kMaxBand],
                        const float (*states)[kRoom], int64_t first, int64_t c, int64_t index) {
   Vec sums[Tokens][Vectors] = {};
   for (int64_t output = 0; output < a.outputs; ++output) {
@@ -113,7 +121,7 @@ inline void embed_tile(const FlowBoundary& a, Access io, const float (*weights)[
 }
 
 template <int Tokens, class T, class S>
-void embed_tokens(const FlowBoundary& a, const float (*weights)[kBand], int64_t first,
+void embed_tokens(const FlowBoundary& a, const float (*weights)[kMaxBand], int64_t first,
                   int64_t channels, int64_t index) {
   constexpr int vectors = 4;
   float states[Tokens][kRoom];
@@ -136,12 +144,13 @@ void embed_tokens(const FlowBoundary& a, const float (*weights)[kBand], int64_t 
 
 template <class T, class S>
 void embed(const FlowBoundary& a, int64_t begin, int64_t end) {
-  const int64_t bands = (a.channels + kBand - 1) / kBand, all = a.images * a.tokens;
+  const int64_t all = a.images * a.tokens, band = band_of(all);
+  const int64_t bands = (a.channels + band - 1) / band;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t first = unit % bands * kBand, from = unit / bands * kBandTokens;
-    const int64_t channels = a.channels - first < kBand ? a.channels - first : kBand;
+    const int64_t first = unit % bands * band, from = unit / bands * kBandTokens;
+    const int64_t channels = a.channels - first < band ? a.channels - first : band;
     const int64_t until = all - from < kBandTokens ? all : from + kBandTokens;
-    float weights[kMaxOutputs][kBand];
+    float weights[kMaxOutputs][kMaxBand];
     turn_weights<T>(a, first, channels, weights);
     int64_t index = from;
     for (; index + 2 <= until; index += 2) {
