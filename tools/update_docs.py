@@ -24,7 +24,7 @@ import textwrap
 from pathlib import Path
 
 import ecar_kernels
-from benchmarks import instructions, pictures, report, results
+from benchmarks import instructions, pictures, report, results, targets
 from benchmarks.pictures.__main__ import update as update_pictures
 from benchmarks.table import RENDERERS, render
 from ecar.files import atomic_path
@@ -122,8 +122,13 @@ def measured_op(op: str, root: Path = ROOT) -> str:
     return "\n\n".join(parts) or NOT_MEASURED
 
 
+def op_targets(root: Path = ROOT) -> str:
+    """The microbenchmarks beside their targets."""
+    return targets.of_devices(root / "benchmarks" / "results") or NOT_MEASURED
+
+
 NOT_MEASURED = "Not measured yet."
-FIGURES = {"evaluation": evaluation, "instructions": counted} | {
+FIGURES = {"evaluation": evaluation, "instructions": counted, "targets": op_targets} | {
     kind: functools.partial(measured, kind) for kind in RENDERERS} | {
     op: functools.partial(measured_op, op) for op in OPS}
 PICTURES = {"stages", *(name for names in pictures.OF_KIND.values() for name in names)}

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ecar_kernels
 from ecar_kernels import _native, registry, use_backend
 from ecar_kernels.registry import KERNEL_DTYPES, OPS
 from tests import fuzz
@@ -238,6 +239,21 @@ def test_random_calls_of_every_op(seed, capsys):
     """A few of `make fuzz`'s."""
     failed = fuzz.main(["--cases", "900", "--seed", str(seed)])
     assert not failed, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", ["adaln", "adaln_linear", "flow_boundary", "stage_attention"])
+def test_a_hundred_thousandth_too_much_is_found_among_random_calls(op, monkeypatch, capsys):
+    right = getattr(ecar_kernels, op)
+
+    def wrong(*args, **kwargs):
+        result = right(*args, **kwargs)
+        return (result * (1 + 1e-5) if isinstance(result, torch.Tensor)
+                else tuple(y * (1 + 1e-5) for y in result))
+
+    monkeypatch.setattr(ecar_kernels, op, wrong)
+    assert fuzz.main(["--cases", "400", "--seed", "5"]) == 1
+    said = capsys.readouterr().out
+    assert f": {op} valid" in said and "allowed" in said
 
 
 class TestAbsence:
