@@ -4,12 +4,14 @@ The ops have no autograd of their own: where a gradient is asked for, the Functi
 them, and else the ops are called directly.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ecar_kernels import _native
-from ecar_kernels.adaln._autograd import any_requires_grad, rows_of, shape_of
+from ecar_kernels.adaln._autograd import any_requires_grad, rows_of
 
 _native.require()
 
@@ -64,6 +66,10 @@ def gated_residual_adaln(
     return _both(*tensors, eps)
 
 
+# The three backwards are calls of some 100 us, half of it autograd's: what they ask of shapes is
+# asked in the forward, and loops are written out.
+
+
 def _spatial(wanted: bool, whole: Tensor | None, sums: Tensor, slot: int) -> Tensor | None:
     """The gradient of [B, N, C], `whole`, or of [B, 1, C], out of sums [slots, B + 1, C]."""
     if not wanted:
@@ -71,18 +77,25 @@ def _spatial(wanted: bool, whole: Tensor | None, sums: Tensor, slot: int) -> Ten
     return sums[slot, :-1, None] if whole is None else whole
 
 
-def _step(wanted: bool, shape: torch.Size | None, sums: Tensor, slot: int) -> Tensor | None:
-    """The gradient of [1, 1, C] or [B, 1, C]: the sum over all images, or each one's."""
-    if not wanted:
-        return None
-    return sums[slot, -1:, None] if shape[0] == 1 else sums[slot, :-1, None]
+def _steps(wanted: Sequence[bool], shared: Sequence[bool], sums: Tensor) -> list[Tensor | None]:
+    """The gradients of [1, 1, C], shared by all images, or of [B, 1, C]: sums over its images."""
+    if not any(wanted):
+        return [None] * len(wanted)
+    of_all = sums[:, -1:, None].unbind(0)
+    return [None if not wanted[i] else of_all[i] if shared[i] else sums[i, :-1, None]
+            for i in range(len(wanted))]
+
+
+def _is_shared(step: Tensor | None) -> bool:
+    return step is not None and step.shape[0] == 1
 
 
 class _AdaLN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shift, scale, step_shift, step_scale, eps):
         ctx.save_for_backward(x, scale, step_scale)
-        ctx.shapes = shift.shape, shape_of(step_shift), shape_of(step_scale)
+        ctx.whole = shift.shape == x.shape, scale.shape == x.shape
+        ctx.shared = _is_shared(step_shift), _is_shared(step_scale)
         ctx.eps = eps
         return _adaln(x, shift, scale, step_shift, step_scale, eps)
 
@@ -90,9 +103,8 @@ class _AdaLN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_y):
         x, scale, step_scale = ctx.saved_tensors
-        shift_shape, step_shift_shape, step_scale_shape = ctx.shapes
-        _, shift, scale_, step_shift, step_scale_, _ = ctx.needs_input_grad
-        whole_shift, whole_scale = shift_shape == x.shape, scale.shape == x.shape
+        _, shift_, scale_, *steps_, _ = ctx.needs_input_grad
+        whole_shift, whole_scale = ctx.whole
         grad_y = rows_of(grad_y)
         grad_x, grad_scale, sums = _adaln_backward(
             grad_y,
@@ -101,17 +113,13 @@ class _AdaLN(torch.autograd.Function):
             step_scale,
             ctx.eps,
             scale_ and whole_scale,
-            step_shift
-            or step_scale_
-            or (shift and not whole_shift)
-            or (scale_ and not whole_scale),
+            any(steps_) or (shift_ and not whole_shift) or (scale_ and not whole_scale),
         )
         return (
             grad_x,
-            _spatial(shift, grad_y if whole_shift else None, sums, 0),
+            _spatial(shift_, grad_y if whole_shift else None, sums, 0),
             _spatial(scale_, grad_scale if whole_scale else None, sums, 1),
-            _step(step_shift, step_shift_shape, sums, 0),
-            _step(step_scale_, step_scale_shape, sums, 1),
+            *_steps(steps_, ctx.shared, sums),
             None,
         )
 
@@ -137,7 +145,7 @@ class _GatedResidual(torch.autograd.Function):
             grad if x_ else None,
             grad_branch,
             _spatial(gate_, grad_gate if whole else None, sums, 0),
-            _step(step_, shape_of(step_gate), sums, 0),
+            *_steps((step_,), (_is_shared(step_gate),), sums),
         )
 
 
@@ -146,7 +154,8 @@ class _GatedResidualAdaLN(torch.autograd.Function):
     def forward(ctx, x, branch, gate, shift, scale, step_gate, step_shift, step_scale, eps):
         new_x, y = _both(x, branch, gate, shift, scale, step_gate, step_shift, step_scale, eps)
         ctx.save_for_backward(new_x, branch, gate, scale, step_gate, step_scale)
-        ctx.shapes = shift.shape, shape_of(step_shift)
+        ctx.whole = gate.shape == x.shape, shift.shape == x.shape, scale.shape == x.shape
+        ctx.shared = _is_shared(step_gate), _is_shared(step_shift), _is_shared(step_scale)
         ctx.eps = eps
         return new_x, y
 
@@ -154,11 +163,9 @@ class _GatedResidualAdaLN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_new_x, grad_y):
         new_x, branch, gate, scale, step_gate, step_scale = ctx.saved_tensors
-        shift_shape, step_shift_shape = ctx.shapes
-        _, _, gate_, shift_, scale_, *steps, _ = ctx.needs_input_grad
+        _, _, gate_, shift_, scale_, *steps_, _ = ctx.needs_input_grad
+        whole_gate, whole_shift, whole_scale = ctx.whole
         grad_y = rows_of(grad_y)
-        whole = [shape == new_x.shape for shape in (gate.shape, shift_shape, scale.shape)]
-        wanted = (gate_, shift_, scale_)
         grad_x, grad_branch, grad_gate, grad_scale, sums = _both_backward(
             rows_of(grad_new_x),
             grad_y,
@@ -169,18 +176,20 @@ class _GatedResidualAdaLN(torch.autograd.Function):
             step_gate,
             step_scale,
             ctx.eps,
-            gate_ and whole[0],
-            scale_ and whole[2],
-            any(steps)
-            or any(want and not all_of_it for want, all_of_it in zip(wanted, whole, strict=True)),
+            gate_ and whole_gate,
+            scale_ and whole_scale,
+            any(steps_)
+            or (gate_ and not whole_gate)
+            or (shift_ and not whole_shift)
+            or (scale_ and not whole_scale),
         )
-        wholes = (grad_gate, grad_y, grad_scale)
-        shapes = (shape_of(step_gate), step_shift_shape, shape_of(step_scale))
         return (
             grad_x,
             grad_branch,
-            *(_spatial(wanted[i], wholes[i] if whole[i] else None, sums, i) for i in range(3)),
-            *(_step(steps[i], shapes[i], sums, i) for i in range(3)),
+            _spatial(gate_, grad_gate if whole_gate else None, sums, 0),
+            _spatial(shift_, grad_y if whole_shift else None, sums, 1),
+            _spatial(scale_, grad_scale if whole_scale else None, sums, 2),
+            *_steps(steps_, ctx.shared, sums),
             None,
         )
 
