@@ -12,9 +12,10 @@ _KERNELS = {
 }
 _TYPES = {"bfloat16": "bf16", "float16": "fp16", "tf32": "fp32", "exact": "fp32"}
 # A setting needs the more registers the wider the head: of each band in one part and in two the
-# widest D, and the narrowest of all. 72 and 88 have masks where 80 and 96 have none.
-HEAD_DIMS = (8, 40, 64, 72, 80, 88, 96, 128, 160, 192, 256)
-FEWER_HEAD_DIMS = (64, 96, 128, 192, 256)
+# widest D, and the narrowest of all. Most have no masks; 72, 88, 104 and so on have, one of each
+# pair of parts, and need a few more.
+HEAD_DIMS = (8, 40, 64, 72, 80, 88, 96, 104, 128, 136, 152, 160, 168, 192, 248, 256)
+FEWER_HEAD_DIMS = (64, 72, 96, 104, 128, 136, 168, 192, 248, 256)
 _FLOAT32 = ("lse", "delta")
 
 

@@ -52,12 +52,17 @@ def parts(head_dim: int, op: str = "stage_attention", kind: str = "bfloat16") ->
     """Widths, powers of two from 16 on, of the one or two parts that hold a head's dimensions.
 
     16 is the least that a matrix product takes. Two parts only where they are narrower than
-    one: 72 is 64 + 16, but 56 is 64. Exact products for the gradients of queries of more than
-    128 dimensions are one part: with two, Triton 3.6 spills.
+    one: 72 is 64 + 16, but 56 is 64. One part, too, of float32 beyond 128 where Triton 3.6 or 3.9
+    spills of two: TF32 up to 160; exact products for gradients of keys up to 160, those for
+    gradients of queries, and forward between 160 and 192.
     """
     whole = max(16, 1 << (head_dim - 1).bit_length())
     first = 1 << (head_dim.bit_length() - 1)
-    one = kind == "exact" and op == "stage_attention_queries" and whole == 256
+    one = whole == 256 and {
+        "tf32": head_dim <= 160,
+        "exact": {"stage_attention": 160 < head_dim < 192,
+                  "stage_attention_keys": head_dim <= 160}.get(op, True),
+    }.get(kind, False)
     if first < 16 or first == head_dim or one:
         return whole, 0
     second = max(16, 1 << (head_dim - first - 1).bit_length())
@@ -120,7 +125,7 @@ def settings(op: str, head_dim: int, kind: str, arch: int) -> tuple[Settings, ..
         few = op == "stage_attention_queries" and width in (128, 256)
         found = ((64, 16, 8, 1) if width <= 64 else (16, 16, 4 if few else 8, 1),)
     elif kind == "tf32":
-        found = _tf32(op, width, arch)
+        found = _tf32(op, width, head_dim < width, arch)
     else:
         found = _sixteen_bits(op, width, head_dim < width, arch)
     if op == "stage_attention_keys":
@@ -137,37 +142,47 @@ def _sixteen_bits(op: str, width: int, masked: bool,
                   arch: int) -> tuple[tuple[int, int, int, int], ...]:
     # (own, loop, warps, stages). A thread of a 64-row tile has width / 2 registers of each
     # sum, half of that for each of the tile's factors, and half the loop's block of scores:
-    # what is left of 255 sets the loop's block.
+    # what is left of 255 sets the loop's block. Parts with empty columns take masks, which cost a
+    # few more: where two blocks in flight would spill with Triton 3.6 or 3.9, there is one.
+    groups = _has_warp_groups(arch)
     if width > 128:
         if op == "stage_attention_keys":  # two sums, two factors
-            return ((64, 16, 8, 2) if width < 256 and _has_warp_groups(arch) else (32, 16, 4, 2),)
+            if width < 256 and groups:
+                return ((64, 16, 8, 2),)
+            return ((32, 16, 8 if masked and groups else 4, 2),)
         if op == "stage_attention_queries":  # two factors; 8 warps share a row's columns
             # On sm_120 two parts of a wider block spill, one takes too much shared memory.
             two = arch >= 120 and width < 256
-            return ((64, 16 if two else 32, 8, 1 if arch >= 120 and not two else 2),)
+            few = arch >= 120 and (not two or (masked and width == 144))
+            return ((64, 16 if two else 32, 8, 1 if few else 2),)
         # 8 warps share a single part's columns; of two parts both would do the same.
         if width == 256:
             return ((64, 32, 8, 2),)
-        return ((64, 32 if _has_warp_groups(arch) else 16, 4, 2),)  # on others, 32 spill
+        # On others than those with warp groups 32 spill.
+        return ((64, 32 if groups else 16, 4, 1 if masked and arch >= 120 else 2),)
+    two_parts = 64 < width < 128
+    few = 1 if masked and width > 64 else 2
     if op == "stage_attention_keys":
-        loop = 32 if width < 64 or _has_warp_groups(arch) else 16
-        # Two parts, the second with empty columns (D = 72 and 88), take masks: with two blocks in
-        # flight Triton 3.6 spills a few, unless warp groups leave the factors out of registers.
-        few = 1 if masked and 64 < width < 128 else 2
-        if arch >= 120 and 64 < width < 128:  # 2 warps spill a few of two parts with Triton 3.6
+        # Of two parts warp groups leave the factors out of registers.
+        loop = 32 if width < 64 or groups else 16
+        if arch >= 120 and two_parts:  # 2 warps spill a few of two parts with Triton 3.6
             return ((64, loop, 4, few),)
-        return (32, 16, 2, few), (64, loop, 4, 2 if _has_warp_groups(arch) else few)
+        if masked and width == 128:
+            return (32, 16, 4, 2), (64, 16, 4, 2)
+        return (32, 16, 2, few), (64, loop, 4, 2 if groups else few)
     if op == "stage_attention_queries":
-        return (32, 32, 2, 2), (64, 32, 4, 2)
-    # Blocks in flight: 16 KiB each at width 64, 32 KiB at 128. Of two parts with masks Triton 3.9
-    # spills the small tile's on sm_90 and sm_120, where a loop of 64 spills at D = 88, too.
-    few = 1 if masked and 64 < width < 128 else 2
+        return (32, 32, 2, 2 if two_parts else few), (64, 32, 4, 2)
+    # Blocks in flight: 16 KiB each at width 64, 32 KiB at 128. On sm_120 a loop of 64 spills, too,
+    # at D = 88 in the usual tile, and from D = 104 on in both.
     loop = 32 if few == 1 and width > 80 and arch >= 120 else 64
-    return (32, 32, 2, few), (64, loop, 4, 3 if width <= 64 else 2), (128, 64, 8, 2)
+    return ((32, 32, 2, few), (64, loop, 4, 3 if width <= 64 else 2),
+            (128, 64 if two_parts else loop, 8, 1 if loop < 64 and not two_parts else 2))
 
 
-def _tf32(op: str, width: int, arch: int) -> tuple[tuple[int, int, int, int], ...]:
-    # Factors take twice the registers and the shared memory.
+def _tf32(op: str, width: int, masked: bool, arch: int) -> tuple[tuple[int, int, int, int], ...]:
+    # Factors take twice the registers and the shared memory. Gradients of wide parts with empty
+    # columns, whose masks take registers, too, have them spread over twice the threads.
+    more = 8 if masked and width >= 128 else 4
     little_shared, groups = arch >= 120, _has_warp_groups(arch)
     if op == "stage_attention":
         if width <= 128:
@@ -177,14 +192,14 @@ def _tf32(op: str, width: int, arch: int) -> tuple[tuple[int, int, int, int], ..
         if little_shared:
             # Shared memory holds 16 keys of one part, registers 16 queries of two.
             least = (width == 256) == (op == "stage_attention_keys")
-            return ((16 if least else 32, 16, 4, 1),)
-        return ((32, 16, 4, 1 if groups and op == "stage_attention_keys" else 2),)
+            return ((16 if least else 32, 16, more, 1),)
+        return ((32, 16, more, 1 if groups and op == "stage_attention_keys" else 2),)
     if op == "stage_attention_queries":
         # Of four warps, a single part of 128 spills a few with Triton 3.6 on sm_90.
         return ((64, 32 if width <= 64 else 16, 8 if groups and width == 128 else 4, 2),)
     if 64 < width < 128 and not groups:
-        return ((16, 16, 4, 2),)  # two parts of 32 keys spill
-    return ((64 if width <= (96 if groups else 64) else 32, 16, 4, 2),)
+        return ((16, 16, 4, 1 if masked else 2),)  # two parts of 32 keys spill
+    return ((64 if width <= (96 if groups else 64) else 32, 16, more, 2),)
 
 
 def _tiling(op: str, stage_lengths: tuple[int, ...], queries: int,

@@ -111,6 +111,13 @@ def test_var_s_gradients(small_tiles):
     check(packed(VAR_STAGES[:7], heads=1))
 
 
+@pytest.mark.parametrize("stages", [(2,), (3,), (1, 2)], ids=str)
+def test_gradients_of_a_few_keys(stages):
+    """What a rounding of the weights' gradients leaves in their difference from their mean."""
+    for _ in range(4):
+        check(packed(stages, batch=2, head_dim=256))
+
+
 def test_suffix_gradients_reach_the_cached_stages(small_tiles):
     call = packed((4, 20, 17), queries=17)
     check(call)
