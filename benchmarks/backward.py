@@ -29,8 +29,8 @@ CALL = "backward call"
 NOTE = """
 
 float32. In ops, by torch's profiler: the C++ kernel and its outputs. The call: what is left of
-ours, autograd's engine and Python. The floor: bytes at a copy's rate in the same run; a call of a
-few megabytes that the cache holds may lie below it."""
+ours, autograd's engine, Python and the freeing of the gradients. The floor: bytes at a copy's rate
+in the same run; a call of a few megabytes that the cache holds may lie below it."""
 
 
 def measure(case: cases.Case, arena: cases.Arena, found: Rates, seconds: float) -> dict[str, Any]:
