@@ -153,8 +153,8 @@ def _sixteen_bits(op: str, width: int, masked: bool,
         if op == "stage_attention_queries":  # two factors; 8 warps share a row's columns
             # On sm_120 two parts of a wider block spill, one takes too much shared memory.
             two = arch >= 120 and width < 256
-            few = arch >= 120 and (not two or (masked and width == 144))
-            return ((64, 16 if two else 32, 8, 1 if few else 2),)
+            one_block = arch >= 120 and (not two or (masked and width == 144))
+            return ((64, 16 if two else 32, 8, 1 if one_block else 2),)
         # 8 warps share a single part's columns; of two parts both would do the same.
         if width == 256:
             return ((64, 32, 8, 2),)
