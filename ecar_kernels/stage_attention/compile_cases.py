@@ -31,23 +31,36 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         yield from _cases(op, 72, "float16", arch)
         yield from _cases(op, 96, "bfloat16", arch, negative=True)
         yield from _cases(op, 96, "bfloat16", arch, unit=1)
+    for kind in launch.KINDS:
+        for head_dim in HEAD_DIMS if kind == "bfloat16" else FEWER_HEAD_DIMS:
+            yield from _cases("stage_attention_queries", head_dim, kind, arch, few_keys=True)
+    yield from _cases("stage_attention_queries", 96, "bfloat16", arch, few_keys=True, negative=True)
+    for kind in launch.KINDS:
+        yield from _cases("stage_attention_queries", 96, kind, arch, few_keys=True, unit=1)
     for dtype, head_dim in (("fp32", 256), ("bf16", 72)):
         yield _delta(dtype, head_dim)
 
 
 def _cases(op: str, head_dim: int, kind: str, arch: int, *, negative: bool = False,
-           unit: int = 8) -> Iterator[CompileCase]:
+           unit: int = 8, few_keys: bool = False) -> Iterator[CompileCase]:
     kernel = _KERNELS[op]
     part1, part2 = launch.parts(head_dim, op, kind)
-    found = launch.settings(op, head_dim, kind, arch)
-    for its in found if unit > 1 else (launch.unaligned(op, head_dim, kind, arch),):
+    if few_keys:
+        found = (launch.few_keys(head_dim, kind, arch, aligned=unit > 1),)
+    elif unit == 1:
+        found = (launch.unaligned(op, head_dim, kind, arch),)
+    else:
+        found = launch.settings(op, head_dim, kind, arch)
+    for its in found:
         constants = {
             "HEAD_DIM": head_dim, "PART1": part1, "PART2": part2, "UNIT": unit,
             "NEGATIVE": negative, "PRECISION": "tf32" if kind == "tf32" else "ieee",
             "RELOAD": launch.reload(op, head_dim, kind, arch),
             "BLOCK_M": its.block_m, "BLOCK_N": its.block_n,
         }
-        name = f"{op} {kind} D={head_dim} {its.block_m}x{its.block_n}"
+        if op == "stage_attention_queries":
+            constants["FEW_KEYS"] = few_keys
+        name = f"{op} {kind} D={head_dim} {its.block_m}x{its.block_n}" + " few keys" * few_keys
         name += " scale<0" * negative + " unaligned" * (unit == 1)
         yield _case(name, kernel, _TYPES[kind], constants, its,
                     launch.max_registers(op, head_dim, kind))

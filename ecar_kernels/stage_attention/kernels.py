@@ -317,9 +317,14 @@ def query_gradients_kernel(
     num_tiles, num_heads, batch_heads, queries, group, scale, scale_log2,
     HEAD_DIM: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr, UNIT: tl.constexpr,
     NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, RELOAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FEW_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one query tile, over the keys that it sees."""
+    """Gradient of one query tile, over the keys that it sees.
+
+    Where these are fewer than a block, FEW_KEYS, delta is taken from their weights and left for
+    key_gradients_kernel: where one key has nearly all the weight, its weight's gradient less
+    delta is nearly 0, and the rounding of `out` in delta_kernel's would be all that is left.
+    """
     tile, image, head = _locate(num_tiles, num_heads, batch_heads, group)
     start = tl.load(table + 3 * tile)
     length = tl.load(table + 3 * tile + 1)
@@ -346,7 +351,7 @@ def query_gradients_kernel(
     row_delta = tl.load(delta + statistics, mask=rows < length, other=0.0)
     whole = end // BLOCK_N * BLOCK_N
 
-    for BOUNDED in tl.static_range(2):
+    for BOUNDED in tl.static_range(1 if FEW_KEYS else 0, 2):
         for at in tl.range(whole if BOUNDED else 0, end if BOUNDED else whole, BLOCK_N,
                            disable_licm=RELOAD):
             left = end - at
@@ -374,6 +379,11 @@ def query_gradients_kernel(
             if BOUNDED:
                 # 2^(0 - lse) of keys past the end may be infinite, and inf times zero is nan.
                 weights = tl.where(tl.arange(0, BLOCK_N)[None, :] < left, weights, 0.0)
+            if FEW_KEYS:
+                # Over the weights' sum, which is 1 but for rounding: 1 / sum is 2 - sum.
+                row_delta = tl.sum(weights * grad_weights, 1)
+                row_delta = tl.fma(row_delta, 1 - tl.sum(weights, 1), row_delta)
+                tl.store(delta + statistics, row_delta, mask=rows < length)
             grad_scores = (weights * (grad_weights - row_delta[:, None])).to(k.dtype.element_ty)
             grad_q1 = _dot(grad_scores, k1, grad_q1, PRECISION)
             if PART2 > 0:

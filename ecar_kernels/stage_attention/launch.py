@@ -110,6 +110,19 @@ def unaligned(op: str, head_dim: int, kind: str, arch: int) -> Settings:
     return Settings(*blocks, num_warps, 1)
 
 
+def few_keys(head_dim: int, kind: str, arch: int, *, aligned: bool) -> Settings:
+    """For the gradients of those queries that see fewer keys than the least block: one block of
+    them, so that none is in flight. Warp groups where gradients of keys have them, which round a
+    product in their own way; their 64 rows of two factors of 256 columns spill."""
+    width = sum(parts(head_dim, "stage_attention_queries", kind))
+    if kind == "exact":  # each of these spills, of another width, with Triton 3.6 or 3.9
+        rows, num_warps = (16, 4) if width <= 64 else (32, 8) if width < 256 else (16, 8)
+        return Settings(rows, 16, num_warps, 1)
+    if kind != "tf32" and aligned and _has_warp_groups(arch) and width < 256:
+        return Settings(64, 32, 4 if width <= 128 else 8, 1)
+    return Settings(16, 16, 4 if width <= 128 else 8, 1)
+
+
 def settings(op: str, head_dim: int, kind: str, arch: int) -> tuple[Settings, ...]:
     """What `default` chooses from, by the size of the owned tile, smallest first.
 

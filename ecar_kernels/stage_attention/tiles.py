@@ -3,6 +3,7 @@
 Pure arithmetic on the stage list, then one small table per list on the device.
 """
 
+import functools
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 Row = tuple[int, int, int]
+FEW_KEYS = 16  # below it a query's are few: no block is smaller
 
 
 def query_tiles(stage_lengths: tuple[int, ...], queries: int, block: int) -> list[Row]:
@@ -24,6 +26,23 @@ def query_tiles(stage_lengths: tuple[int, ...], queries: int, block: int) -> lis
     return sorted(rows, key=lambda row: -row[2])
 
 
+def query_tiles_of_few_keys(*shape) -> list[Row]:
+    return [row for row in query_tiles(*shape) if row[2] < FEW_KEYS]
+
+
+def query_tiles_of_many_keys(*shape) -> list[Row]:
+    return [row for row in query_tiles(*shape) if row[2] >= FEW_KEYS]
+
+
+@functools.lru_cache(1024)
+def query_kinds(stage_lengths: tuple[int, ...], queries: int) -> tuple[str, ...]:
+    """The kinds of table that part the queries into those of few keys and the others."""
+    ends = [end for _, _, end in query_tiles(stage_lengths, queries, queries)]
+    if min(ends) >= FEW_KEYS:
+        return ("query",)
+    return ("few_keys", "many_keys") if max(ends) >= FEW_KEYS else ("few_keys",)
+
+
 def key_tiles(stage_lengths: tuple[int, ...], queries: int, block: int) -> list[Row]:
     """(first key, length <= block, first query that sees them), the most queries first."""
     before_queries = sum(stage_lengths) - queries
@@ -34,13 +53,15 @@ def key_tiles(stage_lengths: tuple[int, ...], queries: int, block: int) -> list[
     ]
 
 
+KINDS = {"query": query_tiles, "few_keys": query_tiles_of_few_keys,
+          "many_keys": query_tiles_of_many_keys, "key": key_tiles}
 # Never emptied: a captured CUDA graph goes on reading the tables that it was captured with.
 _tables: dict[tuple, Tensor] = {}
 
 
 def table(kind: str, stage_lengths: tuple[int, ...], queries: int, block: int,
           device: torch.device) -> Tensor:
-    """The "query" or "key" tiles as int32 [tiles, 3], made at the first call and then kept.
+    """Tiles of a kind out of KINDS as int32 [tiles, 3], made at the first call and then kept.
 
     Where that first call is under CUDA-graph capture, the copy to the device becomes part of the
     graph and only its source, in pinned memory, is kept.
@@ -58,8 +79,7 @@ def table(kind: str, stage_lengths: tuple[int, ...], queries: int, block: int,
 
 
 def _rows(kind: str, *shape) -> Tensor:
-    tiles = query_tiles if kind == "query" else key_tiles
-    return torch.tensor(tiles(*shape), dtype=torch.int32)
+    return torch.tensor(KINDS[kind](*shape), dtype=torch.int32)
 
 
 def _on_device(rows: Tensor, device: torch.device) -> Tensor:

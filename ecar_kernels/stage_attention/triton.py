@@ -41,12 +41,14 @@ def _run_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
     _run_delta(out, grad, delta)
     read = (q, k, v, grad, lse, delta)
     scales = scale, abs(scale) * LOG2_E
+    # Queries first, for they write the delta of few keys.
+    for tiles_of in tiles.query_kinds(tuple(stage_lengths), q.shape[1]):
+        _launch(kernels.query_gradients_kernel, "stage_attention_queries", tiles_of, q, k,
+                stage_lengths, scale, strided=read[:4], tensors=(*read, grad_q),
+                counts=(q.shape[1],), scales=scales, FEW_KEYS=tiles_of == "few_keys")
     _launch(kernels.key_gradients_kernel, "stage_attention_keys", "key", q, k, stage_lengths,
             scale, strided=read[:4], tensors=(*read, grad_k, grad_v),
             counts=(q.shape[1], k.shape[1]), scales=scales)
-    _launch(kernels.query_gradients_kernel, "stage_attention_queries", "query", q, k,
-            stage_lengths, scale, strided=read[:4], tensors=(*read, grad_q),
-            counts=(q.shape[1],), scales=scales)
     return grad_q, grad_k, grad_v
 
 
@@ -60,17 +62,19 @@ def _run_delta(out: Tensor, grad: Tensor, delta: Tensor) -> None:
         UNIT=unit, BLOCK_M=its.rows, num_warps=its.num_warps)
 
 
-def _launch(kernel, op: str, side: str, q: Tensor, k: Tensor, stage_lengths: list[int],
+def _launch(kernel, op: str, tiles_of: str, q: Tensor, k: Tensor, stage_lengths: list[int],
             scale: float, *, strided: tuple[Tensor, ...], tensors: tuple[Tensor, ...],
-            counts: tuple[int, ...], scales: tuple[float, ...]) -> None:
-    """`side`: "query" or "key", whose tiles the kernel's programs own."""
+            counts: tuple[int, ...], scales: tuple[float, ...], **constants: bool) -> None:
+    """`tiles_of`: the kind of table (tiles.table) of what the kernel's programs own."""
     batch, queries, heads, head_dim = q.shape
     keys, stage_lengths = k.shape[1], tuple(stage_lengths)
     arch = _triton.architecture(q.device.index)
     precision = _triton.product_precision(q.dtype)
     kind = launch.kind(q.dtype, precision)
     unit, strides = _strides(strided)
-    if unit == 1:
+    if tiles_of == "few_keys":
+        its = launch.few_keys(head_dim, kind, arch, aligned=unit > 1)
+    elif unit == 1:
         its = launch.unaligned(op, head_dim, kind, arch)
     else:
         usual = launch.default(op, head_dim, kind, stage_lengths, queries, batch * heads, arch,
@@ -78,16 +82,15 @@ def _launch(kernel, op: str, side: str, q: Tensor, k: Tensor, stage_lengths: lis
         # The stages, for lists of equal totals have tiles of their own.
         its = tuning.choose(op, (head_dim, kind, queries, *stage_lengths), batch * heads, usual,
                             q.device.index)
-    table = tiles.table(side, stage_lengths, queries,
-                        its.block_m if side == "query" else its.block_n, q.device)
-    group = launch.heads_in_cache(batch * heads, keys if side == "query" else queries, head_dim,
-                                  q.element_size())
+    own, other = (its.block_n, queries) if tiles_of == "key" else (its.block_m, keys)
+    table = tiles.table(tiles_of, stage_lengths, queries, own, q.device)
+    group = launch.heads_in_cache(batch * heads, other, head_dim, q.element_size())
     part1, part2 = launch.parts(head_dim, op, kind)
     kernel[(len(table) * batch * heads,)](
         *tensors, table, *strides, len(table), heads, batch * heads, *counts, group, *scales,
         HEAD_DIM=head_dim, PART1=part1, PART2=part2, UNIT=unit, NEGATIVE=scale < 0,
         PRECISION=precision, RELOAD=launch.reload(op, head_dim, kind, arch),
-        BLOCK_M=its.block_m, BLOCK_N=its.block_n,
+        BLOCK_M=its.block_m, BLOCK_N=its.block_n, **constants,
         num_warps=its.num_warps, num_stages=its.num_stages,
         maxnreg=launch.max_registers(op, head_dim, kind))
 
