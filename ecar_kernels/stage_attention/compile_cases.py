@@ -32,7 +32,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         yield from _cases(op, 96, "bfloat16", arch, negative=True)
         yield from _cases(op, 96, "bfloat16", arch, unit=1)
     for kind in launch.KINDS:
-        for head_dim in HEAD_DIMS if kind == "bfloat16" else FEWER_HEAD_DIMS:
+        for head_dim in HEAD_DIMS if kind in ("bfloat16", "exact") else FEWER_HEAD_DIMS:
             yield from _cases("stage_attention_queries", head_dim, kind, arch, few_keys=True)
     yield from _cases("stage_attention_queries", 96, "bfloat16", arch, few_keys=True, negative=True)
     for kind in launch.KINDS:

@@ -116,8 +116,9 @@ def few_keys(head_dim: int, kind: str, arch: int, *, aligned: bool) -> Settings:
     product in their own way; their 64 rows of two factors of 256 columns spill."""
     width = sum(parts(head_dim, "stage_attention_queries", kind))
     if kind == "exact":  # each of these spills, of another width, with Triton 3.6 or 3.9
-        rows, num_warps = (16, 4) if width <= 64 else (32, 8) if width < 256 else (16, 8)
-        return Settings(rows, 16, num_warps, 1)
+        if width in (80, 128, 144, 160, 192):
+            return Settings(32, 16, 8, 1)
+        return Settings(16, 16, 4 if width == 96 else 8, 1)
     if kind != "tf32" and aligned and _has_warp_groups(arch) and width < 256:
         return Settings(64, 32, 4 if width <= 128 else 8, 1)
     return Settings(16, 16, 4 if width <= 128 else 8, 1)
