@@ -9,26 +9,13 @@ from hypothesis import strategies as st
 from ecar_kernels import _triton
 from ecar_kernels.registry import KERNEL_DTYPES
 from ecar_kernels.stage_attention import launch, reference, tiles
-from tests.support.accuracy import assert_accurate, run
+from tests.support.triton_attention import DEVICE, check, packed
 
 triton = pytest.importorskip("ecar_kernels.stage_attention.triton")
 
 VAR_STAGES = (1, 4, 9, 16, 25, 36, 64, 100, 169, 256)
 # One for each pair of parts: 16, 32, 32 + 16, 64, 64 + 16, 64 + 32, 128, 128 + 16 and so on.
 HEAD_DIMS = (8, 24, 40, 64, 72, 96, 112, 136, 160, 192, 256)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def packed(stages, *, queries=None, batch=1, heads=2, head_dim=8, dtype=torch.float32):
-    """q, k, v as views of one packed projection; q of the newest `queries` tokens."""
-    x = torch.randn(batch, sum(stages), 3, heads, head_dim, device=DEVICE).to(dtype)
-    q, k, v = x.unbind(2)
-    first = 0 if queries is None else sum(stages) - queries
-    return {"q": q[:, first:], "k": k, "v": v, "stage_lengths": stages}
-
-
-def check(call: dict, *, gradients: bool = True) -> None:
-    assert_accurate(triton.stage_attention, reference.stage_attention, call, gradients=gradients)
 
 
 @pytest.fixture
@@ -110,39 +97,6 @@ def test_any_stages(data):
         check(call, gradients=judged)
 
 
-def test_one_key_s_gradients_are_rounding_alone():
-    call = packed((1,), batch=2, head_dim=72)
-    _, grad_q, grad_k, grad_v = run(triton.stage_attention, call, None,
-                                    [torch.randn_like(call["q"])])
-    assert max(grad_q.abs().max(), grad_k.abs().max()) <= 1e-5 and grad_v.all()
-
-
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize("stages", [(2,), (3,), (1, 1), (1, 2), (7,)], ids=str)
-def test_one_of_a_few_keys_has_nearly_all_the_weight(stages, dtype):
-    """Then delta is its weight's gradient, and what is left of their difference is judged."""
-    for scale in (0.3, -0.3):
-        check(packed(stages, batch=2, head_dim=96, dtype=dtype) | {"scale": scale})
-
-
-def test_weights_that_sum_to_nearly_one():
-    """As where a score is rounded once on its way into the logsumexp, and not in a weight."""
-    def ours(q, k, v, grad):
-        out, lse = triton._forward(q, k, v, (1, 1), 0.3)
-        lse = lse + torch.empty_like(lse).uniform_(-5e-7, 5e-7)
-        return triton._backward(grad, q, k, v, out, lse, (1, 1), 0.3)[:2]
-
-    def exact(q, k, v, grad):
-        q, k = (x.detach().requires_grad_() for x in (q, k))
-        out = reference.stage_attention(q, k, v, (1, 1), scale=0.3)
-        return torch.autograd.grad(out, (q, k), grad)
-
-    for _ in range(10):
-        call = packed((1, 1), batch=4, head_dim=96)
-        del call["stage_lengths"]
-        assert_accurate(ours, exact, call | {"grad": torch.randn_like(call["q"])})
-
-
 @pytest.mark.parametrize("queries", [680, 425, 256, 1])
 def test_var_s_ten_stages(queries):
     stages = VAR_STAGES if queries > 1 else (*VAR_STAGES[::-1][:4], 1)
@@ -151,13 +105,6 @@ def test_var_s_ten_stages(queries):
 
 def test_var_s_gradients(small_tiles):
     check(packed(VAR_STAGES[:7], heads=1))
-
-
-@pytest.mark.parametrize("stages", [(2,), (3,), (1, 2)], ids=str)
-def test_gradients_of_a_few_keys(stages):
-    """What a rounding of the weights' gradients leaves in their difference from their mean."""
-    for _ in range(4):
-        check(packed(stages, batch=2, head_dim=256))
 
 
 def test_suffix_gradients_reach_the_cached_stages(small_tiles):
