@@ -215,8 +215,10 @@ struct HeadGradients {
 
   // The scores of a block of queries and `keys` keys become weights, and the weights' gradients
   // the scores': p (g - delta), delta the sum of p g over all keys. Where these are `all` of them
-  // it is taken as that, and a rounding of g falls out of the difference; of more keys than a
-  // piece, as the output times its gradient, whose own rounding is then one among many.
+  // it is taken as that, and a rounding of g falls out of the difference; then what p (g - delta)
+  // sums to is added, which ought to be 0: where one key has nearly all the weight, what rounding
+  // left in delta would be all of its difference. Of more keys than a piece delta is the output
+  // times its gradient, whose own rounding is then one among many.
   void differentiate(int64_t b, int64_t keys, int64_t vectors, bool all) {
     for (int64_t v = 0; v < vectors * kWidth; v += kWidth) {
       const Vec its_lse = Full{}.load(lse + b * kQueries + v);
@@ -227,7 +229,15 @@ struct HeadGradients {
         Full{}.store(weight, p);
         if (all) sum = fma(p, Full{}.load(grad_scores + i * kQueries + v), sum);
       }
-      const Vec its_delta = all ? sum : Full{}.load(delta + b * kQueries + v);
+      Vec its_delta = all ? sum : Full{}.load(delta + b * kQueries + v);
+      if (all) {
+        Vec left{};
+        ECAR_UNROLL for (int64_t i = 0; i < keys; ++i) {
+          const int64_t at = i * kQueries + v;
+          left = fma(Full{}.load(weights + at), Full{}.load(grad_scores + at) - sum, left);
+        }
+        its_delta = sum + left;
+      }
       ECAR_UNROLL for (int64_t i = 0; i < keys; ++i) {
         float* grad = grad_scores + i * kQueries + v;
         Full{}.store(grad, Full{}.load(weights + i * kQueries + v) *

@@ -97,6 +97,15 @@ def test_gradients_of_a_few_keys(stages):
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("stages", [(2,), (1, 3), (20,), (16, 4), (30, 70)], ids=str)
+def test_queries_that_resemble_a_key(stages, dtype):
+    """Which has nearly all the weight then: a gradient is small beside the terms of its sum."""
+    for _ in range(10):
+        call = call_of(stages, 1, batch=2, head_dim=64, dtype=dtype)
+        check(call | {"q": call["k"][:, -stages[-1]:], "scale": 1 / 8})
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_class_of_head_dim(head_dim, dtype):
     check(call_of((1, 5, 49), head_dim=head_dim, dtype=dtype))
