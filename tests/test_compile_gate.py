@@ -73,13 +73,14 @@ LISTED = '''
 import importlib
 import json
 import triton
-from tools.compile_gate import ARCHITECTURES, FAMILIES, cases
+from tools.compile_gate import ARCHITECTURES, FAMILIES, PACKAGE, cases
 
 found = {"families": FAMILIES, "kernels": {}, "compiled": {}, "cases": []}
 for family in FAMILIES:
-    module = importlib.import_module(f"ecar_kernels.{family}.kernels")
+    modules = [importlib.import_module(f"ecar_kernels.{family}.{path.stem}")
+               for path in PACKAGE.joinpath(family).glob("*kernels.py")]
     found["kernels"][family] = sorted(
-        name for name, value in vars(module).items()
+        name for module in modules for name, value in vars(module).items()
         if isinstance(value, triton.runtime.JITFunction) and not name.startswith("_"))
     found["compiled"][family] = sorted(
         {case.kernel.fn.__name__ for case in cases(family, ARCHITECTURES[0])})

@@ -7,16 +7,16 @@ from torch.autograd.function import once_differentiable
 
 
 def differentiable(forward: Callable, backward: Callable) -> type[torch.autograd.Function]:
-    """The Function of a backend's two ops: q, k, v, the output and the logsumexp are kept.
+    """The Function of a backend's two ops: q, k, v and all results of the forward are kept.
 
-    forward: (q, k, v, stage_lengths, scale) -> (out, lse). backward: (grad, q, k, v, out, lse,
-    stage_lengths, scale) -> the gradients of q, k and v.
+    forward: (q, k, v, stage_lengths, scale) -> (out, lse, ...). backward: (grad, q, k, v, out,
+    lse, ..., stage_lengths, scale) -> the gradients of q, k and v.
     """
     class StageAttention(torch.autograd.Function):
         @staticmethod
         def forward(ctx, q, k, v, stage_lengths, scale):
-            out, lse = forward(q, k, v, stage_lengths, scale)
-            ctx.save_for_backward(q, k, v, out, lse)
+            out, *others = forward(q, k, v, stage_lengths, scale)
+            ctx.save_for_backward(q, k, v, out, *others)
             ctx.stage_lengths, ctx.scale = stage_lengths, scale
             return out
 

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 
 from ecar_kernels._triton import CompileCase
-from ecar_kernels.stage_attention import kernels, launch
+from ecar_kernels.stage_attention import gradient_kernels, kernels, launch
 
 _KERNELS = {
     "stage_attention": kernels.forward_kernel,
-    "stage_attention_keys": kernels.key_gradients_kernel,
-    "stage_attention_queries": kernels.query_gradients_kernel,
+    "stage_attention_keys": gradient_kernels.key_gradients_kernel,
+    "stage_attention_queries": gradient_kernels.query_gradients_kernel,
 }
 _TYPES = {"bfloat16": "bf16", "float16": "fp16", "tf32": "fp32", "exact": "fp32"}
 # A setting needs the more registers the wider the head: of each band in one part and in two the
@@ -31,46 +31,59 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         yield from _cases(op, 72, "float16", arch)
         yield from _cases(op, 96, "bfloat16", arch, negative=True)
         yield from _cases(op, 96, "bfloat16", arch, unit=1)
+    for head_dim in HEAD_DIMS:
+        yield from _cases("stage_attention", head_dim, "bfloat16", arch, training=True)
+    yield from _cases("stage_attention", 96, "bfloat16", arch, training=True, unit=1)
     for kind in launch.KINDS:
-        for head_dim in HEAD_DIMS if kind in ("bfloat16", "exact") else FEWER_HEAD_DIMS:
-            yield from _cases("stage_attention_queries", head_dim, kind, arch, few_keys=True)
-    yield from _cases("stage_attention_queries", 96, "bfloat16", arch, few_keys=True, negative=True)
-    for kind in launch.KINDS:
-        yield from _cases("stage_attention_queries", 96, kind, arch, few_keys=True, unit=1)
+        yield _correction(kind)
+        yield _correction(kind, negative=True)
+        yield _correction(kind, unit=1)
     for dtype, head_dim in (("fp32", 256), ("bf16", 72)):
-        yield _delta(dtype, head_dim)
+        its = launch.delta(head_dim)
+        constants = {"HEAD_DIM": head_dim, "WIDTH": its.width, "UNIT": 8, "BLOCK_M": its.rows,
+                     "ADD_REST": dtype != "fp32"}
+        yield _case(f"stage_attention_delta {dtype} D={head_dim}", gradient_kernels.delta_kernel,
+                    dtype, constants, its)
 
 
-def _cases(op: str, head_dim: int, kind: str, arch: int, *, negative: bool = False,
-           unit: int = 8, few_keys: bool = False) -> Iterator[CompileCase]:
-    kernel = _KERNELS[op]
+def _cases(op: str, head_dim: int, kind: str, arch: int, *, negative: bool = False, unit: int = 8,
+           training: bool = False) -> Iterator[CompileCase]:
+    """training: of the forward, in a 16-bit type, with what gradients need of it."""
     part1, part2 = launch.parts(head_dim, op, kind)
-    if few_keys:
-        found = (launch.few_keys(head_dim, kind, arch, aligned=unit > 1),)
-    elif unit == 1:
+    if unit == 1:
         found = (launch.unaligned(op, head_dim, kind, arch),)
     else:
         found = launch.settings(op, head_dim, kind, arch)
     for its in found:
         constants = {
             "HEAD_DIM": head_dim, "PART1": part1, "PART2": part2, "UNIT": unit,
-            "NEGATIVE": negative, "PRECISION": "tf32" if kind == "tf32" else "ieee",
+            "NEGATIVE": negative, "PRECISION": _precision(kind),
             "RELOAD": launch.reload(op, head_dim, kind, arch),
             "BLOCK_M": its.block_m, "BLOCK_N": its.block_n,
         }
-        if op == "stage_attention_queries":
-            constants["FEW_KEYS"] = few_keys
-        name = f"{op} {kind} D={head_dim} {its.block_m}x{its.block_n}" + " few keys" * few_keys
+        if op == "stage_attention":
+            constants["LEAVE_REST"] = training
+        name = f"{op} {kind} D={head_dim} {its.block_m}x{its.block_n}" + " training" * training
         name += " scale<0" * negative + " unaligned" * (unit == 1)
-        yield _case(name, kernel, _TYPES[kind], constants, its,
+        yield _case(name, _KERNELS[op], _TYPES[kind], constants, its,
                     launch.max_registers(op, head_dim, kind))
 
 
-def _delta(dtype: str, head_dim: int) -> CompileCase:
-    its = launch.delta(head_dim)
-    constants = {"HEAD_DIM": head_dim, "WIDTH": its.width, "UNIT": 8, "BLOCK_M": its.rows}
-    return _case(f"stage_attention_delta {dtype} D={head_dim}", kernels.delta_kernel, dtype,
-                 constants, its)
+def _correction(kind: str, *, negative: bool = False, unit: int = 8) -> CompileCase:
+    """Of delta, at any head dimension."""
+    its = launch.correction(kind)
+    constants = {
+        "STRIP": its.strip, "UNIT": unit, "NEGATIVE": negative, "PRECISION": _precision(kind),
+        "BLOCK_M": its.block_m, "BLOCK_N": its.block_n,
+    }
+    name = f"stage_attention_correct_delta {kind} {its.block_m}x{its.block_n}"
+    name += " scale<0" * negative + " unaligned" * (unit == 1)
+    return _case(name, gradient_kernels.correct_delta_kernel, _TYPES[kind], constants, its,
+                 max_registers=255)
+
+
+def _precision(kind: str) -> str:
+    return "tf32" if kind == "tf32" else "ieee"
 
 
 def _case(name: str, kernel, dtype: str, constants: dict, its,

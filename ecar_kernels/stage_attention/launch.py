@@ -32,6 +32,17 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class CorrectionSettings:
+    """Blocks as in Settings; strip: columns of both sides that are multiplied at once."""
+
+    block_m: int
+    block_n: int
+    strip: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class DeltaSettings:
     """rows of `width` columns, a power of two, at once."""
 
@@ -71,7 +82,8 @@ def parts(head_dim: int, op: str = "stage_attention", kind: str = "bfloat16") ->
 
 @functools.cache
 def delta(head_dim: int) -> DeltaSettings:
-    """16 values a thread, of out and of its gradient: two loads of 16 bytes in 16-bit types."""
+    """16 values a thread, of out, its rest and its gradient: two loads of 16 bytes in 16-bit
+    types."""
     width = max(16, 1 << (head_dim - 1).bit_length())
     return DeltaSettings(2048 // width, width, 4)
 
@@ -110,18 +122,17 @@ def unaligned(op: str, head_dim: int, kind: str, arch: int) -> Settings:
     return Settings(*blocks, num_warps, 1)
 
 
-def few_keys(head_dim: int, kind: str, arch: int, *, aligned: bool) -> Settings:
-    """For the gradients of those queries that see fewer keys than the least block: one block of
-    them, so that none is in flight. Warp groups where gradients of keys have them, which round a
-    product in their own way; their 64 rows of two factors of 256 columns spill."""
-    width = sum(parts(head_dim, "stage_attention_queries", kind))
-    if kind == "exact":  # each of these spills, of another width, with Triton 3.6 or 3.9
-        if width in (80, 128, 144, 160, 192):
-            return Settings(32, 16, 8, 1)
-        return Settings(16, 16, 4 if width == 96 else 8, 1)
-    if kind != "tf32" and aligned and _has_warp_groups(arch) and width < 256:
-        return Settings(64, 32, 4 if width <= 128 else 8, 1)
-    return Settings(16, 16, 4 if width <= 128 else 8, 1)
+def correction(kind: str) -> CorrectionSettings:
+    """Of delta, whose kernel takes the same registers at every head dimension.
+
+    16-bit types have it for a few keys, of which the least block holds all. An exact product's
+    threads hold whole rows of a strip, two by two of them; a warp's matrix instruction 16 rows.
+    """
+    if kind == "exact":
+        return CorrectionSettings(32, 32, 16, 8, 1)
+    if kind == "tf32":
+        return CorrectionSettings(64, 32, 32, 8, 2)
+    return CorrectionSettings(16, 16, 32, 1, 1)
 
 
 def settings(op: str, head_dim: int, kind: str, arch: int) -> tuple[Settings, ...]:

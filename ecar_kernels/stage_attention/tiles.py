@@ -30,17 +30,9 @@ def query_tiles_of_few_keys(*shape) -> list[Row]:
     return [row for row in query_tiles(*shape) if row[2] < FEW_KEYS]
 
 
-def query_tiles_of_many_keys(*shape) -> list[Row]:
-    return [row for row in query_tiles(*shape) if row[2] >= FEW_KEYS]
-
-
 @functools.lru_cache(1024)
-def query_kinds(stage_lengths: tuple[int, ...], queries: int) -> tuple[str, ...]:
-    """The kinds of table that part the queries into those of few keys and the others."""
-    ends = [end for _, _, end in query_tiles(stage_lengths, queries, queries)]
-    if min(ends) >= FEW_KEYS:
-        return ("query",)
-    return ("few_keys", "many_keys") if max(ends) >= FEW_KEYS else ("few_keys",)
+def any_of_few_keys(stage_lengths: tuple[int, ...], queries: int) -> bool:
+    return bool(query_tiles_of_few_keys(stage_lengths, queries, queries))
 
 
 def key_tiles(stage_lengths: tuple[int, ...], queries: int, block: int) -> list[Row]:
@@ -53,8 +45,7 @@ def key_tiles(stage_lengths: tuple[int, ...], queries: int, block: int) -> list[
     ]
 
 
-KINDS = {"query": query_tiles, "few_keys": query_tiles_of_few_keys,
-          "many_keys": query_tiles_of_many_keys, "key": key_tiles}
+KINDS = {"query": query_tiles, "few_keys": query_tiles_of_few_keys, "key": key_tiles}
 # Never emptied: a captured CUDA graph goes on reading the tables that it was captured with.
 _tables: dict[tuple, Tensor] = {}
 

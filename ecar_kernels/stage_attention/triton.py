@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ecar_kernels import _triton, tuning
-from ecar_kernels.stage_attention import kernels, launch, tiles
+from ecar_kernels.stage_attention import gradient_kernels, kernels, launch, tiles
 from ecar_kernels.stage_attention._autograd import differentiable
 
 LOG2_E = math.log2(math.e)
@@ -19,47 +19,91 @@ def stage_attention(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _StageAttention.apply(q, k, v, stage_lengths, scale)
-    return _forward(q, k, v, stage_lengths, scale)[0]
+    return _forward(q, k, v, stage_lengths, scale)
 
 
 def _run_forward(q: Tensor, k: Tensor, v: Tensor, stage_lengths: list[int],
-                 scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = _fake_forward(q, k, v, stage_lengths, scale)
+                 scale: float) -> Tensor:
+    out, lse = _results(q)
+    _launch_forward(q, k, v, out, out, lse, stage_lengths, scale, leave_rest=False)
+    return out
+
+
+def _run_training(q: Tensor, k: Tensor, v: Tensor, stage_lengths: list[int],
+                  scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, the logsumexp in base 2, and what rounding to 16 bits took from the output."""
+    out, lse, rest = _fake_training(q, k, v, stage_lengths, scale)
+    _launch_forward(q, k, v, out, rest, lse, stage_lengths, scale,
+                    leave_rest=rest.numel() > 0)
+    return out, lse, rest
+
+
+def _results(q: Tensor) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=torch.float32)
+
+
+def _launch_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, rest: Tensor, lse: Tensor,
+                    stage_lengths: list[int], scale: float, *, leave_rest: bool) -> None:
     if out.numel():
         _launch(kernels.forward_kernel, "stage_attention", "query", q, k, stage_lengths, scale,
-                strided=(q, k, v), tensors=(q, k, v, out, lse), counts=(q.shape[1],),
-                scales=(abs(scale) * LOG2_E,))
-    return out, lse
+                strided=(q, k, v), tensors=(q, k, v, out, rest, lse), counts=(q.shape[1],),
+                scales=(abs(scale) * LOG2_E,), LEAVE_REST=leave_rest)
 
 
 def _run_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                  stage_lengths: list[int], scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    grad_q, grad_k, grad_v = _fake_backward(grad, q, k, v, out, lse, stage_lengths, scale)
+                  rest: Tensor, stage_lengths: list[int],
+                  scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    grad_q, grad_k, grad_v = _fake_backward(grad, q, k, v, out, lse, rest, stage_lengths, scale)
     if not q.numel():
         return grad_q, grad_k, grad_v
     delta = torch.empty_like(lse)
-    _run_delta(out, grad, delta)
+    _run_delta(out, rest, grad, delta)
     read = (q, k, v, grad, lse, delta)
-    scales = scale, abs(scale) * LOG2_E
-    # Queries first, for they write the delta of few keys.
-    for tiles_of in tiles.query_kinds(tuple(stage_lengths), q.shape[1]):
-        _launch(kernels.query_gradients_kernel, "stage_attention_queries", tiles_of, q, k,
-                stage_lengths, scale, strided=read[:4], tensors=(*read, grad_q),
-                counts=(q.shape[1],), scales=scales, FEW_KEYS=tiles_of == "few_keys")
-    _launch(kernels.key_gradients_kernel, "stage_attention_keys", "key", q, k, stage_lengths,
-            scale, strided=read[:4], tensors=(*read, grad_k, grad_v),
-            counts=(q.shape[1], k.shape[1]), scales=scales)
+    scale_log2 = abs(scale) * LOG2_E
+    _correct_delta(*read, stage_lengths, scale)
+    _launch(gradient_kernels.key_gradients_kernel, "stage_attention_keys", "key", q, k,
+            stage_lengths, scale, strided=read[:4], tensors=(*read, grad_k, grad_v),
+            counts=(q.shape[1], k.shape[1]), scales=(scale, scale_log2))
+    _launch(gradient_kernels.query_gradients_kernel, "stage_attention_queries", "query", q, k,
+            stage_lengths, scale, strided=read[:4], tensors=(*read, grad_q),
+            counts=(q.shape[1],), scales=(scale, scale_log2))
     return grad_q, grad_k, grad_v
 
 
-def _run_delta(out: Tensor, grad: Tensor, delta: Tensor) -> None:
+def _run_delta(out: Tensor, rest: Tensor, grad: Tensor, delta: Tensor) -> None:
     batch, queries, heads, head_dim = out.shape
     rows = batch * queries * heads
     unit, strides = _strides((grad,))
     its = launch.delta(head_dim)
-    kernels.delta_kernel[(-(-rows // its.rows),)](
-        out, grad, delta, *strides, heads, queries, rows, HEAD_DIM=head_dim, WIDTH=its.width,
-        UNIT=unit, BLOCK_M=its.rows, num_warps=its.num_warps)
+    gradient_kernels.delta_kernel[(-(-rows // its.rows),)](
+        out, rest, grad, delta, *strides, heads, queries, rows, HEAD_DIM=head_dim,
+        WIDTH=its.width, UNIT=unit, BLOCK_M=its.rows, ADD_REST=rest.numel() > 0,
+        num_warps=its.num_warps)
+
+
+def _correct_delta(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tensor, delta: Tensor,
+                   stage_lengths: list[int], scale: float) -> None:
+    """Where it is too inexact, which is where one key may have nearly all the weight.
+
+    In float32, for two products more than the backward's seven. In 16-bit types a sum over the
+    output and its rest is as good, but for queries that see so few keys that one often has.
+    """
+    batch, queries, heads, head_dim = q.shape
+    stage_lengths = tuple(stage_lengths)
+    which = "query" if q.dtype is torch.float32 else "few_keys"
+    if which == "few_keys" and not tiles.any_of_few_keys(stage_lengths, queries):
+        return
+    precision = _triton.product_precision(q.dtype)
+    its = launch.correction(launch.kind(q.dtype, precision))
+    table = tiles.table(which, stage_lengths, queries, its.block_m, q.device)
+    unit, strides = _strides((q, k, v, grad))
+    group = launch.heads_in_cache(batch * heads, k.shape[1], head_dim, q.element_size())
+    gradient_kernels.correct_delta_kernel[(len(table) * batch * heads,)](
+        q, k, v, grad, lse, delta, table, *strides, len(table), heads, batch * heads, queries,
+        group, head_dim, abs(scale) * LOG2_E, STRIP=its.strip, UNIT=unit, NEGATIVE=scale < 0,
+        PRECISION=precision, BLOCK_M=its.block_m, BLOCK_N=its.block_n,
+        num_warps=its.num_warps, num_stages=its.num_stages, maxnreg=255)
 
 
 def _launch(kernel, op: str, tiles_of: str, q: Tensor, k: Tensor, stage_lengths: list[int],
@@ -72,9 +116,7 @@ def _launch(kernel, op: str, tiles_of: str, q: Tensor, k: Tensor, stage_lengths:
     precision = _triton.product_precision(q.dtype)
     kind = launch.kind(q.dtype, precision)
     unit, strides = _strides(strided)
-    if tiles_of == "few_keys":
-        its = launch.few_keys(head_dim, kind, arch, aligned=unit > 1)
-    elif unit == 1:
+    if unit == 1:
         its = launch.unaligned(op, head_dim, kind, arch)
     else:
         usual = launch.default(op, head_dim, kind, stage_lengths, queries, batch * heads, arch,
@@ -103,19 +145,25 @@ def _strides(tensors: tuple[Tensor, ...]) -> tuple[int, list[int]]:
 
 
 def _fake_forward(q, k, v, stage_lengths, scale):
-    batch, queries, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=torch.float32)
+    return q.new_empty(q.shape)
 
 
-def _fake_backward(grad, q, k, v, out, lse, stage_lengths, scale):
+def _fake_training(q, k, v, stage_lengths, scale):
+    return *_results(q), q.new_empty(0 if q.dtype is torch.float32 else q.shape)
+
+
+def _fake_backward(grad, q, k, v, out, lse, rest, stage_lengths, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-_forward = _triton.register(
-    "stage_attention(Tensor q, Tensor k, Tensor v, int[] stage_lengths, float scale) "
-    "-> (Tensor, Tensor)", _run_forward, _fake_forward)
+_ARGUMENTS = "Tensor q, Tensor k, Tensor v, int[] stage_lengths, float scale"
+_forward = _triton.register(f"stage_attention({_ARGUMENTS}) -> Tensor", _run_forward,
+                            _fake_forward)
+_training = _triton.register(
+    f"stage_attention_training({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _run_training,
+    _fake_training)
 _backward = _triton.register(
     "stage_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "int[] stage_lengths, float scale) -> (Tensor, Tensor, Tensor)",
+    "Tensor rest, int[] stage_lengths, float scale) -> (Tensor, Tensor, Tensor)",
     _run_backward, _fake_backward)
-_StageAttention = differentiable(_forward, _backward)
+_StageAttention = differentiable(_training, _backward)

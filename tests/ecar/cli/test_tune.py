@@ -119,17 +119,12 @@ def test_a_gpu_is_measured():
 
 
 def test_attention_is_measured_forward_and_backward(timed):
-    found = tune.attention_problems((3, 13), 13, 2, 1, 16, torch.float32, device="cpu")
-    ops = [problem.op for problem in found]
-    assert ops == ["stage_attention", "stage_attention_queries", "stage_attention_keys"]
+    found = tune.attention_problems((3, 5), 5, 2, 1, 16, torch.float32, device="cpu")
+    assert [problem.op for problem in found] == [
+        "stage_attention", "stage_attention_keys", "stage_attention_queries"]
     for problem in found:
-        assert (problem.key, problem.rows) == ((16, "exact", 13, 3, 13), 2)
+        assert (problem.key, problem.rows) == ((16, "exact", 5, 3, 5), 2)
         choice = tune.measure(problem, rounds=1)
         assert choice.wrong == 0
         assert choice.settings == problem.candidates[-1] != problem.usual
     assert command._attention(PRESETS["S"])[-1] == ((16, 64, 256), 336)
-
-
-def test_queries_of_few_keys_have_nothing_to_choose():
-    found = tune.attention_problems((3, 5), 5, 2, 1, 16, torch.float32, device="cpu")
-    assert [problem.op for problem in found] == ["stage_attention", "stage_attention_keys"]

@@ -26,11 +26,9 @@ def test_tiles_cover_the_mask_once(lengths, newest, block_m, block_n):
         seen[start:start + length, :end] += 1
     assert seen.equal(mask)
     assert all(a[2] >= b[2] for a, b in itertools.pairwise(rows))
-    kinds = tiles.query_kinds(stages, queries)
-    split = [tiles.KINDS[kind](stages, queries, block_m) for kind in kinds]
-    assert sorted(itertools.chain(*split)) == sorted(rows) and all(split)
-    for kind, part in zip(kinds, split, strict=True):
-        assert {end < tiles.FEW_KEYS for _, _, end in part} == {kind == "few_keys"}
+    few = tiles.query_tiles_of_few_keys(stages, queries, block_m)
+    assert few == [row for row in rows if row[2] < 16]
+    assert tiles.any_of_few_keys(stages, queries) == bool(few)
     seen = torch.zeros_like(mask)
     rows = tiles.key_tiles(stages, queries, block_n)
     for start, length, first in rows:
@@ -62,9 +60,8 @@ def test_settings_hold_the_head_and_fit_the_chip():
             assert its.num_warps in (2, 4, 8) and its.num_stages in (1, 2, 3)
             limit = 1024 * launch.SHARED_KIB.get(arch, 99)
             assert launch._least_shared(op, head_dim, kind, its) <= limit
-        for aligned in (False, True):
-            few = launch.few_keys(head_dim, kind, arch, aligned=aligned)
-            assert few.block_n >= tiles.FEW_KEYS and few.num_stages == 1
+        correction = launch.correction(kind)
+        assert kind in ("tf32", "exact") or correction.block_n >= tiles.FEW_KEYS
         strip = launch.reload(op, head_dim, kind, arch)
         assert (strip > 0) == (kind == "exact")
         whole = launch.parts(head_dim, op, kind)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ecar_kernels import _triton
@@ -77,14 +77,13 @@ def calls(draw):
     call = packed(stages, queries=sum(stages[-newest:]), batch=draw(st.integers(0, 2)),
                   heads=draw(st.integers(1, 2)), head_dim=draw(st.sampled_from(HEAD_DIMS[:6])),
                   dtype=draw(st.sampled_from(KERNEL_DTYPES)))
-    # About the usual one. 3 times it gives nearly all the weight to one key: of many keys, delta
-    # of the rounded output is off then, and of a few queries a mean over rows judges chance.
-    peaked = [3.0] if sum(stages) < tiles.FEW_KEYS else []
-    scale = draw(st.sampled_from([None, 1.2, -0.6, 0.0, *peaked]))
+    # About the usual one; 3 times it gives nearly all the weight to one key.
+    scale = draw(st.sampled_from([None, 1.2, 3.0, -0.6, 0.0]))
     return call | {"scale": scale and scale * call["q"].shape[-1] ** -0.5}
 
 
-@settings(max_examples=6)
+@pytest.mark.usefixtures("products_sum_in_order")
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_stages(data):
     with pytest.MonkeyPatch.context() as patch:
@@ -233,15 +232,18 @@ def test_outputs_are_contiguous(small_tiles):
         assert x.is_contiguous()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("permuted", [False, True])
-def test_opcheck(permuted):
-    q, k, v, stages = packed((4, 20), queries=20).values()
+def test_opcheck(permuted, dtype):
+    q, k, v, stages = packed((4, 20), queries=20, dtype=dtype).values()
     if permuted:
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
-    torch.library.opcheck(triton._forward, (q, k, v, list(stages), -0.5))
-    out, lse = triton._forward(q, k, v, stages, -0.5)
-    grad = torch.randn_like(out)
-    torch.library.opcheck(triton._backward, (grad, q, k, v, out, lse, list(stages), -0.5))
+    for op in (triton._forward, triton._training):
+        torch.library.opcheck(op, (q, k, v, list(stages), -0.5))
+    kept = triton._training(q, k, v, stages, -0.5)
+    assert kept[0].equal(triton._forward(q, k, v, stages, -0.5))
+    grad = torch.randn_like(kept[0])
+    torch.library.opcheck(triton._backward, (grad, q, k, v, *kept, list(stages), -0.5))
 
 
 def test_fullgraph_equals_eager(small_tiles):
@@ -275,8 +277,8 @@ def test_rows_at_odd_addresses_have_settings_of_their_own(odd, monkeypatch):
     torch.autograd.grad(out, list(call.values()),
                         grad if odd == "gradient" else torch.randn_like(out).contiguous())
     first = "default" if odd == "gradient" else "unaligned"
-    assert asked == [(first, "stage_attention"), ("unaligned", "stage_attention_queries"),
-                     ("unaligned", "stage_attention_keys")]
+    assert asked == [(first, "stage_attention"), ("unaligned", "stage_attention_keys"),
+                     ("unaligned", "stage_attention_queries")]
 
 
 # Of E-CAR's models, VAR-d16, and 1024 pixels.

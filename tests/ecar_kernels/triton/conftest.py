@@ -1,0 +1,41 @@
+"""Triton's interpreter, made to round as a GPU does."""
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_rounds_to_nearest(monkeypatch):
+    """The interpreter of Triton 3.6 to 3.9 rounds to bfloat16 towards zero: of a weight that is 1
+    but for an ulp of float32 it makes 1 - 2^-8, an error that no kernel can mend."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    convert, tl = interpreter._convert_float, interpreter.tl
+
+    def rounded(data, source, target, rounding_mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, rounding_mode)
+        # A copy: its own are read-only views, some with strides of zero.
+        bits = torch.from_numpy(np.array(data, dtype=np.float32)).to(torch.bfloat16)
+        return bits.view(torch.int16).numpy().view(np.uint16)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+@pytest.fixture
+def products_sum_in_order(monkeypatch):
+    """A GPU's float32 product adds one column after another to its sum, in blocks of any size the
+    same bits. numpy's does not; and it rounds a product before it adds it, as here."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def in_order(self, a, b, d, *precision):
+        if (a.dtype, b.dtype, a.data.ndim) != (interpreter.tl.float32,) * 2 + (2,):
+            return dot(self, a, b, d, *precision)
+        terms = np.empty((a.data.shape[1] + 1, *d.data.shape), np.float32)
+        terms[0] = d.data
+        np.multiply(a.data.T[:, :, None], b.data[:, None, :], out=terms[1:])
+        # Over the slowest axis numpy adds in turn.
+        return interpreter.TensorHandle(np.add.reduce(terms, axis=0), d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", in_order)
