@@ -58,7 +58,7 @@ def _cases(op: str, head_dim: int, kind: str, arch: int, *, negative: bool = Fal
         constants = {
             "HEAD_DIM": head_dim, "PART1": part1, "PART2": part2, "UNIT": unit,
             "NEGATIVE": negative, "PRECISION": _precision(kind),
-            "RELOAD": launch.reload(op, head_dim, kind, arch),
+            "RELOAD": launch.reload(op, head_dim, kind),
             "BLOCK_M": its.block_m, "BLOCK_N": its.block_n,
         }
         if op == "stage_attention":

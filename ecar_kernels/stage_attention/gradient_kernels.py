@@ -10,8 +10,8 @@ from ecar_kernels.stage_attention.kernels import (
     _load_own,
     _locate,
     _row_offsets,
+    _rows,
     _store,
-    _strips,
 )
 
 
@@ -40,9 +40,9 @@ def delta_kernel(
 
 
 @triton.jit
-def _product(own, own_row, length, loop, loop_row, left, head_dim, STRIP: tl.constexpr,
-             BLOCK_OWN: tl.constexpr, BLOCK_LOOP: tl.constexpr, NEGATIVE: tl.constexpr,
-             PRECISION: tl.constexpr):
+def _strips(own, own_row, length, loop, loop_row, left, head_dim, STRIP: tl.constexpr,
+            BLOCK_OWN: tl.constexpr, BLOCK_LOOP: tl.constexpr, NEGATIVE: tl.constexpr,
+            PRECISION: tl.constexpr):
     """own loop^T, [BLOCK_OWN, BLOCK_LOOP], STRIP columns at a time: as few registers at any D.
 
     head_dim is no constant, which LLVM would unroll the loop for, and ptxas then spill.
@@ -68,7 +68,7 @@ def correct_delta_kernel(
     q, k, v, grad, lse, delta, table,
     q_image, q_row, q_head, k_image, k_row, k_head, v_image, v_row, v_head,
     grad_image, grad_row, grad_head,
-    num_tiles, num_heads, batch_heads, queries, group, head_dim, scale_log2,
+    num_tiles, num_heads, batch_heads, queries, head_dim, group, scale_log2,
     STRIP: tl.constexpr, UNIT: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -78,16 +78,11 @@ def correct_delta_kernel(
     rounding of a delta that was summed in another way, over the output, is all that is left. This
     sum is of small terms, and what remains is the rounding of delta itself.
     """
-    tile, image, head = _locate(num_tiles, num_heads, batch_heads, group)
-    start = tl.load(table + 3 * tile)
-    length = tl.load(table + 3 * tile + 1)
-    end = tl.load(table + 3 * tile + 2)
-    unit = tl.full([], UNIT, tl.int64)
-    q_row, k_row, v_row, grad_row = q_row * unit, k_row * unit, v_row * unit, grad_row * unit
-    q += (image * q_image + head * q_head) * UNIT + start * q_row
-    k += (image * k_image + head * k_head) * UNIT
-    v += (image * v_image + head * v_head) * UNIT
-    grad += (image * grad_image + head * grad_head) * UNIT + start * grad_row
+    image, head, start, length, end = _locate(table, num_tiles, num_heads, batch_heads, group)
+    q, q_row = _rows(q, q_image, q_row, q_head, image, head, start, UNIT)
+    k, k_row = _rows(k, k_image, k_row, k_head, image, head, 0, UNIT)
+    v, v_row = _rows(v, v_image, v_row, v_head, image, head, 0, UNIT)
+    grad, grad_row = _rows(grad, grad_image, grad_row, grad_head, image, head, start, UNIT)
 
     rows = tl.arange(0, BLOCK_M)
     statistics = (image * num_heads + head) * queries + start + rows
@@ -96,10 +91,10 @@ def correct_delta_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     for at in range(0, end, BLOCK_N):
         left = end - at
-        scores = _product(q, q_row, length, k + at * k_row, k_row, left, head_dim, STRIP, BLOCK_M,
-                          BLOCK_N, NEGATIVE, PRECISION)
-        grad_weights = _product(grad, grad_row, length, v + at * v_row, v_row, left, head_dim,
-                                STRIP, BLOCK_M, BLOCK_N, False, PRECISION)
+        scores = _strips(q, q_row, length, k + at * k_row, k_row, left, head_dim, STRIP, BLOCK_M,
+                         BLOCK_N, NEGATIVE, PRECISION)
+        grad_weights = _strips(grad, grad_row, length, v + at * v_row, v_row, left, head_dim,
+                               STRIP, BLOCK_M, BLOCK_N, False, PRECISION)
         weights = tl.exp2(tl.fma(scores, scale_log2, -row_lse[:, None]))
         # 2^(0 - lse) of keys past the end may be infinite, and inf times zero is nan.
         weights = tl.where(tl.arange(0, BLOCK_N)[None, :] < left, weights, 0.0)
@@ -112,7 +107,7 @@ def key_gradients_kernel(
     q, k, v, grad, lse, delta, grad_k, grad_v, table,
     q_image, q_row, q_head, k_image, k_row, k_head, v_image, v_row, v_head,
     grad_image, grad_row, grad_head,
-    num_tiles, num_heads, batch_heads, queries, keys, group, scale, scale_log2,
+    num_tiles, num_heads, batch_heads, queries, keys, head_dim, group, scale, scale_log2,
     HEAD_DIM: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr, UNIT: tl.constexpr,
     NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, RELOAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -120,16 +115,11 @@ def key_gradients_kernel(
     """Gradients of one key tile, over the queries that see it. Everything is transposed,
     [keys, queries], so that the weights are the left factor of both products they go into.
     """
-    tile, image, head = _locate(num_tiles, num_heads, batch_heads, group)
-    start = tl.load(table + 3 * tile)
-    length = tl.load(table + 3 * tile + 1)
-    first = tl.load(table + 3 * tile + 2)
-    unit = tl.full([], UNIT, tl.int64)
-    q_row, k_row, v_row, grad_row = q_row * unit, k_row * unit, v_row * unit, grad_row * unit
-    q += (image * q_image + head * q_head) * UNIT
-    k += (image * k_image + head * k_head) * UNIT + start * k_row
-    v += (image * v_image + head * v_head) * UNIT + start * v_row
-    grad += (image * grad_image + head * grad_head) * UNIT
+    image, head, start, length, first = _locate(table, num_tiles, num_heads, batch_heads, group)
+    q, q_row = _rows(q, q_image, q_row, q_head, image, head, 0, UNIT)
+    k, k_row = _rows(k, k_image, k_row, k_head, image, head, start, UNIT)
+    v, v_row = _rows(v, v_image, v_row, v_head, image, head, start, UNIT)
+    grad, grad_row = _rows(grad, grad_image, grad_row, grad_head, image, head, 0, UNIT)
     lse += (image * num_heads + head) * queries
     delta += (image * num_heads + head) * queries
 
@@ -155,10 +145,10 @@ def key_gradients_kernel(
             grad_at = grad + at * grad_row
             rows = at + tl.arange(0, BLOCK_M)
             if STRIPS:
-                scores = _strips(k, k_row, length, q_at, q_row, left, RELOAD, BLOCK_N, BLOCK_M,
-                                 BOUNDED, NEGATIVE, HEAD_DIM, PRECISION)
-                grad_weights = _strips(v, v_row, length, grad_at, grad_row, left, RELOAD,
-                                       BLOCK_N, BLOCK_M, BOUNDED, False, HEAD_DIM, PRECISION)
+                scores = _strips(k, k_row, length, q_at, q_row, left, head_dim, RELOAD, BLOCK_N,
+                                 BLOCK_M, NEGATIVE, PRECISION)
+                grad_weights = _strips(v, v_row, length, grad_at, grad_row, left, head_dim,
+                                       RELOAD, BLOCK_N, BLOCK_M, False, PRECISION)
             q1 = _load(q_at, q_row, left, 0, PART1, BLOCK_M, BOUNDED, HEAD_DIM)
             if not STRIPS:
                 if RELOAD:
@@ -215,16 +205,11 @@ def query_gradients_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one query tile, over the keys that it sees."""
-    tile, image, head = _locate(num_tiles, num_heads, batch_heads, group)
-    start = tl.load(table + 3 * tile)
-    length = tl.load(table + 3 * tile + 1)
-    end = tl.load(table + 3 * tile + 2)
-    unit = tl.full([], UNIT, tl.int64)
-    q_row, k_row, v_row, grad_row = q_row * unit, k_row * unit, v_row * unit, grad_row * unit
-    q += (image * q_image + head * q_head) * UNIT + start * q_row
-    k += (image * k_image + head * k_head) * UNIT
-    v += (image * v_image + head * v_head) * UNIT
-    grad += (image * grad_image + head * grad_head) * UNIT + start * grad_row
+    image, head, start, length, end = _locate(table, num_tiles, num_heads, batch_heads, group)
+    q, q_row = _rows(q, q_image, q_row, q_head, image, head, start, UNIT)
+    k, k_row = _rows(k, k_image, k_row, k_head, image, head, 0, UNIT)
+    v, v_row = _rows(v, v_image, v_row, v_head, image, head, 0, UNIT)
+    grad, grad_row = _rows(grad, grad_image, grad_row, grad_head, image, head, start, UNIT)
 
     if not RELOAD:
         q1 = _load_own(q, q_row, length, 0, PART1, BLOCK_M, NEGATIVE, HEAD_DIM)

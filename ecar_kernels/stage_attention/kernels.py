@@ -33,8 +33,8 @@ COUNTS = ["num_tiles", "num_heads", "batch_heads", "queries", "keys", "all_rows"
 
 
 @triton.jit
-def _locate(num_tiles, num_heads, batch_heads, group):
-    """This program's tile, image and head.
+def _locate(table, num_tiles, num_heads, batch_heads, group):
+    """This program's image and head, and its tile's row of the table.
 
     Tiles come heaviest first, so that light ones fill the end of the grid. Heads go in groups
     whose keys and values stay in the L2 cache while all tiles of the group read them.
@@ -45,7 +45,16 @@ def _locate(num_tiles, num_heads, batch_heads, group):
     pid -= first * num_tiles
     image_head = (first + pid % size).to(tl.int64)
     image = image_head // num_heads
-    return pid // size, image, image_head - image * num_heads
+    row = table + 3 * (pid // size)
+    return (image, image_head - image * num_heads, tl.load(row), tl.load(row + 1),
+            tl.load(row + 2))
+
+
+@triton.jit
+def _rows(x, x_image, x_row, x_head, image, head, first, UNIT: tl.constexpr):
+    """Where the head's row `first` is, and the stride of rows in elements."""
+    stride = x_row * tl.full([], UNIT, tl.int64)
+    return x + (image * x_image + head * x_head) * UNIT + first * stride, stride
 
 
 @triton.jit
@@ -106,19 +115,6 @@ def _load_own(base, stride, length, OFFSET: tl.constexpr, WIDTH: tl.constexpr,
 
 
 @triton.jit
-def _strips(own, own_row, length, loop, loop_row, left, STRIP: tl.constexpr,
-            BLOCK_OWN: tl.constexpr, BLOCK_LOOP: tl.constexpr, BOUNDED: tl.constexpr,
-            NEGATIVE: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr):
-    """own loop^T, [BLOCK_OWN, BLOCK_LOOP], of which registers hold STRIP columns at a time."""
-    total = tl.zeros([BLOCK_OWN, BLOCK_LOOP], tl.float32)
-    for OFFSET in tl.static_range(0, HEAD_DIM, STRIP):
-        a = _load_own(own, own_row, length, OFFSET, STRIP, BLOCK_OWN, NEGATIVE, HEAD_DIM)
-        b = _load(loop, loop_row, left, OFFSET, STRIP, BLOCK_LOOP, BOUNDED, HEAD_DIM)
-        total = _dot(a, tl.trans(b), total, PRECISION)
-    return total
-
-
-@triton.jit
 def _finish(out, rest, stride, length, value, OFFSET: tl.constexpr, WIDTH: tl.constexpr,
             BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, LEAVE_REST: tl.constexpr):
     _store(out, stride, length, value, OFFSET, WIDTH, BLOCK, HEAD_DIM)
@@ -140,15 +136,10 @@ def forward_kernel(
 
     LEAVE_REST: what rounding took from `out` is left in `rest`, in the same type, for delta_kernel.
     """
-    tile, image, head = _locate(num_tiles, num_heads, batch_heads, group)
-    start = tl.load(table + 3 * tile)
-    length = tl.load(table + 3 * tile + 1)
-    end = tl.load(table + 3 * tile + 2)
-    unit = tl.full([], UNIT, tl.int64)
-    q_row, k_row, v_row = q_row * unit, k_row * unit, v_row * unit
-    q += (image * q_image + head * q_head) * UNIT + start * q_row
-    k += (image * k_image + head * k_head) * UNIT
-    v += (image * v_image + head * v_head) * UNIT
+    image, head, start, length, end = _locate(table, num_tiles, num_heads, batch_heads, group)
+    q, q_row = _rows(q, q_image, q_row, q_head, image, head, start, UNIT)
+    k, k_row = _rows(k, k_image, k_row, k_head, image, head, 0, UNIT)
+    v, v_row = _rows(v, v_image, v_row, v_head, image, head, 0, UNIT)
 
     if not RELOAD:
         q1 = _load_own(q, q_row, length, 0, PART1, BLOCK_M, NEGATIVE, HEAD_DIM)

@@ -88,19 +88,17 @@ def delta(head_dim: int) -> DeltaSettings:
     return DeltaSettings(2048 // width, width, 4)
 
 
-def reload(op: str, head_dim: int, kind: str, arch: int) -> int:
+def reload(op: str, head_dim: int, kind: str) -> int:
     """Columns of an exact product's factors that are read at once, whole parts; 0 for the others.
 
     In the gradients of keys a thread would hold whole rows of both factors, twice the columns of
-    a part, and has 255 registers: of a part of 256 Triton 3.6 spills 320 bytes and more. Strips
-    of 64 columns do not, but on sm_80, where Triton 3.9 spills those and none of 128.
+    a part, and has 255 registers: of a part of 256 Triton 3.6 spills 320 bytes and more, of strips
+    of 64 columns none.
     """
     if kind != "exact":
         return 0
     whole = parts(head_dim, op, kind)[0]
-    if op != "stage_attention_keys" or whole < 256:
-        return whole
-    return 64 if arch >= 90 else 128
+    return 64 if op == "stage_attention_keys" and whole == 256 else whole
 
 
 def max_registers(op: str, head_dim: int, kind: str) -> int | None:

@@ -64,7 +64,7 @@ def _run_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
     _correct_delta(*read, stage_lengths, scale)
     _launch(gradient_kernels.key_gradients_kernel, "stage_attention_keys", "key", q, k,
             stage_lengths, scale, strided=read[:4], tensors=(*read, grad_k, grad_v),
-            counts=(q.shape[1], k.shape[1]), scales=(scale, scale_log2))
+            counts=(q.shape[1], k.shape[1], q.shape[3]), scales=(scale, scale_log2))
     _launch(gradient_kernels.query_gradients_kernel, "stage_attention_queries", "query", q, k,
             stage_lengths, scale, strided=read[:4], tensors=(*read, grad_q),
             counts=(q.shape[1],), scales=(scale, scale_log2))
@@ -89,34 +89,26 @@ def _correct_delta(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tensor, d
     In float32, for two products more than the backward's seven. In 16-bit types a sum over the
     output and its rest is as good, but for queries that see so few keys that one often has.
     """
-    batch, queries, heads, head_dim = q.shape
-    stage_lengths = tuple(stage_lengths)
     which = "query" if q.dtype is torch.float32 else "few_keys"
-    if which == "few_keys" and not tiles.any_of_few_keys(stage_lengths, queries):
+    if which == "few_keys" and not tiles.any_of_few_keys(tuple(stage_lengths), q.shape[1]):
         return
-    precision = _triton.product_precision(q.dtype)
-    its = launch.correction(launch.kind(q.dtype, precision))
-    table = tiles.table(which, stage_lengths, queries, its.block_m, q.device)
-    unit, strides = _strides((q, k, v, grad))
-    group = launch.heads_in_cache(batch * heads, k.shape[1], head_dim, q.element_size())
-    gradient_kernels.correct_delta_kernel[(len(table) * batch * heads,)](
-        q, k, v, grad, lse, delta, table, *strides, len(table), heads, batch * heads, queries,
-        group, head_dim, abs(scale) * LOG2_E, STRIP=its.strip, UNIT=unit, NEGATIVE=scale < 0,
-        PRECISION=precision, BLOCK_M=its.block_m, BLOCK_N=its.block_n,
-        num_warps=its.num_warps, num_stages=its.num_stages, maxnreg=255)
+    its = launch.correction(launch.kind(q.dtype, _triton.product_precision(q.dtype)))
+    read = q, k, v, grad
+    _start(gradient_kernels.correct_delta_kernel, which, its, q, k, stage_lengths, scale,
+           strides=_strides(read), tensors=(*read, lse, delta), counts=(q.shape[1], q.shape[3]),
+           scales=(abs(scale) * LOG2_E,), STRIP=its.strip, maxnreg=255)
 
 
 def _launch(kernel, op: str, tiles_of: str, q: Tensor, k: Tensor, stage_lengths: list[int],
             scale: float, *, strided: tuple[Tensor, ...], tensors: tuple[Tensor, ...],
             counts: tuple[int, ...], scales: tuple[float, ...], **constants: bool) -> None:
-    """`tiles_of`: the kind of table (tiles.table) of what the kernel's programs own."""
+    """A kernel that holds whole heads, in parts, under the settings of `op` (launch.OPS)."""
     batch, queries, heads, head_dim = q.shape
-    keys, stage_lengths = k.shape[1], tuple(stage_lengths)
+    stage_lengths = tuple(stage_lengths)
     arch = _triton.architecture(q.device.index)
-    precision = _triton.product_precision(q.dtype)
-    kind = launch.kind(q.dtype, precision)
-    unit, strides = _strides(strided)
-    if unit == 1:
+    kind = launch.kind(q.dtype, _triton.product_precision(q.dtype))
+    strides = _strides(strided)
+    if strides[0] == 1:
         its = launch.unaligned(op, head_dim, kind, arch)
     else:
         usual = launch.default(op, head_dim, kind, stage_lengths, queries, batch * heads, arch,
@@ -124,17 +116,27 @@ def _launch(kernel, op: str, tiles_of: str, q: Tensor, k: Tensor, stage_lengths:
         # The stages, for lists of equal totals have tiles of their own.
         its = tuning.choose(op, (head_dim, kind, queries, *stage_lengths), batch * heads, usual,
                             q.device.index)
-    own, other = (its.block_n, queries) if tiles_of == "key" else (its.block_m, keys)
-    table = tiles.table(tiles_of, stage_lengths, queries, own, q.device)
-    group = launch.heads_in_cache(batch * heads, other, head_dim, q.element_size())
     part1, part2 = launch.parts(head_dim, op, kind)
+    _start(kernel, tiles_of, its, q, k, stage_lengths, scale, strides=strides, tensors=tensors,
+           counts=counts, scales=scales, HEAD_DIM=head_dim, PART1=part1, PART2=part2,
+           RELOAD=launch.reload(op, head_dim, kind),
+           maxnreg=launch.max_registers(op, head_dim, kind), **constants)
+
+
+def _start(kernel, tiles_of: str, its, q: Tensor, k: Tensor, stage_lengths: Sequence[int],
+           scale: float, *, strides: tuple[int, list[int]], tensors: tuple[Tensor, ...],
+           counts: tuple[int, ...], scales: tuple[float, ...], **constants) -> None:
+    """`tiles_of`: the kind of table (tiles.table) of what the kernel's programs own."""
+    batch, queries, heads, head_dim = q.shape
+    unit, strides = strides
+    own, other = (its.block_n, queries) if tiles_of == "key" else (its.block_m, k.shape[1])
+    table = tiles.table(tiles_of, tuple(stage_lengths), queries, own, q.device)
+    group = launch.heads_in_cache(batch * heads, other, head_dim, q.element_size())
     kernel[(len(table) * batch * heads,)](
         *tensors, table, *strides, len(table), heads, batch * heads, *counts, group, *scales,
-        HEAD_DIM=head_dim, PART1=part1, PART2=part2, UNIT=unit, NEGATIVE=scale < 0,
-        PRECISION=precision, RELOAD=launch.reload(op, head_dim, kind, arch),
-        BLOCK_M=its.block_m, BLOCK_N=its.block_n, **constants,
-        num_warps=its.num_warps, num_stages=its.num_stages,
-        maxnreg=launch.max_registers(op, head_dim, kind))
+        UNIT=unit, NEGATIVE=scale < 0, PRECISION=_triton.product_precision(q.dtype),
+        BLOCK_M=its.block_m, BLOCK_N=its.block_n, num_warps=its.num_warps,
+        num_stages=its.num_stages, **constants)
 
 
 def _strides(tensors: tuple[Tensor, ...]) -> tuple[int, list[int]]:

@@ -39,3 +39,16 @@ def products_sum_in_order(monkeypatch):
         return interpreter.TensorHandle(np.add.reduce(terms, axis=0), d.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", in_order)
+
+
+@pytest.fixture
+def fma_rounds_once(monkeypatch):
+    """As on a GPU. Triton 3.6's interpreter rounds the product, too."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+    def create_fma(self, x, y, z):
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    if not hasattr(interpreter._interpreter, "fma_fp32"):
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)

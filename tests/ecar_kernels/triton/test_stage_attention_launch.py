@@ -62,7 +62,7 @@ def test_settings_hold_the_head_and_fit_the_chip():
             assert launch._least_shared(op, head_dim, kind, its) <= limit
         correction = launch.correction(kind)
         assert kind in ("tf32", "exact") or correction.block_n >= tiles.FEW_KEYS
-        strip = launch.reload(op, head_dim, kind, arch)
+        strip = launch.reload(op, head_dim, kind)
         assert (strip > 0) == (kind == "exact")
         whole = launch.parts(head_dim, op, kind)
         assert strip in (0, whole[0]) or (strip in powers and whole == (256, 0))

@@ -1,6 +1,5 @@
 """Stage attention's Triton kernels: interpreted on the CPU, or compiled where there is a GPU."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -178,19 +177,6 @@ def test_gradients_of_some_arguments(small_tiles):
 @pytest.mark.parametrize("scale", [0.0, -0.5, 1e-30, 2])
 def test_any_scale(scale, small_tiles):
     check(packed((3, 20), heads=1) | {"scale": scale})
-
-
-@pytest.fixture
-def fma_rounds_once(monkeypatch):
-    """As on a GPU. Triton 3.6's interpreter rounds the product, too."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-
-    def create_fma(self, x, y, z):
-        exact = x.data.astype(np.float64) * y.data + z.data
-        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
-
-    if not hasattr(interpreter._interpreter, "fma_fp32"):
-        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
 
 
 # Of rows past a tile's end, which are not stored.
