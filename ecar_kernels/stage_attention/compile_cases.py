@@ -1,14 +1,25 @@
 """Every stage attention kernel under every launch setting, for the compile gate."""
 
+import itertools
 from collections.abc import Iterator
 
 from ecar_kernels._triton import CompileCase
 from ecar_kernels.stage_attention import gradient_kernels, kernels, launch
+from ecar_kernels.stage_attention.unaligned_kernels import (
+    unaligned_forward_kernel,
+    unaligned_key_gradients_kernel,
+    unaligned_query_gradients_kernel,
+)
 
 _KERNELS = {
     "stage_attention": kernels.forward_kernel,
     "stage_attention_keys": gradient_kernels.key_gradients_kernel,
     "stage_attention_queries": gradient_kernels.query_gradients_kernel,
+}
+_UNALIGNED = {
+    "stage_attention": unaligned_forward_kernel,
+    "stage_attention_keys": unaligned_key_gradients_kernel,
+    "stage_attention_queries": unaligned_query_gradients_kernel,
 }
 _TYPES = {"bfloat16": "bf16", "float16": "fp16", "tf32": "fp32", "exact": "fp32"}
 # A setting needs the more registers the wider the head: of each band in one part and in two the
@@ -17,11 +28,11 @@ _TYPES = {"bfloat16": "bf16", "float16": "fp16", "tf32": "fp32", "exact": "fp32"
 HEAD_DIMS = (8, 40, 64, 72, 80, 88, 96, 104, 128, 136, 152, 160, 168, 192, 248, 256)
 FEWER_HEAD_DIMS = (64, 72, 96, 104, 128, 136, 168, 192, 248, 256)
 _FLOAT32 = ("lse", "delta")
+_STRIDED = ("q", "k", "v", "grad")
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """bfloat16 at every width; the other types, negative scales and rows at odd addresses where
-    registers are fewest."""
+    """bfloat16 at every width; the other types where registers are fewest."""
     for op in _KERNELS:
         for head_dim in HEAD_DIMS:
             yield from _cases(op, head_dim, "bfloat16", arch)
@@ -29,57 +40,71 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
             for head_dim in FEWER_HEAD_DIMS:
                 yield from _cases(op, head_dim, kind, arch)
         yield from _cases(op, 72, "float16", arch)
-        yield from _cases(op, 96, "bfloat16", arch, negative=True)
-        yield from _cases(op, 96, "bfloat16", arch, unit=1)
     for head_dim in HEAD_DIMS:
         yield from _cases("stage_attention", head_dim, "bfloat16", arch, training=True)
-    yield from _cases("stage_attention", 96, "bfloat16", arch, training=True, unit=1)
+        yield from _cases("stage_attention", head_dim, "bfloat16", arch, negative=True)
     for kind in launch.KINDS:
+        yield from _unaligned(kind)
         yield _correction(kind)
-        yield _correction(kind, negative=True)
         yield _correction(kind, unit=1)
     for dtype, head_dim in (("fp32", 256), ("bf16", 72)):
         its = launch.delta(head_dim)
-        constants = {"HEAD_DIM": head_dim, "WIDTH": its.width, "UNIT": 8, "BLOCK_M": its.rows,
-                     "ADD_REST": dtype != "fp32"}
-        yield _case(f"stage_attention_delta {dtype} D={head_dim}", gradient_kernels.delta_kernel,
-                    dtype, constants, its)
+        for unit in (8, 1):
+            constants = {"HEAD_DIM": head_dim, "WIDTH": its.width, "UNIT": unit,
+                         "BLOCK_M": its.rows, "ADD_REST": dtype != "fp32"}
+            name = f"stage_attention_delta {dtype} D={head_dim}" + " unaligned" * (unit == 1)
+            yield _case(name, gradient_kernels.delta_kernel, dtype, constants, its,
+                        aligned=unit > 1)
 
 
-def _cases(op: str, head_dim: int, kind: str, arch: int, *, negative: bool = False, unit: int = 8,
+def _cases(op: str, head_dim: int, kind: str, arch: int, *, negative: bool = False,
            training: bool = False) -> Iterator[CompileCase]:
     """training: of the forward, in a 16-bit type, with what gradients need of it."""
     part1, part2 = launch.parts(head_dim, op, kind)
-    if unit == 1:
-        found = (launch.unaligned(op, head_dim, kind, arch),)
-    else:
-        found = launch.settings(op, head_dim, kind, arch)
-    for its in found:
+    for its in launch.settings(op, head_dim, kind, arch):
         constants = {
-            "HEAD_DIM": head_dim, "PART1": part1, "PART2": part2, "UNIT": unit,
-            "NEGATIVE": negative, "PRECISION": _precision(kind),
-            "RELOAD": launch.reload(op, head_dim, kind),
-            "BLOCK_M": its.block_m, "BLOCK_N": its.block_n,
+            "HEAD_DIM": head_dim, "PART1": part1, "PART2": part2, "PRECISION": _precision(kind),
+            "RELOAD": launch.reload(op, head_dim, kind), "BLOCK_M": its.block_m,
+            "BLOCK_N": its.block_n,
         }
         if op == "stage_attention":
-            constants["LEAVE_REST"] = training
+            constants |= {"NEGATIVE": negative, "LEAVE_REST": training}
         name = f"{op} {kind} D={head_dim} {its.block_m}x{its.block_n}" + " training" * training
-        name += " scale<0" * negative + " unaligned" * (unit == 1)
+        name += " scale<0" * negative
         yield _case(name, _KERNELS[op], _TYPES[kind], constants, its,
                     launch.max_registers(op, head_dim, kind))
 
 
-def _correction(kind: str, *, negative: bool = False, unit: int = 8) -> CompileCase:
+def _unaligned(kind: str) -> Iterator[CompileCase]:
+    """At any head dimension; the forward with a negative scale too, and with what gradients need
+    of it in 16-bit types."""
+    for op, kernel in _UNALIGNED.items():
+        its = launch.unaligned(op, kind)
+        constants = {"COLUMNS": its.columns, "STRIP": its.strip, "PRECISION": _precision(kind),
+                     "BLOCK_M": its.block_m, "BLOCK_N": its.block_n}
+        name = f"{op} {kind} {its.block_m}x{its.block_n} unaligned"
+        if op != "stage_attention":
+            yield _case(name, kernel, _TYPES[kind], constants, its, 255, aligned=False)
+            continue
+        for negative, training in itertools.product((False, True), repeat=2):
+            if training and _TYPES[kind] == "fp32":
+                continue
+            yield _case(name + " training" * training + " scale<0" * negative, kernel,
+                        _TYPES[kind], constants | {"NEGATIVE": negative, "LEAVE_REST": training},
+                        its, 255, aligned=False)
+
+
+def _correction(kind: str, *, unit: int = 8) -> CompileCase:
     """Of delta, at any head dimension."""
     its = launch.correction(kind)
     constants = {
-        "STRIP": its.strip, "UNIT": unit, "NEGATIVE": negative, "PRECISION": _precision(kind),
+        "STRIP": its.strip, "UNIT": unit, "PRECISION": _precision(kind),
         "BLOCK_M": its.block_m, "BLOCK_N": its.block_n,
     }
     name = f"stage_attention_correct_delta {kind} {its.block_m}x{its.block_n}"
-    name += " scale<0" * negative + " unaligned" * (unit == 1)
+    name += " unaligned" * (unit == 1)
     return _case(name, gradient_kernels.correct_delta_kernel, _TYPES[kind], constants, its,
-                 max_registers=255)
+                 max_registers=255, aligned=unit > 1)
 
 
 def _precision(kind: str) -> str:
@@ -87,7 +112,7 @@ def _precision(kind: str) -> str:
 
 
 def _case(name: str, kernel, dtype: str, constants: dict, its,
-          max_registers: int | None = None) -> CompileCase:
+          max_registers: int | None = None, *, aligned: bool = True) -> CompileCase:
     def kind(argument: str) -> str:
         if argument in constants:
             return "constexpr"
@@ -100,9 +125,9 @@ def _case(name: str, kernel, dtype: str, constants: dict, its,
         return "*fp32" if argument in _FLOAT32 else f"*{dtype}"
 
     signature = {argument: kind(argument) for argument in kernel.arg_names}
-    # Strides between heads are 64 / UNIT, say: no multiples of 16.
-    aligned = tuple(argument for argument, its_kind in signature.items()
-                    if its_kind.startswith("*")
-                    or (constants["UNIT"] > 1 and argument.endswith(("_image", "_row"))))
+    # Strides between heads are 64 / 8, say: no multiples of 16.
+    divisible = tuple(argument for argument, its_kind in signature.items()
+                      if (its_kind.startswith("*") and (aligned or argument not in _STRIDED))
+                      or (aligned and argument.endswith(("_image", "_row"))))
     return CompileCase(name, kernel, signature, constants, its.num_warps,
-                       getattr(its, "num_stages", 1), aligned, max_registers)
+                       getattr(its, "num_stages", 1), divisible, max_registers)

@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 
 from ecar_kernels.stage_attention.kernels import (
+    ALIGNED,
     COUNTS,
     _dot,
     _load,
-    _load_own,
     _locate,
     _row_offsets,
     _rows,
@@ -41,8 +41,7 @@ def delta_kernel(
 
 @triton.jit
 def _strips(own, own_row, length, loop, loop_row, left, head_dim, STRIP: tl.constexpr,
-            BLOCK_OWN: tl.constexpr, BLOCK_LOOP: tl.constexpr, NEGATIVE: tl.constexpr,
-            PRECISION: tl.constexpr):
+            BLOCK_OWN: tl.constexpr, BLOCK_LOOP: tl.constexpr, PRECISION: tl.constexpr):
     """own loop^T, [BLOCK_OWN, BLOCK_LOOP], STRIP columns at a time: as few registers at any D.
 
     head_dim is no constant, which LLVM would unroll the loop for, and ptxas then spill.
@@ -56,8 +55,6 @@ def _strips(own, own_row, length, loop, loop_row, left, head_dim, STRIP: tl.cons
         columns = at + tl.arange(0, STRIP)[None, :]
         inside = columns < head_dim
         a = tl.load(own + columns, mask=own_inside & inside, other=0.0)
-        if NEGATIVE:
-            a = (-a.to(tl.float32)).to(a.dtype)
         b = tl.load(loop + columns, mask=loop_inside & inside, other=0.0)
         total = _dot(a, tl.trans(b), total, PRECISION)
     return total
@@ -68,8 +65,8 @@ def correct_delta_kernel(
     q, k, v, grad, lse, delta, table,
     q_image, q_row, q_head, k_image, k_row, k_head, v_image, v_row, v_head,
     grad_image, grad_row, grad_head,
-    num_tiles, num_heads, batch_heads, queries, head_dim, group, scale_log2,
-    STRIP: tl.constexpr, UNIT: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
+    num_tiles, num_heads, batch_heads, queries, group, scale_log2, head_dim,
+    STRIP: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """delta += sum over keys of weight * (its gradient - delta), for one query tile.
@@ -92,9 +89,9 @@ def correct_delta_kernel(
     for at in range(0, end, BLOCK_N):
         left = end - at
         scores = _strips(q, q_row, length, k + at * k_row, k_row, left, head_dim, STRIP, BLOCK_M,
-                         BLOCK_N, NEGATIVE, PRECISION)
+                         BLOCK_N, PRECISION)
         grad_weights = _strips(grad, grad_row, length, v + at * v_row, v_row, left, head_dim,
-                               STRIP, BLOCK_M, BLOCK_N, False, PRECISION)
+                               STRIP, BLOCK_M, BLOCK_N, PRECISION)
         weights = tl.exp2(tl.fma(scores, scale_log2, -row_lse[:, None]))
         # 2^(0 - lse) of keys past the end may be infinite, and inf times zero is nan.
         weights = tl.where(tl.arange(0, BLOCK_N)[None, :] < left, weights, 0.0)
@@ -107,28 +104,27 @@ def key_gradients_kernel(
     q, k, v, grad, lse, delta, grad_k, grad_v, table,
     q_image, q_row, q_head, k_image, k_row, k_head, v_image, v_row, v_head,
     grad_image, grad_row, grad_head,
-    num_tiles, num_heads, batch_heads, queries, keys, head_dim, group, scale, scale_log2,
-    HEAD_DIM: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr, UNIT: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, RELOAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    num_tiles, num_heads, batch_heads, queries, keys, group, scale, scale_log2, head_dim,
+    HEAD_DIM: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr, PRECISION: tl.constexpr,
+    RELOAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one key tile, over the queries that see it. Everything is transposed,
     [keys, queries], so that the weights are the left factor of both products they go into.
     """
     image, head, start, length, first = _locate(table, num_tiles, num_heads, batch_heads, group)
-    q, q_row = _rows(q, q_image, q_row, q_head, image, head, 0, UNIT)
-    k, k_row = _rows(k, k_image, k_row, k_head, image, head, start, UNIT)
-    v, v_row = _rows(v, v_image, v_row, v_head, image, head, start, UNIT)
-    grad, grad_row = _rows(grad, grad_image, grad_row, grad_head, image, head, 0, UNIT)
+    q, q_row = _rows(q, q_image, q_row, q_head, image, head, 0, ALIGNED)
+    k, k_row = _rows(k, k_image, k_row, k_head, image, head, start, ALIGNED)
+    v, v_row = _rows(v, v_image, v_row, v_head, image, head, start, ALIGNED)
+    grad, grad_row = _rows(grad, grad_image, grad_row, grad_head, image, head, 0, ALIGNED)
     lse += (image * num_heads + head) * queries
     delta += (image * num_heads + head) * queries
 
     if not RELOAD:
-        k1 = _load_own(k, k_row, length, 0, PART1, BLOCK_N, NEGATIVE, HEAD_DIM)
-        v1 = _load_own(v, v_row, length, 0, PART1, BLOCK_N, False, HEAD_DIM)
+        k1 = _load(k, k_row, length, 0, PART1, BLOCK_N, True, HEAD_DIM)
+        v1 = _load(v, v_row, length, 0, PART1, BLOCK_N, True, HEAD_DIM)
         if PART2 > 0:
-            k2 = _load_own(k, k_row, length, PART1, PART2, BLOCK_N, NEGATIVE, HEAD_DIM)
-            v2 = _load_own(v, v_row, length, PART1, PART2, BLOCK_N, False, HEAD_DIM)
+            k2 = _load(k, k_row, length, PART1, PART2, BLOCK_N, True, HEAD_DIM)
+            v2 = _load(v, v_row, length, PART1, PART2, BLOCK_N, True, HEAD_DIM)
     grad_k1 = tl.zeros([BLOCK_N, PART1], tl.float32)
     grad_v1 = tl.zeros([BLOCK_N, PART1], tl.float32)
     if PART2 > 0:
@@ -146,18 +142,18 @@ def key_gradients_kernel(
             rows = at + tl.arange(0, BLOCK_M)
             if STRIPS:
                 scores = _strips(k, k_row, length, q_at, q_row, left, head_dim, RELOAD, BLOCK_N,
-                                 BLOCK_M, NEGATIVE, PRECISION)
+                                 BLOCK_M, PRECISION)
                 grad_weights = _strips(v, v_row, length, grad_at, grad_row, left, head_dim,
-                                       RELOAD, BLOCK_N, BLOCK_M, False, PRECISION)
+                                       RELOAD, BLOCK_N, BLOCK_M, PRECISION)
             q1 = _load(q_at, q_row, left, 0, PART1, BLOCK_M, BOUNDED, HEAD_DIM)
             if not STRIPS:
                 if RELOAD:
-                    k1 = _load_own(k, k_row, length, 0, PART1, BLOCK_N, NEGATIVE, HEAD_DIM)
+                    k1 = _load(k, k_row, length, 0, PART1, BLOCK_N, True, HEAD_DIM)
                 scores = _dot(k1, tl.trans(q1), None, PRECISION)
             if PART2 > 0:
                 q2 = _load(q_at, q_row, left, PART1, PART2, BLOCK_M, BOUNDED, HEAD_DIM)
                 if RELOAD:
-                    k2 = _load_own(k, k_row, length, PART1, PART2, BLOCK_N, NEGATIVE, HEAD_DIM)
+                    k2 = _load(k, k_row, length, PART1, PART2, BLOCK_N, True, HEAD_DIM)
                 scores = _dot(k2, tl.trans(q2), scores, PRECISION)
             if BOUNDED:
                 # Queries past the end weigh nothing: 2^(0 - inf).
@@ -170,14 +166,14 @@ def key_gradients_kernel(
             grad1 = _load(grad_at, grad_row, left, 0, PART1, BLOCK_M, BOUNDED, HEAD_DIM)
             if not STRIPS:
                 if RELOAD:
-                    v1 = _load_own(v, v_row, length, 0, PART1, BLOCK_N, False, HEAD_DIM)
+                    v1 = _load(v, v_row, length, 0, PART1, BLOCK_N, True, HEAD_DIM)
                 grad_weights = _dot(v1, tl.trans(grad1), None, PRECISION)
             low = weights.to(q.dtype.element_ty)
             grad_v1 = _dot(low, grad1, grad_v1, PRECISION)
             if PART2 > 0:
                 grad2 = _load(grad_at, grad_row, left, PART1, PART2, BLOCK_M, BOUNDED, HEAD_DIM)
                 if RELOAD:
-                    v2 = _load_own(v, v_row, length, PART1, PART2, BLOCK_N, False, HEAD_DIM)
+                    v2 = _load(v, v_row, length, PART1, PART2, BLOCK_N, True, HEAD_DIM)
                 grad_weights = _dot(v2, tl.trans(grad2), grad_weights, PRECISION)
                 grad_v2 = _dot(low, grad2, grad_v2, PRECISION)
             grad_scores = (weights * (grad_weights - row_delta[None, :])).to(q.dtype.element_ty)
@@ -200,23 +196,22 @@ def query_gradients_kernel(
     q_image, q_row, q_head, k_image, k_row, k_head, v_image, v_row, v_head,
     grad_image, grad_row, grad_head,
     num_tiles, num_heads, batch_heads, queries, group, scale, scale_log2,
-    HEAD_DIM: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr, UNIT: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, RELOAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr, PRECISION: tl.constexpr,
+    RELOAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one query tile, over the keys that it sees."""
     image, head, start, length, end = _locate(table, num_tiles, num_heads, batch_heads, group)
-    q, q_row = _rows(q, q_image, q_row, q_head, image, head, start, UNIT)
-    k, k_row = _rows(k, k_image, k_row, k_head, image, head, 0, UNIT)
-    v, v_row = _rows(v, v_image, v_row, v_head, image, head, 0, UNIT)
-    grad, grad_row = _rows(grad, grad_image, grad_row, grad_head, image, head, start, UNIT)
+    q, q_row = _rows(q, q_image, q_row, q_head, image, head, start, ALIGNED)
+    k, k_row = _rows(k, k_image, k_row, k_head, image, head, 0, ALIGNED)
+    v, v_row = _rows(v, v_image, v_row, v_head, image, head, 0, ALIGNED)
+    grad, grad_row = _rows(grad, grad_image, grad_row, grad_head, image, head, start, ALIGNED)
 
     if not RELOAD:
-        q1 = _load_own(q, q_row, length, 0, PART1, BLOCK_M, NEGATIVE, HEAD_DIM)
-        grad1 = _load_own(grad, grad_row, length, 0, PART1, BLOCK_M, False, HEAD_DIM)
+        q1 = _load(q, q_row, length, 0, PART1, BLOCK_M, True, HEAD_DIM)
+        grad1 = _load(grad, grad_row, length, 0, PART1, BLOCK_M, True, HEAD_DIM)
         if PART2 > 0:
-            q2 = _load_own(q, q_row, length, PART1, PART2, BLOCK_M, NEGATIVE, HEAD_DIM)
-            grad2 = _load_own(grad, grad_row, length, PART1, PART2, BLOCK_M, False, HEAD_DIM)
+            q2 = _load(q, q_row, length, PART1, PART2, BLOCK_M, True, HEAD_DIM)
+            grad2 = _load(grad, grad_row, length, PART1, PART2, BLOCK_M, True, HEAD_DIM)
     grad_q1 = tl.zeros([BLOCK_M, PART1], tl.float32)
     if PART2 > 0:
         grad_q2 = tl.zeros([BLOCK_M, PART2], tl.float32)
@@ -235,20 +230,19 @@ def query_gradients_kernel(
             k1 = _load(k_at, k_row, left, 0, PART1, BLOCK_N, BOUNDED, HEAD_DIM)
             v1 = _load(v_at, v_row, left, 0, PART1, BLOCK_N, BOUNDED, HEAD_DIM)
             if RELOAD:
-                q1 = _load_own(q, q_row, length, 0, PART1, BLOCK_M, NEGATIVE, HEAD_DIM)
+                q1 = _load(q, q_row, length, 0, PART1, BLOCK_M, True, HEAD_DIM)
             scores = _dot(q1, tl.trans(k1), None, PRECISION)
             if RELOAD:
-                grad1 = _load_own(grad, grad_row, length, 0, PART1, BLOCK_M, False, HEAD_DIM)
+                grad1 = _load(grad, grad_row, length, 0, PART1, BLOCK_M, True, HEAD_DIM)
             grad_weights = _dot(grad1, tl.trans(v1), None, PRECISION)
             if PART2 > 0:
                 k2 = _load(k_at, k_row, left, PART1, PART2, BLOCK_N, BOUNDED, HEAD_DIM)
                 v2 = _load(v_at, v_row, left, PART1, PART2, BLOCK_N, BOUNDED, HEAD_DIM)
                 if RELOAD:
-                    q2 = _load_own(q, q_row, length, PART1, PART2, BLOCK_M, NEGATIVE, HEAD_DIM)
+                    q2 = _load(q, q_row, length, PART1, PART2, BLOCK_M, True, HEAD_DIM)
                 scores = _dot(q2, tl.trans(k2), scores, PRECISION)
                 if RELOAD:
-                    grad2 = _load_own(grad, grad_row, length, PART1, PART2, BLOCK_M, False,
-                                      HEAD_DIM)
+                    grad2 = _load(grad, grad_row, length, PART1, PART2, BLOCK_M, True, HEAD_DIM)
                 grad_weights = _dot(grad2, tl.trans(v2), grad_weights, PRECISION)
             weights = tl.exp2(tl.fma(scores, scale_log2, -row_lse[:, None]))
             if BOUNDED:

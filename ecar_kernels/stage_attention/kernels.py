@@ -6,9 +6,8 @@ bounds come from a table (tiles.py), and only the last, partial block of a loop 
 
 A head of D dimensions is computed in one part, or in two whose widths are powers of two
 (launch.parts): 72 as 64 + 16, the upper part zero beyond its 8 columns. Softmax is in base 2:
-2^(s c - m) with c = |scale| log2(e); where the scale is negative (NEGATIVE), the side that a
-program loads once is negated instead, so that the largest s is always the largest s c. The
-logsumexp that the forward leaves for the backward is in base 2 too.
+2^(s c - m) with c = scale log2(e), which the forward takes the largest s for, or the smallest where
+the scale is negative (NEGATIVE). The logsumexp that it leaves for the backward is in base 2 too.
 
 Exact float32 products have no matrix instruction: the compiler spreads a factor's whole rows over
 registers, and those of a loop's constant factor for the whole loop, which does not fit. There
@@ -16,8 +15,8 @@ RELOAD, the number of columns that go at once, fetches that factor anew (out of 
 each pass. Where that is fewer than a part has, both factors of a sum over the head's dimensions
 are fetched strip by strip.
 
-Strides are in units of UNIT elements: a compile-time factor tells the compiler that rows are
-aligned where their strides, 72 say, are no multiples of 16.
+Strides are in units of 8 elements (ALIGNED): a compile-time factor tells the compiler that rows
+are aligned where their strides, 72 say, are no multiples of 16. unaligned_kernels.py is for others.
 """
 
 import triton
@@ -27,6 +26,7 @@ from ecar_kernels import _triton
 
 # The interpreter of Triton 3.6 to 3.9 multiplies bfloat16 operands as if their bits were integers.
 _INTERPRETED = tl.constexpr(_triton.interpreting())
+ALIGNED = tl.constexpr(8)
 # Of no use to the compiler, so no reason to compile anew.
 COUNTS = ["num_tiles", "num_heads", "batch_heads", "queries", "keys", "all_rows", "group",
           "head_dim"]
@@ -105,13 +105,20 @@ def _store(base, stride, length, value, OFFSET: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def _load_own(base, stride, length, OFFSET: tl.constexpr, WIDTH: tl.constexpr,
-              BLOCK: tl.constexpr, NEGATIVE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """What stays the same throughout a program's loop."""
-    value = _load(base, stride, length, OFFSET, WIDTH, BLOCK, True, HEAD_DIM)
-    if NEGATIVE:
-        value = (-value.to(tl.float32)).to(value.dtype)
-    return value
+def _softmax(scores, largest, left, scale_log2, BOUNDED: tl.constexpr, NEGATIVE: tl.constexpr,
+             BLOCK: tl.constexpr):
+    """One step of the running softmax: weights [queries, BLOCK keys, of which `left` exist (where
+    BOUNDED)], the factor for the sums before it, and the new largest exponent."""
+    inside = tl.arange(0, BLOCK)[None, :] < left
+    if BOUNDED:
+        scores = tl.where(inside, scores, float("inf" if NEGATIVE else "-inf"))
+    far = tl.min(scores, 1) if NEGATIVE else tl.max(scores, 1)
+    new_largest = tl.maximum(largest, far * scale_log2)
+    weights = tl.exp2(tl.fma(scores, scale_log2, -new_largest[:, None]))
+    if BOUNDED:
+        # Where scale is zero, -inf times it is nan.
+        weights = tl.where(inside, weights, 0.0)
+    return weights, tl.exp2(largest - new_largest), new_largest
 
 
 @triton.jit
@@ -128,23 +135,23 @@ def forward_kernel(
     q, k, v, out, rest, lse, table,
     q_image, q_row, q_head, k_image, k_row, k_head, v_image, v_row, v_head,
     num_tiles, num_heads, batch_heads, queries, group, scale_log2,
-    HEAD_DIM: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr, UNIT: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, RELOAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAVE_REST: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr, PRECISION: tl.constexpr,
+    RELOAD: tl.constexpr, NEGATIVE: tl.constexpr, LEAVE_REST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q k^T) v of one query tile, and its logsumexp in base 2.
 
     LEAVE_REST: what rounding took from `out` is left in `rest`, in the same type, for delta_kernel.
     """
     image, head, start, length, end = _locate(table, num_tiles, num_heads, batch_heads, group)
-    q, q_row = _rows(q, q_image, q_row, q_head, image, head, start, UNIT)
-    k, k_row = _rows(k, k_image, k_row, k_head, image, head, 0, UNIT)
-    v, v_row = _rows(v, v_image, v_row, v_head, image, head, 0, UNIT)
+    q, q_row = _rows(q, q_image, q_row, q_head, image, head, start, ALIGNED)
+    k, k_row = _rows(k, k_image, k_row, k_head, image, head, 0, ALIGNED)
+    v, v_row = _rows(v, v_image, v_row, v_head, image, head, 0, ALIGNED)
 
     if not RELOAD:
-        q1 = _load_own(q, q_row, length, 0, PART1, BLOCK_M, NEGATIVE, HEAD_DIM)
+        q1 = _load(q, q_row, length, 0, PART1, BLOCK_M, True, HEAD_DIM)
         if PART2 > 0:
-            q2 = _load_own(q, q_row, length, PART1, PART2, BLOCK_M, NEGATIVE, HEAD_DIM)
+            q2 = _load(q, q_row, length, PART1, PART2, BLOCK_M, True, HEAD_DIM)
     acc1 = tl.zeros([BLOCK_M, PART1], tl.float32)
     if PART2 > 0:
         acc2 = tl.zeros([BLOCK_M, PART2], tl.float32)
@@ -160,24 +167,16 @@ def forward_kernel(
             v_at = v + at * v_row
             k1 = _load(k_at, k_row, left, 0, PART1, BLOCK_N, BOUNDED, HEAD_DIM)
             if RELOAD:
-                q1 = _load_own(q, q_row, length, 0, PART1, BLOCK_M, NEGATIVE, HEAD_DIM)
+                q1 = _load(q, q_row, length, 0, PART1, BLOCK_M, True, HEAD_DIM)
             scores = _dot(q1, tl.trans(k1), None, PRECISION)
             if PART2 > 0:
                 k2 = _load(k_at, k_row, left, PART1, PART2, BLOCK_N, BOUNDED, HEAD_DIM)
                 if RELOAD:
-                    q2 = _load_own(q, q_row, length, PART1, PART2, BLOCK_M, NEGATIVE, HEAD_DIM)
+                    q2 = _load(q, q_row, length, PART1, PART2, BLOCK_M, True, HEAD_DIM)
                 scores = _dot(q2, tl.trans(k2), scores, PRECISION)
-            if BOUNDED:
-                inside = tl.arange(0, BLOCK_N)[None, :] < left
-                scores = tl.where(inside, scores, float("-inf"))
-            new_largest = tl.maximum(largest, tl.max(scores, 1) * scale_log2)
-            weights = tl.exp2(tl.fma(scores, scale_log2, -new_largest[:, None]))
-            if BOUNDED:
-                # Where scale is zero, -inf times it is nan.
-                weights = tl.where(inside, weights, 0.0)
-            shrink = tl.exp2(largest - new_largest)
+            weights, shrink, largest = _softmax(scores, largest, left, scale_log2, BOUNDED,
+                                                NEGATIVE, BLOCK_N)
             total = total * shrink + tl.sum(weights, 1)
-            largest = new_largest
             weights = weights.to(v.dtype.element_ty)
             v1 = _load(v_at, v_row, left, 0, PART1, BLOCK_N, BOUNDED, HEAD_DIM)
             acc1 = _dot(weights, v1, acc1 * shrink[:, None], PRECISION)

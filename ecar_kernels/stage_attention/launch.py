@@ -32,14 +32,17 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class CorrectionSettings:
-    """Blocks as in Settings; strip: columns of both sides that are multiplied at once."""
+class StripSettings:
+    """Of kernels that take the same registers at every head dimension. Blocks as in Settings;
+    strip: columns of both sides that are multiplied at once; columns: those of the results that
+    a program owns, 0 where the results have none."""
 
     block_m: int
     block_n: int
     strip: int
     num_warps: int
     num_stages: int
+    columns: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,27 +113,27 @@ def max_registers(op: str, head_dim: int, kind: str) -> int | None:
     return 255 if op == "stage_attention_keys" and whole_parts else None
 
 
-def unaligned(op: str, head_dim: int, kind: str, arch: int) -> Settings:
-    """For rows at addresses that are no multiples of 16 bytes: each element has an address of
-    its own in registers, which leaves room for small blocks only."""
+def unaligned(op: str, kind: str) -> StripSettings:
+    """For rows at addresses that are no multiples of 16 bytes, whose elements are loaded one by
+    one, each by an address of two registers: few at a time. Gradients of keys load two factors of
+    the results and have two sums, and spill with a block of 32 queries on sm_80 and sm_120."""
     if kind == "exact":
-        return settings(op, head_dim, kind, arch)[0]
-    num_warps = 2 if sum(parts(head_dim, op, kind)) <= 128 and kind != "tf32" else 4
-    blocks = (16, 32) if op == "stage_attention_keys" else (32, 16)
-    return Settings(*blocks, num_warps, 1)
+        return StripSettings(32, 32, 16, 8, 1, columns=64)
+    blocks = (16, 64) if op == "stage_attention_keys" else (64, 32)
+    return StripSettings(*blocks, 16, 8, 1, columns=64)
 
 
-def correction(kind: str) -> CorrectionSettings:
-    """Of delta, whose kernel takes the same registers at every head dimension.
+def correction(kind: str) -> StripSettings:
+    """Of delta.
 
     16-bit types have it for a few keys, of which the least block holds all. An exact product's
     threads hold whole rows of a strip, two by two of them; a warp's matrix instruction 16 rows.
     """
     if kind == "exact":
-        return CorrectionSettings(32, 32, 16, 8, 1)
+        return StripSettings(32, 32, 16, 8, 1)
     if kind == "tf32":
-        return CorrectionSettings(64, 32, 32, 8, 2)
-    return CorrectionSettings(16, 16, 32, 1, 1)
+        return StripSettings(64, 32, 32, 8, 2)
+    return StripSettings(16, 16, 32, 1, 1)
 
 
 def settings(op: str, head_dim: int, kind: str, arch: int) -> tuple[Settings, ...]:

@@ -9,8 +9,21 @@ from torch import Tensor
 from ecar_kernels import _triton, tuning
 from ecar_kernels.stage_attention import gradient_kernels, kernels, launch, tiles
 from ecar_kernels.stage_attention._autograd import differentiable
+from ecar_kernels.stage_attention.unaligned_kernels import (
+    unaligned_forward_kernel,
+    unaligned_key_gradients_kernel,
+    unaligned_query_gradients_kernel,
+)
 
 LOG2_E = math.log2(math.e)
+# What a program owns tiles of; the kernel for aligned rows, and that for others.
+_KERNELS = {
+    "stage_attention": ("query", kernels.forward_kernel, unaligned_forward_kernel),
+    "stage_attention_keys": ("key", gradient_kernels.key_gradients_kernel,
+                             unaligned_key_gradients_kernel),
+    "stage_attention_queries": ("query", gradient_kernels.query_gradients_kernel,
+                                unaligned_query_gradients_kernel),
+}
 
 
 def stage_attention(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int], *,
@@ -46,9 +59,9 @@ def _results(q: Tensor) -> tuple[Tensor, Tensor]:
 def _launch_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, rest: Tensor, lse: Tensor,
                     stage_lengths: list[int], scale: float, *, leave_rest: bool) -> None:
     if out.numel():
-        _launch(kernels.forward_kernel, "stage_attention", "query", q, k, stage_lengths, scale,
-                strided=(q, k, v), tensors=(q, k, v, out, rest, lse), counts=(q.shape[1],),
-                scales=(abs(scale) * LOG2_E,), LEAVE_REST=leave_rest)
+        _launch("stage_attention", q, k, stage_lengths, strided=(q, k, v),
+                tensors=(q, k, v, out, rest, lse), counts=(q.shape[1],),
+                scales=(scale * LOG2_E,), NEGATIVE=scale < 0, LEAVE_REST=leave_rest)
 
 
 def _run_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
@@ -60,14 +73,13 @@ def _run_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
     delta = torch.empty_like(lse)
     _run_delta(out, rest, grad, delta)
     read = (q, k, v, grad, lse, delta)
-    scale_log2 = abs(scale) * LOG2_E
-    _correct_delta(*read, stage_lengths, scale)
-    _launch(gradient_kernels.key_gradients_kernel, "stage_attention_keys", "key", q, k,
-            stage_lengths, scale, strided=read[:4], tensors=(*read, grad_k, grad_v),
-            counts=(q.shape[1], k.shape[1], q.shape[3]), scales=(scale, scale_log2))
-    _launch(gradient_kernels.query_gradients_kernel, "stage_attention_queries", "query", q, k,
-            stage_lengths, scale, strided=read[:4], tensors=(*read, grad_q),
-            counts=(q.shape[1],), scales=(scale, scale_log2))
+    scale_log2 = scale * LOG2_E
+    _correct_delta(*read, stage_lengths, scale_log2)
+    _launch("stage_attention_keys", q, k, stage_lengths, strided=read[:4],
+            tensors=(*read, grad_k, grad_v), counts=(q.shape[1], k.shape[1]),
+            scales=(scale, scale_log2), head_dim=q.shape[3])
+    _launch("stage_attention_queries", q, k, stage_lengths, strided=read[:4],
+            tensors=(*read, grad_q), counts=(q.shape[1],), scales=(scale, scale_log2))
     return grad_q, grad_k, grad_v
 
 
@@ -83,7 +95,7 @@ def _run_delta(out: Tensor, rest: Tensor, grad: Tensor, delta: Tensor) -> None:
 
 
 def _correct_delta(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tensor, delta: Tensor,
-                   stage_lengths: list[int], scale: float) -> None:
+                   stage_lengths: list[int], scale_log2: float) -> None:
     """Where it is too inexact, which is where one key may have nearly all the weight.
 
     In float32, for two products more than the backward's seven. In 16-bit types a sum over the
@@ -94,55 +106,63 @@ def _correct_delta(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tensor, d
         return
     its = launch.correction(launch.kind(q.dtype, _triton.product_precision(q.dtype)))
     read = q, k, v, grad
-    _start(gradient_kernels.correct_delta_kernel, which, its, q, k, stage_lengths, scale,
-           strides=_strides(read), tensors=(*read, lse, delta), counts=(q.shape[1], q.shape[3]),
-           scales=(abs(scale) * LOG2_E,), STRIP=its.strip, maxnreg=255)
+    unit, strides = _strides(read)
+    _start(gradient_kernels.correct_delta_kernel, which, its, q, k, stage_lengths,
+           tensors=(*read, lse, delta), strides=strides, counts=(q.shape[1],),
+           scales=(scale_log2,), head_dim=q.shape[3], STRIP=its.strip, UNIT=unit, maxnreg=255)
 
 
-def _launch(kernel, op: str, tiles_of: str, q: Tensor, k: Tensor, stage_lengths: list[int],
-            scale: float, *, strided: tuple[Tensor, ...], tensors: tuple[Tensor, ...],
-            counts: tuple[int, ...], scales: tuple[float, ...], **constants: bool) -> None:
-    """A kernel that holds whole heads, in parts, under the settings of `op` (launch.OPS)."""
+def _launch(op: str, q: Tensor, k: Tensor, stage_lengths: list[int], *,
+            strided: tuple[Tensor, ...], tensors: tuple[Tensor, ...], counts: tuple[int, ...],
+            scales: tuple[float, ...], **constants: int) -> None:
+    """A kernel that holds whole heads, in parts, under the settings of `op` (launch.OPS); or,
+    where rows are not aligned, the one that holds some columns of them."""
     batch, queries, heads, head_dim = q.shape
     stage_lengths = tuple(stage_lengths)
+    tiles_of, kernel, unaligned = _KERNELS[op]
     arch = _triton.architecture(q.device.index)
     kind = launch.kind(q.dtype, _triton.product_precision(q.dtype))
-    strides = _strides(strided)
-    if strides[0] == 1:
-        its = launch.unaligned(op, head_dim, kind, arch)
-    else:
-        usual = launch.default(op, head_dim, kind, stage_lengths, queries, batch * heads, arch,
-                               _triton.multiprocessors(q.device.index))
-        # The stages, for lists of equal totals have tiles of their own.
-        its = tuning.choose(op, (head_dim, kind, queries, *stage_lengths), batch * heads, usual,
-                            q.device.index)
+    unit, strides = _strides(strided)
+    if unit == 1:
+        its = launch.unaligned(op, kind)
+        _start(unaligned, tiles_of, its, q, k, stage_lengths, -(-head_dim // its.columns),
+               tensors=tensors, strides=strides, counts=counts, scales=scales, COLUMNS=its.columns,
+               STRIP=its.strip, maxnreg=255, **constants | {"head_dim": head_dim})
+        return
+    usual = launch.default(op, head_dim, kind, stage_lengths, queries, batch * heads, arch,
+                           _triton.multiprocessors(q.device.index))
+    # The stages, for lists of equal totals have tiles of their own.
+    its = tuning.choose(op, (head_dim, kind, queries, *stage_lengths), batch * heads, usual,
+                        q.device.index)
     part1, part2 = launch.parts(head_dim, op, kind)
-    _start(kernel, tiles_of, its, q, k, stage_lengths, scale, strides=strides, tensors=tensors,
+    _start(kernel, tiles_of, its, q, k, stage_lengths, tensors=tensors, strides=strides,
            counts=counts, scales=scales, HEAD_DIM=head_dim, PART1=part1, PART2=part2,
            RELOAD=launch.reload(op, head_dim, kind),
            maxnreg=launch.max_registers(op, head_dim, kind), **constants)
 
 
 def _start(kernel, tiles_of: str, its, q: Tensor, k: Tensor, stage_lengths: Sequence[int],
-           scale: float, *, strides: tuple[int, list[int]], tensors: tuple[Tensor, ...],
-           counts: tuple[int, ...], scales: tuple[float, ...], **constants) -> None:
-    """`tiles_of`: the kind of table (tiles.table) of what the kernel's programs own."""
+           parts: int = 1, *, tensors: tuple[Tensor, ...], strides: list[int],
+           counts: tuple[int, ...], scales: tuple[float, ...], **constants: int | None) -> None:
+    """tiles_of: the kind of table (tiles.table) of what the kernel's programs own; parts: how
+    many programs share one row of it."""
     batch, queries, heads, head_dim = q.shape
-    unit, strides = strides
     own, other = (its.block_n, queries) if tiles_of == "key" else (its.block_m, k.shape[1])
     table = tiles.table(tiles_of, tuple(stage_lengths), queries, own, q.device)
     group = launch.heads_in_cache(batch * heads, other, head_dim, q.element_size())
-    kernel[(len(table) * batch * heads,)](
+    kernel[len(table) * batch * heads, parts](
         *tensors, table, *strides, len(table), heads, batch * heads, *counts, group, *scales,
-        UNIT=unit, NEGATIVE=scale < 0, PRECISION=_triton.product_precision(q.dtype),
-        BLOCK_M=its.block_m, BLOCK_N=its.block_n, num_warps=its.num_warps,
-        num_stages=its.num_stages, **constants)
+        PRECISION=_triton.product_precision(q.dtype), BLOCK_M=its.block_m, BLOCK_N=its.block_n,
+        num_warps=its.num_warps, num_stages=its.num_stages, **constants)
 
 
 def _strides(tensors: tuple[Tensor, ...]) -> tuple[int, list[int]]:
-    """A unit, and the strides of all dimensions but the last in that unit."""
+    """A unit, 1 where some rows are not aligned, and in it the strides of all dimensions but the
+    last."""
     strides = [stride for x in tensors for stride in x.stride()[:-1]]
-    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
+    aligned = (all(stride % 8 == 0 for stride in strides)
+               and all(x.data_ptr() % 16 == 0 for x in tensors))
+    unit = 8 if aligned else 1
     return unit, [stride // unit for stride in strides]
 
 
