@@ -66,9 +66,9 @@ def parts(head_dim: int, op: str = "stage_attention", kind: str = "bfloat16") ->
     """Widths, powers of two from 16 on, of the one or two parts that hold a head's dimensions.
 
     16 is the least that a matrix product takes. Two parts only where they are narrower than
-    one: 72 is 64 + 16, but 56 is 64. One part, too, of float32 beyond 128 where Triton 3.6 or 3.9
-    spills of two: TF32 up to 160; exact products for gradients of keys up to 160, those for
-    gradients of queries, and forward between 160 and 192.
+    one: 72 is 64 + 16, but 56 is 64. One part, too, of float32 where Triton 3.6 or 3.9 spills of
+    two: TF32 from 128 to 160; exact products for gradients of queries beyond 128, for those of keys
+    from 128 to 160, and forward between 160 and 192; for gradients between 32 and 48.
     """
     whole = max(16, 1 << (head_dim - 1).bit_length())
     first = 1 << (head_dim.bit_length() - 1)
@@ -77,6 +77,7 @@ def parts(head_dim: int, op: str = "stage_attention", kind: str = "bfloat16") ->
         "exact": {"stage_attention": 160 < head_dim < 192,
                   "stage_attention_keys": head_dim <= 160}.get(op, True),
     }.get(kind, False)
+    one |= whole == 64 and kind == "exact" and op != "stage_attention"
     if first < 16 or first == head_dim or one:
         return whole, 0
     second = max(16, 1 << (head_dim - first - 1).bit_length())
@@ -106,11 +107,13 @@ def reload(op: str, head_dim: int, kind: str) -> int:
 
 def max_registers(op: str, head_dim: int, kind: str) -> int | None:
     """Of a thread: all. Left alone, ptxas spills a few to fit one more program; but exact
-    products for gradients spill fewer if left alone, except for keys' in whole parts beyond 64."""
+    products for gradients of wide heads spill fewer if left alone: queries' beyond 64 columns,
+    and keys' of one part of 256."""
     if kind != "exact" or op == "stage_attention":
         return 255
-    whole_parts = 64 < sum(parts(head_dim, op, kind)) < 256
-    return 255 if op == "stage_attention_keys" and whole_parts else None
+    width = sum(parts(head_dim, op, kind))
+    left_alone = width > 64 if op == "stage_attention_queries" else width == 256
+    return None if left_alone else 255
 
 
 def unaligned(op: str, kind: str) -> StripSettings:
@@ -179,7 +182,7 @@ def _sixteen_bits(op: str, width: int, masked: bool,
         if op == "stage_attention_queries":  # two factors; 8 warps share a row's columns
             # On sm_120 two parts of a wider block spill, one takes too much shared memory.
             two = arch >= 120 and width < 256
-            one_block = arch >= 120 and (not two or (masked and width == 144))
+            one_block = arch >= 120 and (not two or width == 144)
             return ((64, 16 if two else 32, 8, 1 if one_block else 2),)
         # 8 warps share a single part's columns; of two parts both would do the same.
         if width == 256:
@@ -199,10 +202,10 @@ def _sixteen_bits(op: str, width: int, masked: bool,
     if op == "stage_attention_queries":
         return (32, 32, 2, 2 if two_parts else few), (64, 32, 4, 2)
     # Blocks in flight: 16 KiB each at width 64, 32 KiB at 128. On sm_120 a loop of 64 spills, too,
-    # at D = 88 in the usual tile, and from D = 104 on in both.
-    loop = 32 if few == 1 and width > 80 and arch >= 120 else 64
-    return ((32, 32, 2, few), (64, loop, 4, 3 if width <= 64 else 2),
-            (128, 64 if two_parts else loop, 8, 1 if loop < 64 and not two_parts else 2))
+    # at D = 56 and 88 in the usual tile, and from D = 104 on in both.
+    loop = 32 if masked and arch >= 120 and (width == 64 or width > 80) else 64
+    large = (128, 32, 8, 1) if loop == 32 and width == 128 else (128, 64, 8, 2)
+    return (32, 32, 2, few), (64, loop, 4, 3 if width <= 64 else 2), large
 
 
 def _tf32(op: str, width: int, masked: bool, arch: int) -> tuple[tuple[int, int, int, int], ...]:
@@ -212,7 +215,10 @@ def _tf32(op: str, width: int, masked: bool, arch: int) -> tuple[tuple[int, int,
     little_shared, groups = arch >= 120, _has_warp_groups(arch)
     if op == "stage_attention":
         if width <= 128:
-            return ((64, 16 if little_shared and width > 64 else 32, 4, 2),)
+            # Without warp groups blocks of 32 spill at D = 56, and two of 16 at D = 88 on sm_120.
+            few = (little_shared and width > 64) or (masked and width == 64 and not groups)
+            one_block = masked and little_shared and width == 96
+            return ((64, 16 if few else 32, 4, 1 if one_block else 2),)
         return ((32, 16, 4, 1) if little_shared else (64, 16 if groups else 32, 8, 2),)
     if width > 128:
         if little_shared:
@@ -221,11 +227,15 @@ def _tf32(op: str, width: int, masked: bool, arch: int) -> tuple[tuple[int, int,
             return ((16 if least else 32, 16, more, 1),)
         return ((32, 16, more, 1 if groups and op == "stage_attention_keys" else 2),)
     if op == "stage_attention_queries":
-        # Of four warps, a single part of 128 spills a few with Triton 3.6 on sm_90.
-        return ((64, 32 if width <= 64 else 16, 8 if groups and width == 128 else 4, 2),)
+        # Of four warps, a single part of 128 spills a few with Triton 3.6 on sm_90; blocks of 32
+        # do at D = 40 with 3.9 on sm_120.
+        few = width > 64 or (masked and little_shared and width == 48)
+        return ((64, 16 if few else 32, 8 if groups and width == 128 else 4, 2),)
     if 64 < width < 128 and not groups:
         return ((16, 16, 4, 1 if masked else 2),)  # two parts of 32 keys spill
-    return ((64 if width <= (96 if groups else 64) else 32, 16, more, 2),)
+    one_block = masked and little_shared and width == 64  # at D = 56 two spill with Triton 3.9
+    own = 64 if width <= (96 if groups else 64) else 32
+    return ((own, 16, more, 1 if one_block else 2),)
 
 
 def _tiling(op: str, stage_lengths: tuple[int, ...], queries: int,
