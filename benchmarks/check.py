@@ -2,9 +2,10 @@
 
 Ratios, for times differ from day to day: a quick run of each op at its largest stage (eager over
 ours, compiled over ours) is held against the committed results of the same device, threads and
-torch. A row is lost where a ratio fell by more than NOISE times the noise and more than LEAST. The
-noise is the root of the sum of squares of four relative interquartile ranges: of both ways' rounds,
-then and now. What looks lost is measured once more, for longer, and lost if it is so again.
+torch. A row is lost where a ratio fell by more than LEAST, and by a greater factor than one and
+NOISE times the noise: a fall great enough is a loss in any noise. The noise is the root of the sum
+of squares of four relative interquartile ranges: of both ways' rounds, then and now. What looks
+lost is measured once more, for longer, and lost if it is so again.
 
 And instructions, which have no noise: `benchmarks.instructions`, where there is valgrind.
 """
@@ -51,17 +52,22 @@ def ratio(row: Row, way: str) -> float:
     return row["seconds"][way]["median"] / row["seconds"]["ours"]["median"]
 
 
+def allowed(before: Row, now: Row, way: str) -> float:
+    """How much of the ratio may be gone: as a share of it, less than all."""
+    explained = NOISE * noise(before, now, way)
+    return max(explained / (1 + explained), LEAST)
+
+
 def judge(before: Row, now: Row) -> list[str]:
     """What this row has lost, a line for each ratio."""
     lost = []
     for way in WAYS:
         if way not in before["seconds"] or way not in now["seconds"]:
             continue
-        was, found = ratio(before, way), ratio(now, way)
-        allowed = max(NOISE * noise(before, now, way), LEAST)
-        if found < was * (1 - allowed):
+        was, found, share = ratio(before, way), ratio(now, way), allowed(before, now, way)
+        if found < was * (1 - share):
             lost.append(f"{_name(now)}: {NAMES.get(way, way)} / ours {found:.2f}x, was "
-                        f"{was:.2f}x: {found / was - 1:+.0%}, noise allows -{allowed:.0%}")
+                        f"{was:.2f}x: {found / was - 1:+.0%}, noise allows -{share:.0%}")
     return lost
 
 

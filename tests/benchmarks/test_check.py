@@ -31,11 +31,12 @@ def test_a_machine_that_is_slower_altogether_is_none():
     assert check.judge(row(), row(eager=6e-3, compiled=4e-3, ours=2e-3)) == []
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.02, 0.05])
+@pytest.mark.parametrize("spread", [0.0, 0.02, 0.05, 0.3])
 def test_a_loss_within_the_noise_is_none(spread):
     noise = check.noise(row(spread=spread), row(spread=spread), "eager")
     assert noise == pytest.approx(2 * spread)  # four ranges
-    allowed = max(check.NOISE * noise, check.LEAST)
+    allowed = check.allowed(row(spread=spread), row(spread=spread), "eager")
+    assert allowed == pytest.approx(max(1 - 1 / (1 + check.NOISE * noise), check.LEAST))
     slower = row(ours=1e-3 / (1 - allowed + 0.005), spread=spread)
     assert check.judge(row(spread=spread), slower) == []
     too_slow = row(ours=1e-3 / (1 - allowed - 0.005), spread=spread)
@@ -47,6 +48,12 @@ def test_noise_of_either_run_widens_what_is_allowed():
     assert check.judge(row(), slower)
     assert not check.judge(row(spread=0.2), slower)
     assert not check.judge(row(), row(ours=1.3e-3, spread=0.2))
+
+
+def test_a_loss_beyond_any_noise_is_one():
+    """Where rounds differ by more than their median."""
+    assert check.judge(row(spread=1.5), row(spread=1.5)) == []
+    assert len(check.judge(row(spread=1.5), row(ours=1, spread=1.5))) == 2
 
 
 def test_a_way_that_was_not_timed_is_not_judged():
