@@ -6,8 +6,8 @@ from dataclasses import replace
 from ecar_kernels._triton import CompileCase
 from ecar_kernels.adaln import kernels, launch
 
-# The models' widths; else the widest of each setting, and two whose rows are not aligned.
-WIDTHS = (13, 256, 512, 768, 1152, 4096, 5001, 8192)
+# The models' widths; else the widest of each setting, and some whose rows are not aligned.
+WIDTHS = (13, 256, 512, 768, 1152, 2049, 4095, 4096, 5001, 8191, 8192)
 ROWS = (16, 1 << 20)  # one row a program, and as many at once as ever
 # Tensors that the op has not, beside the kernels' own.
 _ABSENT = {
@@ -78,9 +78,9 @@ def _case(name: str, kernel, dtype: str, constants: dict, settings) -> CompileCa
         return "fp32" if argument == "eps" else "i32"
 
     signature = {argument: kind(argument) for argument in kernel.arg_names}
-    # Rows of an odd width start at any address, and so would strides of 16 be a lie.
+    # Rows of an odd width start at any address, and so would multiples of 16 be a lie.
     aligned = tuple(argument for argument, its in signature.items()
-                    if its.startswith("*") or (its == "i32" and argument not in _COUNTS
-                                               and constants["C"] % 16 == 0))
+                    if constants["C"] % 16 == 0 and argument not in _COUNTS
+                    and (its.startswith("*") or its == "i32"))
     return CompileCase(name, kernel, signature, constants, settings.num_warps, aligned=aligned,
                        max_registers=settings.max_registers)

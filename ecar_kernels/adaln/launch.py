@@ -59,10 +59,12 @@ def _warps(values: int, per_thread: int) -> int:
     return min(16, max(1, values // (32 * per_thread)))
 
 
-def default(op: str, channels: int, rows: int, arch: int) -> ForwardSettings | BackwardSettings:
+def default(op: str, channels: int, rows: int, arch: int,
+            aligned: bool = True) -> ForwardSettings | BackwardSettings:
     """For `rows` tokens of all images; op: a name of the family, or that + "_backward".
 
-    One rule for every op and, but for the widest rows' backward, every `arch`.
+    aligned: all rows begin at multiples of 16 bytes, as far as their strides say (those of an odd
+    width do not). One rule for every op and, but for the widest rows' backward, every `arch`.
     """
     at_once = _rows_at_once(channels, rows)
     # 8 values a thread: one load of 16 bytes from each 16-bit tensor, two from a float32 one.
@@ -78,9 +80,10 @@ def default(op: str, channels: int, rows: int, arch: int) -> ForwardSettings | B
     # With 8 warps a thread has 255 registers, with 16 it has 128: then a row is read as it is
     # needed. Of 16 values a thread, three sums alone would take 48.
     early = num_warps <= 8
-    if wide and arch >= 120:
-        # With 16 warps Triton 3.6 spills there: more registers in all go to addresses and the like.
-        num_warps = 8
+    if not (aligned and channels % 16 == 0) or (wide and arch >= 120):
+        # With 16 warps more registers in all go to addresses and the like: Triton 3.6 spills the
+        # widest on sm_120, and both do where each value is loaded by itself, from 2049 columns on.
+        num_warps = min(8, num_warps)
     return BackwardSettings(at_once, num_warps, early=early,
                             program_rows=max(at_once, program_rows), fused=not wide)
 

@@ -165,11 +165,20 @@ def _run_both(x, branch, gate, shift, scale, step_gate, step_shift, step_scale, 
     return new_x, y
 
 
-def _settings(op: str, x: Tensor):
+def _settings(op: str, x: Tensor, *others: Tensor | None):
+    """others: what is read beside x, where settings depend on how it lies: backward."""
     arch = _triton.architecture(x.device.index)
     rows = x.shape[0] * x.shape[1]
-    usual = launch.default(op, x.shape[2], rows, arch)
+    aligned = all(tensor is None or _aligned(tensor) for tensor in (x, *others))
+    usual = launch.default(op, x.shape[2], rows, arch, aligned)
+    if not aligned:
+        return usual
     return tuning.choose(op, (x.shape[2], x.element_size()), rows, usual, x.device.index)
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Multiples of 16 are what Triton compiles for."""
+    return tensor.data_ptr() % 16 == 0 and all(x % 16 == 0 for x in tensor.stride()[:-1])
 
 
 def _view(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
@@ -203,7 +212,8 @@ def _forward(op, x, branch, gate, step_gate, shift, scale, step_shift, step_scal
 def _run_adaln_backward(grad_y, x, scale, step_scale, eps, wanted, summed, images, total):
     grad_x, grad_scale, sums = results = _fake_adaln_backward(
         grad_y, x, scale, step_scale, eps, wanted, summed, images, total)
-    _backward(_settings("adaln_backward", x), x, None, grad_y, x, None, None, None, scale,
+    its = _settings("adaln_backward", x, grad_y, scale, step_scale)
+    _backward(its, x, None, grad_y, x, None, None, None, scale,
               step_scale, grad_x, None, None, grad_scale, (False, *summed), sums, images, eps)
     return results
 
@@ -211,7 +221,8 @@ def _run_adaln_backward(grad_y, x, scale, step_scale, eps, wanted, summed, image
 def _run_gated_residual_backward(grad, branch, gate, step_gate, wanted, summed, images, total):
     grad_branch, grad_gate, sums = results = _fake_gated_residual_backward(
         grad, branch, gate, step_gate, wanted, summed, images, total)
-    _backward(_settings("gated_residual_backward", branch), branch, grad, None, None, branch, gate,
+    its = _settings("gated_residual_backward", branch, grad, gate, step_gate)
+    _backward(its, branch, grad, None, None, branch, gate,
               step_gate, None, None, None, grad_branch, grad_gate, None, (*summed, False, False),
               sums, images, 0.0)
     return results
@@ -222,7 +233,8 @@ def _run_both_backward(grad_new_x, grad_y, new_x, branch, gate, scale, step_gate
     grad_x, grad_branch, grad_gate, grad_scale, sums = results = _fake_both_backward(
         grad_new_x, grad_y, new_x, branch, gate, scale, step_gate, step_scale, eps, wanted, summed,
         images, total)
-    its = _settings("gated_residual_adaln_backward", new_x)
+    its = _settings("gated_residual_adaln_backward", new_x, grad_new_x, grad_y, branch, gate,
+                    scale, step_gate, step_scale)
     if its.fused:
         _backward(its, new_x, grad_new_x, grad_y, new_x, branch, gate, step_gate, scale,
                   step_scale, grad_x, grad_branch, grad_gate, grad_scale, summed, sums, images, eps)

@@ -332,11 +332,20 @@ def test_settings_fill_the_chip_and_fit_a_program():
         for op in MODULATION:
             for name in (op, f"{op}_backward"):
                 for its in (launch.default(name, channels, rows, arch),
+                            launch.default(name, channels, rows, arch, False),
                             *launch.candidates(name, channels, rows, arch)):
                     assert its.num_warps in (1, 2, 4, 8, 16)
                     assert its.rows == 1 or rows / its.rows >= launch.MULTIPROCESSORS
                     assert its.rows * launch.padded(channels) <= max(
                         1024, launch.padded(channels))
+
+
+def test_a_backward_that_reads_rows_at_odd_addresses_has_more_registers():
+    rows = torch.zeros(2, 3, 4112)
+    for other in (rows[..., 1:4097], torch.zeros(2, 3, 4097)[..., :4096], rows[..., :4096]):
+        its = triton._settings("adaln_backward", rows[..., :4096], other, None)
+        assert its.num_warps == (16 if other.data_ptr() == rows.data_ptr() else 8)
+    assert launch.default("adaln_backward", 4095, 6, 90).num_warps == 8
 
 
 @pytest.mark.gpu
