@@ -76,8 +76,10 @@ def calls(draw):
                    heads=draw(st.integers(1, 3)), head_dim=draw(st.sampled_from(HEAD_DIMS)),
                    dtype=draw(st.sampled_from(KERNEL_DTYPES)),
                    layouts=[draw(st.sampled_from(LAYOUTS)) for _ in range(3)])
-    # About the usual one: where one of a few keys has all the weight, only rounding is left.
-    scale = draw(st.sampled_from([None, 1.2, -0.6, 0.0]))
+    # About the usual one: where one of a few keys has all the weight, only rounding is left. Of
+    # equal weights all queries have the same result: too few numbers to judge in narrow heads.
+    equal = [0.0] if call["q"].shape[-1] >= 8 else []
+    scale = draw(st.sampled_from([None, 1.2, -0.6, *equal]))
     return call | {"scale": scale and scale * call["q"].shape[-1] ** -0.5}
 
 
