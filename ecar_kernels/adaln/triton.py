@@ -166,10 +166,11 @@ def _run_both(x, branch, gate, shift, scale, step_gate, step_shift, step_scale, 
 
 
 def _settings(op: str, x: Tensor, *others: Tensor | None):
-    """others: what is read beside x, where settings depend on how it lies: backward."""
+    """others: what backward reads beside x, whose settings of wide rows depend on how they lie."""
     arch = _triton.architecture(x.device.index)
     rows = x.shape[0] * x.shape[1]
-    aligned = all(tensor is None or _aligned(tensor) for tensor in (x, *others))
+    aligned = (not others or launch.padded(x.shape[2]) <= 2048
+               or all(tensor is None or _aligned(tensor) for tensor in (x, *others)))
     usual = launch.default(op, x.shape[2], rows, arch, aligned)
     if not aligned and x.shape[2] % 16 == 0:
         return usual  # what was measured is for aligned rows of this width
