@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ecar_kernels import _native
-from ecar_kernels.flow_block import reference
 from ecar_kernels.flow_block.packing import (
     forget_packed,
     pack_weight,
@@ -68,18 +67,11 @@ def prepare_weight(weight: Tensor, keep: bool) -> None:
 
 
 def _run_adaln_linear(x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps):
-    if weight.is_inference():  # has no version: a packed copy could go stale unseen
-        return reference.adaln_linear(
-            x, shift, scale, weight, bias, step_shift=step_shift, step_scale=step_scale,
-            activation="gelu_tanh" if gelu else None, eps=eps)
     return _packed_adaln_linear(x, shift, scale, packed_weight(weight), weight.shape[0], bias,
                                 step_shift, step_scale, gelu, eps)
 
 
 def _run_linear_gated_residual(h, weight, bias, gate, residual, step_gate):
-    if weight.is_inference():
-        return reference.linear_gated_residual(h, weight, bias, gate, residual,
-                                               step_gate=step_gate)
     return _packed_linear_gated_residual(h, packed_weight(weight), bias, gate, residual,
                                          step_gate)
 

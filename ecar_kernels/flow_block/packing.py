@@ -1,9 +1,13 @@
 """Weights packed for the CPU's GEMM kernels: the layout of csrc/cpu/gemm.h, and how back.
 
-A plain weight is packed on its first use; the packed copy lies beside it, lives as long as the
-weight and is made anew when the weight changes. A change is seen by the tensor's version and
-address, as autograd sees it: writing through `weight.data` into the same memory goes unseen, and
-`forget_packed` is then to be called.
+A plain weight is packed on its first use; the packed copy lives as long as the weight and is
+recomputed when the weight changes, however it was written to. Its version alone would miss writes
+through `weight.data`, so a packed copy keeps a lazy clone of the weight, which shares its memory:
+PyTorch gives whoever writes to either of the two new memory first, and the weight's address tells.
+Reading does not move it, except where the reader asks for a pointer that it could write to (NumPy,
+safetensors); then the weight is packed once more than needed. A weight that cannot be cloned so,
+because its memory is shared between processes, mapped from a file, or has other tensors on it, is
+packed on every use.
 
 `pack_weight` makes a parameter hold the packed form alone, so that a model's memory does not
 grow. It stays the same object, of the same shape, type and device. The first that reads or
@@ -57,32 +61,78 @@ def _pack(weight: Tensor) -> Tensor:
 
 class _Packed(NamedTuple):
     weight: weakref.ref
-    version: int
-    address: int
+    layout: tuple  # what `_layout` said
+    snapshot: Tensor  # the lazy clone
     tensor: Tensor
 
 
 _packed: dict[int, _Packed] = {}  # by the weight's id
 
 
+def _layout(weight: Tensor) -> tuple:
+    """Where and how its values lie. `data_ptr()` would be a pointer to write to."""
+    return torch._C._data_address(weight), weight.stride(), weight.shape, weight.dtype
+
+
 def packed_weight(weight: Tensor) -> Tensor:
     """The weight as the kernels take it: its own packed form, or from the cache, or packed now."""
-    own = weight.__dict__.get("packed") if type(weight) is PackedWeight else None
-    if own is not None:  # None also where another thread has just turned it back
+    if type(weight) is PackedWeight and (own := _own(weight)) is not None:
         return own
+    found = _kept(weight)
+    if found is None:
+        with _lock, torch.inference_mode(False), torch.no_grad():
+            if type(weight) is PackedWeight:  # another thread may have packed it meanwhile
+                if (own := _own(weight)) is not None:
+                    return own
+                unpack_weight(weight)
+            found = _kept(weight)  # or this
+            if found is None:
+                found = _pack_and_keep(weight)
+    return found
+
+
+def _own(weight: Tensor) -> Tensor | None:
+    """The packed form that it holds alone. None where another thread turns it back just now, and
+    where `set_`, which does not ask __torch_function__, has given it other memory."""
+    own = weight.__dict__
+    return own.get("packed") if own.get("placeholder") == torch._C._data_address(weight) else None
+
+
+def _kept(weight: Tensor) -> Tensor | None:
+    """The copy packed before, if the weight is as it was then."""
     found = _packed.get(id(weight))
-    if (found is not None and found.weight() is weight and found.version == weight._version
-            and found.address == weight.data_ptr()):
+    if found is not None and found.weight() is weight and found.layout == _layout(weight):
         return found.tensor
+    return None
+
+
+def _pack_and_keep(weight: Tensor) -> Tensor:
     key = id(weight)
+    _packed.pop(key, None)  # with its snapshot, which would count as one more tensor
+    snapshot = _lazy_clone(weight)
+    if snapshot is None:
+        return _pack(weight.detach())
 
     def forget(dead: weakref.ref) -> None:
         if (entry := _packed.get(key)) is not None and entry.weight is dead:
             del _packed[key]
 
-    tensor = _pack(weight.detach())
-    _packed[key] = _Packed(weakref.ref(weight, forget), weight._version, weight.data_ptr(), tensor)
+    layout = _layout(weight)
+    # Of a copy: the op asks for a pointer that it could write to. What another thread writes from
+    # here on moves the weight, and is seen at the next use.
+    tensor = _pack(snapshot.clone())
+    _packed[key] = _Packed(weakref.ref(weight, forget), layout, snapshot, tensor)
     return tensor
+
+
+def _lazy_clone(weight: Tensor) -> Tensor | None:
+    """Shares the weight's memory until one of the two is written to; None where it cannot be."""
+    if _uses(weight) > 1:  # a NumPy array might be one, which would keep the old memory
+        return None
+    try:
+        return weight.detach()._lazy_clone()
+    except (AttributeError, RuntimeError):  # memory that is not torch's own
+        return None
 
 
 def forget_packed() -> None:
@@ -107,6 +157,7 @@ class PackedWeight(nn.Parameter):
     """A weight [outputs, depth] whose values are held only in packed form; see `pack_weight`."""
 
     packed: Tensor
+    placeholder: int  # the address of the one number that it holds in place of its values
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -166,12 +217,15 @@ def pack_weight(weight: nn.Parameter) -> bool:
             return True
         if not can_pack(weight):
             return False
-        packed = _pack(weight.detach())
         _packed.pop(id(weight), None)
-        # One number in the whole shape. NaN: whoever gets past __torch_function__ sees it.
-        weight.data = torch.full((), float("nan"), dtype=weight.dtype).expand(weight.shape)
+        packed = _pack(weight.detach())
+        # The class first: from then on other threads' reads wait for the lock.
         weight.packed = packed
         weight.__class__ = PackedWeight
+        with torch._C.DisableTorchFunctionSubclass():
+            # One number in the whole shape. NaN: whoever gets past __torch_function__ sees it.
+            weight.data = torch.full((), float("nan"), dtype=weight.dtype).expand(weight.shape)
+        weight.placeholder = torch._C._data_address(weight)
         key = id(weight)
         _held[key] = weakref.ref(weight, lambda dead: _held.pop(key, None))
         return True
@@ -182,10 +236,12 @@ def unpack_weight(weight: nn.Parameter) -> None:
     with _lock, torch.inference_mode(False):
         if not isinstance(weight, PackedWeight):
             return
-        values = unpack(weight.packed, *weight.shape)
-        weight.__class__ = nn.Parameter
-        del weight.packed
-        weight.data = values
+        with torch._C.DisableTorchFunctionSubclass():
+            # Else `set_` has given it other values.
+            if torch._C._data_address(weight) == weight.placeholder:
+                weight.data = unpack(weight.packed, *weight.shape)
+        weight.__class__ = nn.Parameter  # last: no thread takes it for plain before it is
+        del weight.packed, weight.placeholder
         _held.pop(id(weight), None)
 
 
