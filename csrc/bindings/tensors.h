@@ -46,7 +46,7 @@ inline std::string text(Sizes sizes) {
 
 inline std::int32_t dtype_code(const Tensor& tensor) {
   std::int32_t code;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
   return code;
 }
 
@@ -117,10 +117,10 @@ inline Tensor empty(const Tensor& like, std::initializer_list<std::int64_t> size
     stride *= sizes.begin()[i] > 1 ? sizes.begin()[i] : 1;
   }
   std::int32_t device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<std::int64_t>(sizes.size()), sizes.begin(), strides, dtype, device_type,
       device_index, &handle));
   const Tensor tensor(handle);

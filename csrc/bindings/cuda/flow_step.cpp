@@ -17,7 +17,7 @@ using torch::stable::accelerator::DeviceGuard;
 
 std::int32_t device_of(const Tensor& tensor) {
   std::int32_t index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
   return index;
 }
 
@@ -33,7 +33,7 @@ void* current_stream(std::int32_t device) {
     return reinterpret_cast<Get>(found);
   }();
   void* stream;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  TORCH_ERROR_CODE_CHECK(get(device, &stream));
   return stream;
 }
 
@@ -45,8 +45,8 @@ void check(int code) {
 
 void check_device(const char* name, const Tensor& tensor, const Tensor& leading) {
   std::int32_t type, leading_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(leading.get(), &leading_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(leading.get(), &leading_type));
   if (type != leading_type || device_of(tensor) != device_of(leading)) {
     refuse(name, "the first argument's device, got another one");
   }
