@@ -214,15 +214,11 @@ def test_a_wrong_environment_variable_is_named_on_use_not_on_import():
 def test_import_needs_torch_alone_and_leaves_no_trace():
     code = """if True:
         import sys
+        import torch  # first: what torch imports or looks for is its own affair
 
-        class Block:
-            def find_spec(self, name, path=None, target=None):
-                if name.partition(".")[0] in {"triton", "sklearn", "scipy", "diffusers", "ecar",
-                        "accelerate", "setuptools", "safetensors", "huggingface_hub"}:
-                    raise ImportError(f"{name} is blocked")
-
-        sys.meta_path.insert(0, Block())
-        import torch
+        for name in ("triton", "sklearn", "scipy", "diffusers", "ecar", "accelerate", "setuptools",
+                     "safetensors", "huggingface_hub"):
+            sys.modules[name] = None  # importing it, or a part of it, raises ImportError
         before = set(sys.modules)
         import ecar_kernels
         ours = {name for name in set(sys.modules) - before if not name.startswith("ecar_kernels")}
