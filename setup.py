@@ -233,6 +233,8 @@ class BuildNative(build_ext):
         except CannotBuildError:
             shutil.rmtree(folder)  # its cache would fail the next try, too
             raise
+        if nvcc and "CUDART-NOTFOUND" in (folder / "CMakeCache.txt").read_text("utf-8"):
+            why_not_cuda = "cudart_static was not found"
         if why_not_cuda is None:
             try:
                 run([cmake, "--build", folder, "--target", "ecar_cuda"], log)
@@ -242,7 +244,7 @@ class BuildNative(build_ext):
         made = {name: (folder / name).read_bytes()}
         if why_not_cuda is None:
             return made | {CUDA_NAME: (folder / CUDA_NAME).read_bytes()}
-        if self.required == "cuda" or self.required == "1" and torch_says(torch, "cuda"):
+        if self.required == "cuda" or (self.required == "1" and torch_says(torch, "cuda")):
             raise CannotBuildError(f"the CUDA half: {why_not_cuda}")
         print(f"ecar: the CUDA C++ library is left out: {why_not_cuda}", file=sys.stderr)
         return made | {WHY_NOT_CUDA: f"{why_not_cuda} (when ecar was installed)\n".encode()}

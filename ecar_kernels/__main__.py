@@ -4,6 +4,7 @@ import sys
 
 import torch
 
+from ecar_kernels import _native
 from ecar_kernels.registry import active_backend, backends
 from ecar_kernels.version import __version__
 
@@ -20,6 +21,8 @@ def main() -> int:
             for row in backends()]
     widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
     print(f"ecar_kernels {__version__}, torch {torch.__version__}, active: {active}")
+    if (reason := _native.outdated()) is not None:
+        print(f"the C++ library is of an earlier build; the last one failed: {reason}")
     for row in (HEADER, *rows):
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())

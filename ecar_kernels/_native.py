@@ -36,6 +36,14 @@ def why_not() -> str | None:
     return None
 
 
+def outdated() -> str | None:
+    """Why the last build failed, where the library is that of an earlier one; else None."""
+    note = FOLDER / WHY_NOT_BUILT
+    if note.is_file() and any((FOLDER / name).is_file() for name in NAMES):
+        return note.read_text("utf-8").strip()
+    return None
+
+
 @functools.cache
 def why_not_cuda() -> str | None:
     """None once the CUDA half is loaded beside the library, else why it can't be."""
