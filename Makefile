@@ -16,11 +16,17 @@ STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Nothing that is installed later may replace the torch that is there.
 KEEP_TORCH := $(VENV)/torch-version.txt
-INSTALL := $(PIP) install --constraint $(KEEP_TORCH) --no-build-isolation --editable
+INSTALL := $(PIP) install --constraint $(KEEP_TORCH)
+# What pyproject.toml asks for, one a line: `build`, `base` or an extra's name is given.
+REQUIREMENTS := $(BIN)/python -c 'import importlib, sys; \
+  toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "pip._vendor.tomli"); \
+  data = toml.load(open("pyproject.toml", "rb")); project = data["project"]; \
+  print(*({"build": data["build-system"]["requires"], "base": project["dependencies"]} \
+          | project["optional-dependencies"])[sys.argv[1]], sep="\n")'
 
 .PHONY: help demo test lint bench bench-check report gpu compile-gate compile-gate-oldest
 .PHONY: cuda-gate callgrind test-oldest-triton
-.PHONY: wheel-test sanitize fuzz evaluate train-demo clean
+.PHONY: matrix sanitize fuzz evaluate train-demo clean
 .DELETE_ON_ERROR:
 
 help:
@@ -36,7 +42,7 @@ help:
 	@echo "make gpu         on a GPU: build, tests, sanitizers and timings, with what $(PYTHON) has"
 	@echo "make callgrind   count the C++ kernels' instructions, against the committed counts"
 	@echo "make report      one page of all results that there are: $(REPORT)/report.md"
-	@echo "make wheel-test  sdist, wheel, and both in empty environments, for each of TORCHES"
+	@echo "make matrix      sdist and wheel in new environments, for PAIRS of Python:torch"
 	@echo "make sanitize    the C++ ops' tests under the address and undefined-behaviour sanitizers"
 	@echo "make fuzz        $(CASES) random calls of every op, valid and invalid mixed"
 	@echo "make evaluate    judge the samples of $(CHECKPOINT)"
@@ -50,7 +56,7 @@ demo: $(STAMPS)/base
 test: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --timeout 600 tests
 
-lint: $(STAMPS)/dev
+lint: $(STAMPS)/lint
 	$(BIN)/ruff check .
 
 bench: $(STAMPS)/bench
@@ -91,14 +97,14 @@ gpu:
 callgrind: $(STAMPS)/test
 	$(BIN)/python -m benchmarks.instructions
 
-# Needs nothing but the results: it measures nothing.
+# Needs nothing but the results: it measures nothing, and no C++ is built for it.
 .PHONY: report
-report: $(STAMPS)/bench
+report: $(STAMPS)/report
 	$(BIN)/python -m benchmarks.report --output $(REPORT)
 
-# TORCHES='torch==2.10.0 torch' tries the oldest and the newest torch, several GB of downloads.
-wheel-test: $(STAMPS)/test
-	$(BIN)/python -m tests.wheel $(foreach torch,$(TORCHES),--torch $(torch))
+# PAIRS='3.10:2.10.0 3.13:newest' tries these Pythons, each with a torch; several GB of downloads.
+matrix: $(STAMPS)/base
+	$(BIN)/python -m tests.wheel $(PAIRS)
 
 # In a library of its own, on each instruction set; torch's allocations are watched too, for the
 # sanitizers' allocator is loaded first. Graphs that Inductor compiles are left out.
@@ -145,15 +151,31 @@ $(STAMPS)/venv:
 	$(PYTHON) -m venv $(VENV)
 	@mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/base: $(STAMPS)/venv pyproject.toml setup.py
+$(STAMPS)/torch: $(STAMPS)/venv
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install $(TORCH)
 	@$(BIN)/python -c 'from importlib.metadata import version as v; print("torch==" + v("torch"))' \
 	  > $(KEEP_TORCH)
-	$(PIP) install 'setuptools>=77' 'cmake>=3.18' 'ninja>=1.11'
-	$(INSTALL) .
 	@touch $@
 
-# The extras of pyproject.toml, each on top of the base.
+# Builds the C++ library, what changed of it.
+$(STAMPS)/base: $(STAMPS)/torch pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+	@$(REQUIREMENTS) build > $@.txt
+	$(PIP) install --requirement $@.txt
+	$(INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+# These build nothing. The linter alone, what a report imports, and the extras on top of the base.
+$(STAMPS)/lint: $(STAMPS)/venv pyproject.toml
+	@$(REQUIREMENTS) dev | grep ruff > $@.txt
+	$(PIP) install --requirement $@.txt
+	@touch $@
+
+$(STAMPS)/report: $(STAMPS)/torch pyproject.toml
+	@($(REQUIREMENTS) base && $(REQUIREMENTS) bench | grep matplotlib) > $@.txt
+	$(INSTALL) --requirement $@.txt
+	@touch $@
+
 $(STAMPS)/%: $(STAMPS)/base
-	$(INSTALL) '.[$*]'
+	@$(REQUIREMENTS) $* > $@.txt
+	$(INSTALL) --requirement $@.txt
 	@touch $@

@@ -12,6 +12,7 @@ import torch
 
 import ecar
 import ecar_kernels as ek
+from ecar_kernels import _native, registry
 
 
 def normal(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -39,6 +40,10 @@ def calls(dtype: torch.dtype) -> dict[str, dict]:
         | rows("bias", c) | rows("residual", b, n, c) | gate,
         "euler_step": state,
         "upsample_renoise_euler": state | {"time": 1 / 3, "stage": 2, "seeds": seeds},
+        "flow_boundary": rows("x", 2 * b, n, c) | rows("shift scale", 2 * b, 1, c)
+        | rows("state", b, n, 12) | rows("weight", 12, c) | rows("bias", 12)
+        | rows("embed_weight", c, 12) | rows("embed_bias", c) | rows("positions", n, c)
+        | {"dt": 0.125, "guidance_scale": 1.5},
         "initial_noise": {"seeds": seeds, "shape": (3, 4, 6), "device": "cpu", "dtype": dtype},
     }
 
@@ -74,11 +79,14 @@ def main() -> None:
     reason = sys.argv[1] if len(sys.argv) > 1 else None
     for package in (ecar, ek):
         assert "site-packages" in package.__file__, f"not installed: {package.__file__}"
+    assert set(calls(torch.float32)) == set(registry.OPS)
     table = printed(sys.executable, "-I", "-m", "ecar_kernels").splitlines()
     for op in calls(torch.float32):
         (row,) = [line for line in table if line.split()[:2] == [op, "native"]]
         wanted = "yes" if reason is None else f"the C++ library is not built: {reason}"
         assert wanted in row, f"expected {wanted!r}, got {row!r}"
+    if (_native.FOLDER / _native.CUDA_NAME).is_file():  # it loads without a GPU, too
+        assert (why_not := _native.load_cuda()) is None, why_not
     for op in calls(torch.float32):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             compare(op, "auto", dtype)

@@ -138,7 +138,7 @@ def libraries(wheel: Path) -> set[str]:
 
 @needs_native
 def test_the_wheel_holds_the_library(wheel):
-    """The CUDA half too, where nvcc is; else why not."""
+    """The CUDA half too, where torch has CUDA and nvcc is found; else why not."""
     held = libraries(wheel)
     assert f"ecar_kernels/{_native.NAMES[sys.platform == 'darwin']}" in held
     cuda = {f"ecar_kernels/{name}" for name in (_native.CUDA_NAME, _native.WHY_NOT_CUDA)}
@@ -227,3 +227,33 @@ main()
 """
     out = run(sys.executable, "-c", code, cwd=tmp_path)
     assert "stage_attention" in out and "reference" in out
+
+
+def test_a_clone_does_not_hide_the_package(tmp_path):
+    """As `make` installs it; Python is then run in the folder above a clone named ecar."""
+    clone = tmp_path / "ecar"
+    for package in ("ecar", "ecar_kernels"):
+        shutil.copytree(ROOT / package, clone / package,
+                        ignore=shutil.ignore_patterns("__pycache__", "libecar*"))
+    for entry in ("CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / entry, clone / entry)
+    run(sys.executable, "-m", "venv", "--without-pip", "venv", cwd=tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (site / "zz.pth").write_text(sysconfig.get_path("purelib"))  # torch, pip, setuptools
+    without_ours = {"PYTHONPATH": "", "CXX": "/nonexistent/c++"}
+    run(python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index",
+        "--editable", clone, cwd=clone, **without_ours)
+    code = "from ecar import ECARPipeline; import ecar_kernels as k; print(k.__file__)"
+    said = run(python, "-c", code, cwd=tmp_path, **without_ours)
+    assert said.strip() == str(clone / "ecar_kernels" / "__init__.py")
+
+
+BUILDS = {"lint": 0, "report": 0, "demo": 1, "test": 1, "bench": 1, "matrix": 1}
+
+
+@pytest.mark.parametrize("target", BUILDS)
+def test_make_builds_the_library_once_or_not_at_all(target, tmp_path):
+    """A list of the commands for a new environment, as after a change of pyproject.toml."""
+    commands = run("make", "-n", target, f"VENV={tmp_path / 'venv'}", cwd=ROOT)
+    assert len(re.findall(r"--editable|build_ext|install \.", commands)) == BUILDS[target]
