@@ -191,6 +191,7 @@ class BuildNative(build_ext):
         package = (ROOT if in_place else Path(self.build_lib)) / "ecar_kernels"
         package.mkdir(parents=True, exist_ok=True)
         if not in_place:  # what an earlier build left must not go into this wheel
+            shutil.rmtree(self.build_temp, ignore_errors=True)
             for name in PUT:
                 (package / name).unlink(missing_ok=True)
         try:
@@ -211,13 +212,12 @@ class BuildNative(build_ext):
     def build(self, folder: Path) -> dict[str, bytes]:
         """The contents of the package's files: the libraries, or why there is no CUDA half."""
         cmake, ninja, torch = find_tool("cmake"), find_tool("ninja"), find_torch()
-        arguments = ["-S", ROOT, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
-                     f"-DECAR_TORCH_DIR={torch}", "-DBUILD_TESTING=OFF", *split("CMAKE_ARGS")]
-        # CMake asks its surroundings once; in other surroundings, another folder.
-        decides = [cmake, find_compiler(), torch_says(torch, "__version__"), *arguments, *(
+        # CMake asks its surroundings once; in other surroundings, another folder. (Its own path is
+        # another one in each isolated build.)
+        decides = [find_compiler(), str(ROOT), str(torch), torch_says(torch, "__version__"), *(
             f"{name}={value}" for name, value in sorted(os.environ.items())
             if name in DECIDES_THE_BUILD or name.startswith("CMAKE_"))]
-        digest = hashlib.sha256(repr(list(map(str, decides))).encode()).hexdigest()
+        digest = hashlib.sha256(repr(decides).encode()).hexdigest()
         folder = folder / f"native-{digest[:12]}"
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "log.txt"
@@ -227,12 +227,14 @@ class BuildNative(build_ext):
         except CannotBuildError as error:
             nvcc, codes, why_not_cuda = "", [], str(error)
         try:
-            run([cmake, "-B", folder, *arguments, f"-DECAR_NVCC={nvcc}",
-                 f"-DECAR_GENCODE={';'.join(codes)}"], log)
-            run([cmake, "--build", folder], log)
+            run([cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
+                 f"-DECAR_TORCH_DIR={torch}", f"-DECAR_NVCC={nvcc}",
+                 f"-DECAR_GENCODE={';'.join(codes)}", "-DBUILD_TESTING=OFF",
+                 *split("CMAKE_ARGS")], log)
         except CannotBuildError:
             shutil.rmtree(folder)  # its cache would fail the next try, too
             raise
+        run([cmake, "--build", folder], log)
         if nvcc and "CUDART-NOTFOUND" in (folder / "CMakeCache.txt").read_text("utf-8"):
             why_not_cuda = "cudart_static was not found"
         if why_not_cuda is None:
