@@ -27,8 +27,6 @@ ECAR_HOST_DEVICE int boundary_group(const FlowBoundary& a) {
   return fits && a.images * a.tokens >= 1024 ? kGroup : 1;
 }
 
-#if defined(__CUDACC__) || defined(ECAR_CUDA_ON_HOST)
-
 __device__ inline float warp_sum(float value) {
   for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(0xffffffffu, value, lane);
   return value;
@@ -65,12 +63,8 @@ __device__ inline bool whole_vectors(const void* data, int row) {
 }
 
 __device__ inline void load_shared(const float* from, float (&to)[4]) {
-#if defined(__CUDA_ARCH__)
   const float4 read = *reinterpret_cast<const float4*>(from);
   to[0] = read.x, to[1] = read.y, to[2] = read.z, to[3] = read.w;
-#else
-  std::memcpy(to, from, 16);
-#endif
 }
 
 // A lane's part of one output's sums: of its 16 bytes of every 512 where the rows allow it.
@@ -231,8 +225,6 @@ __device__ inline void flow_boundary_block(const FlowBoundary& a, float* shared)
     }
   }
 }
-
-#endif
 
 }  // namespace cuda
 }  // namespace ecar

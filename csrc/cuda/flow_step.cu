@@ -38,33 +38,40 @@ __global__ void __launch_bounds__(kBoundaryThreads, 2) flow_boundary_kernel(Flow
   flow_boundary_block<T, S, kTokens, kGuided>(a, shared);
 }
 
-template <class Arguments>
-int launch(void (*wide_kernel)(Arguments, std::int64_t),
-           void (*narrow_kernel)(Arguments, std::int64_t), const Arguments& a, bool wide,
-           std::int64_t units, void* stream) {
-  if (units == 0) return cudaSuccess;
-  const std::int64_t blocks = ceil_div(units, kThreads);
+// Every launch: a row of blocks, none where there is nothing to do.
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, std::int64_t bytes,
+           void* stream, const Arguments&... arguments) {
+  if (blocks == 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  (wide ? wide_kernel : narrow_kernel)<<<static_cast<unsigned>(blocks), kThreads, 0,
-                                         static_cast<cudaStream_t>(stream)>>>(a, units);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaError_t error = cudaSuccess;
+  if (bytes > 48 << 10) {  // more has to be asked for; not a stream's work, so fine in a graph
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(bytes));
+  }
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (error != cudaSuccess) cudaGetLastError();  // reported here, so that no later call does
+  return error;
+}
+
+template <class Arguments>
+int launch_units(void (*wide_kernel)(Arguments, std::int64_t),
+                 void (*narrow_kernel)(Arguments, std::int64_t), const Arguments& a, bool wide,
+                 std::int64_t units, void* stream) {
+  return launch(wide ? wide_kernel : narrow_kernel, ceil_div(units, kThreads), kThreads, 0, stream,
+                a, units);
 }
 
 template <class T, class S, int kTokens, int kGuided>
 int launch_boundary(const FlowBoundary& a, void* stream) {
-  const std::int64_t blocks = a.images * ceil_div(a.tokens, kTokens);
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  const auto kernel = flow_boundary_kernel<T, S, kTokens, kGuided>;
-  const int bytes = static_cast<int>(boundary_shared(a, kTokens) * 4);
-  if (bytes > 48 << 10) {  // more has to be asked for; not a stream's work, so fine in a graph
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return error;
-  }
-  kernel<<<static_cast<unsigned>(blocks), kBoundaryThreads, bytes,
-           static_cast<cudaStream_t>(stream)>>>(a);
-  return cudaGetLastError();
+  return launch(flow_boundary_kernel<T, S, kTokens, kGuided>,
+                a.images * ceil_div(a.tokens, kTokens), kBoundaryThreads,
+                boundary_shared(a, kTokens) * 4, stream, a);
 }
 
 template <class T, class S>
@@ -94,24 +101,24 @@ int with_type(Dtype dtype, const Call& call) {
 int euler_step(const EulerStep& a, Dtype dtype, void* stream) {
   return with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    return launch(euler_kernel<T, true>, euler_kernel<T, false>, a, wide<T>(a), units<T>(a),
-                  stream);
+    return launch_units(euler_kernel<T, true>, euler_kernel<T, false>, a, wide<T>(a),
+                        units<T>(a), stream);
   });
 }
 
 int upsample_renoise(const UpsampleRenoise& a, Dtype dtype, void* stream) {
   return with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    return launch(upsample_renoise_kernel<T, true>, upsample_renoise_kernel<T, false>, a,
-                  wide<T>(a), units<T>(a.step), stream);
+    return launch_units(upsample_renoise_kernel<T, true>, upsample_renoise_kernel<T, false>, a,
+                        wide<T>(a), units<T>(a.step), stream);
   });
 }
 
 int initial_noise(const InitialNoise& a, Dtype dtype, void* stream) {
   return with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    return launch(initial_noise_kernel<T, true>, initial_noise_kernel<T, false>, a, wide<T>(a),
-                  units<T>(a), stream);
+    return launch_units(initial_noise_kernel<T, true>, initial_noise_kernel<T, false>, a,
+                        wide<T>(a), units<T>(a), stream);
   });
 }
 

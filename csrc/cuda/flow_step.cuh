@@ -1,7 +1,7 @@
 #pragma once
 
 // What one thread of the elementwise kernels does: it takes one unit, a vector of 16 bytes of a
-// row or what is left of the row. tests/csrc runs every unit on the host.
+// row or what is left of the row.
 
 #include "cuda/elements.cuh"
 #include "cuda/flow_step.h"
@@ -69,7 +69,7 @@ struct Place {
 
 // Divisions by sizes of 64 bits are slow on a GPU, and hardly ever needed.
 template <class Index>
-ECAR_HOST_DEVICE void take_apart(const EulerStep& a, std::int64_t unit, Index each, Place& p) {
+ECAR_DEVICE void take_apart(const EulerStep& a, std::int64_t unit, Index each, Place& p) {
   Index rest = static_cast<Index>(unit) / each;
   p.row = rest;
   p.at = static_cast<Index>(unit) % each;
@@ -81,7 +81,7 @@ ECAR_HOST_DEVICE void take_apart(const EulerStep& a, std::int64_t unit, Index ea
 }
 
 template <class T>
-ECAR_HOST_DEVICE Place place_of(const EulerStep& a, std::int64_t unit) {
+ECAR_DEVICE Place place_of(const EulerStep& a, std::int64_t unit) {
   const std::int64_t each = ceil_div(a.inner, kVector<T>);
   Place p{};
   if (unit < each) {
@@ -101,13 +101,13 @@ ECAR_HOST_DEVICE Place place_of(const EulerStep& a, std::int64_t unit) {
   return p;
 }
 
-ECAR_HOST_DEVICE float scale_of(const Guidance& guidance) {
+ECAR_DEVICE float scale_of(const Guidance& guidance) {
   return guidance.on_device != nullptr ? *guidance.on_device : guidance.value;
 }
 
 // Stores x + dt v and leaves it in `value`.
 template <class T>
-ECAR_HOST_DEVICE void step(const EulerStep& a, const Place& p, bool whole,
+ECAR_DEVICE void step(const EulerStep& a, const Place& p, bool whole,
                            float (&value)[kVector<T>]) {
   float velocity[kVector<T>];
   load(static_cast<const T*>(a.x) + p.x + p.at, p.count, whole, value);
@@ -128,14 +128,14 @@ ECAR_HOST_DEVICE void step(const EulerStep& a, const Place& p, bool whole,
 }
 
 template <class T>
-ECAR_HOST_DEVICE void euler_unit(const EulerStep& a, bool wide, std::int64_t unit) {
+ECAR_DEVICE void euler_unit(const EulerStep& a, bool wide, std::int64_t unit) {
   const Place p = place_of<T>(a, unit);
   float value[kVector<T>];
   step<T>(a, p, wide && p.count == kVector<T>, value);
 }
 
 template <class T>
-ECAR_HOST_DEVICE void upsample_renoise_unit(const UpsampleRenoise& a, bool wide,
+ECAR_DEVICE void upsample_renoise_unit(const UpsampleRenoise& a, bool wide,
                                             std::int64_t unit) {
   constexpr int kItems = kVector<T>;
   const Place p = place_of<T>(a.step, unit);
@@ -179,7 +179,7 @@ ECAR_HOST_DEVICE void upsample_renoise_unit(const UpsampleRenoise& a, bool wide,
 
 // Element 4 i + k of an image is normal k of call i.
 template <class T>
-ECAR_HOST_DEVICE void initial_noise_unit(const InitialNoise& a, bool wide, std::int64_t unit) {
+ECAR_DEVICE void initial_noise_unit(const InitialNoise& a, bool wide, std::int64_t unit) {
   constexpr int kItems = kVector<T>;
   const std::int64_t each = ceil_div(a.count, kItems);
   const std::int64_t image = unit / each, at = unit % each * kItems;

@@ -37,10 +37,16 @@ void* current_stream(std::int32_t device) {
   return stream;
 }
 
-void check(int code) {
+void check(const char* op, int code) {
   if (code != 0) {
-    throw std::runtime_error(std::string("CUDA launch failed: ") + cuda::error_text(code));
+    throw std::runtime_error(std::string(op) + ": the CUDA launch failed: " +
+                             cuda::error_text(code));
   }
+}
+
+// Of the tensor that sets the device: torch calls an op here for any tensor that is on a GPU.
+void check_cuda(const char* name, const Tensor& tensor) {
+  if (!tensor.is_cuda()) refuse(name, "a CUDA tensor, got one on another device");
 }
 
 void check_device(const char* name, const Tensor& tensor, const Tensor& leading) {
@@ -103,13 +109,14 @@ cuda::EulerStep euler_arguments(const Tensor& x, const Tensor& velocity, double 
 
 Tensor euler_step(const Tensor& x, const Tensor& velocity, double dt, double guidance_scale,
                   const MaybeTensor& guidance) {
+  check_cuda("x", x);
   const Dtype dtype = check_leading("x", x, 4);
   const DeviceGuard guard(device_of(x));
   const Sizes sizes = x.sizes();
   const Tensor out = empty(x, {sizes[0], sizes[1], sizes[2], sizes[3]}, dtype_code(x), false);
   cuda::EulerStep a = euler_arguments(x, velocity, dt, guidance_scale, guidance, out);
   merge_dimensions(a);
-  check(cuda::euler_step(a, dtype, current_stream(device_of(x))));
+  check("euler_step", cuda::euler_step(a, dtype, current_stream(device_of(x))));
   return out;
 }
 
@@ -131,7 +138,7 @@ std::tuple<Tensor, Tensor> jump(Dtype dtype, cuda::UpsampleRenoise& a, const Ten
   a.up_factor = static_cast<float>((1 + time) / 2);
   a.noise_factor = static_cast<float>(1 - time);
   a.start = start.mutable_data_ptr();
-  check(cuda::upsample_renoise(a, dtype, current_stream(device_of(x))));
+  check("upsample_renoise_euler", cuda::upsample_renoise(a, dtype, current_stream(device_of(x))));
   return {end, start};
 }
 
@@ -140,6 +147,7 @@ std::tuple<Tensor, Tensor> upsample_renoise_euler_seeds(const Tensor& x, const T
                                                         double time, std::int64_t stage,
                                                         const Tensor& seeds,
                                                         const MaybeTensor& guidance) {
+  check_cuda("x", x);
   const Dtype dtype = check_leading("x", x, 4);
   if (check_seeds(seeds) != x.size(0)) {
     refuse("seeds", "one for each image, ", x.size(0), ", got ", seeds.size(0));
@@ -156,6 +164,7 @@ std::tuple<Tensor, Tensor> upsample_renoise_euler_details(const Tensor& x, const
                                                           double dt, double guidance_scale,
                                                           double time, const Tensor& details,
                                                           const MaybeTensor& guidance) {
+  check_cuda("x", x);
   const Dtype dtype = check_leading("x", x, 4);
   const Sizes sizes = x.sizes();
   check_sizes("details", details, x, {sizes[0], sizes[1], 3, sizes[2], sizes[3]});
@@ -185,7 +194,7 @@ Tensor initial_noise(const Tensor& seeds, std::int64_t channels, std::int64_t he
   const cuda::InitialNoise a{static_cast<const std::int64_t*>(seeds.const_data_ptr()),
                              seeds.stride(0), images, channels * height * width,
                              out.mutable_data_ptr()};
-  check(cuda::initial_noise(a, dtype, current_stream(device_of(seeds))));
+  check("initial_noise", cuda::initial_noise(a, dtype, current_stream(device_of(seeds))));
   return out;
 }
 
@@ -195,6 +204,7 @@ std::tuple<Tensor, Tensor> flow_boundary(
     const Tensor& embed_bias, const Tensor& positions, double dt, const MaybeTensor& step_shift,
     const MaybeTensor& step_scale, double guidance_scale, double eps,
     const MaybeTensor& guidance) {
+  check_cuda("x", x);
   cuda::FlowBoundary a{};
   const Dtype dtype = set_boundary(a, {x, state, shift, scale, weight, bias, embed_weight,
                                        embed_bias, positions, step_shift, step_scale}, dt, eps);
@@ -216,7 +226,7 @@ std::tuple<Tensor, Tensor> flow_boundary(
   a.new_state = new_state.mutable_data_ptr();
   a.embedded = embedded.mutable_data_ptr();
   a.guidance = guidance_of(guidance_scale, guidance, x);
-  check(cuda::flow_boundary(a, dtype, current_stream(device_of(x))));
+  check("flow_boundary", cuda::flow_boundary(a, dtype, current_stream(device_of(x))));
   return {new_state, embedded};
 }
 
