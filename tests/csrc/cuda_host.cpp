@@ -1,154 +1,152 @@
-// The CUDA kernels' bodies on the host, for test_cuda_host.py. A thread of the elementwise kernels
-// needs no other; a block of the boundary kernel runs as real threads that meet at barriers.
+// The real CUDA bindings on a machine without CUDA, for test_cuda_host.py. Tensors of cuda:0 and
+// cuda:1 lie in the host's memory, and torch's dispatcher takes them to CUDA's kernels. What the
+// bindings call of torch's CUDA is here: device guards, streams, memory. The ops are registered in
+// `ecar_host`, so that the real library can be loaded too.
 
-#include <pthread.h>
+#include <dlfcn.h>
 
-#include <cmath>
+#define USE_CUDA  // the declaration of streams
+#define aoti_torch_create_device_guard host_create_device_guard
+#define aoti_torch_delete_device_guard host_delete_device_guard
+#define aoti_torch_empty_strided host_empty_strided
+#define dlsym host_dlsym
+
 #include <cstdint>
-#include <thread>
+#include <cstring>
+#include <list>
+#include <stdexcept>
+#include <type_traits>
 #include <vector>
 
-#define ECAR_CUDA_ON_HOST
-#define __device__
+#include <ATen/core/Tensor.h>
 
-struct Index {
-  unsigned x;
-};
-static thread_local Index threadIdx, blockIdx, blockDim;
-static pthread_barrier_t block_barrier, warp_barriers[8];
-static float exchanged[8][32];
+#define TORCH_TARGET_VERSION 0x020a000000000000  // the bindings', as CMakeLists.txt has it
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
-static void __syncthreads() { pthread_barrier_wait(&block_barrier); }
-
-static float __shfl_xor_sync(unsigned, float value, int other) {
-  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  exchanged[warp][lane] = value;
-  pthread_barrier_wait(&warp_barriers[warp]);
-  const float found = exchanged[warp][lane ^ static_cast<unsigned>(other)];
-  pthread_barrier_wait(&warp_barriers[warp]);
-  return found;
-}
-
-#include "cuda/flow_boundary.cuh"
-#include "cuda/flow_step.cuh"
+extern "C" int host_set_device(int device);  // returns the one before
 
 namespace {
 
-using namespace ecar;
+bool no_streams = false;
 
-template <class Call>
-void with_type(int dtype, const Call& call) {
-  if (dtype == kFloat32) call(float{});
-  if (dtype == kBFloat16) call(BFloat16{});
-  if (dtype == kFloat16) call(Float16{});
+// Memory of outputs: NaN in every dtype, a margin on both sides.
+constexpr std::size_t kMargin = 256;
+static_assert(__STDCPP_DEFAULT_NEW_ALIGNMENT__ % 16 == 0);
+constexpr std::size_t kLarge = std::size_t{1} << 30;  // never written: a dry run
+std::list<std::vector<unsigned char>> outputs;
+
+// torch's own ways to make a tensor of an address first look for its CUDA library.
+at::Tensor tensor_at(void* data, std::size_t bytes, c10::Device device, caffe2::TypeMeta type) {
+  c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, c10::DataPtr(data, device), nullptr,
+                       false);
+  const c10::DispatchKeySet keys(device.is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU);
+  return at::detail::make_tensor<c10::TensorImpl>(std::move(storage), keys, type);
 }
 
-template <class T, class S, int kTokens, int kGuided>
-void blocks(const cuda::FlowBoundary& a, unsigned threads) {
-  const unsigned count = static_cast<unsigned>(a.images * cuda::ceil_div(a.tokens, kTokens));
-  pthread_barrier_init(&block_barrier, nullptr, threads);
-  for (unsigned w = 0; w < threads / 32; ++w) {
-    pthread_barrier_init(&warp_barriers[w], nullptr, 32);
-  }
-  std::vector<float> shared(static_cast<std::size_t>(cuda::boundary_shared(a, kTokens)), NAN);
-  std::vector<std::thread> running;
-  for (unsigned t = 0; t < threads; ++t) {
-    running.emplace_back([&, t] {
-      threadIdx = {t}, blockDim = {threads};
-      for (unsigned block = 0; block < count; ++block) {
-        blockIdx = {block};
-        cuda::flow_boundary_block<T, S, kTokens, kGuided>(a, shared.data());
-        __syncthreads();
-      }
-    });
-  }
-  for (std::thread& thread : running) thread.join();
+AOTITorchError stream_of(std::int32_t device, void** stream) {
+  *stream = reinterpret_cast<void*>(std::intptr_t{0x5000} + 16 * device + 1);
+  return 0;
 }
 
-template <class T, class S>
-void boundary(const cuda::FlowBoundary& a, int group) {
-  if (group == 1 && a.guided) blocks<T, S, 1, 2>(a, 64);
-  if (group == 1 && !a.guided) blocks<T, S, 1, 1>(a, 64);
-  if (group != 1 && a.guided) blocks<T, S, cuda::kGroup, 2>(a, 64);
-  if (group != 1 && !a.guided) blocks<T, S, cuda::kGroup, 1>(a, 64);
+void* host_dlsym(void*, const char* name) {
+  const bool known = std::strcmp(name, "aoti_torch_get_current_cuda_stream") == 0 && !no_streams;
+  return known ? reinterpret_cast<void*>(&stream_of) : nullptr;
 }
+
+static_assert(std::is_same_v<decltype(&stream_of), decltype(&aoti_torch_get_current_cuda_stream)>);
 
 }  // namespace
 
 extern "C" {
 
-// sizes [4]; strides of x and velocity, 3 each; returns whether 16-byte accesses were taken.
-int euler(int dtype, const void* x, const void* velocity, const void* unconditional, void* out,
-          const std::int64_t* sizes, const std::int64_t* strides, float dt, float guidance) {
-  cuda::EulerStep a{x, velocity, unconditional, {sizes[0], sizes[1], sizes[2]}, sizes[3],
-                    {strides[0], strides[1], strides[2]}, {strides[3], strides[4], strides[5]},
-                    out, dt, {0.0f, &guidance}};
-  bool wide = false;
-  with_type(dtype, [&](auto t) {
-    using T = decltype(t);
-    wide = cuda::wide<T>(a);
-    for (std::int64_t u = 0; u < cuda::units<T>(a); ++u) cuda::euler_unit<T>(a, wide, u);
-  });
-  return wide;
+AOTITorchError host_create_device_guard(std::int32_t index, DeviceGuardHandle* guard) {
+  *guard = reinterpret_cast<DeviceGuardHandle>(std::intptr_t{host_set_device(index)} + 1);
+  return 0;
 }
 
-int jump(int dtype, const void* x, const void* velocity, const void* unconditional, void* end,
-         void* start, const std::int64_t* sizes, const std::int64_t* strides,
-         const void* details, const std::int64_t* seeds, std::uint32_t stage, float dt,
-         float guidance, float up, float noise) {
-  cuda::UpsampleRenoise a{};
-  a.step = {x, velocity, unconditional, {sizes[0], sizes[1], sizes[2]}, sizes[3],
-            {strides[0], strides[1], strides[2]}, {strides[3], strides[4], strides[5]},
-            end, dt, {guidance, nullptr}};
-  a.details = details;
-  const std::int64_t plane = sizes[2] * sizes[3];
-  const std::int64_t detail_strides[] = {3 * sizes[1] * plane, 3 * plane, plane, sizes[3]};
-  for (int d = 0; d < 4; ++d) a.details_strides[d] = detail_strides[d];
-  a.seeds = seeds, a.seed_stride = 1, a.stage = stage;
-  a.up_factor = up, a.noise_factor = noise, a.start = start;
-  bool wide = false;
-  with_type(dtype, [&](auto t) {
-    using T = decltype(t);
-    wide = cuda::wide<T>(a);
-    for (std::int64_t u = 0; u < cuda::units<T>(a.step); ++u) {
-      cuda::upsample_renoise_unit<T>(a, wide, u);
+AOTITorchError host_delete_device_guard(DeviceGuardHandle guard) {
+  host_set_device(static_cast<int>(reinterpret_cast<std::intptr_t>(guard) - 1));
+  return 0;
+}
+
+AOTITorchError host_empty_strided(std::int64_t dims, const std::int64_t* sizes,
+                                  const std::int64_t* strides, std::int32_t dtype,
+                                  std::int32_t device_type, std::int32_t device,
+                                  AtenTensorHandle* tensor) {
+  const int current = host_set_device(0);
+  host_set_device(current);
+  if (device_type != aoti_torch_device_type_cuda() || device != current) {
+    throw std::runtime_error("an output without its device's guard");
+  }
+  std::size_t bytes = aoti_torch_dtype_element_size(dtype);
+  for (std::int64_t d = 0; d < dims; ++d) bytes *= static_cast<std::size_t>(sizes[d]);
+  if (bytes > kLarge) bytes = 0;
+  unsigned char* data = outputs.emplace_back(bytes + 2 * kMargin, 0xa5).data() + kMargin;
+  std::memset(data, 0xff, bytes);
+  const auto type = dtype == aoti_torch_dtype_float32()    ? c10::ScalarType::Float
+                    : dtype == aoti_torch_dtype_bfloat16() ? c10::ScalarType::BFloat16
+                                                           : c10::ScalarType::Half;
+  at::Tensor result = tensor_at(data, bytes, {c10::kCUDA, static_cast<c10::DeviceIndex>(device)},
+                                c10::scalarTypeToTypeMeta(type));
+  const auto rank = static_cast<std::size_t>(dims);
+  result.unsafeGetTensorImpl()->set_sizes_and_strides({sizes, rank}, {strides, rank});
+  *tensor = reinterpret_cast<AtenTensorHandle>(new at::Tensor(std::move(result)));
+  return 0;
+}
+
+// How many outputs were written outside; their memory ends here.
+__attribute__((visibility("default"))) int host_release() {
+  int damaged = 0;
+  for (const std::vector<unsigned char>& memory : outputs) {
+    for (std::size_t i = 0; i < kMargin; ++i) {
+      if (memory[i] != 0xa5 || memory[memory.size() - 1 - i] != 0xa5) {
+        ++damaged;
+        break;
+      }
     }
-  });
-  return wide;
+  }
+  outputs.clear();
+  return damaged;
 }
 
-void noise(int dtype, const std::int64_t* seeds, std::int64_t images, std::int64_t count,
-           void* out) {
-  const cuda::InitialNoise a{seeds, 1, images, count, out};
-  with_type(dtype, [&](auto t) {
-    using T = decltype(t);
-    for (std::int64_t u = 0; u < cuda::units<T>(a); ++u) {
-      cuda::initial_noise_unit<T>(a, cuda::wide<T>(a), u);
-    }
-  });
-}
-
-// Contiguous tensors in the op's order; sizes: images, tokens, channels, outputs.
-void flow_boundary(int dtype, int wide_state, int group, int guided, const void** in,
-                   void* new_state, void* embedded, const std::int64_t* sizes, float dt,
-                   float guidance, float eps) {
-  cuda::FlowBoundary a{};
-  const std::int64_t n = sizes[1], c = sizes[2];
-  a.x = {in[0], n * c, c};
-  a.state = in[1];
-  a.state_image_stride = n * sizes[3], a.state_token_stride = sizes[3];
-  a.shift = {in[2], n * c, c}, a.scale = {in[3], n * c, c};
-  a.weight = in[4], a.bias = in[5], a.embed_weight = in[6], a.embed_bias = in[7];
-  a.positions = in[8];
-  a.step_shift = {in[9], 0, 0}, a.step_scale = {in[10], 0, 0};
-  a.new_state = new_state, a.embedded = embedded;
-  a.images = sizes[0], a.tokens = n, a.channels = c, a.outputs = sizes[3];
-  a.guided = guided != 0, a.wide_state = wide_state != 0;
-  a.dt = dt, a.eps = eps, a.guidance = {0.0f, &guidance};
-  with_type(dtype, [&](auto t) {
-    using T = decltype(t);
-    wide_state ? boundary<T, float>(a, group) : boundary<T, T>(a, group);
-  });
-}
+__attribute__((visibility("default"))) void host_streams(int there) { no_streams = there == 0; }
 
 }  // extern "C"
+
+#include <torch/csrc/stable/library.h>
+#undef STABLE_TORCH_LIBRARY_IMPL
+#define STABLE_TORCH_LIBRARY_IMPL(ns, k, m) _STABLE_TORCH_LIBRARY_IMPL(ns##_host, k, m, 0)
+
+#include "bindings/cuda/flow_step.cpp"
+
+namespace {
+
+using ecar::Tensor;
+
+// The same memory on another device; the argument has to outlive the result.
+Tensor moved(const Tensor& tensor, c10::Device device) {
+  const at::Tensor& from = *reinterpret_cast<at::Tensor*>(tensor.get());
+  const c10::Storage& storage = from.storage();
+  at::Tensor to = tensor_at(storage.mutable_data(), storage.nbytes(), device, from.dtype());
+  to.unsafeGetTensorImpl()->set_sizes_and_strides(from.sizes(), from.strides(),
+                                                  from.storage_offset());
+  return Tensor(reinterpret_cast<AtenTensorHandle>(new at::Tensor(std::move(to))));
+}
+
+Tensor on_cuda(const Tensor& tensor, std::int64_t device) {
+  return moved(tensor, {c10::kCUDA, static_cast<c10::DeviceIndex>(device)});
+}
+
+Tensor on_host(const Tensor& tensor) { return moved(tensor, c10::kCPU); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ecar_host, library) {
+  library.def("on_cuda(Tensor tensor, int device) -> Tensor");
+  library.def("on_host(Tensor tensor) -> Tensor");
+}
+
+_STABLE_TORCH_LIBRARY_IMPL(ecar_host, CompositeExplicitAutograd, library, 1) {
+  library.impl("on_cuda", TORCH_BOX(&on_cuda));
+  library.impl("on_host", TORCH_BOX(&on_host));
+}

@@ -1,135 +1,220 @@
-"""The CUDA kernels' bodies, compiled for the host and run over every block and thread."""
-
-import ctypes
+"""The CUDA kernels and their launches on the host: accuracy, layouts, what is launched."""
 
 import pytest
 import torch
 
 from ecar_kernels.flow_step import reference
 from ecar_kernels.registry import KERNEL_DTYPES
-from tests.csrc.test_headers import HERE, INCLUDE, ROOT, build, found
 from tests.support.accuracy import assert_accurate
+from tests.support.cuda_host import (
+    BOUNDARY,
+    DETAILS,
+    EULER,
+    NOISE,
+    SEEDS,
+    STREAM,
+    boundary,
+    laid,
+)
 
-CODES = {dtype: code for code, dtype in enumerate(KERNEL_DTYPES)}
-F = ctypes.c_float
+MOST_BLOCKS = 2**31 - 1
+KINDS = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory) -> ctypes.CDLL:
-    library = tmp_path_factory.mktemp("cuda") / "host.so"
-    build(found("c++", "g++", "clang++"), "-std=c++17", "-O2", "-ffp-contract=off", "-pthread",
-          "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-I", ROOT / "csrc",
-          "-I", INCLUDE, HERE / "cuda_host.cpp", "-o", library)
-    return ctypes.CDLL(library)
-
-
-def at(value: torch.Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if value is None else value.data_ptr())
-
-
-def numbers(*values: int):
-    return (ctypes.c_int64 * len(values))(*values)
-
-
-def images(shape, dtype, layout):
-    if layout == "padded":
-        room = torch.randn(*shape[:-1], shape[-1] + 3).to(dtype)
-        return room[..., 2:-1]
-    return torch.randn(*shape).to(dtype)
-
-
-def halves(x, velocity):
-    return velocity[x.shape[0]:] if velocity.shape[0] != x.shape[0] else None
-
-
-CASES = [((2, 3, 4, 16), "contiguous"), ((2, 3, 4, 8), "padded"), ((1, 1, 1, 21), "contiguous"),
-         ((3, 2, 5, 7), "contiguous"), ((0, 2, 4, 8), "contiguous")]
+# Shape, layouts of x, velocity and details; whether 16-byte accesses are taken in float32 and in
+# 16 bits: by euler_step plain and guided, by the jump from seeds, from details.
+LAYOUTS = [
+    ((2, 3, 4, 16), "dense", "dense", "dense", "11 11 11 11"),
+    ((2, 3, 4, 4), "dense", "dense", "dense", "11 11 10 10"),   # merged into one row, or not
+    ((2, 3, 4, 12), "aligned", "dense", "dense", "10 10 10 10"),
+    ((3, 2, 5, 7), "dense", "dense", "dense", "11 00 00 00"),   # the other half is unaligned
+    ((1, 1, 1, 21), "dense", "dense", "dense", "11 00 00 00"),
+    ((1, 2, 1, 24), "dense", "dense", "dense", "11 11 11 11"),
+    ((2, 3, 4, 16), "padded", "dense", "dense", "00 00 00 00"),
+    ((2, 3, 4, 16), "dense", "padded", "dense", "00 00 00 00"),
+    ((2, 3, 4, 16), "dense", "dense", "padded", "11 11 11 00"),
+    ((2, 3, 4, 16), "offset", "dense", "dense", "00 00 00 00"),
+    ((2, 3, 4, 16), "dense", "offset", "dense", "00 00 00 00"),
+    ((2, 3, 4, 16), "dense", "dense", "offset", "11 11 11 00"),
+    ((2, 3, 4, 16), "aligned", "aligned", "aligned", "11 11 11 11"),
+    ((2, 3, 4, 16), "swapped", "aligned", "swapped", "11 11 11 11"),
+    ((2, 3, 2, 5), "swapped", "swapped", "dense", "00 00 00 00"),
+    ((2, 3, 4, 16), "expanded", "dense", "expanded", "11 11 11 11"),
+    ((0, 3, 4, 16), "dense", "dense", "dense", ""), ((2, 0, 4, 16), "dense", "dense", "dense", ""),
+    ((2, 3, 0, 16), "dense", "dense", "dense", ""), ((2, 3, 4, 0), "dense", "dense", "dense", ""),
+]
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize("shape, layout", CASES)
 @pytest.mark.parametrize("guided", [False, True])
-def test_flow_step(kernels, shape, layout, guided, dtype):
-    x = images(shape, dtype, layout)
-    velocity = images((shape[0] * (1 + guided), *shape[1:]), dtype, layout)
-    strides = numbers(*x.stride()[:3], *velocity.stride()[:3])
+@pytest.mark.parametrize("shape, of_x, of_velocity, of_details, wide", LAYOUTS)
+def test_flow_step(host, shape, of_x, of_velocity, of_details, wide, guided, dtype):
+    x = laid(shape, dtype, of_x)
+    velocity = laid((shape[0] * (1 + guided), *shape[1:]), dtype, of_velocity)
     call = {"x": x, "velocity": velocity, "dt": 0.125, "guidance_scale": 1.5 if guided else 1.0}
-    taken = []
+    before = x.clone(), velocity.clone()
 
-    def euler(x, velocity, dt, *, guidance_scale):
-        out = torch.full(x.shape, torch.nan).to(dtype)
-        taken.append(kernels.euler(CODES[dtype], at(x), at(velocity), at(halves(x, velocity)),
-                                   at(out), numbers(*x.shape), strides, F(dt), F(guidance_scale)))
-        return out
+    def launched(name: str, entry: int) -> None:
+        if not wide:
+            assert host.launched == []
+            return
+        launch, = host.launched
+        vector = ("false", "true")[int(wide.split()[entry][dtype != torch.float32])]
+        assert launch.kernel == f"{name} {KINDS[dtype]} {vector}"
+        assert (launch.threads, launch.shared, launch.device, launch.stream) == (128, 0, 0, STREAM)
 
-    assert euler(**call).equal(reference.euler_step(**call))
-    if shape[0]:
-        aligned = all(value.data_ptr() % 16 == 0 for value in (x, velocity))
-        expected = layout == "contiguous" and (
-            shape[:3] == (1, 1, 1) or shape[3] * x.element_size() % 16 == 0) and aligned
-        if shape != (1, 1, 1, 21) or not guided:
-            assert taken[0] == expected
-    for given in (True, False):
-        noise = ({"details": torch.randn(*shape[:2], 3, *shape[2:]).to(dtype), "seeds": None}
-                 if given else {"details": None,
-                                "seeds": torch.randint(-2**63, 2**63 - 1, shape[:1])})
-
-        def jump(x, velocity, dt, *, guidance_scale, time, stage, seeds, details):
-            end = torch.full(x.shape, torch.nan).to(dtype)
-            start = torch.full((*shape[:2], 2 * shape[2], 2 * shape[3]), torch.nan).to(dtype)
-            kernels.jump(CODES[dtype], at(x), at(velocity), at(halves(x, velocity)), at(end),
-                         at(start), numbers(*x.shape), strides, at(details), at(seeds), stage,
-                         F(dt), F(guidance_scale), F((1 + time) / 2), F(1 - time))
-            return end, start
-
-        assert_accurate(jump, reference.upsample_renoise_euler,
+    assert host.euler_step(**call).equal(reference.euler_step(**call))
+    launched("euler", int(guided))
+    for given in (False, True):
+        noise = ({"details": laid((*shape[:2], 3, *shape[2:]), dtype, of_details)} if given else
+                 {"seeds": torch.randint(-2**63, 2**63 - 1, (2 * shape[0],))[::2]})
+        assert_accurate(host.upsample_renoise_euler, reference.upsample_renoise_euler,
                         call | noise | {"time": 1 / 3, "stage": 2})
+        launched("upsample_renoise", 2 + given)
+        if wide:
+            units = shape[0] * shape[1] * shape[2] * -(-shape[3] * dtype.itemsize // 16)
+            assert host.launched[0].blocks == -(-units // 128)
+    assert x.equal(before[0]) and velocity.equal(before[1])
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(4, 8, 8), (1, 1, 1), (3, 5, 7)])
-def test_initial_noise(kernels, shape, dtype):
-    seeds = torch.randint(-2**63, 2**63 - 1, (3,))
-    plain = reference.initial_noise(seeds, shape, device="cpu", dtype=dtype)
-    out = torch.full(plain.shape, torch.nan).to(dtype)
-    kernels.noise(CODES[dtype], at(seeds), ctypes.c_int64(3),
-                  ctypes.c_int64(plain[0].numel()), at(out))
-    allowed = 2e-6 + torch.finfo(dtype).eps * plain.double().abs()
-    assert ((out.double() - plain.double()).abs() <= allowed).all()
+@pytest.mark.parametrize("images, shape, wide", [
+    (3, (4, 8, 8), "11"), (3, (1, 2, 2), "10"), (3, (3, 5, 7), "00"), (1, (3, 5, 7), "11"),
+    (1, (1, 1, 1), "11"), (0, (4, 8, 8), ""), (2, (4, 0, 8), "")])
+def test_initial_noise(host, images, shape, wide, dtype):
+    for step in (1, 2):
+        seeds = torch.randint(-2**63, 2**63 - 1, (step * images,))[::step]
+        plain = reference.initial_noise(seeds, shape, device="cpu", dtype=dtype)
+        found = host.initial_noise(seeds, shape, dtype)
+        allowed = 2e-6 + torch.finfo(dtype).eps * plain.double().abs()
+        assert found.dtype == dtype and found.shape == plain.shape
+        assert ((found.double() - plain.double()).abs() <= allowed).all()
+        vector = wide and ("false", "true")[int(wide[dtype != torch.float32])]
+        units = images * -(-plain[:1].numel() * dtype.itemsize // 16)
+        assert [(x.kernel, x.blocks) for x in host.launched] == (
+            [(f"initial_noise {KINDS[dtype]} {vector}", -(-units // 128))] if wide else [])
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize("guided, group, wide_state", [(0, 1, 1), (1, 1, 0), (0, 4, 0), (1, 4, 1)])
-@pytest.mark.parametrize("channels, outputs", [(520, 16), (72, 12), (70, 5)])
-def test_flow_boundary(kernels, channels, outputs, guided, group, wide_state, dtype):
-    """Weights whose rows are whole vectors of 16 bytes, those of one only, and none."""
-    batch, tokens = 2, 5
-    rows = batch * (1 + guided)
+def boundary_reference(scale_, **call):
+    return reference.flow_boundary(scale=scale_, **call)
 
-    def normal(*shape):
-        return torch.randn(*shape).to(dtype)
 
-    call = {
-        "x": normal(rows, tokens, channels), "state": normal(batch, tokens, outputs),
-        "shift": normal(rows, tokens, channels), "scale": normal(rows, tokens, channels),
-        "weight": normal(outputs, channels) / 8, "bias": normal(outputs),
-        "embed_weight": normal(channels, outputs) / 4, "embed_bias": normal(channels),
-        "positions": normal(tokens, channels), "step_shift": normal(1, 1, channels),
-        "step_scale": normal(1, 1, channels), "dt": 0.125,
-        "guidance_scale": 1.5 if guided else 1.0, "eps": 1e-6,
-    }
-    if wide_state:
-        call["state"] = call["state"].float()
+@pytest.mark.parametrize("dtype, wide_state", [
+    (torch.float32, False), *((dtype, wide) for dtype in KERNEL_DTYPES[1:] for wide in (0, 1))])
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("group", [1, 4])
+def test_flow_boundary(host, group, guided, dtype, wide_state):
+    """Both sizes of a block; weights of every alignment."""
+    few = {"batch": 2, "tokens": 5}
+    cases = [few | {"channels": c, "outputs": p, "offset": offset} for c, p, offset in (
+        (520, 16, False), (72, 12, False), (70, 5, False), (72, 16, True), (1, 1, False))]
+    if group == 4:
+        cases = [{"batch": 4, "tokens": 257, "channels": 72, "outputs": 12}]
+    for case in cases:
+        batch = case["batch"]
+        call = boundary(dtype, guided=guided, wide_state=wide_state, **case)
+        kept = []
 
-    def boundary(dt, guidance_scale, eps, **tensors):
-        state = torch.full_like(tensors["state"], torch.nan)
-        embedded = torch.full_like(tensors["x"], torch.nan)
-        order = ("x", "state", "shift", "scale", "weight", "bias", "embed_weight", "embed_bias",
-                 "positions", "step_shift", "step_scale")
-        pointers = (ctypes.c_void_p * len(order))(*(tensors[name].data_ptr() for name in order))
-        kernels.flow_boundary(CODES[dtype], wide_state, group, guided, pointers, at(state),
-                              at(embedded), numbers(batch, tokens, channels, outputs), F(dt),
-                              F(guidance_scale), F(eps))
-        return state, embedded
+        def run(kept=kept, **call):
+            kept.append(host.flow_boundary(**call))
+            return kept[0]
 
-    assert_accurate(boundary, reference.flow_boundary, call)
+        assert_accurate(run, boundary_reference, call)
+        launch, = host.launched
+        state = "float" if wide_state else KINDS[dtype]
+        assert launch.kernel == f"flow_boundary {KINDS[dtype]} {state} {group} {1 + guided}"
+        assert launch.blocks == batch * -(-case["tokens"] // group) and launch.threads == 256
+        # The order of a sum depends on neither the batch nor the group.
+        one = {name: value[1::batch] for name, value in call.items()
+               if name in ("x", "state", "shift", "scale_", "step_scale")}
+        alone = host.flow_boundary(**call | one)
+        assert host.launched[0].kernel.split()[3] == "1"
+        assert all(a[1::batch].equal(b) for a, b in zip(kept[0], alone, strict=True))
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 8, 4), (2, 0, 8, 4), (2, 5, 8, 0)])
+def test_flow_boundary_of_nothing(host, sizes):
+    batch, tokens, channels, outputs = sizes
+    call = boundary(torch.float32, guided=True, batch=batch, tokens=tokens, channels=channels,
+                    outputs=outputs)
+    assert_accurate(host.flow_boundary, boundary_reference, call)
+    assert len(host.launched) == (1 if batch and tokens else 0)
+
+
+def zeros(*shape, dtype=torch.bfloat16):
+    """Of any size in little memory."""
+    return torch.zeros(shape[-1:], dtype=dtype).expand(shape)
+
+
+def wide_boundary(images, tokens, channels, outputs, guided):
+    rows = zeros(images * (1 + guided), tokens, channels)
+    weight, embed, positions = (torch.zeros(shape, dtype=torch.bfloat16) for shape in (
+        (outputs, channels), (channels, outputs), (tokens, channels)))
+    return (rows, zeros(images, tokens, outputs), rows, rows, weight, zeros(outputs), embed,
+            zeros(channels), positions, 0.1, None, None, 1.0, 1e-6, None)
+
+
+# A call, then blocks, threads and bytes of shared memory of its launch; no blocks: it is refused.
+UNIT = 8  # bfloat16s of 16 bytes
+EDGES = [
+    (EULER, (zeros(1, 1, 1, 128 * UNIT),) * 2, 1, 128, 0),
+    (EULER, (zeros(1, 1, 1, 128 * UNIT + 1),) * 2, 2, 128, 0),
+    (EULER, (zeros(128, 2**20, 1, 1),) * 2, 2**20, 128, 0),
+    (EULER, (zeros(128, MOST_BLOCKS, 1, 1),) * 2, MOST_BLOCKS, 128, 0),
+    (EULER, (zeros(128, MOST_BLOCKS + 1, 1, 1),) * 2, None, 128, 0),
+    (EULER, (zeros(128, 2**32 + 1, 1, 1),) * 2, None, 128, 0),  # 1 in 32 bits
+    (SEEDS, (zeros(128, MOST_BLOCKS, 1, 1),) * 2, MOST_BLOCKS, 128, 0),
+    (SEEDS, (zeros(128, MOST_BLOCKS + 1, 1, 1),) * 2, None, 128, 0),
+    (DETAILS, (zeros(128, MOST_BLOCKS, 1, 1),) * 2, MOST_BLOCKS, 128, 0),
+    (NOISE, (1, 128 * UNIT), 1, 128, 0), (NOISE, (1, 128 * UNIT + 1), 2, 128, 0),
+    (NOISE, (MOST_BLOCKS, 128 * UNIT), MOST_BLOCKS, 128, 0),
+    (NOISE, (MOST_BLOCKS, 128 * UNIT + 1), None, 128, 0),
+    # Four tokens a block from 1,024 on, where shared memory allows it.
+    (BOUNDARY, (1, 1023, 72, 16, False), 1023, 256, 4 * (72 + 48) + 64),
+    (BOUNDARY, (1, 1024, 72, 16, False), 256, 256, 16 * (72 + 48) + 256),
+    (BOUNDARY, (1024, 1, 72, 16, True), 1024, 256, 32 * (72 + 48) + 256),
+    (BOUNDARY, (1, 1024, 3008, 16, False), 256, 256, 48 << 10),
+    (BOUNDARY, (1, 1024, 3009, 16, False), 256, 256, (48 << 10) + 16),
+    (BOUNDARY, (1, 1024, 6080, 16, False), 256, 256, 96 << 10),
+    (BOUNDARY, (1, 1024, 6081, 16, False), 1024, 256, 4 * (6081 + 48) + 64),
+    (BOUNDARY, (1, 1024, 3016, 16, True), 256, 256, 96 << 10),
+    (BOUNDARY, (1, 1024, 3017, 16, True), 1024, 256, 8 * (3017 + 48) + 64),
+    (BOUNDARY, (1, 16, 8192, 64, True), 16, 256, 8 * (8192 + 96) + 256),
+    (BOUNDARY, (MOST_BLOCKS, 4, 8, 4, False), MOST_BLOCKS, 256, 16 * (8 + 36) + 64),
+    (BOUNDARY, (MOST_BLOCKS + 1, 4, 8, 4, False), None, 256, 0),
+    (BOUNDARY, (2**32 + 1, 4, 8, 4, False), None, 256, 0),
+]
+
+
+@pytest.mark.parametrize("op, sizes, blocks, threads, shared", EDGES,
+                         ids=[f"{op}-{i}" for i, (op, *_) in enumerate(EDGES)])
+def test_launches_at_the_edges_of_each_choice(host, op, sizes, blocks, threads, shared):
+    host.set(dry=True)
+    if op == EULER:
+        call = (*sizes, 0.1, 1.0, None)
+    elif op == SEEDS:
+        call = (*sizes, 0.1, 1.0, 0.5, 2, torch.zeros(1, dtype=torch.int64).expand(128), None)
+    elif op == DETAILS:
+        shape = sizes[0].shape
+        call = (*sizes, 0.1, 1.0, 0.5, zeros(*shape[:2], 3, *shape[2:]), None)
+    elif op == NOISE:
+        call = (torch.zeros(1, dtype=torch.int64).expand(sizes[0]), sizes[1], 1, 1, torch.bfloat16)
+    else:
+        call = wide_boundary(*sizes)
+    if blocks is None:
+        with pytest.raises(RuntimeError, match="the CUDA launch failed: error 9"):
+            host.call(op, *call)
+        return
+    host.call(op, *call)
+    assert [(x.blocks, x.threads, x.shared) for x in host.launched] == [(blocks, threads, shared)]
+
+
+def test_a_chip_with_less_shared_memory(host):
+    """The attribute is refused; the next call does not hear of it."""
+    host.set(shared=48 << 10)
+    big, small = (wide_boundary(1, 16, channels, 64, True) for channels in (8192, 72))
+    with pytest.raises(RuntimeError, match="flow_boundary: the CUDA launch failed: error 1"):
+        host.call(BOUNDARY, *big)
+    host.call(BOUNDARY, *small)
+    host.set()
+    for device in (0, 1):  # it is asked for on each
+        host.call(BOUNDARY, *big, device=device)
