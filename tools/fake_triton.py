@@ -1,0 +1,241 @@
+"""A Triton driver for a GPU that is not there: the real JIT, and launches that are written down.
+
+`Driver(chip, log)` goes to `triton.runtime.driver.set_active`. What Triton does before a launch is
+then done for that chip: arguments are specialised, kernels compiled to its machine code (into
+Triton's cache, as on a machine that has the chip), and held to its limits, which raises Triton's
+own OutOfResources. The launch itself appends a `Launch` to the log. Works with Triton 3.6 to 3.9;
+`tools.fake_gpu.FakeGPU` sets it up and has the tensors.
+"""
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import re
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver as active_driver
+
+GRID_LIMITS = (2**31 - 1, 65535, 65535)
+MAX_THREADS = 1024
+WARP = 32
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a driver says of a GPU. shared_bytes: of a block, at most."""
+
+    name: str
+    architecture: int  # 80, 90, 100, 120
+    multiprocessors: int
+    shared_bytes: int
+    registers: int = 65536  # of a multiprocessor
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        return divmod(self.architecture, 10)
+
+
+CHIPS = {chip.name: chip for chip in (
+    Chip("NVIDIA A100-SXM4-80GB", 80, 108, 163 << 10),
+    Chip("NVIDIA H100 80GB HBM3", 90, 132, 227 << 10),
+    Chip("NVIDIA B200", 100, 148, 227 << 10),
+    Chip("NVIDIA GeForce RTX 5090", 120, 170, 99 << 10),
+)}
+H100 = CHIPS["NVIDIA H100 80GB HBM3"]
+
+
+def chip_of(architecture: int) -> Chip:
+    """The chip in CHIPS of that architecture; ValueError where there is none."""
+    for chip in CHIPS.values():
+        if chip.architecture == architecture:
+            return chip
+    known = ", ".join(str(chip.architecture) for chip in CHIPS.values())
+    raise ValueError(f"argument 'architecture': expected one of {known}, got {architecture}")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel that would have been launched, or a copy between host and device.
+
+    kind: "triton"; "c++" for an op of the CUDA C++ library (one call, whatever it launches);
+    "aten" for one of torch's own; "copy" for one between host and device. The fields behind
+    `captured` are Triton's alone: key names the compiled specialisation, registers and stack
+    (bytes a thread) are None where nothing was compiled.
+    """
+
+    kind: str
+    name: str
+    device: int
+    stream: int
+    captured: bool = False  # into a CUDA graph
+    grid: tuple[int, int, int] | None = None
+    num_warps: int | None = None
+    num_stages: int | None = None
+    shared: int | None = None
+    key: str | None = None
+    registers: int | None = None
+    stack: int | None = None
+
+
+class Driver:
+    """`triton.runtime.driver.active` of `FakeGPU`'s current device and stream.
+
+    Args:
+        chip: what it reports.
+        gpu: has `current_device()`, `current_stream_id(device)` and `launched(**launch)`.
+    """
+
+    # The JIT keeps what it compiled by the device's number, for good: each driver has its own.
+    _numbers = itertools.count(0, 1000)
+
+    def __init__(self, chip: Chip, gpu: Any) -> None:
+        self.chip, self.gpu = chip, gpu
+        self.first_number = next(self._numbers)
+        self.utils = SimpleNamespace(
+            load_binary=self._load_binary, get_device_properties=self._properties,
+            unload_module=lambda module: None, set_printf_fifo_size=lambda size: None)
+        self.launcher_cls = functools.partial(_Launcher, self)
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.chip.architecture, WARP)
+
+    def get_current_device(self) -> int:
+        return self.first_number + self.gpu.current_device()
+
+    def set_current_device(self, device: int) -> None:
+        torch.cuda.set_device(device - self.first_number)
+
+    def get_current_stream(self, device: int) -> int:
+        return self.gpu.current_stream_id(device - self.first_number)
+
+    def get_device_capability(self, device: int) -> tuple[int, int]:
+        return self.chip.capability
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda", self.gpu.current_device())
+
+    def get_device_interface(self) -> Any:
+        return torch.cuda
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        from triton.backends.nvidia.driver import ty_to_cpp
+        return ty_to_cpp(ty)
+
+    def _properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": self.chip.shared_bytes, "max_num_regs": self.chip.registers,
+                "multiprocessor_count": self.chip.multiprocessors, "warpSize": WARP}
+
+    def _load_binary(self, name: str, cubin: bytes, shared: int,
+                     device: int) -> tuple[object, object, int, int, int]:
+        """module, function, registers, spilled bytes, threads that a block may have."""
+        registers, stack = resources(cubin)
+        # Warps are given registers in lots of 256.
+        warps = self.chip.registers // (-(-registers * WARP // 256) * 256)
+        binary = SimpleNamespace(registers=registers, stack=stack)
+        return binary, binary, registers, stack, min(MAX_THREADS, WARP * warps)
+
+
+class _Launcher:
+    """What a compiled kernel calls, once for each launch."""
+
+    def __init__(self, driver: Driver, src: Any, metadata: Any) -> None:
+        self.driver, self.metadata = driver, metadata
+        self.name = src.fn.__name__
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: Any, kernel_metadata: Any,
+                 launch_metadata: Any, enter_hook: Any, exit_hook: Any, *arguments: Any) -> None:
+        for axis, size, limit in zip("xyz", (x, y, z), GRID_LIMITS, strict=True):
+            if not 0 <= size <= limit:
+                raise RuntimeError(f"Triton Error [CUDA]: invalid argument: {self.name} has "
+                                   f"{size} programs in {axis}, at most {limit} can be")
+        device = self.driver.gpu.current_device()
+        for argument in arguments:
+            where = getattr(argument, "device", None)
+            if where is not None and (where.type, where.index) != ("cuda", device):
+                raise RuntimeError(f"{self.name} is launched on cuda:{device}, where a tensor on "
+                                   f"{where} cannot be read")
+        its = self.metadata
+        self.driver.gpu.launched(
+            kind="triton", name=self.name, device=device, stream=stream, grid=(x, y, z),
+            num_warps=its.num_warps, num_stages=its.num_stages, shared=its.shared, key=its.hash,
+            registers=getattr(function, "registers", None),
+            stack=getattr(function, "stack", None))
+
+
+class _NotCompiled:
+    """In a compiled kernel's place where only launches and specialisations are looked at."""
+
+    function = packed_metadata = None
+
+    def __init__(self, driver: Driver, src: Any, options: dict[str, Any]) -> None:
+        self.metadata = SimpleNamespace(num_warps=options["num_warps"], shared=None,
+                                        num_stages=options["num_stages"],
+                                        hash=_digest(_key(src, options)))
+        self.run = driver.launcher_cls(src, self.metadata)
+
+    def launch_metadata(self, *ignored: Any) -> None:
+        return None
+
+
+def _key(src: Any, options: dict[str, Any]) -> str:
+    """Names a specialisation: argument types, alignments and constants, and the options."""
+    asked = {name: options.get(name) for name in ("num_warps", "num_stages", "maxnreg")}
+    return f"{src.fn.__name__} {src.signature} {src.attrs} {src.constants} {asked}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def installed(driver: Driver, specialised: list[tuple[str, str]], *,
+              compile_kernels: bool) -> Iterator[None]:
+    """Within the block `driver` is Triton's.
+
+    specialised: gets (kernel's name, key) for each argument combination that is new to the JIT,
+    which on a GPU costs a compilation, or at least a look into the cache on disk.
+    compile_kernels: False launches them uncompiled, in microseconds and without resources.
+    """
+    # As the name of an attribute of the package, the function hides the module of that name.
+    real, lock = triton.compiler.compile, threading.Lock()
+
+    def compile(src, target=None, options=None, **more):
+        with lock:
+            specialised.append((src.fn.__name__, _key(src, options)))
+        if not compile_kernels:
+            return _NotCompiled(driver, src, options)
+        return real(src, target=target, options=options, **more)
+
+    before = active_driver._active
+    active_driver.set_active(driver)
+    try:
+        with mock.patch.object(triton.compiler, "compile", compile):
+            yield
+    finally:
+        active_driver._active = before
+    
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread, as cuobjdump reads them from the machine code."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True,
+                              check=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+    if usage.keys() != {"REG", "STACK", "LOCAL"}:
+        raise RuntimeError(f"cuobjdump's output is not understood: {said[:1000]}")
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
