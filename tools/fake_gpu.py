@@ -139,6 +139,10 @@ class FakeGPU(TorchDispatchMode):
             self._stack.enter_context(self.runtime.patched())
             self._stack.enter_context(installed(Driver(self.chip, self), self.specialised,
                                                 compile_kernels=self.compile_kernels))
+            # torch.tensor(..) makes its tensor on the CPU, which no mode sees, and then moves it.
+            self._stack.callback(torch._C._set_only_lift_cpu_tensors,
+                                 torch._C._only_lift_cpu_tensors())
+            torch._C._set_only_lift_cpu_tensors(True)
             for owner, name, value in self._patches():
                 self._stack.enter_context(mock.patch.object(owner, name, value))
         self._depth += 1

@@ -225,7 +225,7 @@ def installed(driver: Driver, specialised: list[tuple[str, str]], *,
             yield
     finally:
         active_driver._active = before
-    
+
 
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of stack of a thread, as cuobjdump reads them from the machine code."""
