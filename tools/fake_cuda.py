@@ -16,12 +16,12 @@ import torch
 
 
 class Runtime:
-    """State of the fake CUDA; `gpu` has chip, devices and log."""
+    """State of the fake CUDA; `gpu` has chips and log."""
 
     def __init__(self, gpu: Any) -> None:
         self.gpu, self._local = gpu, threading.local()
         self._numbers = itertools.count(1)
-        self._defaults = [Stream(self, index, 0) for index in range(gpu.devices)]
+        self._defaults = [Stream(self, index, 0) for index in range(len(gpu.chips))]
         self._captures: dict[Stream, Graph] = {}
 
     def note(self, *call: Any) -> None:
@@ -49,18 +49,16 @@ class Runtime:
         if not isinstance(device, int):
             device = torch.device(device).index
             device = self.current_device() if device is None else device
-        if device >= self.gpu.devices:
+        if device >= len(self.gpu.chips):
             raise RuntimeError(f"CUDA error: invalid device ordinal: {device} of "
-                               f"{self.gpu.devices}")
+                               f"{len(self.gpu.chips)}")
         return device
 
     def capability(self, device: Any = None) -> tuple[int, int]:
-        self.index(device)
-        return self.gpu.chip.capability
+        return self.gpu.chips[self.index(device)].capability
 
     def properties(self, device: Any = None) -> SimpleNamespace:
-        self.index(device)
-        chip = self.gpu.chip
+        chip = self.gpu.chips[self.index(device)]
         major, minor = chip.capability
         return SimpleNamespace(
             name=chip.name, major=major, minor=minor, total_memory=80 << 30,
@@ -118,7 +116,7 @@ class Runtime:
         replaced = {
             "is_available": lambda: True, "is_initialized": lambda: True,
             "_lazy_init": lambda: None, "init": lambda: None,
-            "device_count": lambda: self.gpu.devices, "current_device": self.current_device,
+            "device_count": lambda: len(self.gpu.chips), "current_device": self.current_device,
             "set_device": self.set_device, "_exchange_device": self.exchange_device,
             "_maybe_exchange_device": self.exchange_device,
             "get_device_capability": self.capability, "get_device_properties": self.properties,

@@ -2,14 +2,14 @@
 
     from tools.fake_gpu import FakeGPU          # before ecar_kernels defines a kernel
 
-    with FakeGPU() as gpu:                      # an H100; FakeGPU(chip_of(120), devices=2), ...
+    with FakeGPU() as gpu:                      # an H100; FakeGPU(H100, chip_of(120)) has two GPUs
         x = torch.randn(2, 336, 768, device="cuda", dtype=torch.bfloat16)
         y = ecar_kernels.adaln(x, x, x)         # on cuda:0, and served by Triton
     print(gpu.launches)                         # grid, warps, stages, shared memory, key, ...
 
-Within the block torch.cuda reports `devices` GPUs of that chip, and torch makes tensors that say
-they are on them: plain `torch.Tensor`s and Parameters with `.device` cuda:0, which every part of
-the product takes for what they say. Ops of the library run to the launch of each kernel, by
+Within the block torch.cuda reports these GPUs, and torch makes tensors that say they are on them:
+plain `torch.Tensor`s and Parameters with `.device` cuda:0, which every part of the product takes
+for what they say; `gpu.place(model)` is `model.cuda()`. Ops of the library run to the launch of each kernel, by
 Triton's real JIT (tools/fake_triton.py) for that chip; torch's own ops, and those of the CUDA C++
 library, are written down. Nothing is computed: tensors on the GPU have shapes and no values, and
 one that is read back (`.cpu()`, `.item()`) is zeros. `FakeGPU(values=True)` keeps values on the
@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ecar_kernels import _native, _triton
 from tools.fake_cuda import Runtime
 from tools.fake_triton import CHIPS, H100, Chip, Driver, Launch, chip_of, installed
 
@@ -66,8 +67,7 @@ class FakeGPU(TorchDispatchMode):
     """See the module.
 
     Args:
-        chip: what every device is.
-        devices: how many there are.
+        chips: of cuda:0, cuda:1 and so on; one H100 where none is given.
         compile_kernels: False skips Triton's compiler: grids, counts and specialisations are the
             same, resources are None.
         values: keep values on the CPU, see above.
@@ -79,10 +79,10 @@ class FakeGPU(TorchDispatchMode):
         specialised: (kernel's name, key) of each combination of arguments that was new to the JIT.
     """
 
-    def __init__(self, chip: Chip = H100, *, devices: int = 1, compile_kernels: bool = True,
-                 values: bool = False, native: bool = True) -> None:
+    def __init__(self, *chips: Chip, compile_kernels: bool = True, values: bool = False,
+                 native: bool = True) -> None:
         super().__init__()
-        self.chip, self.devices, self.native = chip, devices, native
+        self.chips, self.native = chips or (H100,), native
         self.host = torch.device("cpu" if values else "meta")
         self.compile_kernels = compile_kernels
         self.log: list[Launch | tuple] = []
@@ -136,8 +136,11 @@ class FakeGPU(TorchDispatchMode):
         if self._depth == 0:
             self._stack = ExitStack()
             _guard_devices()
+            for known in (_triton.architecture, _triton.multiprocessors):
+                known.cache_clear()
+                self._stack.callback(known.cache_clear)
             self._stack.enter_context(self.runtime.patched())
-            self._stack.enter_context(installed(Driver(self.chip, self), self.specialised,
+            self._stack.enter_context(installed(Driver(self), self.specialised,
                                                 compile_kernels=self.compile_kernels))
             # torch.tensor(..) makes its tensor on the CPU, which no mode sees, and then moves it.
             self._stack.callback(torch._C._set_only_lift_cpu_tensors,
@@ -163,7 +166,6 @@ class FakeGPU(TorchDispatchMode):
 
         found = [(torch.autograd, "grad", gradients), (threading.Thread, "run", with_gpu)]
         if self.native:
-            from ecar_kernels import _native
             found += [(_native, "load_cuda", _native.why_not),
                       (torch.version, "cuda", torch.version.cuda or "13.0")]
         return found

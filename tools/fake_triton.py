@@ -1,10 +1,10 @@
 """A Triton driver for a GPU that is not there: the real JIT, and launches that are written down.
 
-`Driver(chip, log)` goes to `triton.runtime.driver.set_active`. What Triton does before a launch is
-then done for that chip: arguments are specialised, kernels compiled to its machine code (into
-Triton's cache, as on a machine that has the chip), and held to its limits, which raises Triton's
-own OutOfResources. The launch itself appends a `Launch` to the log. Works with Triton 3.6 to 3.9;
-`tools.fake_gpu.FakeGPU` sets it up and has the tensors.
+`Driver(gpu)` goes to `triton.runtime.driver.set_active`. What Triton does before a launch is then
+done for the current device's chip: arguments are specialised, kernels compiled to its machine code
+(into Triton's cache, as on a machine that has the chip), and held to its limits, which raises
+Triton's own OutOfResources. The launch itself is given to the gpu as a `Launch`. Works with Triton
+3.6 to 3.9; `tools.fake_gpu.FakeGPU` sets it up and has the tensors.
 """
 
 import contextlib
@@ -93,20 +93,23 @@ class Driver:
     """`triton.runtime.driver.active` of `FakeGPU`'s current device and stream.
 
     Args:
-        chip: what it reports.
-        gpu: has `current_device()`, `current_stream_id(device)` and `launched(**launch)`.
+        gpu: has `chips`, `current_device()`, `current_stream_id(device)`, `launched(**launch)`.
     """
 
     # The JIT keeps what it compiled by the device's number, for good: each driver has its own.
     _numbers = itertools.count(0, 1000)
 
-    def __init__(self, chip: Chip, gpu: Any) -> None:
-        self.chip, self.gpu = chip, gpu
+    def __init__(self, gpu: Any) -> None:
+        self.gpu = gpu
         self.first_number = next(self._numbers)
         self.utils = SimpleNamespace(
             load_binary=self._load_binary, get_device_properties=self._properties,
             unload_module=lambda module: None, set_printf_fifo_size=lambda size: None)
         self.launcher_cls = functools.partial(_Launcher, self)
+
+    @property
+    def chip(self) -> Chip:
+        return self.gpu.chips[self.gpu.current_device()]
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.chip.architecture, WARP)
@@ -121,7 +124,7 @@ class Driver:
         return self.gpu.current_stream_id(device - self.first_number)
 
     def get_device_capability(self, device: int) -> tuple[int, int]:
-        return self.chip.capability
+        return self.gpu.chips[device - self.first_number].capability
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cuda", self.gpu.current_device())
