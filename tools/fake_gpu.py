@@ -9,11 +9,11 @@
 
 Within the block torch.cuda reports these GPUs, and torch makes tensors that say they are on them:
 plain `torch.Tensor`s and Parameters with `.device` cuda:0, which every part of the product takes
-for what they say; `gpu.place(model)` is `model.cuda()`. Ops of the library run to the launch of each kernel, by
-Triton's real JIT (tools/fake_triton.py) for that chip; torch's own ops, and those of the CUDA C++
-library, are written down. Nothing is computed: tensors on the GPU have shapes and no values, and
-one that is read back (`.cpu()`, `.item()`) is zeros. `FakeGPU(values=True)` keeps values on the
-CPU: torch's own ops then compute, and kernels of the library leave zeros.
+for what they say; `gpu.place(model)` is `model.cuda()`. Ops of the library run to the launch of
+each kernel, by Triton's real JIT (tools/fake_triton.py) for that chip; torch's own ops, and those
+of the CUDA C++ library, are written down. Nothing is computed: tensors on the GPU have shapes and
+no values, and one that is read back (`.cpu()`, `.item()`) is zeros. `FakeGPU(values=True)` keeps
+values on the CPU: torch's own ops then compute, and kernels of the library leave zeros.
 
 What would fail on a GPU fails here: tensors on two devices, a launch on another device than the
 tensors', too much shared memory or too many threads (Triton's OutOfResources), and under capture
@@ -27,17 +27,12 @@ has one thread for each GPU that there really is. torch.compile is out of scope.
 """
 
 import ctypes
-import os
 import threading
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
-
-if os.environ.get("TRITON_INTERPRET"):
-    raise ImportError("tools.fake_gpu: expected TRITON_INTERPRET not to be set: kernels that are "
-                      "interpreted are never launched; start a process without it")
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +42,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ecar_kernels import _native, _triton
 from tools.fake_cuda import Runtime
 from tools.fake_triton import CHIPS, H100, Chip, Driver, Launch, chip_of, installed
+
+if _triton.interpreting():
+    raise ImportError("tools.fake_gpu: expected TRITON_INTERPRET not to be set: kernels that are "
+                      "interpreted are never launched; start a process without it")
 
 __all__ = ["CHIPS", "H100", "Chip", "FakeGPU", "Launch", "chip_of", "gradients"]
 

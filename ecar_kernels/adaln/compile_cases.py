@@ -23,8 +23,6 @@ _ABSENT_BACKWARD = {
 _POINTERS = ("x", "branch", "gate", "step_gate", "shift", "step_shift", "scale", "step_scale",
              "new_x", "y", "grad_new_x", "grad_y", "grad_x", "grad_branch", "grad_gate",
              "grad_scale", "sums")
-_COUNTS = ("tokens", "program_rows", "image_programs",
-           "programs", "images", "slots")
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
@@ -80,7 +78,7 @@ def _case(name: str, kernel, dtype: str, constants: dict, settings) -> CompileCa
     signature = {argument: kind(argument) for argument in kernel.arg_names}
     # Rows of an odd width start at any address, and so would multiples of 16 be a lie.
     aligned = tuple(argument for argument, its in signature.items()
-                    if constants["C"] % 16 == 0 and argument not in _COUNTS
+                    if constants["C"] % 16 == 0 and argument not in kernels.COUNTS
                     and (its.startswith("*") or its == "i32"))
     return CompileCase(name, kernel, signature, constants, settings.num_warps, aligned=aligned,
                        max_registers=settings.max_registers)

@@ -13,6 +13,9 @@ without a place to go is not computed.
 import triton
 import triton.language as tl
 
+# Of no use to the compiler, so no reason to compile anew.
+COUNTS = ["tokens", "program_rows", "image_programs", "programs", "images", "slots"]
+
 
 @triton.jit
 def _load(tensor, image_stride, token_stride, image, token, column, mask):
@@ -56,7 +59,7 @@ def _modulation(shift, shift_image, shift_token, step_shift, step_shift_image,
                       image, token, column, mask))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward(x, x_image, x_token, branch, branch_image, branch_token,
             gate, gate_image, gate_token, step_gate, step_gate_image,
             shift, shift_image, shift_token, step_shift, step_shift_image,
@@ -117,7 +120,7 @@ def _residual(grad_new_x, grad_new_x_image, grad_new_x_token, branch, branch_ima
     return grad, branch_value, gate_value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward(grad_new_x, grad_new_x_image, grad_new_x_token, grad_y, grad_y_image, grad_y_token,
              x, x_image, x_token, branch, branch_image, branch_token,
              gate, gate_image, gate_token, step_gate, step_gate_image,
@@ -199,7 +202,7 @@ def backward(grad_new_x, grad_new_x_image, grad_new_x_token, grad_y, grad_y_imag
             tl.store(out + column, tl.sum(scale_sum, 0), mask=column < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sum_partial(partial, sums, programs, image_programs, images, slots,
                 C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """partial [programs, slots, C] into sums [slots, images (+ 1), C], in a fixed order.

@@ -8,7 +8,7 @@ from ecar_kernels.flow_block import kernels, launch
 _TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _FLOAT32 = ("statistics", "sums")
 _INTEGERS = ("rows", "tokens", "channels", "inputs", "outputs")
-_UNALIGNED = ("rows", "tokens", "eps")
+_UNALIGNED = (*kernels.COUNTS, "eps")
 _MODULATION = ("shift", "shift_image", "shift_token", "scale", "scale_image", "scale_token",
                "step_shift", "step_shift_image", "step_scale", "step_scale_image")
 

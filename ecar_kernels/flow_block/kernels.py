@@ -17,6 +17,8 @@ from ecar_kernels import _triton
 
 # The interpreter of Triton 3.6 to 3.9 multiplies bfloat16 operands as if their bits were integers.
 _INTERPRETED = tl.constexpr(_triton.interpreting())
+# Of no use to the compiler, so no reason to compile anew.
+COUNTS = ["rows", "tokens"]
 _GELU_SLOPE = tl.constexpr(-2 * 0.7978845608028654 * 1.4426950408889634)  # -2 sqrt(2/pi) log2(e)
 
 
@@ -36,7 +38,7 @@ def _add_step(value, step, row, tokens, image_stride, column, mask):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def normalise_rows(x, x_image, x_token, shift, shift_image, shift_token,
                    scale, scale_image, scale_token, step_shift, step_shift_image,
                    step_scale, step_scale_image, out, tokens, channels, eps,
@@ -202,7 +204,7 @@ def _finish_gated_residual(y, bias, gate, gate_image, gate_token, step_gate, ste
     tl.store(out + place, y.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def adaln_linear(x, x_image, x_token, statistics, shift, shift_image, shift_token,
                  scale, scale_image, scale_token, step_shift, step_shift_image,
                  step_scale, step_scale_image, weight, weight_row, bias, out, rows, tokens,
@@ -226,7 +228,7 @@ def adaln_linear(x, x_image, x_token, statistics, shift, shift_image, shift_toke
         _finish_adaln_linear(y, bias, out, rows, outputs, row, output, GELU)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_gated_residual(h, h_image, h_token, weight, weight_row, bias, gate, gate_image,
                           gate_token, step_gate, step_gate_image, residual, residual_image,
                           residual_token, out, rows, tokens, outputs, inputs,
@@ -256,7 +258,7 @@ def _add_splits(sums, rows, outputs, row, output, SPLITS: tl.constexpr):
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def reduce_adaln_linear(sums, bias, out, rows, outputs, GELU: tl.constexpr,
                         SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
     """act(the splits' sums, added up, + bias) of BLOCK_N outputs of one row."""
@@ -265,7 +267,7 @@ def reduce_adaln_linear(sums, bias, out, rows, outputs, GELU: tl.constexpr,
     _finish_adaln_linear(y, bias, out, rows, outputs, row, output, GELU)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def reduce_gated_residual(sums, bias, gate, gate_image, gate_token, step_gate, step_gate_image,
                           residual, residual_image, residual_token, out, rows, tokens, outputs,
                           SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
