@@ -86,7 +86,7 @@ class FakeGPU(TorchDispatchMode):
         self.compile_kernels = compile_kernels
         self.log: list[Launch | tuple] = []
         self.specialised: list[tuple[str, str]] = []
-        self.runtime = Runtime(self)
+        self.runtime, self._driver = Runtime(self), Driver(self)
         self._stack: ExitStack | None = None
         self._depth = 0
 
@@ -118,6 +118,10 @@ class FakeGPU(TorchDispatchMode):
                     part._buffers[name] = self._wrap(self._on_host(tensor), where)
         return module
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # its import, of seconds, is what keeping torch.compile out costs
+
     # What the Triton driver asks.
 
     def current_device(self) -> int:
@@ -139,7 +143,7 @@ class FakeGPU(TorchDispatchMode):
                 known.cache_clear()
                 self._stack.callback(known.cache_clear)
             self._stack.enter_context(self.runtime.patched())
-            self._stack.enter_context(installed(Driver(self), self.specialised,
+            self._stack.enter_context(installed(self._driver, self.specialised,
                                                 compile_kernels=self.compile_kernels))
             # torch.tensor(..) makes its tensor on the CPU, which no mode sees, and then moves it.
             self._stack.callback(torch._C._set_only_lift_cpu_tensors,
