@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import instructions, pictures, results, table
+from benchmarks import instructions, launches, pictures, results, table
 
 # Kinds of results in the order of the page, each with its heading.
 HEADINGS = {
@@ -60,6 +60,12 @@ def page(folder: Path, output: Path) -> str:
         parts.append("## Instructions of the C++ kernels\n\nCounted by valgrind's callgrind: "
                      "without noise, unlike times.\n\n"
                      + instructions.render(json.loads(counts.read_text("utf-8"))))
+    counts = folder / launches.RESULTS.name
+    if counts.is_file():
+        contents.append("- [Launches of a sampling step](#launches-of-a-sampling-step)")
+        parts.append("## Launches of a sampling step\n\nCounted without a GPU, as an H100 would "
+                     "be sent them.\n\n"
+                     + launches.render(json.loads(counts.read_text("utf-8"))))
     if not parts:
         contents = [f"There are none in {folder}."]
     return "\n\n".join([INTRODUCTION, "\n".join(contents), *parts]) + "\n"

@@ -1,0 +1,167 @@
+"""`python -m benchmarks.launches`: kernels that sampling launches on an H100, counted without one.
+
+Of E-CAR-S, B and L in bfloat16 at one image, plain and accelerated, with guidance and without: of
+an Euler step and of the AR transformer at each stage, and of an image of 250 steps. The product
+runs on a GPU that is not there (tools.fake_gpu): a launch is one of Triton's, an op of torch (taken
+for one kernel), or one of the CUDA C++ library's (one kernel each). It fails where a count is above
+the committed one. --update writes them anew.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ecar_kernels
+from benchmarks import environment, results
+from benchmarks.results import markdown
+from ecar.config import ECARConfig
+from ecar.guidance import split_steps
+from ecar.model import ECAR
+from ecar.plan import Plan, Shape
+from ecar.transformer import KVCache
+from ecar_kernels import _native
+
+RESULTS = results.FOLDER / "launches.json"
+SIZES = ("S", "B", "L")
+STEPS = 250
+KINDS = ("triton", "c++", "aten", "copy")
+# Of a step: design.md, section 9; more than these an H100 is not to be kept waiting for.
+TARGET = {"S": 23, "B": 45, "L": 67}
+COUNTED = 3  # steps of a stage: the first ends with what every one but the last has
+
+
+def count(size: str, *, accelerated: bool, guided: bool) -> dict[str, Any]:
+    """A row of the results; in a process without TRITON_INTERPRET (see tools.fake_gpu)."""
+    from tools.fake_gpu import FakeGPU
+
+    if (reason := _native.why_not()) is not None:
+        raise SystemExit(f"launches: {reason}")
+    with FakeGPU(compile_kernels=False) as gpu, torch.no_grad():
+        with torch.device("meta"):
+            model = ECAR(ECARConfig.preset(size)).to(torch.bfloat16).eval()
+        gpu.place(model)
+        if accelerated:
+            ecar_kernels.accelerate(model)
+        stages = model.config.num_stages
+        guidance = ((guided,) * COUNTED,) * stages
+        plan = Plan(model, Shape(1, (COUNTED,) * stages, "euler", guidance), device_scales=True)
+        ends: dict[tuple[int, int], int] = {}
+
+        def watch(stage: int, step: int, image: object) -> None:
+            ends[stage, step] = len(gpu.launches)
+
+        plan.run(model)  # tables of attention's tiles are made once
+        gpu.clear()
+        plan.run(model, watch)
+        launches = gpu.launches
+        steps = [_kinds(launches[ends[stage, 0]:ends[stage, 1]]) for stage in range(1, stages + 1)]
+        counts = split_steps(STEPS, stages)
+        image = Counter(_kinds(launches))
+        for step, steps_of_stage in zip(steps, counts, strict=True):
+            image.update({kind: n * (steps_of_stage - COUNTED) for kind, n in step.items()})
+        return {"size": size, "accelerated": accelerated, "guided": guided, "steps": steps,
+                "ar": _ar(gpu, model, plan.rows), "image": dict(image)}
+
+
+def _ar(gpu: Any, model: ECAR, rows: int) -> list[dict[str, int]]:
+    """Each stage's map from its input tokens."""
+    config, found = model.config, []
+    cache = KVCache(config, rows, device=model.device, dtype=model.dtype)
+    for tokens in config.stage_tokens:
+        x = torch.empty(rows, tokens, config.width, dtype=model.dtype, device=model.device)
+        gpu.clear()
+        model.ar.stage(x, cache)
+        found.append(_kinds(gpu.launches))
+    return found
+
+
+def _kinds(launches: Sequence[Any]) -> dict[str, int]:
+    found = Counter(launch.kind for launch in launches)
+    return {kind: found[kind] for kind in KINDS if found[kind]}
+
+
+def compare(rows: Sequence[dict[str, Any]], committed: Sequence[dict[str, Any]]) -> list[str]:
+    """Where a row launches more than the committed one, or has none."""
+    before, complaints = {_name(row): row for row in committed}, []
+    for row in rows:
+        name = _name(row)
+        if name not in before:
+            complaints.append(f"{name}: not among the committed counts")
+            continue
+        for what, now, then in _totals(row, before[name]):
+            if now > then:
+                complaints.append(f"{name}, {what}: {now} launches, {then} committed")
+    return complaints
+
+
+def _totals(row: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, int, int]]:
+    found = [(f"{what} at stage {stage}", a, b) for what, key in (("a step", "steps"), ("AR", "ar"))
+             for stage, (a, b) in enumerate(zip(row[key], other[key], strict=True), 1)]
+    found.append(("an image", row["image"], other["image"]))
+    return [(what, sum(a.values()), sum(b.values())) for what, a, b in found]
+
+
+def _name(row: dict[str, Any]) -> str:
+    return (f"{row['size']}, {'accelerated' if row['accelerated'] else 'plain'}"
+            f"{', guided' if row['guided'] else ''}")
+
+
+def render(record: dict[str, Any]) -> str:
+    """The counts as a Markdown table."""
+    def cells(parts: Sequence[dict[str, int]]) -> str:
+        return " / ".join(str(sum(part.values())) for part in parts)
+
+    rows = [(_name(row), cells(row["steps"]), str(record["target"][row["size"]]), cells(row["ar"]),
+             f"{sum(row['image'].values()):,}",
+             ", ".join(f"{kind} {row['image'][kind]:,}" for kind in KINDS if kind in row["image"]))
+            for row in record["rows"]]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    header = ("launches", "a step, by stage", "target", "AR, by stage",
+              f"an image of {record['step_count']} steps", "of which")
+    return (f"{markdown(header, rows)}\n\nAs on an {record['chip']}, bfloat16, one image; counted "
+            f"without one; {versions}.")
+
+
+def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    from tools.fake_gpu import H100
+
+    versions = {name: environment.package_version(name) for name in ("torch", "triton")}
+    record = {"chip": H100.name, "versions": versions, "step_count": STEPS, "target": TARGET,
+              "rows": list(rows)}
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in record.pop("rows"))
+    text = f'{json.dumps(record, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n'
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text, "utf-8")
+    partial.replace(file)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.launches",
+                                     description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--update", action="store_true", help=f"write {RESULTS.name}")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
+    options = parser.parse_args(argv)
+    if options.update and set(options.sizes) != set(SIZES):
+        parser.error("--update writes all sizes, leave --sizes out")
+    rows = [count(size, accelerated=accelerated, guided=guided) for size in options.sizes
+            for accelerated in (False, True) for guided in (False, True)]
+    if options.update:
+        write(RESULTS, rows)
+        print(render(json.loads(RESULTS.read_text("utf-8"))))
+        print(f"\nwrote {RESULTS}")
+        return 0
+    committed = json.loads(RESULTS.read_text("utf-8"))
+    print(render(committed | {"rows": rows}))
+    complaints = compare(rows, committed["rows"])
+    print("\n" + ("\n".join(complaints) or "no count is above the committed one"))
+    return int(bool(complaints))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
