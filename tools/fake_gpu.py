@@ -52,7 +52,7 @@ __all__ = ["CHIPS", "H100", "Chip", "FakeGPU", "Launch", "chip_of", "gradients"]
 CUDA_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 # They make a tensor and launch nothing.
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
-             "_unsafe_view", "lift_fresh", "is_pinned", "_pin_memory", "resize_", "record_stream"}
+             "_unsafe_view", "lift_fresh", "record_stream"}
 READS_BACK = {"_local_scalar_dense", "item", "is_nonzero", "equal"}
 
 
@@ -179,9 +179,11 @@ class FakeGPU(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         ours = [tensor for tensor in inputs if _inner(tensor) is not None]
         asked = kwargs.get("device")
+        name = function._schema.name.partition("::")[2]
+        if name in ("pin_memory", "_pin_memory", "is_pinned"):
+            return self._pinned(name, inputs[0])
         if not ours and (asked is None or torch.device(asked).type != "cuda"):
             return function(*args, **kwargs)
-        name = function._schema.name.partition("::")[2]
         where = self._indexed(asked) if asked is not None else ours[0].device
         for tensor in ours:
             if where.type == "cuda" and name not in ("copy_", "_to_copy") and tensor.device != (
@@ -191,8 +193,9 @@ class FakeGPU(TorchDispatchMode):
         if function.namespace == "ecar_triton":
             with self:
                 return function.redispatch(CUDA_KEY, *args, **kwargs)
-        if name == "is_pinned":
-            return getattr(inputs[0], "pinned", False)
+        with self:  # within an op of the library even `to` comes whole
+            if (made := function.decompose(*args, **kwargs)) is not NotImplemented:
+                return made
         device = (where if where.type == "cuda" else ours[0].device).index
         if self.runtime.capturing():
             self._refuse(name, inputs, ours, where, args, kwargs)
@@ -215,6 +218,13 @@ class FakeGPU(TorchDispatchMode):
         elif name not in NO_KERNEL and size and not _is_view(function):
             self._note("aten", name, device)
         return results
+
+    def _pinned(self, name: str, tensor: Tensor) -> bool | Tensor:
+        if name == "is_pinned":
+            return getattr(tensor, "pinned", False)
+        copy = tensor.clone()
+        copy.pinned = True
+        return copy
 
     def _note(self, kind: str, name: str, device: int) -> None:
         self.launched(kind=kind, name=name, device=device, stream=self.current_stream_id(device))
