@@ -19,7 +19,8 @@ def test_on_a_gpu_that_is_not_there(file, tmp_path, seed):
     environment = {name: value for name, value in os.environ.items()
                    if not name.startswith(("PYTEST_XDIST", "PYTEST_CURRENT"))}
     environment |= {"ECAR_FAKE_GPU": "1", "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "",
-                    "TRITON_CACHE_DIR": str(tmp_path), "ECAR_TEST_SEED": str(seed)}
+                    "TRITON_CACHE_DIR": str(tmp_path / "triton"),
+                    "ECAR_TUNED": str(tmp_path / "tuned"), "ECAR_TEST_SEED": str(seed)}
     environment.pop("ECAR_BACKEND", None)
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)], cwd=ROOT,

@@ -161,13 +161,18 @@ class FakeGPU(TorchDispatchMode):
             self._stack.close()
 
     def _patches(self) -> list[tuple[Any, str, Any]]:
-        run = threading.Thread.run
+        run, tensor = threading.Thread.run, torch.tensor
+
+        def on_device(*data: Any, device: Any = None, **how: Any) -> Tensor:
+            # The guard below knows no current device, which "cuda" alone means.
+            return tensor(*data, device=None if device is None else self._indexed(device), **how)
 
         def with_gpu(thread: threading.Thread) -> None:
             with self:  # a mode holds for one thread
                 run(thread)
 
-        found = [(torch.autograd, "grad", gradients), (threading.Thread, "run", with_gpu)]
+        found = [(torch.autograd, "grad", gradients), (threading.Thread, "run", with_gpu),
+                 (torch, "tensor", on_device)]
         if self.native:
             found += [(_native, "load_cuda", _native.why_not),
                       (torch.version, "cuda", torch.version.cuda or "13.0")]
@@ -185,9 +190,8 @@ class FakeGPU(TorchDispatchMode):
         if not ours and (asked is None or torch.device(asked).type != "cuda"):
             return function(*args, **kwargs)
         where = self._indexed(asked) if asked is not None else ours[0].device
-        for tensor in ours:
-            if where.type == "cuda" and name not in ("copy_", "_to_copy") and tensor.device != (
-                    where if asked is None else tensor.device):
+        for tensor in ours if name not in ("copy_", "_to_copy") and asked is None else ():
+            if tensor.device != where:
                 raise RuntimeError(f"Expected all tensors to be on the same device, but found at "
                                    f"least two devices, {where} and {tensor.device}! ({function})")
         if function.namespace == "ecar_triton":
@@ -266,9 +270,9 @@ class FakeGPU(TorchDispatchMode):
 
     def _indexed(self, device: Any) -> torch.device:
         device = torch.device(device)
-        if device.type != "cuda" or device.index is not None:
+        if device.type != "cuda":
             return device
-        return torch.device("cuda", self.current_device())
+        return torch.device("cuda", self.runtime.index(device))
 
     def _host_of(self, value: Any) -> Any:
         if not isinstance(value, Tensor):

@@ -29,15 +29,16 @@ WIDTH = 768
 
 @dataclass(frozen=True)
 class Call:
-    """One call's shape and numbers; everything is on the GPU."""
+    """One call's shape and numbers; everything is on the device."""
 
     batch: int
     tokens: int
     dtype: torch.dtype
     number: float = 1.0  # of eps and scale
+    device: str = "cuda"
 
     def empty(self, *shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=self.dtype, device="cuda")
+        return torch.empty(*shape, dtype=self.dtype, device=self.device)
 
     def rows(self, count: int, width: int = WIDTH, *, odd: bool = False) -> tuple[Tensor, ...]:
         """Parts of one packed projection; odd: at addresses that are no multiples of 16."""
@@ -248,6 +249,32 @@ def test_an_empty_batch_launches_nothing():
         # Sums over no rows are zeros, and someone has to write them.
         assert {launch.name for launch in GPU.launches
                 if launch.kind == "triton"} <= {"sum_partial"}, case
+
+
+@pytest.mark.parametrize("numbers", ["bfloat16", "float32"])
+def test_tensors_on_another_device_than_the_current_one(gpus, numbers):
+    """On cuda:1, an RTX 5090, all is as where it is the current device, and not as on cuda:0, an
+    H100. That every tensor of a launch is on its device the launcher sees to."""
+    kinds = set()
+    for case, size in [(its, size) for its in CASES for size in its.sizes]:
+        call = Call(*size, FORMATS[numbers], device="cuda:1")
+        found = []
+        for current in (0, 1):
+            gpus.clear()
+            with torch.cuda.device(current), tuning.recording() as asked:
+                case.run(call)
+                assert torch.cuda.current_device() == current
+            assert {launch.device for launch in gpus.launches} == {1}
+            found.append(([usual for *_, usual in asked], [
+                replace(launch, key=None) for launch in gpus.launches if launch.kind == "triton"]))
+        assert found[0] == found[1], case
+        with tuning.recording() as asked:
+            case.run(replace(call, device="cuda:0"))
+        if found[0][0] != [usual for *_, usual in asked]:
+            kinds.add(case.op)
+    # The chips differ where settings depend on them, or this test would show nothing.
+    expected = {"bfloat16": {"adaln_linear", "stage_attention"}, "float32": {"adaln"}}
+    assert expected[numbers] <= kinds
 
 
 def test_every_op_has_a_case():
