@@ -11,6 +11,12 @@ from ecar_kernels import resolve, tune, tuning
 from tools.fake_gpu import H100, FakeGPU, chip_of
 
 
+@pytest.fixture(autouse=True)
+def nothing_stays_known():
+    yield
+    tuning.forget()
+
+
 def entries(path, name):
     return {(entry["op"], *entry["key"], entry["rows"]): entry
             for entry in tuning.entries(path, name)}
@@ -53,7 +59,7 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys, device):
 
 
 @pytest.mark.parametrize("queries", [16, 80])
-def test_attention(monkeypatch, queries):
+def test_attention(queries):
     """Of the newest tokens and of all, forward and backward; each candidate is captured."""
     with FakeGPU(compile_kernels=False, values=True) as gpu, tune.measuring(torch.device("cuda")):
         stream = torch.cuda.current_stream()
@@ -64,15 +70,14 @@ def test_attention(monkeypatch, queries):
             gpu.clear()
             choice = tune.measure(problem)
             assert choice.tried == len(problem.candidates) > 1 and choice.wrong == 0
-            begun = [entry for entry in gpu.log if entry[0] == "capture_begin"] if not (
-                gpu.launches) else [entry for entry in gpu.log
-                                    if isinstance(entry, tuple) and entry[0] == "capture_begin"]
+            begun = [entry for entry in gpu.log
+                     if isinstance(entry, tuple) and entry[0] == "capture_begin"]
             assert len(begun) == choice.tried and {entry[2] for entry in begun} == {stream}
             assert not [entry for entry in gpu.launches
                         if entry.captured and entry.kind == "copy"]
 
 
-def test_a_setting_that_the_chip_cannot_hold_is_left_out(monkeypatch):
+def test_a_setting_that_the_chip_cannot_hold_is_left_out():
     """Compiled, and refused by Triton's own check: the others are measured all the same."""
     with FakeGPU(values=True), tune.measuring(torch.device("cuda")):
         problem = tune.problems([128], [64], torch.bfloat16, ("flow_block",))[0]
