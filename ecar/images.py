@@ -1,23 +1,30 @@
-"""Pictures from tensors: PIL and numpy, sheets, and files that are whole or absent."""
+"""Pictures from tensors (PIL, numpy, sheets, files that are whole or absent) and from files.
+
+``read_image`` is the one place where a picture file is decoded.
+"""
 
 from __future__ import annotations
 
 import os
-import tempfile
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from torch import Tensor
 
-from ecar.files import atomic_path
+from ecar.files import atomic_path, check_output_folder, check_target
 
 __all__ = [
+    "BadImageError",
+    "check_image",
     "check_output_file",
     "check_output_folder",
     "make_sheet",
+    "parse_background",
+    "read_image",
     "save_image",
     "to_numpy",
     "to_pil",
@@ -95,25 +102,6 @@ def make_sheet(
     return sheet
 
 
-def check_output_folder(folder: str | os.PathLike[str]) -> Path:
-    """The folder as a path, if files can be written there; before any work is spent.
-
-    Raises:
-        OSError: naming the folder, where it is missing, no folder, or not writable.
-    """
-    folder = Path(folder)
-    if not folder.exists():
-        raise FileNotFoundError(f"output folder {folder}: does not exist")
-    if not folder.is_dir():
-        raise NotADirectoryError(f"output folder {folder}: is not a folder")
-    try:
-        # A file is tried: permission bits don't tell of read-only file systems, nor bind root.
-        tempfile.TemporaryFile(dir=folder, prefix=".ecar-").close()
-    except OSError as error:
-        raise type(error)(f"output folder {folder}: not writable ({error.strerror})") from None
-    return folder
-
-
 def check_output_file(path: str | os.PathLike[str]) -> Path:
     """The path of a picture to write, if it can be; before any work is spent.
 
@@ -121,9 +109,7 @@ def check_output_file(path: str | os.PathLike[str]) -> Path:
         OSError: naming the path or its folder, where it can't be written.
         ValueError: where the suffix names no format that Pillow writes.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"output file {path}: is a folder")
+    path = check_target(path)
     _picture_format(path)
     check_output_folder(path.parent)
     return path
@@ -134,9 +120,10 @@ def save_image(image: Image.Image, path: str | os.PathLike[str]) -> Path:
 
     An existing file is replaced. Raises as ``check_output_file`` does.
     """
-    path = check_output_file(path)
+    path = Path(path)
+    kind = _picture_format(path)
     with atomic_path(path) as temporary:
-        image.save(temporary, format=_picture_format(path))
+        image.save(temporary, format=kind)
     return path
 
 
@@ -149,3 +136,203 @@ def _picture_format(path: Path) -> str:
             f"{path.suffix or 'none'!r}"
         )
     return name
+
+
+_LISTED = 10  # bad files that a message names
+# By EXIF's number, how a stored picture is turned into the one that viewers show.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION, _BITS, _SAMPLE_FORMAT = 0x0112, 258, 339  # tags of EXIF and TIFF
+_SIGNED = 2  # a sample format
+_FLOAT_TOLERANCE = 1e-2  # resampled pictures overshoot a little
+
+
+class BadImageError(OSError, ValueError):
+    """Files that are no readable pictures.
+
+    Attributes:
+        files: each bad file's path and what is wrong with it.
+    """
+
+    def __init__(
+        self, files: Sequence[tuple[str, str]], *, folder: str = "", total: int = 1, hint: str = ""
+    ) -> None:
+        self.files = list(files)
+        if total == 1 or len(files) == 1:
+            message = "; ".join(f"{path}: not a readable image ({why})" for path, why in files)
+        else:
+            listed = "; ".join(
+                f"{os.path.relpath(path, folder)} ({why})" for path, why in files[:_LISTED]
+            )
+            more = len(files) - _LISTED
+            message = f"{folder}: {len(files):,} of {total:,} files are not readable images: "
+            message += listed + (f"; and {more:,} more" if more > 0 else "")
+        super().__init__(message + (f"; {hint}" if hint else ""))
+
+
+def read_image(
+    path: str | os.PathLike[str],
+    channels: int = 3,
+    *,
+    background: str | tuple[int, int, int] = "white",
+) -> Image.Image:
+    """A picture file as 8-bit grey (``channels`` 1, mode L) or RGB (3), as a viewer shows it.
+
+    Turned as its EXIF says. What is transparent lies on ``background``. Integers of 16 bits are
+    scaled from 0 .. 65535 (of signed 16 bits from 0 .. 32767), floats from 0 .. 1. Of several
+    frames the first. Colour profiles are not applied.
+
+    Raises:
+        BadImageError: an OSError and a ValueError; naming the file: unreadable, or of other values.
+    """
+    colour = parse_background(background)
+    try:
+        _require_file(path)
+        with Image.open(path) as image:
+            return _as_8_bits(image, channels, colour)
+    except Exception as error:  # Pillow raises a dozen classes for files that are damaged
+        raise BadImageError([(os.fspath(path), _reason(path, error))]) from error
+
+
+def check_image(path: str | os.PathLike[str], *, decode: bool) -> str | None:
+    """What is wrong with a picture file, if anything; what ``read_image`` would refuse.
+
+    Without ``decode`` its header is read, and its end: a file is decoded only if it seems cut short
+    or if its values may lie outside of their range.
+    """
+    try:
+        _require_file(path)
+        with Image.open(path) as image:
+            wide = image.mode == "F" or image.mode.startswith("I")
+            if decode or wide or not _seems_whole(path, image.format):
+                _as_8_bits(image, 3, (255, 255, 255))
+    except Exception as error:
+        return _reason(path, error)
+    return None
+
+
+def parse_background(value: str | tuple[int, int, int]) -> tuple[int, int, int]:
+    """ "white", "#7f7f7f" or (127, 127, 127) -> (r, g, b).
+
+    Raises:
+        ValueError: it is no opaque colour.
+    """
+    colour: object = value
+    if isinstance(value, str):
+        try:
+            colour = ImageColor.getrgb(value)
+        except ValueError:
+            colour = None
+    if (
+        not isinstance(colour, (tuple, list))
+        or len(colour) != 3
+        or not all(isinstance(part, int) and 0 <= part <= 255 for part in colour)
+    ):
+        raise ValueError(
+            "argument 'background': expected a colour such as white, black or #7f7f7f, got "
+            f"{value!r}"
+        )
+    return colour[0], colour[1], colour[2]
+
+
+def _as_8_bits(image: Image.Image, channels: int, background: tuple[int, int, int]) -> Image.Image:
+    key = _transparent_key(image)
+    if key is not None:
+        image.info["transparency"] = key
+    image.load()
+    turn = _TURNS.get(_orientation(image))  # after loading, which turns a TIFF by itself
+    alpha = None
+    if image.mode == "F" or image.mode.startswith("I"):
+        image, alpha = _scaled(image)
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+    if alpha is not None:
+        below = Image.new("RGB", image.size, background)
+        below.paste(image, mask=alpha)
+        image = below
+    image = image.convert("L" if channels == 1 else "RGB")
+    return image if turn is None else image.transpose(turn)
+
+
+def _transparent_key(image: Image.Image) -> int | tuple[int, ...] | None:
+    """The colour that a PNG calls transparent, in the units of its decoded pixels."""
+    key = image.info.get("transparency")
+    raw = image.tile[0][3] if image.format == "PNG" and image.tile else None
+    if isinstance(key, int) and raw in ("L;2", "L;4"):
+        return key * 255 // (3 if raw == "L;2" else 15)
+    if isinstance(key, tuple) and raw == "RGB;16B":
+        return tuple(part >> 8 for part in key)
+    return None
+
+
+def _orientation(image: Image.Image) -> object:
+    try:
+        return image.getexif().get(_ORIENTATION)
+    except Exception:  # damaged EXIF; the picture itself may be well
+        return None
+
+
+def _scaled(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Wide integers or floats as 8-bit grey, and what of it is opaque."""
+    values = np.asarray(image)
+    low, high = (values.min().item(), values.max().item()) if values.size else (0, 0)
+    if image.mode == "F":
+        if not np.isfinite(values).all():
+            raise ValueError("holds NaN or infinite values")
+        if low < -_FLOAT_TOLERANCE or high > 1 + _FLOAT_TOLERANCE:
+            raise ValueError(f"holds floats from {low:.4g} to {high:.4g}, expected 0 to 1")
+        levels = np.rint(values.clip(0, 1) * 255)
+    else:
+        tags = getattr(image, "tag_v2", {})
+        kind = (*tags.get(_BITS, (16,))[:1], *tags.get(_SAMPLE_FORMAT, (1,))[:1])
+        most = {(12, 1): 4095, (16, _SIGNED): 32767}.get(kind, 65535)
+        if low < 0 or high > most:
+            raise ValueError(f"holds integers from {low} to {high}, expected 0 to {most}")
+        levels = np.rint(values.astype(np.float64) * (255 / most))
+    key = image.info.get("transparency")
+    alpha = None
+    if isinstance(key, int):
+        alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
+    return Image.fromarray(levels.astype(np.uint8)), alpha
+
+
+def _seems_whole(path: str | os.PathLike[str], kind: str | None) -> bool:
+    """Whether a file ends as its format ends; False where that can't be told."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        head = file.read(12)
+        file.seek(max(0, size - 64))
+        tail = file.read()
+    if kind in ("JPEG", "MPO"):
+        return b"\xff\xd9" in tail
+    if kind == "PNG":
+        return b"IEND\xaeB`\x82" in tail
+    if kind == "WEBP":
+        return int.from_bytes(head[4:8], "little") + 8 <= size
+    return False
+
+
+def _require_file(path: str | os.PathLike[str]) -> None:
+    """Only a file is opened: a pipe of that name would never answer."""
+    if os.path.islink(path) and not os.path.exists(path):
+        raise OSError("a broken link")
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("not a file")
+
+
+def _reason(path: str | os.PathLike[str], error: Exception) -> str:
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        return "the file is empty"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "of no known format"
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(reason.split())[:120]
