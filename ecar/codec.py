@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ecar.files import atomic_folder, require_floats
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
@@ -139,8 +141,9 @@ class AutoencoderKLCodec:
         return shift, config.scaling_factor / deviation
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the VAE as diffusers does, safetensors only."""
-        self.vae.save_pretrained(folder, safe_serialization=True)
+        """Write the VAE as diffusers does, safetensors only; OSError naming the file."""
+        with atomic_folder(folder) as scratch:
+            self.vae.save_pretrained(scratch, safe_serialization=True)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> AutoencoderKLCodec:
@@ -148,11 +151,14 @@ class AutoencoderKLCodec:
 
         Raises:
             OSError: naming the folder, where it holds no VAE.
+            ValueError: naming the file and the tensor, where weights are quantized.
             ImportError: where diffusers is missing.
         """
         autoencoder_class = _autoencoder_class()
         if not (Path(folder) / "config.json").is_file():
             raise FileNotFoundError(f"VAE folder {os.fspath(folder)}: holds no config.json")
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            require_floats(file)
         try:
             vae = autoencoder_class.from_pretrained(folder, use_safetensors=True)
         except Exception as error:  # diffusers raises half a dozen classes for a bad file

@@ -2,16 +2,62 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-__all__ = ["checkpoint_folder"]
+from ecar.files import WEIGHT_DTYPES
+
+__all__ = ["checkpoint_folder", "chosen_dtype", "require_hub_options"]
+
+HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+
+
+def require_hub_options(options: dict[str, Any], *others: str) -> None:
+    """TypeError naming the first option that is none of ``HUB_OPTIONS``.
+
+    Args:
+        others: what else the caller takes; named in the message.
+    """
+    known = (*others, *HUB_OPTIONS)
+    for name in options.keys() - set(HUB_OPTIONS):
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(
+            f"argument {name!r}: from_pretrained has no such option, expected one of "
+            f"{', '.join(known)}{hint}"
+        )
+
+
+def chosen_dtype(
+    dtype: torch.dtype | None, torch_dtype: torch.dtype | None
+) -> torch.dtype | None:
+    """The dtype that one of from_pretrained's two arguments gives; None where neither does.
+
+    Raises:
+        TypeError: no floating-point dtype. ValueError: two different ones.
+    """
+    for name, value in (("dtype", dtype), ("torch_dtype", torch_dtype)):
+        if value is not None and not (
+            isinstance(value, torch.dtype) and value in WEIGHT_DTYPES
+        ):
+            raise TypeError(
+                f"argument {name!r}: expected torch.float32, bfloat16, float16 or float64, got "
+                f"{value!r}"
+            )
+    if None not in (dtype, torch_dtype) and dtype != torch_dtype:
+        raise ValueError(
+            f"argument 'torch_dtype': expected the same as 'dtype', {dtype}, got {torch_dtype}; "
+            "one of the two is enough"
+        )
+    return torch_dtype if dtype is None else dtype
 
 
 def checkpoint_folder(
@@ -25,7 +71,9 @@ def checkpoint_folder(
 
     Raises:
         FileNotFoundError: naming what is neither.
+        TypeError: naming an option that is none of these.
     """
+    require_hub_options(hub_options)
     name = os.fspath(name)
     if os.path.isdir(name):
         return Path(name)

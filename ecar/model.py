@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 
 from ecar import stages
 from ecar.config import ECARConfig
-from ecar.files import read_tensors, require_finite, write_tensors
+from ecar.files import atomic_folder, read_tensors, require_weights, write_tensors
 from ecar.flow import FlowHead
-from ecar.hub import checkpoint_folder
+from ecar.hub import checkpoint_folder, chosen_dtype, require_hub_options
 from ecar.transformer import ARTransformer
 
 __all__ = ["ECAR", "SharedLayer", "load_weights"]
@@ -185,16 +184,13 @@ class ECAR(
         """Write config.json, model.safetensors and, where there is none, README.md.
 
         Each file replaces the one from before whole or not at all.
+
+        Raises:
+            OSError: naming the file that can't be written; all are then as they were.
         """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
         # The mixin deletes config.json before it writes: let it work in a folder of its own.
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".save-") as scratch:
-            result = super().save_pretrained(scratch, **options)
-            for file in Path(scratch).iterdir():
-                if file.name != "README.md" or not (folder / file.name).exists():
-                    os.replace(file, folder / file.name)
-        return result
+        with atomic_folder(save_directory, keep=("README.md",)) as scratch:
+            return super().save_pretrained(scratch, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.config.to_json(save_directory / CONFIG_NAME)
@@ -202,56 +198,52 @@ class ECAR(
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **hub_options: Any,
     ) -> ECAR:
         """Load a folder that ``save_pretrained`` wrote, or a hub repository 'owner/name'.
 
         Args:
             pretrained_model_name_or_path: the folder, or the repository.
-            options: of the hub: revision, token, cache_dir, force_download, local_files_only.
+            dtype: of the weights; None is float32.
+            torch_dtype: another name for ``dtype``.
+            hub_options: revision, token, cache_dir, force_download, local_files_only.
 
         Returns:
             The model in evaluation mode, on the CPU.
 
         Raises:
             FileNotFoundError: no such folder or file.
-            ValueError: weights cut short, of another configuration, not safetensors, or not
-                finite.
+            TypeError: naming an option that is none of these.
+            ValueError: weights cut short, of another configuration, not safetensors, quantized
+                (integers or 8-bit floats), or not finite; two dtypes that differ.
         """
+        dtype = chosen_dtype(dtype, torch_dtype)
+        require_hub_options(hub_options, "dtype", "torch_dtype")
         files = (CONFIG_NAME, SAFETENSORS_SINGLE_FILE)
-        folder = checkpoint_folder(pretrained_model_name_or_path, files, **options)
+        folder = checkpoint_folder(pretrained_model_name_or_path, files, **hub_options)
         for file in files:
             if not (folder / file).is_file():
                 name = os.fspath(pretrained_model_name_or_path)
                 raise FileNotFoundError(f"checkpoint {name!r}: no file {file}")
         model = cls(ECARConfig.from_json(folder / CONFIG_NAME))
         load_weights(model, folder / SAFETENSORS_SINGLE_FILE)
-        return model.eval()
+        return model.eval().to(dtype=dtype)
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Copy the weights of a safetensors file into ``model``: all names and shapes must agree.
+    """Copy the weights of a safetensors file into ``model``: all names and shapes must agree, and
+    the types be plain floats.
 
     Raises:
         ValueError: naming the file and the tensor. The model is then unchanged.
     """
     tensors, _ = read_tensors(path)
-    expected = model.state_dict()
-    name = os.fspath(path)
-    for kind, keys in (("lacks", expected.keys() - tensors.keys()),
-                       ("has the unknown", tensors.keys() - expected.keys())):
-        if keys:
-            raise ValueError(
-                f"{name}: of another configuration: {kind} tensor {min(keys)!r}"
-                + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
-            )
-    for key, tensor in tensors.items():
-        if tensor.shape != expected[key].shape:
-            raise ValueError(
-                f"{name}: of another configuration: tensor {key!r} has shape {list(tensor.shape)}, "
-                f"expected {list(expected[key].shape)}"
-            )
-    require_finite(path, tensors)
+    require_weights(path, tensors, model.state_dict())
     model.load_state_dict(tensors)
 
 

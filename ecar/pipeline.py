@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ from ecar.checkpoint import (
     write_settings,
 )
 from ecar.codec import CODECS, AutoencoderKLCodec, IdentityCodec, load_codec
-from ecar.hub import checkpoint_folder
+from ecar.files import atomic_folder
+from ecar.hub import checkpoint_folder, chosen_dtype, require_hub_options
 from ecar.images import to_numpy, to_pil, to_unit
 from ecar.inputs import ClassNames, draw_seeds, pair
 from ecar.model import ECAR
@@ -149,6 +149,7 @@ class ECARPipeline:
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
+        dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
         accelerate: bool = True,
         **hub_options: Any,
@@ -158,14 +159,18 @@ class ECARPipeline:
         A folder without pipeline.json has the identity codec and no class names.
 
         Args:
-            torch_dtype: of the weights; None is float32.
+            dtype: of the weights; None is float32.
+            torch_dtype: another name for ``dtype``.
             accelerate: as for the class; the model is the pipeline's own here.
             hub_options: revision, token, cache_dir, force_download, local_files_only.
 
         Raises:
             OSError: naming the folder or file that is missing.
-            ValueError: naming the file that holds something else.
+            TypeError: naming an option that is none of these.
+            ValueError: naming the file that holds something else, or for two dtypes that differ.
         """
+        dtype = chosen_dtype(dtype, torch_dtype)
+        require_hub_options(hub_options, "dtype", "torch_dtype", "accelerate")
         folder = checkpoint_folder(
             pretrained_model_name_or_path, CHECKPOINT_FILES, **hub_options
         )
@@ -176,13 +181,17 @@ class ECARPipeline:
             pipeline = cls(model, codec, **settings, accelerate=accelerate)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder / PIPELINE_FILE}: {error}") from None
-        return pipeline if torch_dtype is None else pipeline.to(torch_dtype)
+        return pipeline if dtype is None else pipeline.to(dtype)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write config.json, model.safetensors, pipeline.json and, if there is a VAE, vae/."""
-        folder = Path(save_directory)
-        self.model.save_pretrained(folder)
-        write_settings(folder, self.codec, self.class_names, self.defaults)
+        """Write config.json, model.safetensors, pipeline.json and, if there is a VAE, vae/.
+
+        Raises:
+            OSError: naming the file that can't be written; all are then as they were.
+        """
+        with atomic_folder(save_directory, keep=("README.md",)) as folder:
+            self.model.save_pretrained(folder)
+            write_settings(folder, self.codec, self.class_names, self.defaults)
 
     def __call__(
         self,

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
+
+from ecar.codec import RANGE_TOLERANCE
+
+_LOOKED_AT = 64  # items of a data set that computes them
 
 
 class ImageDataset(Dataset):
@@ -67,8 +72,11 @@ class InMemoryDataset(ImageDataset):
 
     Args:
         pixels: uint8 [N, C, H, W] with values 0 .. maximum.
-        labels: integer [N].
+        labels: [N], whole numbers from 0 to len(class_names) - 1.
         maximum: the pixel value that becomes 1 (0 becomes -1).
+
+    Raises:
+        TypeError, ValueError: naming the argument, and what came.
     """
 
     def __init__(
@@ -81,9 +89,23 @@ class InMemoryDataset(ImageDataset):
         *,
         maximum: int = 255,
     ) -> None:
+        kinds = (torch.uint8, torch.int16, torch.int32, torch.int64)
+        if not isinstance(pixels, Tensor) or pixels.dtype not in kinds or pixels.dim() != 4:
+            raise TypeError(
+                f"argument 'pixels': expected uint8 [N, C, H, W], got {describe(pixels)}"
+            )
+        if pixels.numel() and not 0 <= pixels.min() <= pixels.max() <= maximum:
+            raise ValueError(
+                f"argument 'pixels': expected values from 0 to {maximum}, got {describe(pixels)}"
+            )
         super().__init__(name, split, pixels.shape[1:], class_names)
         self._pixels = pixels
-        self._labels = labels.to(torch.int64)
+        self._labels = checked_labels(labels, self.num_classes, whole_floats=True)
+        if len(pixels) != len(self._labels):
+            raise ValueError(
+                f"argument 'labels': expected {len(pixels)}, one for each image, got "
+                f"{len(self._labels)}"
+            )
         self._half = maximum / 2
 
     @property
@@ -96,3 +118,134 @@ class InMemoryDataset(ImageDataset):
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         return self._pixels / self._half - 1, self._labels.clone()
+
+
+def describe(values: Any) -> str:
+    """ "torch.float32 [4, 3, 8, 8] from 0 to 255", for messages."""
+    if not isinstance(values, Tensor):
+        return f"{type(values).__name__} {values!r}"[:80]
+    text = f"{values.dtype} {list(values.shape)}"
+    if values.numel() and not values.is_complex():
+        low, high = (value.item() for value in values.double().aminmax())
+        text += f" from {low:.4g} to {high:.4g}"
+    return text
+
+
+def checked_labels(
+    labels: Any, num_classes: int, *, name: str = "labels", whole_floats: bool = False
+) -> Tensor:
+    """Labels as int64 [N], if they are classes from 0 to num_classes - 1.
+
+    Args:
+        name: the argument that messages name.
+        whole_floats: take floats that are whole numbers, as text files hold them.
+
+    Raises:
+        TypeError: no integers. ValueError: another shape, or out of range.
+    """
+    if not isinstance(labels, Tensor):
+        try:
+            labels = torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"argument {name!r}: expected integer labels, got {describe(labels)}"
+            ) from None
+    integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if whole_floats and labels.is_floating_point():
+        integers = bool((labels == labels.round()).all())
+    if not integers:
+        raise TypeError(f"argument {name!r}: expected integer labels, got {describe(labels)}")
+    if labels.dim() != 1:
+        raise ValueError(f"argument {name!r}: expected labels [N], got {describe(labels)}")
+    if not labels.is_floating_point():
+        labels = labels.to(torch.int64)
+    wrong = (labels < 0) | (labels >= num_classes)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"argument {name!r}: expected labels from 0 to {num_classes - 1}, got "
+            f"{labels[row].item()} (item {row} of {len(labels)})"
+        )
+    return labels.to(torch.int64)
+
+
+def checked_images(images: Any, shape: Sequence[int], *, name: str, pixels: bool) -> Tensor:
+    """Items [N, C, H, W] of a data set as float32, if they are what is documented.
+
+    Args:
+        shape: [C, H, W].
+        name: the argument that messages name.
+        pixels: pictures, in [-1, 1]; latents are finite, and no more.
+
+    Raises:
+        TypeError: no floats. ValueError: another shape, NaN or infinity, another range.
+    """
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        raise TypeError(
+            f"argument {name!r}: expected floating-point items in [-1, 1], got {describe(images)}"
+        )
+    if tuple(images.shape[1:]) != tuple(shape):
+        raise ValueError(
+            f"argument {name!r}: expected items of shape {list(shape)} for this model, got "
+            f"{list(images.shape[1:])}"
+        )
+    images = images.float()
+    if not images.isfinite().all():
+        raise ValueError(f"argument {name!r}: items hold NaN or infinity")
+    if pixels and images.numel():
+        low, high = (value.item() for value in images.aminmax())
+        # A black pixel at 0, and nothing below it.
+        unit = 0 <= low < 1e-3 and low < high <= 1 + RANGE_TOLERANCE
+        if unit or not -1 - RANGE_TOLERANCE <= low <= high <= 1 + RANGE_TOLERANCE:
+            raise ValueError(
+                f"argument {name!r}: expected images in [-1, 1], got values from {low:.4g} to "
+                f"{high:.4g}" + ("; images in [0, 1] are given as 2 x - 1" if unit else "")
+            )
+    return images
+
+
+def check_dataset(
+    dataset: Dataset, shape: Sequence[int], num_classes: int, *, name: str, pixels: bool
+) -> Tensor | None:
+    """Look at a data set before anything is spent on it: types, shapes, labels, values.
+
+    Of a `TensorDataset` all items are looked at; of an `ImageDataset` all labels; of what any other
+    data set computes, items spread over it.
+
+    Args:
+        shape: [C, H, W] of every item.
+        name: the argument that messages name.
+        pixels: items are pictures, in [-1, 1].
+
+    Returns: all labels, where the data set has them at hand.
+    Raises:
+        TypeError, ValueError: naming the argument, and what came.
+    """
+    length = len(dataset)  # type: ignore[arg-type]
+    if not length:
+        raise ValueError(f"argument {name!r}: expected at least one image, got none")
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+        images, labels = dataset.tensors
+        checked_images(images, shape, name=name, pixels=pixels)
+        return checked_labels(labels, num_classes, name=name)
+    known = None
+    if isinstance(dataset, ImageDataset):
+        known = checked_labels(dataset.labels, num_classes, name=name)
+        if isinstance(dataset, InMemoryDataset):
+            checked_images(dataset[0][0][None], shape, name=name, pixels=False)
+            return known
+    rows = range(0, length, -(-length // _LOOKED_AT))
+    items = [dataset[row] for row in rows]
+    for item in items:
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            raise TypeError(
+                f"argument {name!r}: expected items (image, label), got {describe(item)}"
+            )
+    images = [torch.as_tensor(image) for image, _ in items]
+    for image in images:  # one by one, for a message that names the odd one's shape
+        checked_images(image[None], shape, name=name, pixels=False)
+    checked_images(torch.stack([i.float() for i in images]), shape, name=name, pixels=pixels)
+    for _, label in items:
+        batch = label[None] if isinstance(label, Tensor) else [label]
+        checked_labels(batch, num_classes, name=name)
+    return known

@@ -19,14 +19,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ecar.files import read_json, write_json, write_tensors
-from ecar.images import check_output_folder
+from ecar.files import check_output_folder, read_json, write_json, write_tensors
 
-from .base import ImageDataset
+from .base import ImageDataset, check_dataset, checked_labels
 from .folder import split_folder
 
 INDEX = "index.json"
 _FORMAT = "ecar-latents-1"
+_LOOK_AT_ALL_BELOW = 128 << 20  # bytes; of larger caches some latents of each shard
+_LOOKED_AT = 32
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -48,7 +49,7 @@ def cache_latents(
     For mirrored copies as well, open the data set with `flip=True`.
 
     Args:
-        dataset: an ImageDataset.
+        dataset: an ImageDataset, or what has its attributes: images in [-1, 1], labels of classes.
         codec: has encode(images float32 [B, C, H, W] in [-1, 1]) -> latents [B, c, h, w].
         out_dir: made if needed. Must not hold a finished cache.
         shard_size: latents per file.
@@ -60,7 +61,8 @@ def cache_latents(
     Returns: the path of the index.
     Raises:
         FileExistsError: out_dir holds a finished cache.
-        ValueError: a wrong argument; the codec returned NaN, infinity or a wrong shape.
+        ValueError, TypeError: a wrong argument; images or labels that are not as documented; the
+            codec returned NaN, infinity or a wrong shape.
     """
     for name, value in (("shard_size", shard_size), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
@@ -69,6 +71,7 @@ def cache_latents(
         raise ValueError(f"argument 'dtype': expected float32, bfloat16 or float16, got {dtype}")
     if len(dataset) == 0:
         raise ValueError("argument 'dataset': it is empty")
+    check_dataset(dataset, dataset.shape, dataset.num_classes, name="dataset", pixels=True)
     out_dir = Path(out_dir)
     if (out_dir / INDEX).exists():
         raise FileExistsError(f"{out_dir / INDEX}: exists; give another folder or remove it")
@@ -109,6 +112,7 @@ def cache_latents(
                     "argument 'codec': latents hold NaN or infinity "
                     f"(encoded on {device}, stored as {dtype})"
                 )
+            labels = checked_labels(labels, dataset.num_classes, name="dataset")
             waiting.append((latents, labels))
             left += len(labels)
             while left >= shard_size:
@@ -140,7 +144,8 @@ class LatentDataset(ImageDataset):
 
     Raises:
         FileNotFoundError: no folder, no index, no shard.
-        ValueError: the index or a shard is damaged, or is not what the index says.
+        ValueError: the index or a shard is damaged, or is not what the index says; latents that are
+            not finite (of caches of 128 MiB or more some are looked at); labels of no class.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, split: str = "train") -> None:
@@ -159,6 +164,8 @@ class LatentDataset(ImageDataset):
         if self._ends[-1] != index["count"]:
             raise ValueError(f"{folder / INDEX}: shards hold {self._ends[-1]}, not count")
         self._open_shards: dict[int, Any] = {}
+        sizes = (os.path.getsize(path) for path in self._paths if os.path.isfile(path))
+        self._look_at_all = sum(sizes) < _LOOK_AT_ALL_BELOW
         self._labels = torch.cat(
             [
                 self._check_shard(path, count, index["dtype"])
@@ -174,6 +181,10 @@ class LatentDataset(ImageDataset):
                 latents = shard.get_slice("latents")
                 found = (tuple(latents.get_shape()), latents.get_dtype())
                 labels = shard.get_tensor("labels")
+                step = 1 if self._look_at_all else -(-count // _LOOKED_AT)
+                finite = found != ((count, *self.shape), dtype) or all(
+                    latents[row : row + 1].isfinite().all() for row in range(0, count, step)
+                )
         except SafetensorError as error:
             raise ValueError(f"{path}: not a readable safetensors shard ({error})") from error
         if found != ((count, *self.shape), dtype):
@@ -181,12 +192,17 @@ class LatentDataset(ImageDataset):
                 f"{path}: expected latents {dtype} {[count, *self.shape]}, "
                 f"got {found[1]} {list(found[0])}"
             )
+        if not finite:
+            raise ValueError(f"{path}: latents hold NaN or infinite values")
         if labels.dtype != torch.int64 or labels.shape != (count,):
             raise ValueError(
                 f"{path}: expected int64 labels [{count}], got {labels.dtype} {list(labels.shape)}"
             )
-        if labels.min() < 0 or labels.max() >= self.num_classes:
-            raise ValueError(f"{path}: labels outside 0..{self.num_classes - 1}")
+        wrong = labels[(labels < 0) | (labels >= self.num_classes)]
+        if len(wrong):
+            raise ValueError(
+                f"{path}: labels outside 0..{self.num_classes - 1}, such as {int(wrong[0])}"
+            )
         return labels
 
     @property
@@ -219,6 +235,10 @@ def _read_index(path: Path) -> dict[str, Any]:
     for key, kind in wanted.items():
         if not isinstance(index.get(key), kind) or not index[key]:
             raise ValueError(f"{path}: {key!r} is missing or damaged")
+    if index["dtype"] not in _DTYPES.values():
+        raise ValueError(
+            f"{path}: expected latents {', '.join(_DTYPES.values())}, got {index['dtype']!r}"
+        )
     for shard in index["shards"]:
         name, count = (
             (shard.get("file"), shard.get("count")) if isinstance(shard, dict) else ("", 0)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .base import ImageDataset, InMemoryDataset
+from .base import ImageDataset, InMemoryDataset, checked_labels
 from .folder import FolderDataset
 from .latents import LatentDataset
 
@@ -27,13 +28,15 @@ def load_dataset(
     channels: int | None = None,
     flip: bool = False,
     verify: bool = True,
+    skip_broken: bool = False,
+    background: str | tuple[int, int, int] = "white",
 ) -> ImageDataset:
     """Open a data set by name.
 
     name        what                                                     C, H, W     train / test
     "digits"    scikit-learn's load_digits                               1, 8, 8     1,437 / 360
     "mnist"     data/mnist.npz, padded from 28 to 32 pixels              1, 32, 32   60,000 / 10,000
-    "folder"    root/class/file.png (jpg, jpeg, webp, bmp)               C, size, size
+    "folder"    root/class/file.png (and other formats)                  C, size, size
     "latents"   root/index.json and shards, from `cache_latents`         the codec's
 
     Args:
@@ -45,6 +48,10 @@ def load_dataset(
             For the others they may be given to check what is loaded.
         flip: "folder" only: also every image mirrored, at index len / 2 + i.
         verify: "folder" only: try to open all images now (see `FolderDataset`).
+        skip_broken: "folder" only: go on without files that are no readable images, with a warning
+            that says how many; without it they are an error, which names them.
+        background: "folder" only: the colour that transparent images lie on: a name, "#rrggbb" or
+            (r, g, b).
 
     Raises:
         ValueError, TypeError: an argument is wrong, or files are not what they should be.
@@ -60,10 +67,15 @@ def load_dataset(
         root = Path(root)
     if name == "folder":
         return FolderDataset(
-            root, split=split, image_size=image_size, channels=channels, flip=flip, verify=verify
-        )
+            root, split=split, image_size=image_size, channels=channels, flip=flip, verify=verify,
+            skip_broken=skip_broken, background=background,
+        )  # fmt: skip
     if flip:
         raise ValueError(f"argument 'flip': only 'folder' can be mirrored, not {name!r}")
+    if background != "white":
+        raise ValueError(f"argument 'background': only 'folder' has transparency, not {name!r}")
+    if skip_broken:
+        raise ValueError(f"argument 'skip_broken': only 'folder' has files to skip, not {name!r}")
     if name == "digits":
         dataset = _digits(split)
     elif name == "mnist":
@@ -131,14 +143,17 @@ def _mnist(path: Path, split: str) -> ImageDataset:
     try:
         with np.load(path, allow_pickle=False) as archive:
             images, labels = archive[f"{split}_images"], archive[f"{split}_labels"]
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: not the project's mnist.npz ({error})") from error
     counts = {"train": 60000, "test": 10000}
     wanted = (np.uint8, (counts[split], 28, 28), (counts[split],))
-    if (images.dtype, images.shape, labels.shape) != wanted or labels.max() > 9:
+    if (images.dtype, images.shape, labels.shape) != wanted:
         raise ValueError(
             f"{path}: expected uint8 images {list(wanted[1])} with labels 0..9, got "
             f"{images.dtype} {list(images.shape)} with {list(labels.shape)} labels"
         )
     pixels = F.pad(torch.from_numpy(images).unsqueeze(1), (2, 2, 2, 2))
-    return InMemoryDataset("mnist", split, pixels, torch.from_numpy(labels), _TEN)
+    try:
+        return InMemoryDataset("mnist", split, pixels, checked_labels(labels, 10), _TEN)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None

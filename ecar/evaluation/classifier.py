@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ecar.data import ImageDataset, load_dataset
-from ecar.files import read_tensors, require_finite, write_tensors
+from ecar.files import read_tensors, require_weights, write_tensors
 
 __all__ = ["ClassifierConfig", "DigitClassifier", "find_classifier", "train_classifier"]
 
@@ -99,11 +99,11 @@ class DigitClassifier(nn.Module):
         tensors, metadata = read_tensors(path)
         try:
             model = cls(ClassifierConfig(**json.loads(metadata["config"])))
-            model.load_state_dict(tensors)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{path}: not the weights of a DigitClassifier ({reason})") from None
-        require_finite(path, tensors)
+        require_weights(path, tensors, model.state_dict())
+        model.load_state_dict(tensors)
         model.metadata = metadata
         model.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         return model.eval().requires_grad_(False)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ecar.data import InMemoryDataset
+from ecar.data.base import checked_labels
 
 __all__ = ["Batch", "Batches", "Draws", "draw"]
 
@@ -130,7 +131,7 @@ class Batches:
 
     Args:
         dataset: map-style, of (float32 [C, H, W], int label); one in memory is indexed directly.
-        label_dropout: share of the labels replaced by ``null_class``.
+        label_dropout: share of the labels replaced by ``null_class``, the number of classes.
         workers: loader processes, for a dataset that is not in memory.
 
     Raises:
@@ -163,7 +164,11 @@ class Batches:
         return self.order.indices(first + self.rows.start, first + self.rows.stop)
 
     def steps(self, begin: int, end: int) -> Iterator[list[Batch]]:
-        """The parts of each step from ``begin`` to ``end``, excluded."""
+        """The parts of each step from ``begin`` to ``end``, excluded.
+
+        Raises:
+            TypeError, ValueError: for labels that are no classes.
+        """
         for step, (latents, labels) in zip(
             range(begin, end), self._data(begin, end), strict=True
         ):
@@ -171,10 +176,12 @@ class Batches:
 
     def _data(self, begin: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
         if self._memory is None:
-            yield from DataLoader(
+            # The null class's number would be learnt as if it were a class.
+            for latents, labels in DataLoader(
                 self.dataset, batch_sampler=_Rows(self, begin, end), num_workers=self.workers,
                 pin_memory=torch.cuda.is_available(),
-            )
+            ):
+                yield latents.float(), checked_labels(labels, self.null_class, name="dataset")
             return
         latents, labels = self._memory
         for step in range(begin, end):

@@ -10,6 +10,7 @@ from typing import Any
 
 from ecar.config import ECARConfig
 from ecar.files import read_json, write_json
+from ecar.images import parse_background
 
 __all__ = ["TrainConfig"]
 
@@ -33,10 +34,10 @@ _NUMBERS = {
     "gradnorm_lr": (0.0, False, None), "grad_clip": (0.0, False, None),
     "label_dropout": (0.0, True, 1.0), "sample_guidance": (0.0, True, None),
 }
-_FLAGS = ("flip", "tf32", "gradient_checkpointing", "compile")
+_FLAGS = ("flip", "skip_broken", "tf32", "gradient_checkpointing", "compile")
 # What a resumed training may change: none of these decides a weight, beyond rounding.
 FREE_ON_RESUME = frozenset({
-    "output_dir", "data_root", "num_workers", "device", "log", "log_every", "sample_every",
+    "output_dir", "data_root", "skip_broken", "num_workers", "device", "log", "log_every", "sample_every",
     "save_every", "sample_rows", "sample_columns", "sample_steps", "sample_guidance",
     "gradient_accumulation", "gradient_checkpointing", "compile", "tf32", "init_from",
 })
@@ -54,6 +55,10 @@ class TrainConfig:
         data_root: where the data lies, for "folder" and "latents".
         flip: mirror each image left to right with probability 1/2; not for "latents", where
             images are mirrored before they are encoded and cached.
+        skip_broken: "folder" only: go on without files that are no readable images, and say how
+            many; otherwise they are an error, which names them.
+        background: "folder" only: the colour that transparent images lie on, such as white, black
+            or #7f7f7f.
         steps: optimizer steps in all.
         batch_size: images of one optimizer step, over all processes and accumulation steps.
         gradient_accumulation: backward passes that one optimizer step is split into.
@@ -91,6 +96,8 @@ class TrainConfig:
     dataset: str = "digits"
     data_root: str | None = None
     flip: bool = False
+    skip_broken: bool = False
+    background: str = "white"
     steps: int = 100_000
     batch_size: int = 256
     gradient_accumulation: int = 1
@@ -152,6 +159,9 @@ class TrainConfig:
             if name == "grad_clip" and value is None:
                 continue
             _check_number(name, value, lowest, inclusive, highest)
+        if not isinstance(self.background, str):
+            raise _type("background", "a colour's name or #rrggbb", self.background)
+        parse_background(self.background)
         if self.seed >= 2**63:
             raise _value("seed", "an integer below 2^63", self.seed)
         if self.flip and self.dataset == "latents":

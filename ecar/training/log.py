@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
-from ecar.files import atomic_path
+from ecar.files import append, atomic_path, naming
 
 __all__ = ["Log"]
 
@@ -23,10 +24,11 @@ class Log:
     Raises:
         ImportError: if TensorBoard is asked for and not installed.
         ValueError: if the file's columns are others.
+        OSError: naming the file, if it can't be written.
     """
 
     def __init__(self, folder: Path, columns: list[str], *, kind: str, step: int) -> None:
-        self.path = folder / "log.csv"
+        self.path, self.events = folder / "log.csv", folder / "tensorboard"
         self.columns = columns
         rows = self._rows_up_to(step) if step else []
         with atomic_path(self.path) as temporary, open(temporary, "w", newline="") as file:
@@ -39,7 +41,8 @@ class Log:
                 raise ImportError(
                     "argument 'log': 'tensorboard' needs TensorBoard: pip install tensorboard"
                 ) from None
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            with naming(self.events):
+                self._writer = SummaryWriter(str(self.events), purge_step=step + 1)
 
     def _rows_up_to(self, step: int) -> list[list[str]]:
         if not self.path.exists():
@@ -52,17 +55,19 @@ class Log:
         return [row for row in rows if len(row) == len(header) and int(row[0]) <= step]
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Append a row, flushed."""
-        with open(self.path, "a", newline="") as file:
-            csv.writer(file).writerow(
-                [value if isinstance(value, int) else f"{value:.6g}"
-                 for value in (row[name] for name in self.columns)]
-            )
+        """Append a row, whole or not at all; OSError naming the file."""
+        line = io.StringIO(newline="")
+        csv.writer(line).writerow(
+            [value if isinstance(value, int) else f"{value:.6g}"
+             for value in (row[name] for name in self.columns)]
+        )
+        append(self.path, line.getvalue())
         if self._writer is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self._writer.add_scalar(name, value, row["step"])
-            self._writer.flush()
+            with naming(self.events):
+                for name, value in row.items():
+                    if name != "step":
+                        self._writer.add_scalar(name, value, row["step"])
+                self._writer.flush()
 
     def close(self) -> None:
         if self._writer is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ecar.data import load_dataset
-from ecar.images import check_output_folder
+from ecar.data import LatentDataset, load_dataset
+from ecar.data.base import check_dataset
+from ecar.files import check_output_folder
 from ecar.model import ECAR
 from ecar.training import state as states
 from ecar.training.batches import Batch, Batches
@@ -58,7 +60,8 @@ class Trainer:
 
     Args:
         config: what to train, and how.
-        dataset: used in place of ``config.dataset``; map-style, of (float32 [C, H, W], int).
+        dataset: used in place of ``config.dataset``; map-style, of (float32 [C, H, W], int): images
+            in [-1, 1], or with ``decode`` latents of any range; labels from 0 to num_classes - 1.
         decode: latents -> images in [-1, 1] for the sample sheets, needed unless the latents
             are pixels of 1 or 3 channels or ``sample_every`` is 0.
         resume: go on from the state in ``config.output_dir``.
@@ -166,24 +169,31 @@ class Trainer:
             size = {} if config.dataset == "latents" else {
                 "image_size": model.latent_shape[1], "channels": model.channels
             }
-            dataset = load_dataset(config.dataset, root=config.data_root, **size)
-        if not len(dataset):
-            raise ValueError("argument 'dataset': expected at least one image, got none")
-        shape = tuple(dataset[0][0].shape)
-        if shape != model.latent_shape:
-            raise ValueError(
-                f"argument 'dataset': expected items of shape {list(model.latent_shape)} for this "
-                f"model, got {list(shape)}"
+            dataset = load_dataset(
+                config.dataset, root=config.data_root, skip_broken=config.skip_broken,
+                background=config.background, **size,
             )
+        # Where nothing decodes them, items of 1 or 3 channels are pictures.
+        pixels = self.decode is None and model.channels in (1, 3)
+        labels = check_dataset(
+            dataset, model.latent_shape, model.num_classes, name="dataset",
+            pixels=pixels and not isinstance(dataset, LatentDataset),
+        )
         classes = getattr(dataset, "num_classes", model.num_classes)
         if classes != model.num_classes:
             raise ValueError(
                 f"argument 'dataset': expected {model.num_classes} classes for this model, got "
                 f"{classes}"
             )
+        if labels is not None and len(unseen := set(range(classes)) - set(labels.tolist())):
+            warnings.warn(
+                f"{len(unseen)} of {classes} classes have no image in the training data, such as "
+                f"class {min(unseen)}: the model will not learn them", stacklevel=4,
+            )
         return Batches(
             dataset, seed=config.seed, batch_size=config.batch_size,
-            accumulation=config.gradient_accumulation, stages=model.num_stages, shape=shape,
+            accumulation=config.gradient_accumulation, stages=model.num_stages,
+            shape=model.latent_shape,
             label_dropout=config.label_dropout, null_class=model.null_class, flip=config.flip,
             workers=config.num_workers, rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
