@@ -13,6 +13,7 @@ import importlib
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     flags: dict[str, str] = {}
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"ecar: warning: {_line(message, flags)}\n"
     try:
         command, rest = _command(argv)
         module = importlib.import_module(f"ecar.cli.{command}")
@@ -58,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"ecar: error: {_line(error, flags)}", file=sys.stderr)
         return 2
+    finally:
+        warnings.formatwarning = plain
     return 0
 
 

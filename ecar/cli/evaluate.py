@@ -7,6 +7,7 @@ the class asked for; the report holds the protocol with every number.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from ecar.cli.parser import UsageError, add_device, add_sampling, positive
@@ -32,6 +33,10 @@ FLAGS = {
     "report": "--output",
     "samples": "--npz",
     "extractor": "--classifier",
+    "test": "--dataset",
+    "train": "--dataset",
+    "skip_broken": "--skip-broken",
+    "background": "--background",
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
     "guidance_interval": "--guidance-interval",
@@ -52,6 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint's train.json says",
     )
     parser.add_argument("--data-root", metavar="DIR", help="where it lies, for mnist and folder")
+    parser.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="go on without files of a folder that are no readable images, and say how many",
+    )
+    parser.add_argument(
+        "--background",
+        metavar="COLOUR",
+        help="what transparent images of a folder lie on, such as white, black or #7f7f7f; by "
+        "default as in training, else white",
+    )
     parser.add_argument(
         "--samples",
         type=positive,
@@ -91,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    dataset, root = chosen_dataset(arguments)
+    dataset, root, background = chosen_dataset(arguments)
     device = chosen_device(arguments.device)
     extractor: Any = None
     if arguments.inception is not None:
@@ -110,6 +126,8 @@ def run(arguments: argparse.Namespace) -> None:
             device=device,
             report=arguments.output,
             samples=arguments.npz,
+            skip_broken=arguments.skip_broken,
+            background=background,
             progress=not arguments.no_progress,
             **chosen_settings(arguments),
         )
@@ -119,14 +137,28 @@ def run(arguments: argparse.Namespace) -> None:
             print(path)
 
 
-def chosen_dataset(arguments: argparse.Namespace) -> tuple[str, str | None]:
-    """The data set given, or the one that the checkpoint was trained on, and where it lies."""
-    if arguments.dataset is not None:
-        return arguments.dataset, arguments.data_root
+def chosen_dataset(arguments: argparse.Namespace) -> tuple[str, str | None, str]:
+    """The data set given, or the one that the checkpoint was trained on; where it lies; what
+    transparent images lie on, which is as in training if nothing else is said."""
+    name, root, background = arguments.dataset, arguments.data_root, arguments.background
+    # Without --dataset or with a folder of images, the training's settings are looked at.
+    if name in (None, "folder") and None in (name, background):
+        path = _trained_settings(arguments, needed=name is None)
+        trained = {} if path is None else read_json(path)
+        if name is None:
+            if not isinstance(trained, dict) or "dataset" not in trained:
+                raise UsageError(f"--dataset: is needed, {path} names none")
+            name, root = trained["dataset"], root or trained.get("data_root")
+        if background is None and isinstance(trained, dict):
+            background = trained.get("background")
+    return name, root, background or "white"
+
+
+def _trained_settings(arguments: argparse.Namespace, *, needed: bool) -> Path | None:
+    """The checkpoint's train.json; None where there is none and it is not needed."""
     path = checkpoint_folder(arguments.checkpoint, files=("train.json",)) / "train.json"
-    if not path.is_file():
+    if path.is_file():
+        return path
+    if needed:
         raise UsageError(f"--dataset: is needed, {arguments.checkpoint!r} holds no train.json")
-    trained = read_json(path)
-    if not isinstance(trained, dict) or "dataset" not in trained:
-        raise UsageError(f"--dataset: is needed, {path} names none")
-    return trained["dataset"], arguments.data_root or trained.get("data_root")
+    return None

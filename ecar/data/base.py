@@ -132,12 +132,18 @@ def describe(values: Any) -> str:
 
 
 def checked_labels(
-    labels: Any, num_classes: int, *, name: str = "labels", whole_floats: bool = False
+    labels: Any,
+    num_classes: int,
+    *,
+    name: str = "labels",
+    items: Sequence[int] | None = None,
+    whole_floats: bool = False,
 ) -> Tensor:
     """Labels as int64 [N], if they are classes from 0 to num_classes - 1.
 
     Args:
         name: the argument that messages name.
+        items: whose labels they are, for messages.
         whole_floats: take floats that are whole numbers, as text files hold them.
 
     Raises:
@@ -164,7 +170,7 @@ def checked_labels(
         row = int(wrong.nonzero()[0])
         raise ValueError(
             f"argument {name!r}: expected labels from 0 to {num_classes - 1}, got "
-            f"{labels[row].item()} (item {row} of {len(labels)})"
+            f"{labels[row].item():g}" + (f" (item {items[row]})" if items else "")
         )
     return labels.to(torch.int64)
 
@@ -227,10 +233,10 @@ def check_dataset(
     if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
         images, labels = dataset.tensors
         checked_images(images, shape, name=name, pixels=pixels)
-        return checked_labels(labels, num_classes, name=name)
+        return checked_labels(labels, num_classes, name=name, items=range(length))
     known = None
     if isinstance(dataset, ImageDataset):
-        known = checked_labels(dataset.labels, num_classes, name=name)
+        known = checked_labels(dataset.labels, num_classes, name=name, items=range(length))
         if isinstance(dataset, InMemoryDataset):
             checked_images(dataset[0][0][None], shape, name=name, pixels=False)
             return known
@@ -245,7 +251,7 @@ def check_dataset(
     for image in images:  # one by one, for a message that names the odd one's shape
         checked_images(image[None], shape, name=name, pixels=False)
     checked_images(torch.stack([i.float() for i in images]), shape, name=name, pixels=pixels)
-    for _, label in items:
+    for row, (_, label) in zip(rows, items, strict=True):
         batch = label[None] if isinstance(label, Tensor) else [label]
-        checked_labels(batch, num_classes, name=name)
+        checked_labels(batch, num_classes, name=name, items=[row])
     return known

@@ -99,10 +99,10 @@ class DigitClassifier(nn.Module):
         tensors, metadata = read_tensors(path)
         try:
             model = cls(ClassifierConfig(**json.loads(metadata["config"])))
+            require_weights(path, tensors, model.state_dict())
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].removeprefix(f"{path}: ")
             raise ValueError(f"{path}: not the weights of a DigitClassifier ({reason})") from None
-        require_weights(path, tensors, model.state_dict())
         model.load_state_dict(tensors)
         model.metadata = metadata
         model.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()

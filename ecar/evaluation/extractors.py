@@ -106,7 +106,7 @@ def extract(
     Images reach the extractor as float32 in [-1, 1] on `device`, where it is expected to be.
 
     Raises:
-        ValueError: the extractor returned features of a wrong shape, NaN or infinity.
+        ValueError, TypeError: the extractor returned something else, NaN or infinity.
     """
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.dim() != 4:
         came = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else images
@@ -114,7 +114,13 @@ def extract(
     features, logits = [], []
     with tqdm(total=len(images), desc=description, unit="image", disable=not progress) as bar:
         for batch in images.split(batch_size):
-            new_features, new_logits = extractor(batch.to(device) / 127.5 - 1)
+            returned = extractor(batch.to(device) / 127.5 - 1)
+            if not isinstance(returned, tuple) or len(returned) != 2:
+                raise TypeError(
+                    "argument 'extractor': expected it to return (features, logits or None), got "
+                    f"{type(returned).__name__}"
+                )
+            new_features, new_logits = returned
             if new_features.dim() != 2 or len(new_features) != len(batch):
                 raise ValueError(
                     f"argument 'extractor': expected features [{len(batch)}, F], "
@@ -124,6 +130,13 @@ def extract(
                 raise ValueError("argument 'extractor': features hold NaN or infinity")
             features.append(new_features.float().cpu())
             if new_logits is not None:
+                if new_logits.dim() != 2 or len(new_logits) != len(batch):
+                    raise ValueError(
+                        f"argument 'extractor': expected logits [{len(batch)}, K], "
+                        f"got {list(new_logits.shape)}"
+                    )
+                if not new_logits.isfinite().all():
+                    raise ValueError("argument 'extractor': logits hold NaN or infinity")
                 logits.append(new_logits.float().cpu())
             bar.update(len(batch))
     return torch.cat(features), torch.cat(logits) if logits else None

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ecar.checkpoint import BUILT_IN_DEFAULTS, check_settings
 from ecar.data import ImageDataset, load_dataset
-from ecar.files import write_json
-from ecar.images import check_output_folder
+from ecar.data.base import check_dataset, checked_images, checked_labels
+from ecar.files import check_output_folder, check_target, write_json
 from ecar.model import ECAR
 from ecar.pipeline import ECARPipeline
 
@@ -23,71 +23,15 @@ from .export import save_npz
 from .extractors import Extractor, default_extractor, extract, to_bytes
 from .metrics import frechet_distance_of_features, inception_score, precision_recall
 from .provenance import device_name, versions, weights_sha256
+from .sampling import as_pipeline, draw_labels, generate, order, require_positive
 
 __all__ = ["draw_labels", "evaluate", "evaluate_images", "generate", "summary"]
 
 NEIGHBOURS = 3
 INCEPTION_SPLITS = 10
-
-
-def draw_labels(train: ImageDataset, count: int, *, seed: int = 0) -> Tensor:
-    """Classes to ask for, int64 [count]: labels of the training set in a random order, repeated if
-    they do not suffice. So the samples have the class frequencies of the real ones."""
-    order = _order(len(train), seed)
-    return train.labels[order.repeat(-(-count // len(order)))[:count]]
-
-
-def _order(count: int, seed: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-
-
-def generate(
-    source: ECARPipeline | ECAR,
-    labels: Tensor,
-    seeds: Tensor,
-    *,
-    batch_size: int = 100,
-    progress: bool = True,
-    **settings: Any,
-) -> Tensor:
-    """Sample uint8 images [N, C, H, W], one for each class and seed, in batches.
-
-    Args:
-        source: a pipeline, or a model whose latents are pixels.
-        labels, seeds: int64 [N].
-        settings: of the pipeline's call: num_inference_steps, guidance_scale, guidance_schedule,
-            guidance_interval, solver. What is left out is the pipeline's default.
-    """
-    _require_positive("batch_size", batch_size)
-    if labels.shape != seeds.shape or labels.dim() != 1 or len(labels) == 0:
-        raise ValueError(
-            "argument 'seeds': expected [N] as the labels and N > 0, got "
-            f"{list(seeds.shape)} for labels {list(labels.shape)}"
-        )
-    batches = []
-    with (
-        _as_pipeline(source) as pipeline,
-        tqdm(
-            total=len(labels), desc="sampling", unit="image", miniters=0, disable=not progress
-        ) as bar,
-    ):
-
-        def show(_: ECARPipeline, step: int, *__: Any) -> None:
-            bar.set_postfix_str(f"step {step + 1} of a batch", refresh=False)
-            bar.update(0)
-
-        for rows in torch.arange(len(labels)).split(batch_size):
-            images = pipeline(
-                labels[rows],
-                seeds=seeds[rows],
-                output_type="pt",
-                progress=False,
-                callback_on_step_end=show,
-                **settings,
-            ).images
-            batches.append(to_bytes(images * 2 - 1).cpu())
-            bar.update(len(rows))
-    return torch.cat(batches)
+# A distance between real sets that is smaller than this share of their spread is rounding: the sets
+# are equal, and nothing can be measured by it.
+_ZERO = 1e-9
 
 
 def evaluate_images(
@@ -123,54 +67,116 @@ def evaluate_images(
         can be written as JSON.
     """
     images, labels = _checked_images(images, labels, train)
-    _require_positive("batch_size", batch_size)
-    options = {"batch_size": batch_size, "device": device, "progress": progress}
-    chosen = _order(len(train), seed)[: len(images)]
-    real_images = _pixels(train, chosen, progress)
-    test_images = _pixels(test, torch.arange(len(test)), progress)
-    generated = _Measured(extractor, images, labels, "generated", options)
-    real = _Measured(extractor, real_images, train.labels[chosen], "training", options)
-    held_out = _Measured(extractor, test_images, test.labels, "held-out", options)
+    real = _RealSets(
+        train, test, extractor, len(images), batch_size=batch_size, device=device, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+    return real.report(images, labels, sampling)
 
-    metrics, floor = (kind.against(held_out, seed) for kind in (generated, real))
-    matched = len(real.features)
-    metrics["frechet_distance_matched"] = frechet_distance_of_features(
-        generated.features[:matched], held_out.features
-    )
-    metrics["frechet_ratio"] = metrics["frechet_distance_matched"] / floor["frechet_distance"]
-    floor["held_out_label_accuracy"] = held_out.label_accuracy()
-    name = getattr(extractor, "name", None) or getattr(extractor, "__name__", None)
-    protocol = {
-        "dataset": train.name,
-        "image_shape": list(train.shape),
-        "train_images_available": len(train),
-        "generated_images": len(images),
-        "real_train_images": matched,
-        "held_out_images": len(test),
-        "frechet_ratio": f"of {matched} generated to {matched} training images, "
-        f"both against all {len(test)} held-out ones",
-        "precision_recall": {
-            "neighbours": NEIGHBOURS,
-            "images_of_each_set": {
-                "metrics": min(len(images), len(test)),
-                "real": min(matched, len(test)),
+
+class _RealSets:
+    """The real images, measured; all that can be wrong with them is found before sampling begins.
+
+    Args: as `evaluate_images`.
+        count: of the images that will be generated.
+    """
+
+    def __init__(
+        self,
+        train: ImageDataset,
+        test: ImageDataset,
+        extractor: Extractor,
+        count: int,
+        *,
+        batch_size: int,
+        device: str | torch.device,
+        seed: int,
+        progress: bool,
+    ) -> None:
+        require_positive("batch_size", batch_size)
+        for name, dataset in (("train", train), ("test", test)):
+            if len(dataset) <= NEIGHBOURS:
+                raise ValueError(
+                    f"argument {name!r}: expected at least {NEIGHBOURS + 1} images, got "
+                    f"{len(dataset)}"
+                )
+            check_dataset(dataset, train.shape, train.num_classes, name=name, pixels=True)
+        self.train, self.test, self.extractor, self.seed = train, test, extractor, seed
+        self.options = {"batch_size": batch_size, "device": device, "progress": progress}
+        chosen = order(len(train), seed)[:count]
+        images = _pixels(train, chosen, progress)
+        self.training = self._measured(images, train.labels[chosen], "training")
+        images = _pixels(test, torch.arange(len(test)), progress)
+        self.held_out = self._measured(images, test.labels, "held-out")
+        self.floor = self.training.against(self.held_out, seed)
+        self.floor["held_out_label_accuracy"] = self.held_out.label_accuracy()
+        size = self.held_out.features.shape[1]
+        counts = {"generated": count, "training": len(chosen), "held-out": len(test)}
+        self.singular = [kind for kind, images in counts.items() if images <= size]
+        if self.singular and progress:
+            few = ", ".join(f"{counts[kind]} {kind}" for kind in self.singular)
+            tqdm.write(
+                f"{size} features of {few} images: the covariance is singular and Fréchet distances "
+                f"come out too large; take more than {size} of each", file=sys.stderr,
+            )  # fmt: skip
+
+    def _measured(self, images: Tensor, labels: Tensor | None, kind: str) -> _Measured:
+        classes = self.train.num_classes
+        return _Measured(self.extractor, images, labels, classes, kind, self.options)
+
+    def report(
+        self, images: Tensor, labels: Tensor | None, sampling: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """What `evaluate_images` returns, of checked images."""
+        generated = self._measured(images, labels, "generated")
+        metrics = generated.against(self.held_out, self.seed)
+        matched = len(self.training.features)
+        metrics["frechet_distance_matched"] = frechet_distance_of_features(
+            generated.features[:matched], self.held_out.features
+        )
+        floor = self.floor["frechet_distance"]
+        zero = floor <= _ZERO * self.held_out.features.double().var(0).sum().item()
+        metrics["frechet_ratio"] = None if zero else metrics["frechet_distance_matched"] / floor
+        protocol = self._protocol(generated, matched, sampling)
+        return {"metrics": metrics, "real": self.floor, "protocol": protocol}
+
+    def _protocol(
+        self, generated: _Measured, matched: int, sampling: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        train, test, extractor = self.train, self.test, self.extractor
+        count = len(generated.features)
+        name = getattr(extractor, "name", None) or getattr(extractor, "__name__", None)
+        return {
+            "dataset": train.name,
+            "image_shape": list(train.shape),
+            "train_images_available": len(train),
+            "generated_images": count,
+            "real_train_images": matched,
+            "held_out_images": len(test),
+            "frechet_ratio": f"of {matched} generated to {matched} training images, "
+            f"both against all {len(test)} held-out ones",
+            "precision_recall": {
+                "neighbours": NEIGHBOURS,
+                "images_of_each_set": {
+                    "metrics": min(count, len(test)),
+                    "real": min(matched, len(test)),
+                },
             },
-        },
-        "inception_score_splits": INCEPTION_SPLITS,
-        "images_compared_as": "8-bit",
-        "selection_seed": seed,
-        "extractor": {
-            "name": name or type(extractor).__name__,
-            "sha256": getattr(extractor, "sha256", None),
-            "features": generated.features.shape[1],
-            "metadata": dict(getattr(extractor, "metadata", None) or {}),
-            "device": str(device),
-        },
-        "sampling": sampling,
-        "versions": versions(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-    return {"metrics": metrics, "real": floor, "protocol": protocol}
+            "inception_score_splits": INCEPTION_SPLITS,
+            "images_compared_as": "8-bit",
+            "singular_covariances": self.singular,
+            "selection_seed": self.seed,
+            "extractor": {
+                "name": name or type(extractor).__name__,
+                "sha256": getattr(extractor, "sha256", None),
+                "features": generated.features.shape[1],
+                "metadata": dict(getattr(extractor, "metadata", None) or {}),
+                "device": str(self.options["device"]),
+            },
+            "sampling": sampling,
+            "versions": versions(),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }
 
 
 class _Measured:
@@ -181,15 +187,18 @@ class _Measured:
         extractor: Extractor,
         images: Tensor,
         labels: Tensor | None,
+        num_classes: int,
         kind: str,
         options: dict[str, Any],
     ) -> None:
         self.features, self.logits = extract(extractor, images, description=kind, **options)
-        self.labels = labels
+        self.labels, self.num_classes = labels, num_classes
 
     def label_accuracy(self) -> float | None:
-        """Share of images that are read as their label."""
+        """Share of images that are read as their label; None where the logits are of others."""
         if self.logits is None or self.labels is None:
+            return None
+        if self.logits.shape[1] != self.num_classes:
             return None
         return (self.logits.argmax(1) == self.labels).double().mean().item()
 
@@ -199,7 +208,7 @@ class _Measured:
             probabilities = self.logits.double().softmax(1)
             score = inception_score(probabilities, INCEPTION_SPLITS, seed=seed)
         count = min(len(self.features), len(held_out.features))
-        some = held_out.features[_order(len(held_out.features), seed)[:count]]
+        some = held_out.features[order(len(held_out.features), seed)[:count]]
         precision, recall = precision_recall(some, self.features[:count], NEIGHBOURS)
         return {
             "label_accuracy": self.label_accuracy(),
@@ -223,6 +232,8 @@ def evaluate(
     device: str | torch.device | None = None,
     report: str | os.PathLike[str] | None = None,
     samples: str | os.PathLike[str] | None = None,
+    skip_broken: bool = False,
+    background: str | tuple[int, int, int] = "white",
     progress: bool = True,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -238,41 +249,51 @@ def evaluate(
         device: where to sample and to extract features; None leaves the source where it is.
         report: JSON file to write.
         samples: .npz file to write, in the ADM evaluator's format.
+        skip_broken, background: of a folder of images, see `ecar.data.load_dataset`.
         settings: of the pipeline's call, such as num_inference_steps=40, guidance_scale=2.
 
     Returns: see `evaluate_images`.
     Raises:
         ValueError, TypeError: naming the argument. OSError: naming the file. Arguments, data set
-        and outputs are checked before sampling begins.
+        and outputs are checked, and the real images measured, before sampling begins.
     """
-    _require_positive("num_images", num_images, least=NEIGHBOURS + 1)
-    _require_positive("batch_size", batch_size)
+    require_positive("num_images", num_images, least=NEIGHBOURS + 1)
+    require_positive("batch_size", batch_size)
     for output in (report, samples):
         if output is not None:
-            check_output_folder(Path(output).parent)
-            if Path(output).is_dir():
-                raise IsADirectoryError(f"{output}: is a folder, expected a file's name")
+            check_output_folder(check_target(output).parent)
     if samples is not None and Path(samples).suffix != ".npz":
         raise ValueError(f"argument 'samples': expected a name that ends in .npz, got {samples}")
     if dataset == "latents":
         raise ValueError("argument 'dataset': 'latents' has no images; give the folder of images")
+    if unknown := sorted(settings.keys() - BUILT_IN_DEFAULTS.keys()):
+        raise TypeError(
+            f"argument {unknown[0]!r}: expected settings out of {', '.join(BUILT_IN_DEFAULTS)}"
+        )
     where = None
     if isinstance(source, (str, os.PathLike)):
         source, where = ECARPipeline.from_pretrained(source), Path(source).name
-    with _as_pipeline(source) as pipeline:
+    with as_pipeline(source) as pipeline:
         if device is not None:
             pipeline.to(device)
+        config = pipeline.model.config
+        check_settings({**pipeline.defaults, **settings}, config.num_stages)
+        options = {"root": root, "skip_broken": skip_broken, "background": background}
         train, test = (
-            _open_split(pipeline, dataset, root=root, split=split) for split in ("train", "test")
+            _open_split(pipeline, dataset, split=split, **options) for split in ("train", "test")
         )
-        if pipeline.model.config.num_classes < train.num_classes:
+        if config.num_classes < train.num_classes:
             raise ValueError(
                 f"argument 'dataset': {dataset!r} has {train.num_classes} classes, the model "
-                f"{pipeline.model.config.num_classes}"
+                f"{config.num_classes}"
             )
         extractor = default_extractor(dataset) if extractor is None else extractor
         if isinstance(extractor, torch.nn.Module):
             extractor = extractor.to(pipeline.device)
+        real = _RealSets(
+            train, test, extractor, num_images, batch_size=250, device=pipeline.device,
+            seed=first_seed, progress=progress,
+        )  # fmt: skip
 
         labels = draw_labels(train, num_images, seed=first_seed)
         seeds = torch.arange(first_seed, first_seed + num_images)
@@ -281,28 +302,20 @@ def evaluate(
         )
         if samples is not None:
             save_npz(samples, images.permute(0, 2, 3, 1), labels)
-        result = evaluate_images(
-            images,
-            labels,
-            train,
-            test,
-            extractor,
-            sampling={
-                "checkpoint": where,
-                "weights_sha256": weights_sha256(pipeline.model),
-                "model": pipeline.model.config.to_dict(),
-                "codec": str(pipeline.codec),
-                "labels": f"as frequent as in the training set, order of seed {first_seed}",
-                "seeds": [first_seed, first_seed + num_images - 1],
-                "batch_size": batch_size,
-                **{**pipeline.defaults, **settings},
-                "dtype": str(pipeline.dtype),
-                "device": device_name(pipeline.device),
-            },
-            device=pipeline.device,
-            seed=first_seed,
-            progress=progress,
-        )
+        sampling = {
+            "checkpoint": where,
+            "weights_sha256": weights_sha256(pipeline.model),
+            "model": pipeline.model.config.to_dict(),
+            "codec": str(pipeline.codec),
+            "labels": f"as frequent as in the training set, order of seed {first_seed}",
+            "seeds": [first_seed, first_seed + num_images - 1],
+            "batch_size": batch_size,
+            **{**pipeline.defaults, **settings},
+            "dtype": str(pipeline.dtype),
+            "device": device_name(pipeline.device),
+        }
+        checked, labels = _checked_images(images, labels, train)
+        result = real.report(checked, labels, sampling)
     if report is not None:
         write_json(report, result)
     return result
@@ -325,27 +338,15 @@ def summary(report: dict[str, Any]) -> str:
         values = ("-" if column[key] is None else form.format(column[key]) for column in columns)
         lines.append(f"{title:30}" + "".join(f"{value:>12}" for value in values))
     ratio = report["metrics"]["frechet_ratio"]
-    lines.append(f"{'ratio of Fréchet distances':30}{ratio:>12.3f}")
+    ratio = "-" if ratio is None else f"{ratio:.3f}"
+    lines.append(f"{'ratio of Fréchet distances':30}{ratio:>12}")
+    if few := protocol.get("singular_covariances"):
+        lines.append(f"too few images for the number of features: {', '.join(few)}")
     lines.append(
         f"against {protocol['held_out_images']:,} held-out images of {protocol['dataset']}, "
         f"features of {protocol['extractor']['name']}"
     )
     return "\n".join(lines)
-
-
-@contextlib.contextmanager
-def _as_pipeline(source: ECARPipeline | ECAR) -> Iterator[ECARPipeline]:
-    """A pipeline around a model, which goes back to training afterwards if it was."""
-    if not isinstance(source, (ECARPipeline, ECAR)):
-        raise TypeError(
-            f"argument 'source': expected an ECARPipeline or an ECAR, got {type(source).__name__}"
-        )
-    training = isinstance(source, ECAR) and source.training
-    try:
-        yield ECARPipeline(source) if isinstance(source, ECAR) else source
-    finally:
-        if training:
-            source.train()
 
 
 def _open_split(pipeline: ECARPipeline, name: str, **where: Any) -> ImageDataset:
@@ -378,9 +379,7 @@ def _checked_images(
             f"argument 'images': expected at least {NEIGHBOURS + 1} images, got {len(images)}"
         )
     if images.is_floating_point():
-        if not images.isfinite().all():
-            raise ValueError("argument 'images': holds NaN or infinity")
-        images = to_bytes(images)
+        images = to_bytes(checked_images(images, train.shape, name="images", pixels=True))
     if images.dtype != torch.uint8:
         raise TypeError(f"argument 'images': expected uint8 or floats, got {images.dtype}")
     if labels is not None:
@@ -389,12 +388,5 @@ def _checked_images(
                 f"argument 'labels': expected int64 [{len(images)}], "
                 f"got {labels.dtype} {list(labels.shape)}"
             )
-        labels = labels.cpu()
+        labels = checked_labels(labels.cpu(), train.num_classes)
     return images.cpu(), labels
-
-
-def _require_positive(name: str, value: object, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"argument {name!r}: expected an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"argument {name!r}: expected at least {least}, got {value}")

@@ -37,9 +37,10 @@ _NUMBERS = {
 _FLAGS = ("flip", "skip_broken", "tf32", "gradient_checkpointing", "compile")
 # What a resumed training may change: none of these decides a weight, beyond rounding.
 FREE_ON_RESUME = frozenset({
-    "output_dir", "data_root", "skip_broken", "num_workers", "device", "log", "log_every", "sample_every",
-    "save_every", "sample_rows", "sample_columns", "sample_steps", "sample_guidance",
-    "gradient_accumulation", "gradient_checkpointing", "compile", "tf32", "init_from",
+    "output_dir", "data_root", "skip_broken", "num_workers", "device", "log", "log_every",
+    "sample_every", "save_every", "sample_rows", "sample_columns", "sample_steps",
+    "sample_guidance", "gradient_accumulation", "gradient_checkpointing", "compile", "tf32",
+    "init_from",
 })
 
 

@@ -173,18 +173,18 @@ class Trainer:
                 config.dataset, root=config.data_root, skip_broken=config.skip_broken,
                 background=config.background, **size,
             )
-        # Where nothing decodes them, items of 1 or 3 channels are pictures.
-        pixels = self.decode is None and model.channels in (1, 3)
-        labels = check_dataset(
-            dataset, model.latent_shape, model.num_classes, name="dataset",
-            pixels=pixels and not isinstance(dataset, LatentDataset),
-        )
         classes = getattr(dataset, "num_classes", model.num_classes)
         if classes != model.num_classes:
             raise ValueError(
                 f"argument 'dataset': expected {model.num_classes} classes for this model, got "
                 f"{classes}"
             )
+        # Where nothing decodes them, items of 1 or 3 channels are pictures.
+        pixels = self.decode is None and model.channels in (1, 3)
+        labels = check_dataset(
+            dataset, model.latent_shape, model.num_classes, name="dataset",
+            pixels=pixels and not isinstance(dataset, LatentDataset),
+        )
         if labels is not None and len(unseen := set(range(classes)) - set(labels.tolist())):
             warnings.warn(
                 f"{len(unseen)} of {classes} classes have no image in the training data, such as "

@@ -171,7 +171,8 @@ def test_divergence_names_the_step_and_writes_nothing(make_config, tiny, save_ev
         spoiled.run()
     assert "\n" not in str(raised.value)
     if save_every == 1:
-        assert Trainer.resume(config.output_dir, dataset=spoiled.batches.dataset).step == 2
+        mended = TensorDataset(torch.nan_to_num(latents), torch.zeros(32).long())
+        assert Trainer.resume(config.output_dir, dataset=mended).step == 2
         ECAR.from_pretrained(config.output_dir)
     else:
         assert not spoiled.state_path.exists()
