@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -194,8 +195,7 @@ def read_image(
     """
     colour = parse_background(background)
     try:
-        _require_file(path)
-        with Image.open(path) as image:
+        with _opened(path) as image:
             return _as_8_bits(image, channels, colour)
     except Exception as error:  # Pillow raises a dozen classes for files that are damaged
         raise BadImageError([(os.fspath(path), _reason(path, error))]) from error
@@ -208,8 +208,7 @@ def check_image(path: str | os.PathLike[str], *, decode: bool) -> str | None:
     or if its values may lie outside of their range.
     """
     try:
-        _require_file(path)
-        with Image.open(path) as image:
+        with _opened(path) as image:
             wide = image.mode == "F" or image.mode.startswith("I")
             if decode or wide or not _seems_whole(path, image.format):
                 _as_8_bits(image, 3, (255, 255, 255))
@@ -321,12 +320,16 @@ def _seems_whole(path: str | os.PathLike[str], kind: str | None) -> bool:
     return False
 
 
-def _require_file(path: str | os.PathLike[str]) -> None:
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """Only a file is opened: a pipe of that name would never answer."""
     if os.path.islink(path) and not os.path.exists(path):
         raise OSError("a broken link")
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError("not a file")
+    # By its handle: of a name, Pillow maps the file, and confuses the sides of a turned TIFF.
+    with open(path, "rb") as file, Image.open(file) as image:
+        yield image
 
 
 def _reason(path: str | os.PathLike[str], error: Exception) -> str:

@@ -116,8 +116,8 @@ class _RealSets:
         if self.singular and progress:
             few = ", ".join(f"{counts[kind]} {kind}" for kind in self.singular)
             tqdm.write(
-                f"{size} features of {few} images: the covariance is singular and Fréchet distances "
-                f"come out too large; take more than {size} of each", file=sys.stderr,
+                f"{size} features of {few} images: the covariance is singular and Fréchet "
+                f"distances come out too large; take more than {size} of each", file=sys.stderr,
             )  # fmt: skip
 
     def _measured(self, images: Tensor, labels: Tensor | None, kind: str) -> _Measured:

@@ -35,7 +35,7 @@ def images(tiny, generator) -> TensorDataset:
     """20 random images with labels, not an in-memory data set: served by a loader."""
     return TensorDataset(
         torch.rand(20, *tiny.latent_shape, generator=generator) * 2 - 1,
-        torch.randint(0, tiny.num_classes, (20,), generator=generator),
+        torch.randperm(20, generator=generator) % tiny.num_classes,
     )
 
 
