@@ -15,6 +15,7 @@ import re
 import shutil
 import stat
 import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -210,13 +211,17 @@ def _claim(folder: Path) -> tuple[Path, int | None]:
             os.close(lock)
             with contextlib.suppress(OSError):
                 path.rmdir()
-            return Path(tempfile.mkdtemp(dir=folder, prefix=f"{_SCRATCH}-")), None
+            path = folder / f"{_SCRATCH}-{uuid.uuid4().hex}"
+            path.mkdir()
+            return path, None
         os.close(lock)
 
 
 def _replace(temporary: Path, target: Path) -> None:
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
+    # safetensors makes files that only their owner can read. The folder has what the umask leaves.
+    os.chmod(temporary, temporary.parent.stat().st_mode & 0o666)
     os.replace(temporary, target)
 
 

@@ -8,6 +8,7 @@ space decides. Nothing is ever measured at a call.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -137,21 +138,34 @@ def entries(path: Path, device_name: str) -> list[dict]:
 
 
 def write(path: Path, device_name: str, choices: list[dict], **about: str) -> None:
-    """Write a file that `read` takes, whole or not at all. `about`: versions and the like."""
+    """Write a file that `read` takes, whole or not at all. `about`: versions and the like.
+
+    Raises:
+        OSError: naming the file, which is as it was.
+    """
     content = {"format": FORMAT, "device": device_name, **about}
     lines = ",\n".join(f"  {json.dumps(choice)}" for choice in choices)
     text = f'{json.dumps(content, indent=1)[:-2]},\n "choices": [\n{lines}\n ]\n}}\n'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")
-    temporary = Path(name)
+    temporary = None
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.stat().st_mode & 0o222:  # root may, whatever is marked
+            raise PermissionError(errno.EACCES, "it is read-only")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")
+        temporary = Path(name)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
         read(temporary, device_name)
         temporary.chmod(0o644)
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise type(error)(f"{path}: cannot be written ({reason})") from None
         raise
 
 

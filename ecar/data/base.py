@@ -240,7 +240,7 @@ def check_dataset(
         if isinstance(dataset, InMemoryDataset):
             checked_images(dataset[0][0][None], shape, name=name, pixels=False)
             return known
-    rows = range(0, length, -(-length // _LOOKED_AT))
+    rows = torch.linspace(0, length - 1, min(length, _LOOKED_AT)).round().long().tolist()
     items = [dataset[row] for row in rows]
     for item in items:
         if not isinstance(item, (tuple, list)) or len(item) != 2:

@@ -1,5 +1,8 @@
 """Image folders: layout, cropping, mirroring, and files that are not images."""
 
+import io
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from PIL import Image
 
 from ecar.data import load_dataset
 from ecar.data.folder import center_crop
+from ecar.images import BadImageError
 
 
 @pytest.fixture
@@ -125,3 +129,156 @@ def test_image_size_is_required(tmp_path):
         load_dataset("folder", root=tmp_path)
     with pytest.raises(ValueError, match="argument 'image_size'"):
         load_dataset("folder", root=tmp_path, image_size=0)
+
+
+def write(path, content=None):
+    """A picture, or bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if content is None:
+        Image.new("RGB", (8, 8), (10, 200, 30)).save(path)
+    else:
+        path.write_bytes(content)
+
+
+def truncated(suffix, keep=0.6):
+    """Bytes of a picture that was cut short."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng().integers(0, 256, (64, 64, 3), np.uint8)).save(
+        file, Image.registered_extensions()[suffix]
+    )
+    data = file.getvalue()
+    return data[: int(len(data) * keep)]
+
+
+# What lies there; the class names; how many images of each.
+LAYOUTS = {
+    "classes": (["a/1.png", "b/2.png"], "ab", [1, 1]),
+    "nested": (["a/x/1.png", "a/y/z/2.png", "a/3.png", "b/u/4.png"], "ab", [3, 1]),
+    "train only": (["train/a/1.png", "train/b/1.png"], "ab", [1, 1]),
+    "both splits": (["train/a/1.png", "train/b/1.png", "test/a/9.png"], "ab", [1, 1]),
+    "held-out images beside classes": (["a/1.png", "b/1.png", "test/a/9.png"], "ab", [1, 1]),
+    "a class called test": (["a/1.png", "test/1.png"], ["a", "test"], [1, 1]),
+    "flat": (["1.png", "2.png"], ["root"], [2]),
+    "flat splits": (["train/1.png", "train/2.png", "test/3.png"], ["root"], [2]),
+    "litter": (
+        ["a/1.png", "b/1.png", ".git/x/1.png", "__MACOSX/a/._1.png", "__MACOSX/1.png",
+         "a/._1.png", "a/.hidden.png", "b/__MACOSX/2.png", "a/.thumbs/1.png", "@eaDir/1.png",
+         "$RECYCLE.BIN/1.png"],
+        "ab", [1, 1],
+    ),
+    "other suffixes": (["a/1.png", "a/notes.txt", "a/Thumbs.db", "a/.DS_Store", "b/1.PNG",
+                        ".DS_Store", "labels.csv"], "ab", [1, 1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("skip_broken", [False, True])
+def test_layouts(tmp_path, layout, skip_broken):
+    files, names, counts = LAYOUTS[layout]
+    for file in files:
+        # What is passed over must not even be opened.
+        good = file.lower().endswith("png") and not any(p[0] in ".@$_" for p in file.split("/"))
+        write(tmp_path / "root" / file, None if good else b"no picture")
+    dataset = load_dataset(
+        "folder", root=tmp_path / "root", image_size=8, skip_broken=skip_broken
+    )
+    assert dataset.class_names == tuple(names)
+    assert dataset.labels.bincount(minlength=len(names)).tolist() == counts
+    assert dataset.tensors()[0].shape[0] == sum(counts)
+    assert dataset.skipped == []
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "message"),
+    [
+        (["wrapper/a/1.png", "wrapper/b/1.png"], "train", "one class folder, 'wrapper', that ho"),
+        (["__MACOSX/a/1.png", "wrapper/a/1.png", "wrapper/b/1.png"], "train", "give .*wrapper"),
+        (["test/1.png"], "train", "has no folder 'train'"),
+        (["train/a/1.png"], "test", "has no folder 'test' or 'val'"),
+        (["train/a/1.png", "test/b/1.png"], "test", "b: the training split has no such class"),
+        (["train/a/1.png", "test/1.png"], "test", "the training split has no such class"),
+        (["a/1.png", "b/notes.txt", "c/x.csv"], "train", "b: no images .* 1 more class folders"),
+        (["notes.txt"], "train", "no class folders and no images"),
+        (["__MACOSX/a/1.png"], "train", "no class folders and no images"),
+    ],
+)
+def test_layouts_that_are_refused(tmp_path, files, split, message):
+    for file in files:
+        write(tmp_path / file, None if file.endswith("png") else b"")
+    with pytest.raises((OSError, ValueError), match=message) as caught:
+        load_dataset("folder", root=tmp_path, split=split, image_size=8)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_links_are_followed(tmp_path):
+    write(tmp_path / "elsewhere" / "1.png")
+    write(tmp_path / "root" / "a" / "2.png")
+    (tmp_path / "root" / "b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "a" / "3.png").symlink_to(tmp_path / "elsewhere" / "1.png")
+    (tmp_path / "root" / "a" / "loop").symlink_to(tmp_path / "root" / "a")
+    dataset = load_dataset("folder", root=tmp_path / "root", image_size=8)
+    assert dataset.labels.tolist() == [0, 0, 1]
+
+
+BAD = {
+    "empty.png": b"", "empty.jpg": b"", "text.png": b"hello", "page.jpg": b"<html></html>",
+    "zeros.webp": bytes(1000), "pickle.png": b"\x80\x04.", "svg.png": b"<svg></svg>",
+    **{f"cut{suffix}": truncated(suffix)
+       for suffix in (".png", ".jpg", ".webp", ".bmp", ".gif", ".tif")},
+    **{f"head{suffix}": truncated(suffix, 0.02) for suffix in (".png", ".jpg", ".webp")},
+}  # fmt: skip
+SPECIAL = ["link.png", "pipe.png", "loose.png"]
+
+
+@pytest.fixture
+def bad_folder(tmp_path):
+    """Two good images of two classes, and every sort of bad file."""
+    for name in ("a", "b"):
+        write(tmp_path / name / "good.png")
+    for number, (name, data) in enumerate(BAD.items()):
+        write(tmp_path / "ab"[number % 2] / "deep" / name, data)
+    (tmp_path / "a" / "link.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(tmp_path / "b" / "pipe.png")
+    write(tmp_path / "loose.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("decoded", [True, False])
+def test_all_bad_files_are_listed_at_once(bad_folder, decoded, monkeypatch):
+    """Also where a set is too large to be decoded at the start."""
+    if not decoded:
+        monkeypatch.setattr("ecar.data.folder._DECODE_ALL_BELOW", 0)
+    count = len(BAD) + len(SPECIAL)
+    with pytest.raises(BadImageError) as caught:
+        load_dataset("folder", root=bad_folder, image_size=8)
+    message = str(caught.value)
+    assert message.startswith(f"{bad_folder}: {count} of {count + 2} files are not readable images")
+    assert f"and {count - 10} more" in message and "argument 'skip_broken'" in message
+    assert "\n" not in message and len(message) < 2000
+    assert {os.path.basename(path) for path, _ in caught.value.files} == {*BAD, *SPECIAL}
+    reasons = {os.path.basename(path): why for path, why in caught.value.files}
+    assert reasons["empty.png"] == reasons["empty.jpg"] == "the file is empty"
+    assert reasons["link.png"] == "a broken link"
+    assert reasons["loose.png"] == "lies in no class folder"
+
+
+def test_skip_broken_goes_on_and_says_how_many(bad_folder):
+    count = len(BAD) + len(SPECIAL)
+    with pytest.warns(UserWarning, match=f"{count} of {count + 2} files are left out"):
+        dataset = load_dataset("folder", root=bad_folder, image_size=8, skip_broken=True, flip=True)
+    assert dataset.labels.tolist() == [0, 1, 0, 1] and len(dataset.skipped) == count
+    assert dataset.tensors()[0].shape == (4, 3, 8, 8)
+
+
+def test_a_class_is_not_skipped_whole(tmp_path):
+    write(tmp_path / "a" / "1.png")
+    write(tmp_path / "b" / "1.png", b"")
+    with pytest.raises(OSError, match=r"b/1\.png: not a readable image"):
+        load_dataset("folder", root=tmp_path, image_size=8, skip_broken=True)
+
+
+@pytest.mark.parametrize("name", ["digits", "latents"])
+@pytest.mark.parametrize("option", [{"skip_broken": True}, {"background": "black"}])
+def test_options_of_folders_only(tmp_path, name, option):
+    with pytest.raises(ValueError, match=f"argument '{next(iter(option))}': only 'folder'"):
+        load_dataset(name, root=tmp_path, **option)

@@ -1,0 +1,427 @@
+"""Every file that the product writes is whole or as it was, whatever happens; what can't be written
+is an OSError of one line that names it. And what is read is what was written."""
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from ecar import ECAR, ECARPipeline
+from ecar.checkpoint import write_settings
+from ecar.codec import AutoencoderKLCodec, load_codec
+from ecar.data import InMemoryDataset, cache_latents
+from ecar.evaluation import save_npz
+from ecar.evaluation.classifier import ClassifierConfig, DigitClassifier
+from ecar.files import append, atomic_folder, atomic_path, check_target, write_json, write_tensors
+from ecar.images import save_image
+from ecar.training import TrainConfig
+from ecar.training.log import Log
+from ecar.training.sheet import write_sheet
+from ecar.training.state import read_state, write_state
+from ecar_kernels import tuning
+from tests.ecar.conftest import tiny_config, tiny_model
+
+MODEL = tiny_model()
+TRAIN = TrainConfig(
+    model=tiny_config(), output_dir="x", sample_rows=1, sample_columns=1, sample_steps=2
+)
+CLASSIFIER = DigitClassifier(ClassifierConfig(image_size=8, widths=(4, 4), features=4))
+SCRATCH = ".ecar-tmp"
+
+
+def vae():
+    return AutoencoderKLCodec(AutoencoderKL(block_out_channels=(8,), norm_num_groups=4))
+
+
+def encode(folder):
+    data = InMemoryDataset(
+        "x", "train", torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.arange(4), "abcd"
+    )
+    codec = type("Codec", (), {"encode": lambda self, images: images})()
+    (folder / "index.json").unlink(missing_ok=True)  # an unfinished cache is written again
+    cache_latents(data, codec, folder, progress=False)
+
+
+def log_row(folder):
+    Log.write(log_of(folder), {"step": 3, "loss": 0.5})
+
+
+def log_of(folder):
+    log = object.__new__(Log)
+    log.path, log.columns, log._writer = folder / "log.csv", ["step", "loss"], None
+    return log
+
+
+# Of each writer: the files it writes below the folder that it is given, the last one first made.
+WRITERS = {
+    "model": (lambda f: MODEL.save_pretrained(f), ["config.json", "model.safetensors"]),
+    "pipeline": (lambda f: ECARPipeline(MODEL).save_pretrained(f),
+                 ["config.json", "model.safetensors", "pipeline.json"]),
+    "pipeline.json": (lambda f: write_settings(f, None, None, {}), ["pipeline.json"]),
+    "vae": (lambda f: vae().save(f),
+            ["config.json", "diffusion_pytorch_model.safetensors"]),
+    "model config": (lambda f: MODEL.config.to_json(f / "c.json"), ["c.json"]),
+    "train config": (lambda f: TRAIN.to_json(f / "train.json"), ["train.json"]),
+    "report": (lambda f: write_json(f / "evaluation.json", {"a": 1}), ["evaluation.json"]),
+    "tensors": (lambda f: write_tensors(f / "t.safetensors", {"a": torch.ones(9)}),
+                ["t.safetensors"]),
+    "state": (lambda f: write_state(f / "state.safetensors", {"a": torch.ones(9)}, TRAIN, {}),
+              ["state.safetensors"]),
+    "classifier": (lambda f: CLASSIFIER.save(f / "c.safetensors"), ["c.safetensors"]),
+    "latents": (encode, ["latents-00000.safetensors"]),
+    "npz": (lambda f: save_npz(f / "s.npz", np.zeros((2, 8, 8, 3), np.uint8), None), ["s.npz"]),
+    "image": (lambda f: save_image(Image.new("RGB", (9, 9)), f / "x.png"), ["x.png"]),
+    "jpeg": (lambda f: save_image(Image.new("RGB", (9, 9)), f / "x.jpg"), ["x.jpg"]),
+    "sheet": (lambda f: write_sheet(MODEL, TRAIN, f / "sheet.png", None), ["sheet.png"]),
+    "log": (lambda f: Log(f, ["step", "loss"], kind="csv", step=0), ["log.csv"]),
+    "log's row": (log_row, ["log.csv"]),
+    "tuned settings": (lambda f: tuning.write(f / "gpu.json", "GPU", []), ["gpu.json"]),
+}  # fmt: skip
+OLD = b"the file from before"
+
+
+@pytest.fixture(params=WRITERS)
+def writer(request):
+    return WRITERS[request.param]
+
+
+@pytest.fixture
+def folder(tmp_path, writer):
+    """A folder that holds all files of the writer from before."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in writer[1]:
+        (folder / name).write_bytes(OLD)
+    return folder
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@contextlib.contextmanager
+def full_disk():
+    """No file may grow: what a disk without space does, for every library's way of writing."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def refused(write, folder, names, kind=OSError):
+    """It fails by one line that names one of the files, and nothing is changed."""
+    before = contents(folder)
+    with pytest.raises(kind) as caught:
+        write(folder)
+    message = str(caught.value)
+    assert any(str(folder / name) in message for name in names), message
+    assert "\n" not in message and SCRATCH not in message
+    assert contents(folder) == before
+    return caught.value
+
+
+def test_written(writer, folder):
+    write, names = writer
+    write(folder)
+    assert {name for name, data in contents(folder).items() if data != OLD} >= set(names)
+    assert not list(folder.rglob(f"{SCRATCH}*"))
+    umask = os.umask(0)
+    os.umask(umask)
+    for name in names:
+        assert (folder / name).stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_full_disk(writer, folder):
+    write, names = writer
+    if names == ["latents-00000.safetensors"]:
+        names = [*names, "index.json"]
+    with full_disk():
+        error = refused(write, folder, names)
+    if "tuning" not in str(write.__code__.co_names):
+        assert error.errno == errno.EFBIG
+    assert "File too large" in str(error)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_is_full_when_it_is_flushed(writer, folder, code, monkeypatch):
+    """As network file systems and quotas say it; only the append has no flush of its own."""
+    write, names = writer
+    if write is log_row or names == ["gpu.json"]:
+        return
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(
+        OSError(code, os.strerror(code))))  # fmt: skip
+    error = refused(write, folder, names)
+    assert error.errno == code and os.strerror(code) in str(error)
+
+
+def test_an_interrupted_write(writer, folder, monkeypatch):
+    """Ctrl-C before the first new file takes its place."""
+    write = writer[0]
+    if write is log_row:
+        return  # appended by one call of the system
+    before = contents(folder)
+
+    def interrupt(*paths):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write(folder)
+    assert contents(folder) == {k: v for k, v in before.items() if k != "index.json"}
+
+
+def test_a_file_marked_read_only(writer, folder):
+    write, names = writer
+    if write is log_row and os.getuid() == 0:
+        return  # appending, not replacing: root may
+    (folder / names[-1]).chmod(0o444)
+    refused(write, folder, [names[-1]], PermissionError)
+
+
+def test_a_folder_in_place_of_the_file(writer, folder):
+    write, names = writer
+    (folder / names[-1]).unlink()
+    (folder / names[-1]).mkdir()
+    refused(write, folder, [names[-1]], IsADirectoryError)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT])
+def test_a_folder_that_cannot_be_written(writer, folder, code, monkeypatch):
+    write, names = writer
+    if write is log_row or names == ["gpu.json"]:
+        return  # no file is made; its own way
+    if names == ["latents-00000.safetensors"]:
+        names = [*names, ""]  # the folder is tried before images are encoded
+
+    def fail(path, *options, **more):
+        if Path(path).name.startswith((SCRATCH, ".ecar-")):
+            raise OSError(code, os.strerror(code), str(path))
+        return make(path, *options, **more)
+
+    make = os.mkdir
+    monkeypatch.setattr(os, "mkdir", fail)
+    error = refused(write, folder, [*names, ""])
+    assert os.strerror(code) in str(error)
+    assert type(error) is type(OSError(code, ""))
+
+
+def test_a_target_that_is_no_file(tmp_path):
+    for target in ("/dev/full", "/dev/null"):
+        with pytest.raises(OSError, match=f"{target}: is not a regular file"):
+            write_json(target, {})
+    with pytest.raises(FileNotFoundError, match=r"absent/x\.json: cannot be written"):
+        write_json(tmp_path / "absent" / "x.json", {})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"file/x\.json: cannot be written"):
+        write_json(tmp_path / "file" / "x.json", {})
+    assert check_target(tmp_path / "new") == tmp_path / "new"
+
+
+KILLED = """
+    import os, signal, sys
+    from ecar.files import atomic_folder, write_json
+    os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+    for folder in sys.argv[1:]:
+        if os.fork() == 0:
+            if folder.endswith("file"):
+                write_json(folder + "/x.json", [1] * 10000)
+            with atomic_folder(folder) as scratch:
+                (scratch / "x.json").write_text("new")
+        print(os.wait()[1])
+"""
+
+
+def test_a_killed_process_leaves_the_old_file_and_the_next_one_tidies_up(tmp_path):
+    folders = [tmp_path / "file", tmp_path / "folder"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "x.json").write_bytes(OLD)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED), *map(str, folders)], check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(sys.modules["ecar"].__file__).parents[1])},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.split() == [str(int(signal.SIGKILL))] * 2
+    for folder in folders:
+        assert (folder / "x.json").read_bytes() == OLD
+        assert len(list(folder.iterdir())) == 2
+        write_json(folder / "y.json", {})
+        assert sorted(path.name for path in folder.iterdir()) == ["x.json", "y.json"]
+
+
+def test_writers_side_by_side(tmp_path):
+    """Of one folder, one file even: each has a scratch folder of its own."""
+    with atomic_path(tmp_path / "x") as first, atomic_path(tmp_path / "x") as second:
+        first.write_text("first")
+        second.write_text("second")
+        assert first != second
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_text() == "first"
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with atomic_path(tmp_path / "x") as first, atomic_path(tmp_path / "y") as second:
+        first.write_text("1")
+        second.write_text("2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "y"]
+
+
+def test_errors_of_other_files_keep_their_names(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent\.txt"), atomic_path(tmp_path / "x"):
+        (tmp_path / "absent.txt").read_text()
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "new"):
+        1 / 0  # noqa: B018
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_row_cut_short_is_taken_back(tmp_path, monkeypatch):
+    path = tmp_path / "log.csv"
+    path.write_text("step\n1\n")
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:3]))
+    with pytest.raises(OSError, match=r"log\.csv: cannot be written \(only 3 of 12 bytes"):
+        append(path, "2,0.12345,6\n")
+    assert path.read_text() == "step\n1\n"
+
+
+# What is read: weights of quantized types.
+
+QUANTIZED = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool,
+             torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64]  # fmt: skip
+
+
+def checkpoint(folder):
+    MODEL.save_pretrained(folder)
+    return folder / "model.safetensors", "ar.norm.weight", lambda: ECAR.from_pretrained(folder)
+
+
+def pipeline(folder):
+    path, name, _ = checkpoint(folder)
+    return path, name, lambda: ECARPipeline.from_pretrained(folder)
+
+
+def classifier(folder):
+    CLASSIFIER.save(folder / "c.safetensors", held_out="x")
+    path = folder / "c.safetensors"
+    return path, "head.weight", lambda: DigitClassifier.load(path)
+
+
+def autoencoder(folder):
+    vae().save(folder)
+    path = folder / "diffusion_pytorch_model.safetensors"
+    return path, "encoder.conv_in.weight", lambda: load_codec("autoencoder_kl", folder)
+
+
+READERS = [checkpoint, pipeline, classifier, autoencoder]
+CASES = [(checkpoint, dtype) for dtype in QUANTIZED] + [
+    (reader, dtype) for reader in READERS[1:] for dtype in (torch.int8, torch.float8_e4m3fn)
+]
+
+
+def rewrite(path, change):
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(change(load_file(path)), path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("reader", "dtype"), CASES, ids=[f"{reader.__name__}-{dtype}" for reader, dtype in CASES]
+)
+def test_quantized_weights_are_refused_by_name(reader, dtype, tmp_path):
+    """Also where they come with scales, as quantizers write them."""
+    path, name, load = reader(tmp_path)
+    load()
+    for more in ({}, {f"{name}_scale": torch.ones(1)}):
+        rewrite(path, lambda tensors, more=more: {
+            **tensors, name: tensors[name].to(dtype), **more})  # fmt: skip
+        with pytest.raises(ValueError, match=f"{path.name}.*'{name}' is .*expected float32") as got:
+            load()
+        assert "\n" not in str(got.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)
+def test_plain_floats_are_read(reader, dtype, tmp_path):
+    path, name, load = reader(tmp_path)
+    rewrite(path, lambda tensors: {**tensors, name: tensors[name].to(dtype)})
+    load()
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED, ids=str)
+def test_a_state_of_a_quantized_type(dtype, tmp_path):
+    """It is read as it is, and refused by its names, shapes and types, which are exact there."""
+    write_state(tmp_path / "s.safetensors", {"model/a": torch.ones(4).to(dtype)}, TRAIN, {})
+    assert read_state(tmp_path / "s.safetensors")["model/a"].dtype == dtype
+
+
+# from_pretrained's options.
+
+
+@pytest.mark.parametrize("cls", [ECAR, ECARPipeline])
+@pytest.mark.parametrize("where", ["folder", "hub"])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"torch_dtpye": torch.bfloat16}, TypeError, "did you mean 'torch_dtype'"),
+        ({"dtyp": torch.bfloat16}, TypeError, "'dtyp': .* did you mean 'dtype'"),
+        ({"device_map": "auto"}, TypeError, "'device_map': from_pretrained has no such option"),
+        ({"variant": "fp16"}, TypeError, "'variant'"),
+        ({"acelerate": False}, TypeError, "'acelerate'"),
+        ({"low_cpu_mem_usage": True}, TypeError, "expected one of dtype, torch_dtype, "),
+        ({"dtype": torch.int8}, TypeError, "'dtype': expected torch.float32"),
+        ({"torch_dtype": "bfloat16"}, TypeError, "'torch_dtype': expected .* got 'bfloat16'"),
+        ({"dtype": torch.float16, "torch_dtype": torch.bfloat16}, ValueError, "same as 'dtype'"),
+    ],
+)
+def test_options_that_are_refused(cls, where, options, error, message, tmp_path, monkeypatch):
+    monkeypatch.delattr("ecar.hub.snapshot_download")  # before anything is fetched
+    with pytest.raises(error, match=message) as caught:
+        cls.from_pretrained(str(tmp_path) if where == "folder" else "some/one", **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cls", [ECAR, ECARPipeline])
+@pytest.mark.parametrize("names", [["dtype"], ["torch_dtype"], ["dtype", "torch_dtype"]])
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_both_names_of_the_dtype_serve(cls, names, where, tmp_path, monkeypatch):
+    MODEL.save_pretrained(tmp_path)
+    seen = {}
+
+    def fetch(name, **options):
+        seen.update(options)
+        return str(tmp_path)
+
+    monkeypatch.setattr("ecar.hub.snapshot_download", fetch)
+    hub = {} if where == "folder" else {"revision": "v1", "local_files_only": True}
+    loaded = cls.from_pretrained(
+        tmp_path if where == "folder" else "some/one", **dict.fromkeys(names, torch.bfloat16), **hub
+    )
+    assert loaded.dtype == torch.bfloat16
+    assert {name: seen[name] for name in hub} == hub
+    assert json.loads((tmp_path / "config.json").read_text())["width"] == MODEL.config.width
