@@ -30,7 +30,7 @@ from ecar.training.log import Log
 from ecar.training.sheet import write_sheet
 from ecar.training.state import write_state
 from ecar_kernels import tuning
-from tests.ecar.conftest import tiny_config, tiny_model
+from .conftest import tiny_config, tiny_model
 
 MODEL = tiny_model()
 TRAIN = TrainConfig(

@@ -13,7 +13,7 @@ from ecar.codec import AutoencoderKLCodec, load_codec
 from ecar.evaluation.classifier import ClassifierConfig, DigitClassifier
 from ecar.training import TrainConfig, Trainer
 from ecar.training.state import state_path
-from tests.ecar.conftest import tiny_config, tiny_model
+from .conftest import tiny_config, tiny_model
 
 MODEL = tiny_model()
 QUANTIZED = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool,

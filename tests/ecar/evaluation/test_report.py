@@ -197,3 +197,101 @@ def test_a_data_set_with_more_classes_than_the_model(model, digits, tmp_path, mo
     monkeypatch.setattr("ecar.evaluation.report.load_dataset", lambda *_, **__: wide)
     with pytest.raises(ValueError, match="has 12 classes, the model 10"):
         evaluate(model, "folder", root=tmp_path, extractor=lambda x: (x, None), progress=False)
+
+
+def toy(count, split, level=None, seed=0):
+    """Images of noise, or of one grey level."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    if level is not None:
+        pixels.fill_(level)
+    return InMemoryDataset("folder", split, pixels, torch.arange(count) % 10, "0123456789")
+
+
+def five(images):
+    return images.flatten(1)[:, :5], None
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"test": toy(3, "test")}, ValueError, "'test': expected at least 4 images, got 3"),
+        ({"train": toy(2, "train")}, ValueError, "'train': expected at least 4 images, got 2"),
+        ({"extractor": lambda x: (x.flatten(1) * torch.nan, None)}, ValueError, "features hold Na"),
+        ({"extractor": lambda x: (five(x)[0], x.flatten(1) / 0)}, ValueError, "logits hold NaN"),
+        ({"extractor": lambda x: (five(x)[0], x[:1].flatten(1))}, ValueError, "expected logits"),
+        ({"extractor": lambda x: (x, None)}, ValueError, r"expected features \[\d+, F\]"),
+        ({"extractor": lambda x: x.flatten(1)}, TypeError, "features, logits or None.*Tensor"),
+        ({"num_inference_steps": [1, 2, 3]}, ValueError, "'num_inference_steps'"),
+        ({"guidance": 2.0}, TypeError, "'guidance': expected settings out of"),
+        ({"solver": "rk4"}, ValueError, "'solver'"),
+    ],
+)
+def test_all_that_can_be_wrong_is_found_before_sampling(
+    model, changed, error, message, monkeypatch
+):
+    def generate(*_, **__):
+        raise AssertionError("sampled")
+
+    splits = {"train": toy(40, "train"), "test": toy(30, "test", seed=1)}
+    splits |= {name: changed.pop(name) for name in ("train", "test") if name in changed}
+
+    def opened(name, *, split, **_):
+        return splits[split]
+
+    monkeypatch.setattr("ecar.evaluation.report.generate", generate)
+    monkeypatch.setattr("ecar.evaluation.report.load_dataset", opened)
+    arguments = {"extractor": five, "num_images": 8, "progress": False, **changed}
+    with pytest.raises(error, match=message) as caught:
+        evaluate(model, "folder", **arguments)
+    assert "\n" not in str(caught.value) and "_features" not in str(caught.value)
+    with pytest.raises(AssertionError, match="sampled"):
+        splits.update(train=toy(40, "train"), test=toy(30, "test", seed=1))
+        evaluate(model, "folder", extractor=five, num_images=8, progress=False)
+
+
+@pytest.mark.parametrize("extractor", ["five", "classifier"])
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        (toy(20, "train"), toy(20, "test")),
+        (toy(20, "train", level=7), toy(20, "test", level=7)),
+        (toy(20, "train", level=7), toy(4, "test", level=7)),
+        (toy(4, "train"), toy(4, "test")),
+    ],
+    ids=["equal sets", "one picture", "one picture, few", "equal, few"],
+)
+def test_a_floor_of_zero_gives_no_ratio(train, test, extractor, classifier):
+    """Nor does rounding, where the sets are the same in another order."""
+    measure = five if extractor == "five" else classifier
+    images = torch.rand(20, 1, 8, 8) * 2 - 1
+    for seed in range(3):
+        report = evaluate_images(images, None, train, test, measure, seed=seed, progress=False)
+        assert report["metrics"]["frechet_ratio"] is None
+        json.dumps(report, allow_nan=False)
+        (line,) = [x for x in summary(report).splitlines() if x.startswith("ratio of Fréchet")]
+        assert line.split()[-1] == "-"
+
+
+def test_few_images_for_the_features_are_told(capsys):
+    images = torch.rand(5, 1, 8, 8) * 2 - 1
+    train, test = toy(40, "train"), toy(30, "test", seed=1)
+    report = evaluate_images(images, None, train, test, five)
+    assert report["protocol"]["singular_covariances"] == ["generated", "training"]
+    assert "5 features of 5 generated, 5 training images" in capsys.readouterr().err
+    assert "too few images for the number of features: generated, training" in summary(report)
+    report = evaluate_images(torch.cat([images] * 2), None, train, test, five, progress=False)
+    assert report["protocol"]["singular_covariances"] == []
+    assert "too few" not in summary(report) and capsys.readouterr().err == ""
+
+
+def test_logits_of_other_classes_are_no_accuracy():
+    """As Inception's, which know 1,008 classes of their own."""
+    def other(images):
+        return five(images)[0], images.flatten(1)[:, :12]
+
+    train, test = toy(40, "train"), toy(30, "test", seed=1)
+    images, labels = torch.rand(20, 1, 8, 8) * 2 - 1, torch.arange(20) % 10
+    report = evaluate_images(images, labels, train, test, other, progress=False)
+    assert report["metrics"]["label_accuracy"] is None
+    assert report["metrics"]["inception_score"] > 0
