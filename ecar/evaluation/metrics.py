@@ -63,7 +63,10 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
     singular = torch.linalg.svdvals(_factor("cov1", cov1) @ _factor("cov2", cov2).T)
     product, traces = (cov1 * cov2).sum().item(), (cov1.trace() + cov2.trace()).item()
     residual = abs((singular**2).sum().item() - product)
-    if not residual <= _RESIDUAL * max(product, torch.finfo(torch.float64).tiny):
+    # Of sets that vary in different directions the product is nothing but rounding.
+    norms = torch.linalg.norm(cov1).item() * torch.linalg.norm(cov2).item()
+    rounding = 16 * len(mean1) * torch.finfo(torch.float64).eps * norms
+    if not residual <= _RESIDUAL * product + rounding:
         raise FloatingPointError(
             f"matrix square root: its square misses the product's trace by {residual:.3g} "
             f"of {product:.3g}"

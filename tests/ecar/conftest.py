@@ -1,3 +1,7 @@
+import contextlib
+import resource
+import signal
+
 import pytest
 import torch
 
@@ -31,3 +35,16 @@ def model():
 @pytest.fixture
 def make_model():
     return tiny_model
+
+
+@contextlib.contextmanager
+def full_disk():
+    """No file may grow: what a disk without space does, for every library's way of writing."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)

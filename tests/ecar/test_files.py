@@ -1,10 +1,8 @@
 """Every file that the product writes is whole or as it was, whatever happens; what can't be written
 is an OSError of one line that names it."""
 
-import contextlib
 import errno
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -30,7 +28,8 @@ from ecar.training.log import Log
 from ecar.training.sheet import write_sheet
 from ecar.training.state import write_state
 from ecar_kernels import tuning
-from .conftest import tiny_config, tiny_model
+
+from .conftest import full_disk, tiny_config, tiny_model
 
 MODEL = tiny_model()
 TRAIN = TrainConfig(
@@ -111,19 +110,6 @@ def contents(folder):
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
     }
-
-
-@contextlib.contextmanager
-def full_disk():
-    """No file may grow: what a disk without space does, for every library's way of writing."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def refused(write, folder, names, kind=OSError):

@@ -13,6 +13,7 @@ from ecar.codec import AutoencoderKLCodec, load_codec
 from ecar.evaluation.classifier import ClassifierConfig, DigitClassifier
 from ecar.training import TrainConfig, Trainer
 from ecar.training.state import state_path
+
 from .conftest import tiny_config, tiny_model
 
 MODEL = tiny_model()

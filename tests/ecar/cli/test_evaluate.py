@@ -1,10 +1,14 @@
 """`ecar evaluate`: a report and an npz, and what is refused before sampling begins."""
 
+import argparse
 import json
 
 import numpy as np
 import pytest
 
+from ecar.cli.evaluate import add_arguments, chosen_dataset
+
+ON_BLACK = {"dataset": "folder", "background": "black"}
 LINE = "evaluate --checkpoint model --no-progress --samples 20 --steps 2"
 
 
@@ -31,6 +35,27 @@ def test_report_and_samples(folder, run, how):
 
 
 @pytest.mark.parametrize(
+    ("trained", "options", "expected"),
+    [
+        (None, "--dataset folder --data-root x", ("folder", "x", "white")),
+        ({"dataset": "folder", "data_root": "y"}, "", ("folder", "y", "white")),
+        ({**ON_BLACK, "data_root": "y"}, "", ("folder", "y", "black")),
+        (ON_BLACK, "--dataset folder", ("folder", None, "black")),
+        (ON_BLACK, "--background red", ("folder", None, "red")),
+        (ON_BLACK, "--dataset mnist", ("mnist", None, "white")),
+    ],
+)  # fmt: skip
+def test_images_are_read_as_in_training(folder, monkeypatch, trained, options, expected):
+    monkeypatch.chdir(folder)
+    if trained is not None:
+        (folder / "model" / "train.json").write_text(json.dumps(trained))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    arguments = parser.parse_args(["--checkpoint", "model", *options.split()])
+    assert chosen_dataset(arguments) == expected
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ("", "--dataset: is needed, 'model' holds no train.json"),
@@ -47,6 +72,9 @@ def test_report_and_samples(folder, run, how):
         ("--dataset digits --output empty", "empty: is a folder"),
         ("--dataset digits --npz x.txt", "--npz: expected a name that ends in .npz, got x.txt"),
         ("--dataset digits --npz /proc/self/x.npz", "output folder /proc/self: not writable"),
+        ("--dataset digits --skip-broken", "--skip-broken: only 'folder' has files to skip"),
+        ("--dataset digits --background red", "--background: only 'folder' has transparency"),
+        ("--dataset folder --data-root empty --background glass", "--background: expected a colo"),
         ("--dataset digits --steps 1,2,3", "--steps: expected a list of 2 numbers"),
         ("--dataset digits --device gpu", "--device: cannot use 'gpu' here"),
     ],

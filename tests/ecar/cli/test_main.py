@@ -1,5 +1,6 @@
 """What all commands share: help, errors of one line, exit codes, tracebacks of our own bugs."""
 
+import json
 import re
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 
 import ecar.cli.info
 from ecar.cli import COMMANDS, main
+
+from ..conftest import full_disk
 
 
 def test_version(capsys):
@@ -90,3 +93,33 @@ def test_interruption_is_130(run, monkeypatch):
     monkeypatch.setattr(ecar.cli.info, "count_parameters", interrupt)
     code, _, errors = run("info --preset digits --steps 2")
     assert (code, errors) == (130, "ecar: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "file"),
+    [
+        ("sample --checkpoint model --steps 2 --sheet 1x1 --no-progress --output x.png", "x.png"),
+        ("sample --checkpoint model --steps 2 --sheet 1x1 --no-progress --output new",
+         "new/00000-class0-seed0.png"),
+        ("evaluate --checkpoint model --dataset digits --samples 4 --steps 2 --no-progress "
+         "--output r.json", "r.json"),
+        ("evaluate --checkpoint model --dataset digits --samples 4 --steps 2 --no-progress "
+         "--npz s.npz", "s.npz"),
+        ("train --config t.json --output run --no-progress", "run/pipeline.json"),
+        ("train --resume old --steps 2 --no-progress", "old/"),
+    ],
+)  # fmt: skip
+def test_a_full_disk_is_one_line(folder, run, line, file):
+    """And what lies there is as it was."""
+    config = json.loads((folder / "model" / "config.json").read_text())
+    values = {"model": config, "steps": 1, "batch_size": 2, "sample_every": 0, "device": "cpu"}
+    (folder / "t.json").write_text(json.dumps(values))
+    if "--resume" in line:
+        assert run("train --config t.json --output old --no-progress")[0] == 0
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with full_disk():
+        code, _, errors = run(line)
+    assert code == 2
+    assert errors.startswith("ecar: error: ") and errors.count("\n") == 1
+    assert file in errors and "File too large" in errors
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 
 TIMEOUT = 120
 
@@ -71,6 +72,31 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, start, words, message):
     assert errors.count("\n") == 1
     assert message in errors
     assert sorted(folder.rglob("*")) == before
+
+
+def test_broken_images_are_skipped_and_counted(folder, start):
+    """And refused without the flag, all of them in one line."""
+    for name in "0123456789":
+        (folder / "data" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(folder / "data" / name / "1.png")
+    (folder / "data" / "3" / "2.png").write_bytes(b"")
+    (folder / "data" / "4" / "2.jpg").write_bytes(b"no picture")
+    values = {"model": json.loads((folder / "model" / "config.json").read_text()), "steps": 1,
+              "batch_size": 2, "sample_every": 0, "device": "cpu", "num_workers": 0,
+              "dataset": "folder", "data_root": "data"}  # fmt: skip
+    (folder / "t.json").write_text(json.dumps(values))
+    words = command("train", "--config", "t.json", "--output", "out", "--no-progress")
+    process, skipping = start(words), start([*words[:-2], "new", "--no-progress", "--skip-broken"])
+    _, errors = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, errors.count("\n")) == (2, 1)
+    assert errors == (
+        "ecar: error: data: 2 of 12 files are not readable images: 3/2.png (the file is empty); "
+        "4/2.jpg (of no known format); --skip-broken goes on without them\n"
+    )
+    _, errors = skipping.communicate(timeout=TIMEOUT)
+    assert (skipping.returncode, errors.count("\n")) == (0, 1)
+    assert errors.startswith("ecar: warning: data: 2 of 12 files are left out")
+    assert json.loads((folder / "new" / "train.json").read_text())["skip_broken"] is True
 
 
 def test_missing_accelerate_names_the_extra(start):

@@ -31,6 +31,19 @@ def covariance(size, rank=None):
 # Fréchet distance
 
 
+@pytest.mark.parametrize("size", [4, 16, 64])
+def test_frechet_of_sets_that_vary_in_different_directions(size):
+    """The product of their covariances is zero, but for rounding."""
+    axes = orthogonal(size)
+    first, second = torch.zeros(2, 3 * size, size, dtype=F64)
+    first[:, : size // 2] = torch.randn(3 * size, size // 2, dtype=F64)
+    second[:, size // 2 :] = torch.randn(3 * size, size - size // 2, dtype=F64)
+    got = frechet_distance_of_features(first @ axes, second @ axes)
+    means = (first.mean(0) - second.mean(0)).square().sum()
+    expected = means + first.var(0).sum() + second.var(0).sum()
+    assert got == pytest.approx(expected.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("size", [1, 2, 7, 64])
 def test_frechet_of_commuting_gaussians(size):
     """Covariances with common axes: |m1 - m2|^2 + sum (s1 - s2)^2, s the standard deviations."""
