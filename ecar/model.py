@@ -180,17 +180,32 @@ class ECAR(
         for head in self.heads:
             head.compile(**options)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> Any:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **options: Any,
+    ) -> Any:
         """Write config.json, model.safetensors and, where there is none, README.md.
 
         Each file replaces the one from before whole or not at all.
 
+        Args:
+            push_to_hub: upload them as well, to ``repo_id``, by default the folder's name.
+            options: of huggingface_hub's ``push_to_hub``.
+
         Raises:
             OSError: naming the file that can't be written; all are then as they were.
         """
+        local = {name: options[name] for name in ("config", "model_card_kwargs") if name in options}
         # The mixin deletes config.json before it writes: let it work in a folder of its own.
         with atomic_folder(save_directory, keep=("README.md",)) as scratch:
-            return super().save_pretrained(scratch, **options)
+            super().save_pretrained(scratch, **local)
+        if push_to_hub:
+            return self.push_to_hub(repo_id or Path(save_directory).name, **options)
+        return None
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.config.to_json(save_directory / CONFIG_NAME)

@@ -198,7 +198,8 @@ def test_saving_again_keeps_the_readme(model, tmp_path):
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
-def test_push_to_hub_uploads_config_and_safetensors_only(model, monkeypatch):
+@pytest.mark.parametrize("how", ["pushed", "saved and pushed"])
+def test_push_to_hub_uploads_config_and_safetensors_only(model, monkeypatch, how, tmp_path):
     """The mixin's upload, with the network's end replaced."""
     from huggingface_hub import hub_mixin
 
@@ -215,8 +216,12 @@ def test_push_to_hub_uploads_config_and_safetensors_only(model, monkeypatch):
             sent[repo_id] = sorted(p.name for p in folder_path.iterdir())
 
     monkeypatch.setattr(hub_mixin, "HfApi", Api)
-    model.push_to_hub("someone/digits")
-    assert sent == {"someone/digits": ["README.md", "config.json", "model.safetensors"]}
+    if how == "pushed":
+        model.push_to_hub("digits")
+    else:
+        model.save_pretrained(tmp_path / "digits", push_to_hub=True)
+        assert (tmp_path / "digits" / "model.safetensors").is_file()
+    assert sent == {"digits": ["README.md", "config.json", "model.safetensors"]}
 
 
 class TestRefusedCheckpoints:
