@@ -110,10 +110,10 @@ def check_output_file(path: str | os.PathLike[str]) -> Path:
         OSError: naming the path or its folder, where it can't be written.
         ValueError: where the suffix names no format that Pillow writes.
     """
-    path = check_target(path)
+    path = Path(path)
     _picture_format(path)
     check_output_folder(path.parent)
-    return path
+    return check_target(path)
 
 
 def save_image(image: Image.Image, path: str | os.PathLike[str]) -> Path:

@@ -261,7 +261,8 @@ def evaluate(
     require_positive("batch_size", batch_size)
     for output in (report, samples):
         if output is not None:
-            check_output_folder(check_target(output).parent)
+            check_output_folder(Path(output).parent)
+            check_target(output)
     if samples is not None and Path(samples).suffix != ".npz":
         raise ValueError(f"argument 'samples': expected a name that ends in .npz, got {samples}")
     if dataset == "latents":
