@@ -5,9 +5,11 @@ is replaced. The current device and stream are the thread's, as in CUDA.
 """
 
 import contextlib
+import ctypes
 import itertools
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -227,3 +229,19 @@ class Graph:
 
     def pool(self) -> Any:
         return None
+
+
+def guard_devices() -> None:
+    """torch's C++ asks a guard for the current device and stream of every device type it meets.
+
+    A torch with CUDA and no GPU has a function that puts one that does nothing in CUDA's place. A
+    CPU build has none at all: there it is the meta device's, which does nothing either.
+    """
+    torch._C._ensureCUDADeviceGuardSet()
+    if torch.backends.cuda.is_built():
+        return
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    cuda, meta = 1, 14  # c10::DeviceType
+    guards = (ctypes.c_void_p * (meta + 1)).in_dll(
+        library, "_ZN3c104impl26device_guard_impl_registryE")
+    guards[cuda] = guards[meta]

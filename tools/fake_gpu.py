@@ -26,11 +26,9 @@ Gradients: `torch.autograd.grad` is replaced by an engine in Python (`gradients`
 has one thread for each GPU that there really is. torch.compile is out of scope.
 """
 
-import ctypes
 import threading
 from collections import Counter
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -40,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ecar_kernels import _native, _triton
-from tools.fake_cuda import Runtime
+from tools.fake_cuda import Runtime, guard_devices
 from tools.fake_triton import CHIPS, H100, Chip, Driver, Launch, chip_of, installed
 
 if _triton.interpreting():
@@ -138,7 +136,7 @@ class FakeGPU(TorchDispatchMode):
     def __enter__(self) -> "FakeGPU":
         if self._depth == 0:
             self._stack = ExitStack()
-            _guard_devices()
+            guard_devices()
             for known in (_triton.architecture, _triton.multiprocessors):
                 known.cache_clear()
                 self._stack.callback(known.cache_clear)
@@ -325,22 +323,6 @@ def _is_view(function: Any) -> bool:
     returns = function._schema.returns
     return bool(returns) and all(found.alias_info is not None and not found.alias_info.is_write
                                  for found in returns)
-
-
-def _guard_devices() -> None:
-    """torch's C++ asks a guard for the current device and stream of every device type it meets.
-
-    A torch with CUDA and no GPU has a function that puts one that does nothing in CUDA's place. A
-    CPU build has none at all: there it is the meta device's, which does nothing either.
-    """
-    torch._C._ensureCUDADeviceGuardSet()
-    if torch.backends.cuda.is_built():
-        return
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-    cuda, meta = 1, 14  # c10::DeviceType
-    guards = (ctypes.c_void_p * (meta + 1)).in_dll(
-        library, "_ZN3c104impl26device_guard_impl_registryE")
-    guards[cuda] = guards[meta]
 
 
 def gradients(outputs: Any, inputs: Any, grad_outputs: Any = None, **options: Any) -> tuple:
