@@ -83,7 +83,8 @@ def valid_call(rng: random.Random, op: str) -> dict:
             return {"x": x, "branch": branch} | gate | norm
         if op == "adaln_linear":
             return {"x": x, "weight": tensor(hidden, channels), "activation": rng.choice(
-                [None, "gelu_tanh"]), "bias": rng.choice([None, tensor(hidden)])} | norm
+                [None, "gelu_tanh"]), "bias": rng.choice([None, tensor(hidden)]),
+                "scale_offset": rng.choice([1.0, 1, 0.0, -2.5])} | norm
         return {"h": tensor(batch, count, hidden), "weight": tensor(channels, hidden),
                 "bias": rng.choice([None, tensor(channels)]), "residual": x} | gate
     if op == "flow_boundary":
@@ -238,7 +239,7 @@ def is_valid(op: str, call: dict) -> bool:
             c = weight.shape[0]
             if not shaped("residual", (b, n, c)):
                 return False
-        elif call["activation"] not in (None, "gelu_tanh"):
+        elif call["activation"] not in (None, "gelu_tanh") or not number(call["scale_offset"]):
             return False
     if "branch" in call and not shaped("branch", (b, n, c)):
         return False

@@ -35,7 +35,7 @@ def calls(dtype: torch.dtype) -> dict[str, dict]:
         "gated_residual": rows("x branch", b, n, c) | gate,
         "gated_residual_adaln": rows("x branch", b, n, c) | gate | norm,
         "adaln_linear": rows("x", b, n, c) | rows("weight", hidden, c) | rows("bias", hidden)
-        | norm | {"activation": "gelu_tanh"},
+        | norm | {"activation": "gelu_tanh", "scale_offset": 0.5},
         "linear_gated_residual": rows("h", b, n, hidden) | rows("weight", c, hidden)
         | rows("bias", c) | rows("residual", b, n, c) | gate,
         "euler_step": state,

@@ -102,7 +102,7 @@ void run(Dtype dtype, gemm::Input input, gemm::Output output, const Tensor& work
 Tensor packed_adaln_linear(const Tensor& x, const Tensor& shift, const Tensor& scale,
                            const Tensor& packed, int64_t outputs, const MaybeTensor& bias,
                            const MaybeTensor& step_shift, const MaybeTensor& step_scale,
-                           bool gelu, double eps) {
+                           bool gelu, double eps, double scale_offset) {
   const Dtype dtype = check_leading("x", x, 3);
   const Tokens t = tokens_of(x);
   check_packed(packed, x, outputs, t.channels);
@@ -111,6 +111,7 @@ Tensor packed_adaln_linear(const Tensor& x, const Tensor& shift, const Tensor& s
   input.x = rows_of(x);
   set_shift(input, shift, step_shift, x, t);
   set_scale(input, scale, step_scale, eps, x, t);
+  input.scale_offset = static_cast<float>(scale_offset);
   gemm::Output output{};
   output.packed = packed.const_data_ptr();
   output.bias = bias_of(bias, x, outputs);
@@ -221,6 +222,7 @@ void flow_block_(const Tensor& x, const Tensor& spatial, const Tensor& step, int
       input.step_shift = modulation(of_step, norm);
       input.step_scale = modulation(of_step, norm + 1);
       input.eps = static_cast<float>(eps);
+      input.scale_offset = 1;
     }
     gemm::Output output{};
     output.packed = packed.const_data_ptr();
@@ -254,7 +256,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
   library.def("pack_linear_weight(Tensor weight) -> Tensor");
   library.def(
       "packed_adaln_linear(Tensor x, Tensor shift, Tensor scale, Tensor packed, int outputs, "
-      "Tensor? bias, Tensor? step_shift, Tensor? step_scale, bool gelu, float eps) -> Tensor");
+      "Tensor? bias, Tensor? step_shift, Tensor? step_scale, bool gelu, float eps, "
+      "float scale_offset) -> Tensor");
   library.def(
       "packed_linear_gated_residual(Tensor h, Tensor packed, Tensor? bias, Tensor gate, "
       "Tensor residual, Tensor? step_gate) -> Tensor");

@@ -56,13 +56,13 @@ struct Weight {
   void* packed;
 };
 
-// What the rows go through before the product: LayerNorm and modulation, or nothing where scale
-// is absent.
+// What the rows go through before the product: LayerNorm and modulation,
+// LN(x) (scale_offset + scale + step_scale) + shift + step_shift, or nothing where scale is absent.
 struct Input {
   Rows x, shift, step_shift, scale, step_scale;
   std::int64_t tokens;  // of one image
   std::int64_t depth;
-  float eps;
+  float eps, scale_offset;
   float* workspace;
 };
 

@@ -76,12 +76,14 @@ void pack(const Weight& weight, int64_t begin, int64_t end) {
 template <class T>
 struct Source {
   const T *x, *shift, *step_shift, *scale, *step_scale;
+  float scale_offset;
   Moments moments;
 
   void open(const Input& input, int64_t index) {
     x = row_at<T>(input.x, index, input.tokens);
     scale = row_at<T>(input.scale, index, input.tokens);
     if (scale == nullptr) return;
+    scale_offset = input.scale_offset;
     shift = row_at<T>(input.shift, index, input.tokens);
     step_shift = row_at<T>(input.step_shift, index, input.tokens);
     step_scale = row_at<T>(input.step_scale, index, input.tokens);
@@ -94,7 +96,7 @@ struct Source {
     const Vec value = io.load(x + at);
     if (scale == nullptr) return value;
     const Vec modulated = fma((value - moments.mean) * moments.inverse_deviation,
-                              1.0f + combine(io, scale, step_scale, at),
+                              scale_offset + combine(io, scale, step_scale, at),
                               combine(io, shift, step_shift, at));
     return io.keep(modulated);
   }

@@ -84,7 +84,8 @@ struct Calls {
     if (tokens == 16) measure("pack", [&] { kernels.pack[dtype](weight, 0, panels); });
     gemm::Input in{};
     in.x = rows(), in.shift = rows(), in.scale = rows(), in.step_shift = row();
-    in.step_scale = row(), in.tokens = tokens, in.depth = kChannels, in.eps = 1e-6f;
+    in.step_scale = row(), in.tokens = tokens, in.depth = kChannels;
+    in.eps = 1e-6f, in.scale_offset = 1;
     in.workspace = static_cast<float*>(memory(gemm::workspace_size(tokens, kChannels)));
     gemm::Output out{};
     out.packed = packed, out.workspace = in.workspace, out.bias = memory(kOutputs);

@@ -10,9 +10,12 @@ from ecar_kernels._precision import widen
 def adaln(x: Tensor, shift: Tensor, scale: Tensor, *, step_shift: Tensor | None = None,
           step_scale: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """y = LN(x) (1 + scale + step_scale) + shift + step_shift."""
-    normalised = F.layer_norm(widen(x), x.shape[-1:], eps=eps)
-    y = normalised * (1 + combine(scale, step_scale)) + combine(shift, step_shift)
-    return y.to(x.dtype)
+    return modulated(x, combine(shift, step_shift), 1 + combine(scale, step_scale), eps)
+
+
+def modulated(x: Tensor, shift: Tensor, factor: Tensor, eps: float) -> Tensor:
+    """LN(x) factor + shift."""
+    return (F.layer_norm(widen(x), x.shape[-1:], eps=eps) * factor + shift).to(x.dtype)
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *,

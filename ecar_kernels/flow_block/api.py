@@ -19,6 +19,7 @@ from ecar_kernels._validation import (
     check_inference,
     check_leading,
     check_like,
+    check_number,
     check_positive,
     check_spatial,
     check_step,
@@ -31,12 +32,16 @@ ACTIVATIONS = (None, "gelu_tanh")
 @autocast_low
 def adaln_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, *,
                  step_shift: Tensor | None = None, step_scale: Tensor | None = None,
-                 activation: str | None = None, eps: float = 1e-6) -> Tensor:
+                 activation: str | None = None, eps: float = 1e-6,
+                 scale_offset: float = 1.0) -> Tensor:
     """act(adaln(x, shift, scale) weight^T + bias).
+
+        adaln = LN(x) (scale_offset + scale + step_scale) + shift + step_shift
 
     x: [B, N, C]. shift, scale: [B, N, C] or [B, 1, C]. step_shift, step_scale: [1, 1, C] or
     [B, 1, C]. weight: [K, C]. bias: [K] or None. activation: None or "gelu_tanh". eps > 0 is
-    added to the variance. Returns [B, N, K].
+    added to the variance. scale_offset: a finite number; with 0, scale and shift are the weight
+    and bias of a LayerNorm in front of the linear layer. Returns [B, N, K].
     """
     check_leading("x", x, "[B, N, C]")
     check_spatial("shift", shift, "x", x)
@@ -47,11 +52,12 @@ def adaln_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: 
     if activation not in ACTIVATIONS:
         raise ValueError(f"argument 'activation': expected None or 'gelu_tanh', got {activation!r}")
     check_positive("eps", eps)
+    check_number("scale_offset", scale_offset)
     check_inference(x=x, shift=shift, scale=scale, weight=weight, bias=bias,
                     step_shift=step_shift, step_scale=step_scale)
     run = registry.implementation("adaln_linear", x.device.type, x.dtype, x.shape[-1])
     return run(x, shift, scale, weight, bias, step_shift=step_shift, step_scale=step_scale,
-               activation=activation, eps=eps)
+               activation=activation, eps=eps, scale_offset=scale_offset)
 
 
 @autocast_low

@@ -8,7 +8,8 @@ from ecar_kernels.flow_block import kernels, launch
 _TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _FLOAT32 = ("statistics", "sums")
 _INTEGERS = ("rows", "tokens", "channels", "inputs", "outputs")
-_UNALIGNED = (*kernels.COUNTS, "eps")
+_FLOATS = ("eps", "scale_offset")
+_UNALIGNED = (*kernels.COUNTS, *_FLOATS)
 _MODULATION = ("shift", "shift_image", "shift_token", "scale", "scale_image", "scale_token",
                "step_shift", "step_shift_image", "step_scale", "step_scale_image")
 
@@ -62,7 +63,7 @@ def _case(kernel, dtype: str, name: str, constants: dict, *, float32: tuple[str,
     def kind(argument: str) -> str:
         if argument in constants:
             return "constexpr"
-        if argument == "eps":
+        if argument in _FLOATS:
             return "fp32"
         if argument in _INTEGERS or argument.endswith(("_image", "_token", "_row")):
             return "i32"

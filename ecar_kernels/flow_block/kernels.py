@@ -42,7 +42,7 @@ def _add_step(value, step, row, tokens, image_stride, column, mask):
 def normalise_rows(x, x_image, x_token, shift, shift_image, shift_token,
                    scale, scale_image, scale_token, step_shift, step_shift_image,
                    step_scale, step_scale_image, out, tokens, channels, eps,
-                   BLOCK: tl.constexpr):
+                   scale_offset, BLOCK: tl.constexpr):
     """adaln(x) of one row a program, into out [rows, channels].
 
     Where `shift` is None, only the statistics, into out [rows, 3], float32: the mean, what its
@@ -79,7 +79,7 @@ def normalise_rows(x, x_image, x_token, shift, shift_image, shift_token,
             column = begin + tl.arange(0, BLOCK)
             mask = column < channels
             value = tl.load(x + column, mask=mask, other=0.0).to(tl.float32)
-            factor = 1 + tl.load(scale + column, mask=mask, other=0.0).to(tl.float32)
+            factor = scale_offset + tl.load(scale + column, mask=mask, other=0.0).to(tl.float32)
             offset = tl.load(shift + column, mask=mask, other=0.0).to(tl.float32)
             factor = _add_step(factor, step_scale, row, tokens, step_scale_image, column, mask)
             offset = _add_step(offset, step_shift, row, tokens, step_shift_image, column, mask)
@@ -136,8 +136,8 @@ def _product(x, x_image, x_token, weight, weight_row, rows, tokens, outputs, inp
 def _normalised_product(x, x_image, x_token, statistics, shift, shift_image, shift_token,
                         scale, scale_image, scale_token, step_shift, step_shift_image,
                         step_scale, step_scale_image, weight, weight_row, rows, tokens, outputs,
-                        inputs, row, output, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                        BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+                        inputs, scale_offset, row, output, BLOCK_M: tl.constexpr,
+                        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
     """adaln(x) weight^T, the normalised x made in registers and rounded to x's type."""
     row = tl.minimum(row, rows - 1)
     statistics += row.to(tl.int64) * 3
@@ -156,7 +156,7 @@ def _normalised_product(x, x_image, x_token, statistics, shift, shift_image, shi
         inside = channel < inputs
         column, mask = channel[None, :], inside[None, :]
         value = tl.load(x + column, mask=mask, other=0.0)
-        factor = 1 + tl.load(scale + column, mask=mask, other=0.0).to(tl.float32)
+        factor = scale_offset + tl.load(scale + column, mask=mask, other=0.0).to(tl.float32)
         offset = tl.load(shift + column, mask=mask, other=0.0).to(tl.float32)
         factor = _add_step(factor, step_scale, row, tokens, step_scale_image, column, mask)
         offset = _add_step(offset, step_shift, row, tokens, step_shift_image, column, mask)
@@ -208,8 +208,9 @@ def _finish_gated_residual(y, bias, gate, gate_image, gate_token, step_gate, ste
 def adaln_linear(x, x_image, x_token, statistics, shift, shift_image, shift_token,
                  scale, scale_image, scale_token, step_shift, step_shift_image,
                  step_scale, step_scale_image, weight, weight_row, bias, out, rows, tokens,
-                 outputs, inputs, GELU: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr,
-                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+                 outputs, inputs, scale_offset, GELU: tl.constexpr, SPLIT: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                 PRECISION: tl.constexpr):
     """act(adaln(x) weight^T + bias), or a split's sums. x is already normalised where
     `statistics` is None, and then shift and scale are too."""
     row, output = _tile(rows, outputs, BLOCK_M, BLOCK_N)
@@ -220,8 +221,8 @@ def adaln_linear(x, x_image, x_token, statistics, shift, shift_image, shift_toke
         y = _normalised_product(x, x_image, x_token, statistics, shift, shift_image, shift_token,
                                 scale, scale_image, scale_token, step_shift, step_shift_image,
                                 step_scale, step_scale_image, weight, weight_row, rows, tokens,
-                                outputs, inputs, row, output, BLOCK_M, BLOCK_N, BLOCK_K,
-                                PRECISION)
+                                outputs, inputs, scale_offset, row, output, BLOCK_M, BLOCK_N,
+                                BLOCK_K, PRECISION)
     if SPLIT:
         _store_split(y, out, rows, outputs, row, output)
     else:

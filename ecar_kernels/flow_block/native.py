@@ -40,11 +40,12 @@ flow_block_ = torch.ops.ecar.flow_block_.default
 
 def adaln_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, *,
                  step_shift: Tensor | None = None, step_scale: Tensor | None = None,
-                 activation: str | None = None, eps: float = 1e-6) -> Tensor:
+                 activation: str | None = None, eps: float = 1e-6,
+                 scale_offset: float = 1.0) -> Tensor:
     """act(adaln(x) weight^T + bias)."""
     call = _adaln_linear if torch.compiler.is_compiling() else _run_adaln_linear
     return call(x, shift, scale, weight, bias, step_shift, step_scale,
-                activation == "gelu_tanh", eps)
+                activation == "gelu_tanh", eps, scale_offset)
 
 
 def linear_gated_residual(h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor,
@@ -66,9 +67,10 @@ def prepare_weight(weight: Tensor, keep: bool) -> None:
         packed_weight(weight)
 
 
-def _run_adaln_linear(x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps):
+def _run_adaln_linear(x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps,
+                      scale_offset):
     return _packed_adaln_linear(x, shift, scale, packed_weight(weight), weight.shape[0], bias,
-                                step_shift, step_scale, gelu, eps)
+                                step_shift, step_scale, gelu, eps, scale_offset)
 
 
 def _run_linear_gated_residual(h, weight, bias, gate, residual, step_gate):
@@ -79,7 +81,8 @@ def _run_linear_gated_residual(h, weight, bias, gate, residual, step_gate):
 # What a compiled graph calls: the cache is looked into when it runs, not when it is traced.
 _library = torch.library.Library("ecar", "FRAGMENT")
 _library.define("adaln_linear(Tensor x, Tensor shift, Tensor scale, Tensor weight, Tensor? bias, "
-                "Tensor? step_shift, Tensor? step_scale, bool gelu, float eps) -> Tensor")
+                "Tensor? step_shift, Tensor? step_scale, bool gelu, float eps, "
+                "float scale_offset) -> Tensor")
 _library.define("linear_gated_residual(Tensor h, Tensor weight, Tensor? bias, Tensor gate, "
                 "Tensor residual, Tensor? step_gate) -> Tensor")
 _library.impl("adaln_linear", _run_adaln_linear, "CPU")
@@ -89,7 +92,7 @@ _linear_gated_residual = torch.ops.ecar.linear_gated_residual.default
 
 
 @torch.library.register_fake("ecar::adaln_linear", lib=_library)
-def _(x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps):
+def _(x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps, scale_offset):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -99,7 +102,7 @@ def _(h, weight, bias, gate, residual, step_gate):
 
 
 @torch.library.register_fake("ecar::packed_adaln_linear", lib=_library)
-def _(x, shift, scale, packed, outputs, bias, step_shift, step_scale, gelu, eps):
+def _(x, shift, scale, packed, outputs, bias, step_shift, step_scale, gelu, eps, scale_offset):
     return x.new_empty((*x.shape[:-1], outputs))
 
 

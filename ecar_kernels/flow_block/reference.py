@@ -3,14 +3,16 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from ecar_kernels.adaln.reference import adaln, gated_residual
+from ecar_kernels._modulation import combine
+from ecar_kernels.adaln.reference import gated_residual, modulated
 
 
 def adaln_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, *,
                  step_shift: Tensor | None = None, step_scale: Tensor | None = None,
-                 activation: str | None = None, eps: float = 1e-6) -> Tensor:
-    """act(adaln(x) weight^T + bias)."""
-    y = adaln(x, shift, scale, step_shift=step_shift, step_scale=step_scale, eps=eps)
+                 activation: str | None = None, eps: float = 1e-6,
+                 scale_offset: float = 1.0) -> Tensor:
+    """act(adaln(x) weight^T + bias), adaln with scale_offset + scale for 1 + scale."""
+    y = modulated(x, combine(shift, step_shift), scale_offset + combine(scale, step_scale), eps)
     y = F.linear(y, weight, bias)
     return F.gelu(y, approximate="tanh") if activation == "gelu_tanh" else y
 

@@ -14,10 +14,11 @@ from ecar_kernels.flow_block import kernels, launch
 
 def adaln_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, *,
                  step_shift: Tensor | None = None, step_scale: Tensor | None = None,
-                 activation: str | None = None, eps: float = 1e-6) -> Tensor:
+                 activation: str | None = None, eps: float = 1e-6,
+                 scale_offset: float = 1.0) -> Tensor:
     """act(adaln(x) weight^T + bias)."""
     return _adaln_linear(x, shift, scale, weight, bias, step_shift, step_scale,
-                         activation == "gelu_tanh", eps)
+                         activation == "gelu_tanh", eps, scale_offset)
 
 
 def linear_gated_residual(h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor,
@@ -26,9 +27,10 @@ def linear_gated_residual(h: Tensor, weight: Tensor, bias: Tensor | None, gate: 
     return _linear_gated_residual(h, weight, bias, gate, residual, step_gate)
 
 
-def _run_adaln_linear(x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps):
+def _run_adaln_linear(x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps,
+                      scale_offset):
     return launch_adaln_linear(_settings("adaln_linear", x, weight), x, shift, scale, weight,
-                               bias, step_shift, step_scale, gelu, eps)
+                               bias, step_shift, step_scale, gelu, eps, scale_offset)
 
 
 def _run_linear_gated_residual(h, weight, bias, gate, residual, step_gate):
@@ -59,7 +61,8 @@ def _step(tensor: Tensor | None) -> tuple[Tensor | None, int]:
 
 def launch_adaln_linear(its: launch.Settings, x: Tensor, shift: Tensor, scale: Tensor,
                         weight: Tensor, bias: Tensor | None, step_shift: Tensor | None,
-                        step_scale: Tensor | None, gelu: bool, eps: float) -> Tensor:
+                        step_scale: Tensor | None, gelu: bool, eps: float,
+                        scale_offset: float) -> Tensor:
     """The op under the settings given."""
     (batch, tokens, channels), outputs = x.shape, weight.shape[0]
     out = x.new_empty((batch, tokens, outputs))
@@ -74,14 +77,14 @@ def launch_adaln_linear(its: launch.Settings, x: Tensor, shift: Tensor, scale: T
         statistics, first = None, x.new_empty((batch, tokens, channels))
     kernels.normalise_rows[(rows,)](
         *_view(x), *(nothing if its.prologue else modulation), first, tokens, channels, eps,
-        BLOCK=launch.row_block(channels), num_warps=launch.ROW_WARPS)
+        scale_offset, BLOCK=launch.row_block(channels), num_warps=launch.ROW_WARPS)
     if not its.prologue:
         x, modulation = first, nothing
     split = its.splits > 1
     sums = x.new_empty((its.splits, rows, outputs), dtype=torch.float32) if split else out
     kernels.adaln_linear[_grid(its, rows, outputs)](
         *_view(x), statistics, *modulation, weight, weight.stride(0), bias, sums, rows, tokens,
-        outputs, channels, GELU=gelu, SPLIT=split, **_tile(its, x))
+        outputs, channels, scale_offset, GELU=gelu, SPLIT=split, **_tile(its, x))
     if split:
         kernels.reduce_adaln_linear[_sum_grid(rows, outputs)](
             sums, bias, out, rows, outputs, GELU=gelu, SPLITS=its.splits,
@@ -125,7 +128,8 @@ def _tile(its: launch.Settings, x: Tensor) -> dict:
             "num_stages": its.num_stages}
 
 
-def _fake_adaln_linear(x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps):
+def _fake_adaln_linear(x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps,
+                       scale_offset):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -135,7 +139,7 @@ def _fake_linear_gated_residual(h, weight, bias, gate, residual, step_gate):
 
 _adaln_linear = _triton.register(
     "adaln_linear(Tensor x, Tensor shift, Tensor scale, Tensor weight, Tensor? bias, "
-    "Tensor? step_shift, Tensor? step_scale, bool gelu, float eps) -> Tensor",
+    "Tensor? step_shift, Tensor? step_scale, bool gelu, float eps, float scale_offset) -> Tensor",
     _run_adaln_linear, _fake_adaln_linear)
 _linear_gated_residual = _triton.register(
     "linear_gated_residual(Tensor h, Tensor weight, Tensor? bias, Tensor gate, Tensor residual, "

@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ecar_kernels import adaln_linear, linear_gated_residual
+from ecar_kernels import adaln_linear, linear_gated_residual, use_backend
 from ecar_kernels.adaln import reference as unfused
 from ecar_kernels.flow_block import reference
 from ecar_kernels.registry import KERNEL_DTYPES
+from tests.support.accuracy import assert_accurate
+from tests.support.native import needs_native
 from tests.support.ops import arguments
 
 MODULATION = ("x", "shift", "scale", "step_shift", "step_scale")
@@ -19,7 +21,8 @@ def test_adaln_linear_is_its_formula(activation):
     x, weight, bias = call["x"], call["weight"], call["bias"]
     centred = x - x.mean(-1, keepdim=True)
     y = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    y = y * (1 + call["scale"] + call["step_scale"]) + call["shift"] + call["step_shift"]
+    factor = call["scale_offset"] + call["scale"] + call["step_scale"]
+    y = y * factor + call["shift"] + call["step_shift"]
     y = torch.einsum("bnc,kc->bnk", y, weight) + bias
     if activation:
         y = y / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
@@ -38,7 +41,8 @@ def test_linear_gated_residual_is_its_formula():
 @pytest.mark.parametrize("optional", [True, False])
 @torch.no_grad()
 def test_fused_is_unfused(dtype, optional):
-    call = arguments("adaln_linear", dtype=dtype, optional=optional) | {"activation": None}
+    call = arguments("adaln_linear", dtype=dtype, optional=optional)
+    call |= {"activation": None, "scale_offset": 1.0}
     y = unfused.adaln(**{name: call[name] for name in MODULATION if name in call})
     assert reference.adaln_linear(**call).equal(F.linear(y, call["weight"], call["bias"]))
     call = arguments("linear_gated_residual", dtype=dtype, optional=optional)
@@ -46,6 +50,38 @@ def test_fused_is_unfused(dtype, optional):
     expected = unfused.gated_residual(call["residual"], branch, call["gate"],
                                       step_gate=call.get("step_gate"))
     assert reference.linear_gated_residual(**call).equal(expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
+def test_what_is_added_to_scale(backend):
+    """scale_offset + scale is one number: the same bits for whichever part holds the 1, which is
+    scale_offset where none is given."""
+    call = arguments("adaln_linear") | {"scale_offset": 1.0}
+    del call["step_scale"]  # which is added to scale first
+    with use_backend(backend):
+        expected = adaln_linear(**call)
+        given = {"scale": 1 + call["scale"], "scale_offset": 0.0}
+        assert adaln_linear(**call | given).equal(expected)
+        del call["scale_offset"]
+        assert adaln_linear(**call).equal(expected)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
+def test_a_layer_norm_in_front_of_a_linear_layer(backend, dtype):
+    """Its weight and bias, small and large, are scale and shift where scale_offset is 0."""
+    def plain(x, shift, scale, weight, bias):
+        return F.linear(F.layer_norm(x, x.shape[-1:], scale[0, 0], shift[0, 0], 1e-6), weight, bias)
+
+    def fused(**call):
+        with use_backend(backend):
+            return adaln_linear(**call, scale_offset=0.0)
+
+    for factor in (1e-3, 50):
+        call = {"x": torch.randn(2, 21, 48), "shift": torch.randn(1, 1, 48).expand(2, 1, 48),
+                "scale": factor * torch.randn(1, 1, 48).expand(2, 1, 48),
+                "weight": torch.randn(70, 48), "bias": torch.randn(70)}
+        assert_accurate(fused, plain, {name: value.to(dtype) for name, value in call.items()})
 
 
 @pytest.mark.parametrize("op", [adaln_linear, linear_gated_residual])

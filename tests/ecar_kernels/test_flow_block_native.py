@@ -17,6 +17,7 @@ from ecar_kernels import adaln_linear, linear_gated_residual, use_backend
 from ecar_kernels.flow_block import packing, reference
 from ecar_kernels.registry import KERNEL_DTYPES, resolve
 from tests.support.accuracy import assert_accurate
+from tests.support.flow_block import OFFSETS
 from tests.support.native import needs_native
 
 pytestmark = needs_native
@@ -61,7 +62,8 @@ def linear(outputs, depth, dtype=torch.float32, sliced=False, bias=True):
 
 
 def call_of(op, batch, count, depth, outputs, *, dtype=torch.float32, layouts=("contiguous",) * 7,
-            whole=(True, True), steps=("one", "one"), sliced=False, bias=True, gelu=True):
+            whole=(True, True), steps=("one", "one"), sliced=False, bias=True, gelu=True,
+            scale_offset=1.0):
     layout = iter(layouts)
     first = {"x" if op == "adaln_linear" else "h":
              tokens(batch, count, depth, dtype, next(layout))}
@@ -73,7 +75,7 @@ def call_of(op, batch, count, depth, outputs, *, dtype=torch.float32, layouts=("
             rows = batch if step == "rows" else 1
             call[f"step_{name}"] = tokens(rows, 1, width, dtype, next(layout))
     if op == "adaln_linear":
-        return call | {"activation": "gelu_tanh" if gelu else None}
+        return call | {"activation": "gelu_tanh" if gelu else None, "scale_offset": scale_offset}
     return call | {"residual": tokens(batch, count, outputs, dtype, next(layout))}
 
 
@@ -87,7 +89,7 @@ def calls(draw, op):
              "whole": draw(st.lists(st.booleans(), **two)),
              "steps": draw(st.lists(st.sampled_from([None, "one", "rows"]), **two)),
              "sliced": draw(st.booleans()), "bias": draw(st.booleans()),
-             "gelu": draw(st.booleans())}
+             "gelu": draw(st.booleans()), "scale_offset": draw(st.sampled_from(OFFSETS))}
     torch.manual_seed(draw(st.integers(0, 2**32)))
     return call_of(op, *shape, **kinds)
 
@@ -294,8 +296,8 @@ def test_opcheck(op, optional, dtype, native):
     if op == "adaln_linear":
         first = [call["x"], call["shift"], call["scale"]]
         rest = [call["bias"], call.get("step_shift"), call.get("step_scale")]
-        whole = (*first, call["weight"], *rest, True, 1e-6)
-        inner = (*first, packed, 40, *rest, True, 1e-6)
+        whole = (*first, call["weight"], *rest, True, 1e-6, 0.5)
+        inner = (*first, packed, 40, *rest, True, 1e-6, 0.5)
     else:
         rest = [call["bias"], call["gate"], call["residual"], call.get("step_gate")]
         whole = (call["h"], call["weight"], *rest)
@@ -338,7 +340,7 @@ def test_the_ops_refuse_what_would_leave_their_tensors(native):
     x, shift, scale = torch.randn(3, 2, 5, 24).unbind()
     packed = native.packed_weight(torch.randn(40, 24))
     op = torch.ops.ecar.packed_adaln_linear.default
-    whole = [x, shift, scale, packed, 40, None, None, None, False, 1e-6]
+    whole = [x, shift, scale, packed, 40, None, None, None, False, 1e-6, 1.0]
     op(*whole)
     for index, value, message in (
             (0, x.transpose(1, 2), "argument 'x'"), (1, shift[:, :3], "argument 'shift'"),

@@ -102,7 +102,8 @@ def test_inference_only_ops_refuse_gradients(op):
 
 NUMBERS = [
     ("stage_attention", "scale"), ("adaln", "eps"), ("gated_residual_adaln", "eps"),
-    ("adaln_linear", "eps"), ("euler_step", "dt"), ("euler_step", "guidance_scale"),
+    ("adaln_linear", "eps"), ("adaln_linear", "scale_offset"), ("euler_step", "dt"),
+    ("euler_step", "guidance_scale"),
     ("upsample_renoise_euler", "dt"), ("upsample_renoise_euler", "time"),
     ("upsample_renoise_euler", "guidance_scale"), ("flow_boundary", "dt"),
     ("flow_boundary", "guidance_scale"), ("flow_boundary", "eps"),

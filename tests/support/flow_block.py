@@ -5,12 +5,13 @@ import torch
 from tests.support.adaln import tokens
 
 OPS = ("adaln_linear", "linear_gated_residual")
+OFFSETS = (1.0, 0.0, -2.5)
 CONTIGUOUS = ("contiguous",) * 6
 
 
 def call_of(op, batch, count, depth, outputs, dtype=torch.float32, *, layouts=CONTIGUOUS,
             whole=(True, True), steps=("one", "one"), sliced=False, bias=True, gelu=True,
-            device="cpu"):
+            scale_offset=1.0, device="cpu"):
     """Arguments; the lists are for each tensor, modulation or step in turn.
 
     whole: whether a modulation is for each token. steps: None, "one" or "rows" (an image's).
@@ -31,5 +32,5 @@ def call_of(op, batch, count, depth, outputs, dtype=torch.float32, *, layouts=CO
         if step is not None:
             call[f"step_{name}"] = random(1, width, batch if step == "rows" else 1)
     if op == "adaln_linear":
-        return call | {"activation": "gelu_tanh" if gelu else None}
+        return call | {"activation": "gelu_tanh" if gelu else None, "scale_offset": scale_offset}
     return call | {"residual": random(count, outputs)}

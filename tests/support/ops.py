@@ -54,7 +54,8 @@ def arguments(op: str, *, batch: int = 2, dtype: torch.dtype = torch.float32,
     if op == "adaln_linear":
         return (x | modulation("shift", "scale")
                 | {"weight": normal(HIDDEN, CHANNELS), "bias": normal(HIDDEN)}
-                | steps("step_shift", "step_scale") | {"activation": "gelu_tanh"})
+                | steps("step_shift", "step_scale") | {"activation": "gelu_tanh"}
+                | ({"scale_offset": 0.5} if optional else {}))
     if op == "linear_gated_residual":
         return ({"h": normal(batch, TOKENS, HIDDEN), "weight": normal(CHANNELS, HIDDEN),
                  "bias": normal(CHANNELS), "residual": normal(batch, TOKENS, CHANNELS)}

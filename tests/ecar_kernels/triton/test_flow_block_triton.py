@@ -13,7 +13,7 @@ from ecar_kernels.flow_block import launch, reference
 from ecar_kernels.registry import KERNEL_DTYPES
 from tests.support.accuracy import assert_accurate
 from tests.support.adaln import LAYOUTS
-from tests.support.flow_block import OPS, call_of
+from tests.support.flow_block import OFFSETS, OPS, call_of
 
 triton = pytest.importorskip("ecar_kernels.flow_block.triton")
 
@@ -36,7 +36,7 @@ def positional(op, arguments):
     if op == "adaln_linear":
         return (*(arguments[name] for name in ("x", "shift", "scale", "weight", "bias")),
                 arguments.get("step_shift"), arguments.get("step_scale"),
-                arguments["activation"] is not None, 1e-6)
+                arguments["activation"] is not None, 1e-6, arguments["scale_offset"])
     return (*(arguments[name] for name in ("h", "weight", "bias", "gate", "residual")),
             arguments.get("step_gate"))
 
@@ -62,7 +62,7 @@ def calls(draw, op):
              "whole": draw(st.lists(st.booleans(), **two)),
              "steps": draw(st.lists(st.sampled_from(STEPS), **two)),
              "sliced": draw(st.booleans()), "bias": draw(st.booleans()),
-             "gelu": draw(st.booleans())}
+             "gelu": draw(st.booleans()), "scale_offset": draw(st.sampled_from(OFFSETS))}
     torch.manual_seed(draw(st.integers(0, 2**32)))
     return call(op, *shape, **kinds)
 
@@ -83,6 +83,15 @@ def test_outputs_under_other_settings(op, data):
     its = replace(its, splits=data.draw(st.sampled_from(launch.SPLITS)),
                   prologue=data.draw(st.booleans()))
     check(op, data.draw(calls(op)), its)
+
+
+@pytest.mark.parametrize("prologue", [False, True])
+def test_what_is_added_to_scale(prologue):
+    """scale_offset + scale is one number: the same bits for whichever part holds the 1."""
+    run = under("adaln_linear", replace(SMALL, prologue=prologue))
+    arguments = call("adaln_linear", 2, 9, 100, 70, steps=("one", None))
+    given = {"scale": 1 + arguments["scale"], "scale_offset": 0.0}
+    assert run(**arguments).equal(run(**arguments | given))
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
