@@ -12,6 +12,7 @@ a time: between replays nothing in the pool is alive.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import threading
 import weakref
@@ -60,7 +61,7 @@ class CudaRecorder:
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
             # Other threads may allocate meanwhile: only this one's calls can spoil the capture.
-            with torch.cuda.graph(
+            with _no_collection(), torch.cuda.graph(
                 graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
             ):
                 run()
@@ -89,6 +90,24 @@ class CudaRecorder:
     def give_back(self) -> None:
         """Unused memory goes back to the device."""
         torch.cuda.empty_cache()
+
+
+_collecting = threading.Lock()  # gc's state is the process's, so one capture at a time
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage is collected within the block: an event or a graph among it would be destroyed,
+    which a capture under way does not survive."""
+    with _collecting:
+        enabled = gc.isenabled()
+        gc.collect()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
 
 
 def device_reason(device: torch.device) -> str | None:
