@@ -27,7 +27,7 @@ from ecar_kernels import (
     adaln,
     recompute,
 )
-from ecar_kernels.acceleration import PUBLIC
+from ecar_kernels.acceleration import PUBLIC, unit_gate
 
 __all__ = ["FlowHead", "sincos_positions", "time_frequencies"]
 
@@ -198,7 +198,6 @@ class AcceleratedFlowHead(Accelerated, FlowHead):
         if ops is PUBLIC:
             return super().embed_tokens(x)
         tokens, rows = patchify(x, self.patch_size), len(x)
-        gate = self.positions.new_ones(1, 1, self.width).expand(rows, 1, -1)
         positions = self.positions.expand(rows, -1, -1)
-        return ops.linear_gated_residual(tokens, self.embed.weight, self.embed.bias, gate,
-                                         positions)
+        return ops.linear_gated_residual(tokens, self.embed.weight, self.embed.bias,
+                                         unit_gate(positions, self.width), positions)

@@ -52,6 +52,30 @@ def _refuse(reason: str, *args: object, **kwargs: object) -> None:
     raise registry.BackendUnavailableError(reason)
 
 
+_unit_gates: dict[tuple, Tensor] = {}
+
+
+def unit_gate(x: Tensor, width: int) -> Tensor:
+    """A gate of 1 for tokens like x [B, ..]: [B, 1, width], a view of a constant.
+
+    The constant is kept, so that no call launches a kernel to fill it.
+    """
+    key = x.device, x.dtype, width
+    ones = _unit_gates.get(key) if type(x) is Tensor else None
+    if ones is None:
+        with torch.inference_mode(False):
+            ones = torch.ones(1, 1, width, device=x.device, dtype=x.dtype)
+        # Not a fake one, and not one that a CUDA graph fills when it is replayed.
+        keep = type(x) is type(ones) is Tensor
+        if keep and x.is_cuda:
+            keep = not torch.cuda.is_current_stream_capturing()
+            if keep:  # the next to read it may be on another stream
+                torch.cuda.current_stream(x.device).synchronize()
+        if keep:
+            _unit_gates[key] = ones
+    return ones.expand(len(x), 1, -1)
+
+
 @dataclass(frozen=True)
 class Binding:
     """What `accelerate` leaves in a module, and `restore` takes away."""

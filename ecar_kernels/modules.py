@@ -8,12 +8,17 @@ step, as in `ecar_kernels.adaln`.
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ecar_kernels import recompute
-from ecar_kernels.acceleration import PUBLIC, Accelerated, Ops, accelerates
+from ecar_kernels.acceleration import (
+    PUBLIC,
+    Accelerated,
+    Ops,
+    accelerates,
+    unit_gate,
+)
 
 _PACKING = "ecar_kernels.flow_block.native"  # the backend that packs weights
 
@@ -291,15 +296,21 @@ class AcceleratedLinear(Accelerated, Linear):
     def product(self, x: Tensor) -> Tensor:
         return self._multiply(x, None, super().product)
 
+    def _packs(self, x):
+        """Elsewhere the libraries' own GEMM is the one to take."""
+        ops = self.ops(x)
+        return (ops is not PUBLIC and x.ndim >= 2 and x.numel() > 0
+                and ops.linear_gated_residual.__module__ == _PACKING)
+
     def _multiply(self, x, bias, plain):
-        run = self.ops(x).linear_gated_residual
-        if run.__module__ != _PACKING or x.ndim < 2 or not x.numel():
-            return plain(x)  # elsewhere the libraries' own GEMM is the one to take
+        if not self._packs(x):
+            return plain(x)
         tokens = x.reshape(-1, *x.shape[-2:])
         images, count = tokens.shape[:2]
-        gate = x.new_ones(1, 1, self.out_features).expand(images, 1, -1)
         nothing = x.new_zeros(1, 1, self.out_features).expand(images, count, -1)
-        return run(tokens, self.weight, bias, gate, nothing).view(*x.shape[:-1], -1)
+        return self.ops(x).linear_gated_residual(
+            tokens, self.weight, bias, unit_gate(tokens, self.out_features), nothing
+        ).view(*x.shape[:-1], -1)
 
 
 @accelerates(StageBlock)
@@ -311,9 +322,9 @@ class AcceleratedStageBlock(Accelerated, StageBlock):
 
     def forward(self, x, stage_lengths=None, cache=None, layer=0):
         ops, mlp = self.ops(x), self.mlp
-        if ops is PUBLIC:
+        if ops is PUBLIC or not self._has_plain_norms():
             return super().forward(x, stage_lengths, cache, layer)
-        one = x.new_ones(1, 1, self.width).expand(len(x), 1, -1)
+        one = unit_gate(x, self.width)
         qkv = ops.adaln_linear(x, **_modulation(self.norm1, len(x)), weight=self.qkv.weight,
                                bias=self.qkv.bias)
         x = ops.linear_gated_residual(self.attend(qkv, stage_lengths, cache, layer),
@@ -322,14 +333,13 @@ class AcceleratedStageBlock(Accelerated, StageBlock):
                                   bias=mlp.fc1.bias, activation="gelu_tanh")
         return ops.linear_gated_residual(hidden, mlp.fc2.weight, mlp.fc2.bias, one, x)
 
+    def _has_plain_norms(self):
+        return all(recompute.as_written(norm, nn.LayerNorm)
+                   and norm.weight is not None and norm.bias is not None
+                   for norm in (self.norm1, self.norm2))
+
 
 def _modulation(norm: nn.LayerNorm, batch: int) -> dict:
-    """adaLN's arguments with which it is this LayerNorm: shift = bias, 1 + scale = weight.
-
-    weight - 1 is held as two numbers, for in 16 bits one would lose a small weight's digits.
-    """
-    exact = norm.weight.float() - 1
-    scale = exact.to(norm.weight.dtype)
-    rest = None if scale.dtype is torch.float32 else (exact - scale).to(scale.dtype)[None, None]
-    return {"shift": norm.bias.expand(batch, 1, -1), "scale": scale.expand(batch, 1, -1),
-            "step_scale": rest, "eps": norm.eps}
+    """adaLN's arguments with which it is this LayerNorm: views of its parameters, no copy."""
+    return {"shift": norm.bias.expand(batch, 1, -1), "scale": norm.weight.expand(batch, 1, -1),
+            "scale_offset": 0.0, "eps": norm.eps}

@@ -1,9 +1,12 @@
 """The drop-in modules: what they compute, plain and accelerated, and a DiT built of them."""
 
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import ecar_kernels
 from ecar_kernels import (
@@ -14,13 +17,15 @@ from ecar_kernels import (
     StageAttention,
     StageBlock,
     accelerate,
+    acceleration,
     use_backend,
 )
-from ecar_kernels.acceleration import Accelerated
+from ecar_kernels.acceleration import Accelerated, unit_gate
 from ecar_kernels.registry import KERNEL_DTYPES
 from ecar_kernels.stage_attention.reference import block_causal_mask
 from tests.support.accuracy import assert_accurate
-from tests.support.modules import arguments_of, functional
+from tests.support.modules import arguments_of, calls_of_a_block, functional
+from tests.support.native import needs_native
 
 WIDTH, HEADS, STAGES = 48, 4, (1, 4, 9)
 TOKENS = sum(STAGES)
@@ -77,6 +82,113 @@ def test_stage_attention_sees_its_own_and_earlier_stages():
     expected = module.proj(expected.transpose(1, 2).flatten(2))
     assert (module(x, STAGES) - expected).abs().max() < 1e-5
     assert (module(x) - module(x, (TOKENS,))).abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("factor", [1e-3, 50])
+@torch.no_grad()
+def test_layer_norms_far_from_1(factor, dtype):
+    """Their weights are what is fused, not their distance from 1, which would be rounded."""
+    build, call, shapes = CASES["StageBlock"]
+    plain, fast = build(), accelerate(build().to(dtype))
+    arguments = arguments_of(plain, shapes, dtype)
+    for index, (name, _) in enumerate(plain.named_parameters()):
+        if name in ("norm1.weight", "norm2.weight"):
+            arguments[f"w{index}"] = (factor * (1 + torch.rand(WIDTH))).to(dtype)
+        elif name in ("norm1.bias", "norm2.bias"):
+            arguments[f"w{index}"] *= factor
+        elif name in ("qkv.weight", "mlp.fc1.weight"):
+            # So that all tokens count, and no score is so large that rounding is a lottery.
+            arguments[f"w{index}"] /= factor
+
+    def reference(**arguments):
+        with use_backend("reference"):
+            return functional(plain, call)(**arguments)
+
+    assert_accurate(functional(fast, call), reference, arguments)
+
+
+class OwnNorm(nn.LayerNorm):
+    """With a forward of its own: no mean is taken off."""
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+def hooked():
+    norm = nn.LayerNorm(WIDTH)
+    norm.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return norm
+
+
+NORMS = {
+    "LayerNorm": lambda: nn.LayerNorm(WIDTH),
+    "no weight": lambda: nn.LayerNorm(WIDTH, elementwise_affine=False),
+    "no bias": lambda: nn.LayerNorm(WIDTH, bias=False),
+    "RMSNorm": lambda: nn.RMSNorm(WIDTH),
+    "Identity": nn.Identity,
+    "another forward": lambda: OwnNorm(WIDTH),
+    "a hook": hooked,
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("which", ["norm1", "norm2"])
+@pytest.mark.parametrize("name", NORMS)
+@torch.no_grad()
+def test_other_norms_in_an_accelerated_block(name, which, backend):
+    """Only a plain LayerNorm is fused; the answer is the plain block's."""
+    block, x = StageBlock(WIDTH, HEADS), torch.randn(2, TOKENS, WIDTH) + 1
+    setattr(block, which, NORMS[name]())
+    expected = block(x, STAGES)
+    accelerate(block, backend=backend)
+    assert (block(x, STAGES) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@needs_native
+@torch.no_grad()
+def test_an_accelerated_block_is_five_calls():
+    """No other is made but views and the writes to the cache: on a GPU each would be a launch."""
+    block = accelerate(StageBlock(WIDTH, HEADS), backend="native")
+    assert calls_of_a_block(block) == [
+        "ecar::packed_adaln_linear", "aten::copy_", "aten::copy_", "ecar::stage_attention",
+        "ecar::packed_linear_gated_residual", "ecar::packed_adaln_linear",
+        "ecar::packed_linear_gated_residual"]
+
+
+class TestUnitGate:
+    """The constant gate of 1, kept so that it is filled once."""
+
+    @pytest.fixture(autouse=True)
+    def kept(self, monkeypatch):
+        monkeypatch.setattr(acceleration, "_unit_gates", kept := {})
+        return kept
+
+    @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+    def test_a_view_of_what_is_kept(self, dtype):
+        with torch.inference_mode():
+            first = unit_gate(torch.empty(3, 5, 7, dtype=dtype), WIDTH)
+        again = unit_gate(torch.empty(2, 5, 7, dtype=dtype), WIDTH)
+        assert first.data_ptr() == again.data_ptr() and not again.is_inference()
+        assert again.equal(torch.ones(2, 1, WIDTH, dtype=dtype))
+
+    def test_a_fake_one_is_not_kept(self, kept):
+        x = torch.empty(2, 5, WIDTH)
+        for _ in range(2):  # before and after there is a real one
+            with FakeTensorMode() as mode:
+                assert type(unit_gate(mode.from_tensor(x), WIDTH)) is FakeTensor
+            assert unit_gate(x, WIDTH).equal(torch.ones(2, 1, WIDTH))
+        assert len(kept) == 1
+
+    @pytest.mark.parametrize("capturing", [True, False])
+    def test_one_that_a_graph_would_fill_is_not_kept(self, kept, monkeypatch, capturing):
+        """Under capture nothing is computed; else its stream is waited for, as others may read."""
+        stream = MagicMock()
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+        unit_gate(torch.empty(2, 5, WIDTH), WIDTH)
+        assert len(kept) == stream.synchronize.call_count == (not capturing)
 
 
 class Cache:

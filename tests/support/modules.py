@@ -1,7 +1,9 @@
 """Modules as functions of their inputs and weights, as the rule of accuracy judges functions."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def functional(module, call):
@@ -27,3 +29,41 @@ def arguments_of(module, shapes, dtype):
                for i, p in enumerate(module.parameters())}
     inputs = {name: torch.randn(shape) for name, shape in shapes.items()}
     return {name: value.to(dtype) for name, value in (weights | inputs).items()}
+
+
+class Calls(TorchDispatchMode):
+    """The names of what is dispatched, without views."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        given, made = ({leaf.untyped_storage().data_ptr() for leaf in tree_leaves(tree)
+                        if isinstance(leaf, Tensor)} for tree in ((args, kwargs), output))
+        if function._schema.is_mutable or not made <= given:
+            self.names.append(function._schema.name)
+        return output
+
+
+class Cache:
+    """Keys and values in one buffer, as a sampler has them."""
+
+    def __init__(self, *shape):
+        self.held, self.begin = torch.zeros(2, *shape), 0
+
+    def write(self, layer, key, value):
+        end = self.begin + key.shape[1]
+        for held, new in zip(self.held, (key, value), strict=True):
+            held[:, self.begin:end] = new
+        return self.held[0, :, :end], self.held[1, :, :end]
+
+
+def calls_of_a_block(block):
+    """What a StageBlock's second call dispatches, the first having packed weights and the like."""
+    x, cache = torch.randn(2, 5, block.width), Cache(2, 5, block.heads, block.head_dim)
+    block(x, (5,), cache)
+    with Calls() as calls:
+        block(x, (5,), cache)
+    return calls.names

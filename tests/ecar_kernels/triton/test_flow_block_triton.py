@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ecar_kernels import StageBlock, accelerate
 from ecar_kernels.flow_block import launch, reference
 from ecar_kernels.registry import KERNEL_DTYPES
 from tests.support.accuracy import assert_accurate
 from tests.support.adaln import LAYOUTS
 from tests.support.flow_block import OFFSETS, OPS, call_of
+from tests.support.modules import calls_of_a_block
 
 triton = pytest.importorskip("ecar_kernels.flow_block.triton")
 
@@ -83,6 +85,16 @@ def test_outputs_under_other_settings(op, data):
     its = replace(its, splits=data.draw(st.sampled_from(launch.SPLITS)),
                   prologue=data.draw(st.booleans()))
     check(op, data.draw(calls(op)), its)
+
+
+@torch.no_grad()
+def test_an_accelerated_block_is_five_calls():
+    """As test_modules.py has it of the C++ ones."""
+    block = accelerate(StageBlock(64, 4).to(DEVICE), backend="triton")
+    assert calls_of_a_block(block) == [
+        "ecar_triton::adaln_linear", "aten::copy_", "aten::copy_", "ecar_triton::stage_attention",
+        "ecar_triton::linear_gated_residual", "ecar_triton::adaln_linear",
+        "ecar_triton::linear_gated_residual"]
 
 
 @pytest.mark.parametrize("prologue", [False, True])
