@@ -20,7 +20,7 @@ from ecar import stages
 from ecar.config import ECARConfig
 from ecar.flow import NORM_EPS, AcceleratedFlowHead, FlowHead
 from ecar_kernels import registry
-from ecar_kernels.acceleration import PUBLIC
+from ecar_kernels.acceleration import served
 from ecar_kernels.modules import AcceleratedFlowBlock, FlowBlock
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Buffers", "can_bind", "run_stage"]
 
 Call = Callable[[], object]
+OPS = ("adaln_linear", "stage_attention", "linear_gated_residual", "flow_boundary")
 _OWN = FlowHead.velocity, FlowHead.stream, FlowBlock.infer
 
 
@@ -45,33 +46,13 @@ def can_bind(head: FlowHead, dtype: torch.dtype) -> bool:
     if type(head) not in (FlowHead, AcceleratedFlowHead) or not all(
             type(block) in (FlowBlock, AcceleratedFlowBlock) for block in head.blocks):
         return False
+    x = torch.empty(0, head.width, dtype=dtype)
     try:
         boundary = registry.implementation("flow_boundary", "cpu", dtype, head.width)
+        return registry.backend_of("flow_boundary", boundary) == "native" and all(
+            by == "native" for block in head.blocks for _, by in served(block, x, "infer"))
     except registry.BackendUnavailableError:
         return False
-    if boundary.__module__ != "ecar_kernels.flow_step.boundary":
-        return False
-    from ecar_kernels.flow_block import native
-    from ecar_kernels.stage_attention.native import stage_attention
-
-    x = torch.empty(0, head.width, dtype=dtype)
-    q = torch.empty(0, head.blocks[0].head_dim, dtype=dtype)
-    return all(
-        _served(block, "adaln_linear", x) is native.adaln_linear
-        and _served(block, "linear_gated_residual", x) is native.linear_gated_residual
-        and _served(block, "stage_attention", q) is stage_attention
-        # An inference tensor has no version: a packed copy could go stale unseen.
-        and not any(layer.weight.is_inference() for layer in _layers(block))
-        for block in head.blocks
-    )
-
-
-def _served(block: FlowBlock, op: str, x: Tensor) -> Callable:
-    """What the block would call for x [.., C] or [.., D]."""
-    ops = block.ops(x)
-    if ops is PUBLIC:
-        return registry.implementation(op, x.device.type, x.dtype, x.shape[-1])
-    return getattr(ops, op)
 
 
 def _layers(block: FlowBlock) -> tuple[nn.Linear, ...]:
@@ -180,6 +161,10 @@ class _Steps:
 def run_stage(run: Stage, buffers: Buffers, x: Tensor) -> tuple[Tensor, Tensor]:
     """(end_s, start_{s+1}) from start_s = x [B, C, h, w]; at the last stage, the end twice."""
     steps, last = _Steps(run, buffers), run.count - 1
+    run.plan.note(run.head.served_once(run.token_map))
+    run.plan.note((op, "native") for op in OPS)
+    if steps.start is not None:
+        run.plan.note([("upsample_renoise_euler", "native")])
     steps.begin(x, 0)
     for step, calls in enumerate(steps.calls):
         for call in calls:

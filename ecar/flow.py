@@ -8,7 +8,7 @@ section 3.5). Sampling computes the first once per stage and the second once for
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from ecar_kernels import (
     adaln,
     recompute,
 )
-from ecar_kernels.acceleration import PUBLIC, unit_gate
+from ecar_kernels.acceleration import PUBLIC, served, server, unit_gate
 
 __all__ = ["FlowHead", "sincos_positions", "time_frequencies"]
 
@@ -186,6 +186,18 @@ class FlowHead(OpsModule):
         )
         return unpatchify(tokens, self.patch_size, self.shape)
 
+    def served(self, x: Tensor) -> Iterator[tuple[str, str]]:
+        """As ``ecar_kernels.acceleration.served``, of a stage's conditions and velocities."""
+        yield from self.served_once(x)
+        for block in self.blocks:
+            yield from served(block, x, "infer")
+        yield "adaln_linear", server(self.ops(x), "adaln_linear", x, self.output.weight)
+
+    def served_once(self, x: Tensor) -> Iterator[tuple[str, str]]:
+        """Likewise of the conditions and the embedding of the state alone."""
+        for layer in (self.condition.fc1, self.condition.fc2, self.modulation):
+            yield from served(layer, x)
+
 
 @accelerates(FlowHead)
 class AcceleratedFlowHead(Accelerated, FlowHead):
@@ -201,3 +213,9 @@ class AcceleratedFlowHead(Accelerated, FlowHead):
         positions = self.positions.expand(rows, -1, -1)
         return ops.linear_gated_residual(tokens, self.embed.weight, self.embed.bias,
                                          unit_gate(positions, self.width), positions)
+
+    def served_once(self, x: Tensor) -> Iterator[tuple[str, str]]:
+        yield from super().served_once(x)
+        if (ops := self.ops(self.positions)) is not PUBLIC:
+            yield "linear_gated_residual", server(ops, "linear_gated_residual", self.positions,
+                                                  self.embed.weight)

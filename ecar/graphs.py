@@ -147,6 +147,7 @@ def weights_of(model: nn.Module) -> tuple:
 class _Graph:
     plan: Plan
     ends: list[Tensor]  # outside the pool
+    served: dict[str, str]
     replay: Callable[[], None]
 
 
@@ -171,8 +172,10 @@ class GraphCache:
     def draw(
         self, model: ECAR, shape: Shape, labels: Tensor, seeds: Tensor,
         scales: Sequence[Sequence[float]],
-    ) -> list[Tensor]:
-        """The end state of every stage, replayed; captured first where the key is new.
+    ) -> tuple[list[Tensor], dict[str, str]]:
+        """The end state of every stage, replayed, and what serves it (``Plan.served``).
+
+        It is captured first where the key is new.
 
         Raises:
             CaptureError: the graph can't be had, now or at an earlier try with this key.
@@ -190,7 +193,7 @@ class GraphCache:
             with self._recorder.turn():
                 graph.plan.load(labels, seeds, scales)
                 graph.replay()
-                return [end.clone() for end in graph.ends]
+                return [end.clone() for end in graph.ends], graph.served
 
     def release(self) -> None:
         """Drop all graphs, and forget what failed; their memory goes back to the device."""
@@ -272,7 +275,7 @@ class GraphCache:
                 raise
             except RuntimeError as error:
                 raise CaptureError("the capture failed") from error
-        return _Graph(plan, ends, replay)
+        return _Graph(plan, ends, plan.served, replay)
 
 
 def number_format() -> tuple[str, str]:

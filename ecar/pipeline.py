@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,11 +44,15 @@ class ECARPipelineOutput:
         seeds: the seed of each; with it the same picture can be made again.
         stage_images: with ``return_stages``, the end state of each stage, coarse to fine, in the
             form of ``images``. All but the last are smaller and still partly noise.
+        served, why_not_graph: as in ``SampleOutput``: which backend served each op, and why no
+            CUDA graph was replayed.
     """
 
     images: Any
     seeds: list[int]
     stage_images: list[Any] | None = None
+    served: dict[str, str] = field(default_factory=dict)
+    why_not_graph: str | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
         """(images, seeds), and stage_images where they were asked for."""
@@ -294,7 +298,8 @@ class ECARPipeline:
         if return_stages:
             stage_images = [self._pictures(end, output_type) for end in drawn.stage_ends]
         output = ECARPipelineOutput(
-            self._pictures(drawn.latents, output_type), numbers, stage_images
+            self._pictures(drawn.latents, output_type), numbers, stage_images, drawn.served,
+            drawn.why_not_graph,
         )
         return output if return_dict else output.to_tuple()
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from ecar.graphs import CaptureError, release_graphs
 from ecar.guidance import SCHEDULES, Guidance, split_steps
 from ecar.model import ECAR, check_labels
 from ecar.plan import Plan, Shape
+from ecar_kernels import _native, _triton, active_backend
 
 __all__ = [
     "SCHEDULES", "SOLVERS", "Guidance", "SampleOutput", "StepInfo", "release_graphs", "sample",
@@ -29,7 +31,7 @@ __all__ = [
 SOLVERS = ("euler", "heun")
 
 _log = logging.getLogger(__name__)
-_said: set[str] = set()
+_said: set[str | tuple[str, str]] = set()  # reasons, each told once a process
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,16 @@ class SampleOutput:
         latents: [B, C, H, W], float32.
         stage_ends: with ``return_stage_ends``, the end state of every stage, coarse to fine.
         why_not_graph: None where a CUDA graph was replayed, else the reason.
+        served: for each op of ``ecar_kernels`` that drew them, the backend that served it, or
+            several, as in "native, reference". A model's class is there too, with "torch" where
+            its layers are torch's own (as without ``accelerate``), or with "unknown" where it
+            stands in for one of ours.
     """
 
     latents: Tensor
     stage_ends: list[Tensor] | None
     why_not_graph: str | None = None
+    served: dict[str, str] = field(default_factory=dict)
 
 
 def sample(
@@ -107,6 +114,9 @@ def sample(
         tf32: matrix products of a float32 model on CUDA in TF32 (10 bits of mantissa) or not;
             None is torch's own setting, which is not.
 
+    Warns:
+        RuntimeWarning: on a CUDA device, once for each reason why its kernels are missing.
+
     Raises:
         TypeError, ValueError: naming the argument.
         RuntimeError: ``graphs=True`` and there can be none.
@@ -126,14 +136,15 @@ def sample(
     guided = tuple(tuple(scale != 1.0 for scale in values) for values in scales)
     shape = Shape(batch, tuple(counts), solver, guided)
     data = (class_labels, seeds, scales)
+    _warn_of_missing_kernels(model.device)
 
     # Buffers that outlive the call must be normal tensors, also where the caller is in
     # inference mode.
     with torch.inference_mode(False), torch.no_grad(), _tf32(tf32):
-        ends, reason = None, _why_not(model, callback, graphs)
+        ends, served, reason = None, {}, _why_not(model, callback, graphs)
         if reason is None:
             try:
-                ends = cuda_graphs.graphs_of(model).draw(model, shape, *data)
+                ends, served = cuda_graphs.graphs_of(model).draw(model, shape, *data)
             except CaptureError as error:
                 reason = str(error)
         if ends is None and graphs is True:
@@ -143,12 +154,12 @@ def sample(
                 if graphs and reason not in _said:
                     _said.add(reason)
                     _log.info("sampling without CUDA graphs: %s", reason)
-                ends = _run(model, shape, data, _watch(counts, bar, callback))
+                ends, served = _run(model, shape, data, _watch(counts, bar, callback))
             else:
                 if progress:
                     torch.cuda.synchronize(model.device)
                 bar.update(sum(counts))
-    return SampleOutput(ends[-1], ends if return_stage_ends else None, reason)
+    return SampleOutput(ends[-1], ends if return_stage_ends else None, reason, dict(served))
 
 
 def why_not_graphs(
@@ -167,11 +178,33 @@ def _why_not(model: ECAR, callback: Callable | None, graphs: bool | str) -> str 
     return cuda_graphs.device_reason(model.device)
 
 
-def _run(model: ECAR, shape: Shape, data: tuple, watch: Callable) -> list[Tensor]:
+def _warn_of_missing_kernels(device: torch.device) -> None:
+    """Once a process and reason. A backend that was named raises where it lacks something."""
+    if device.type != "cuda" or active_backend() != "auto":
+        return
+    for what, reason, cost in (
+        ("the CUDA half of the C++ library", _native.why_not_cuda(),
+         "what lies between two network calls, the jumps between stages and the noise run as many "
+         "small operations of torch in place of one kernel each"),
+        ("Triton", _triton.why_not(),
+         "attention and the fused layers run as separate operations of torch"),
+    ):
+        if reason is not None and (what, reason) not in _said:
+            _said.add((what, reason))
+            warnings.warn(
+                f"ecar samples on {device} without {what}: {reason}. So {cost}, which is slower; "
+                "`python -m ecar_kernels` and SampleOutput.served show what serves each op.",
+                RuntimeWarning, stacklevel=3,
+            )
+
+
+def _run(
+    model: ECAR, shape: Shape, data: tuple, watch: Callable
+) -> tuple[list[Tensor], dict[str, str]]:
     try:
         plan = Plan(model, shape, device_scales=False)
         plan.load(*data)
-        return plan.run(model, watch)
+        return plan.run(model, watch), plan.served
     except torch.OutOfMemoryError as error:
         reason = str(error)
     # Outside the except block: its traceback would keep the run's tensors alive.

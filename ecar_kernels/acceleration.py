@@ -8,7 +8,7 @@ method) and calls the ops that `Accelerated.ops` bound.
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, TypeVar
 
@@ -50,6 +50,34 @@ def _bound(backend: str, device_type: str, dtype: torch.dtype, width: int, head_
 
 def _refuse(reason: str, *args: object, **kwargs: object) -> None:
     raise registry.BackendUnavailableError(reason)
+
+
+def server(ops: Ops, op: str, x: Tensor, weight: Tensor | None = None) -> str | None:
+    """The backend that serves `op` out of a module's `ops` for x [.., C], by the function called.
+
+    weight: what a fused GEMM reads. None where no backend does.
+    """
+    run = getattr(ops, op)
+    if ops is PUBLIC:
+        run = registry.implementation(op, x.device.type, x.dtype, x.shape[-1])
+    backend = registry.backend_of(op, run)
+    # Such a weight has no version, by which a packed copy is known to be fresh.
+    refused = backend == "native" and weight is not None and weight.is_inference()
+    return "reference" if refused else backend
+
+
+def served(module: nn.Module, x: Tensor, method: str = "forward") -> Iterator[tuple[str, str]]:
+    """What serves a call of the method for x [.., C], where no gradient is asked for.
+
+    Pairs of an op and a backend, or of a class and "torch", whose layers are torch's own. Of
+    another class, a subclass too, and of a method that was replaced: the class and "unknown".
+    """
+    binding = vars(module).get("_binding")
+    original = type(module) if binding is None else binding.original
+    if "served" in vars(original) and method not in vars(module):
+        yield from module.served(x)
+    else:
+        yield type(module).__name__, "unknown"
 
 
 _unit_gates: dict[tuple, Tensor] = {}
@@ -242,9 +270,9 @@ def _resolve(replacement: type[Accelerated], module: nn.Module, backend: str) ->
 
 
 def _serving(module: Accelerated) -> dict[str, str]:
-    """Each op's backend, from the place of its function: ecar_kernels.<family>.<backend>."""
+    """Each op's backend, for the place where its parameters are now."""
     found = _resolve(type(module), module, module._binding.backend)
-    return {op: run.__module__.rpartition(".")[2] for op, run in found.items()}
+    return {op: registry.backend_of(op, run) for op, run in found.items()}
 
 
 def _prepare_weights(module: Accelerated, keep: bool) -> None:

@@ -5,7 +5,7 @@ Errors are those of the ops. Modulations have a part for the token and, optional
 step, as in `ecar_kernels.adaln`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch.nn.functional as F
@@ -17,10 +17,9 @@ from ecar_kernels.acceleration import (
     Accelerated,
     Ops,
     accelerates,
+    server,
     unit_gate,
 )
-
-_PACKING = "ecar_kernels.flow_block.native"  # the backend that packs weights
 
 
 class KVCache(Protocol):
@@ -82,6 +81,10 @@ class Linear(nn.Linear):
         """x weight^T, without the bias."""
         return F.linear(x, self.weight)
 
+    def served(self, x: Tensor) -> Iterator[tuple[str, str]]:
+        """As `acceleration.served`."""
+        yield "Linear", "torch"
+
 
 class MLP(nn.Module):
     """width -> hidden -> width with GELU (tanh).
@@ -122,6 +125,16 @@ class _Attention(OpsModule):
             k, v = cache.write(layer, k, v)
         run = self.ops(q).stage_attention
         return run(q, k, v, stage_lengths or (n,)).reshape(b, n, self.width)
+
+    def _served(self, x: Tensor, *, fused: bool) -> Iterator[tuple[str, str]]:
+        ops = self.ops(x)
+        yield "stage_attention", server(ops, "stage_attention", x[..., :self.head_dim])
+        if not fused:
+            return
+        for op, layers in (("adaln_linear", (self.qkv, self.mlp.fc1)),
+                           ("linear_gated_residual", (self.proj, self.mlp.fc2))):
+            for layer in layers:
+                yield op, server(ops, op, x, layer.weight)
 
     def feed_forward(self, z: Tensor, *made: object) -> Tensor:
         """self.mlp(z), for blocks that have one; `made`: of what z is, as in `recompute`."""
@@ -185,6 +198,11 @@ class StageBlock(_Attention):
         """[B, N, C] -> [B, N, C]; arguments as those of `StageAttention`."""
         x = x + self.attention(x, stage_lengths, cache, layer)
         return x + self.feed_forward(*recompute.layer_norm(self.norm2, x))
+
+    def served(self, x: Tensor) -> Iterator[tuple[str, str]]:
+        """As `acceleration.served`."""
+        yield from self._served(x, fused=False)
+        yield "StageBlock", "torch"
 
 
 class FlowBlock(_Attention):
@@ -261,6 +279,10 @@ class FlowBlock(_Attention):
         return ops.linear_gated_residual(hidden, mlp.fc2.weight, mlp.fc2.bias, mlp_gate, x,
                                          step_gate=t_mlp_gate)
 
+    def served(self, x: Tensor) -> Iterator[tuple[str, str]]:
+        """As `acceleration.served`, of `infer`."""
+        return self._served(x, fused=True)
+
 
 @accelerates(AdaLN)
 class AcceleratedAdaLN(Accelerated, AdaLN):
@@ -296,11 +318,18 @@ class AcceleratedLinear(Accelerated, Linear):
     def product(self, x: Tensor) -> Tensor:
         return self._multiply(x, None, super().product)
 
+    def served(self, x):
+        if self._packs(x):
+            yield "linear_gated_residual", server(self.ops(x), "linear_gated_residual", x,
+                                                  self.weight)
+        else:
+            yield from super().served(x)
+
     def _packs(self, x):
         """Elsewhere the libraries' own GEMM is the one to take."""
         ops = self.ops(x)
         return (ops is not PUBLIC and x.ndim >= 2 and x.numel() > 0
-                and ops.linear_gated_residual.__module__ == _PACKING)
+                and server(ops, "linear_gated_residual", x) == "native")
 
     def _multiply(self, x, bias, plain):
         if not self._packs(x):
@@ -332,6 +361,11 @@ class AcceleratedStageBlock(Accelerated, StageBlock):
         hidden = ops.adaln_linear(x, **_modulation(self.norm2, len(x)), weight=mlp.fc1.weight,
                                   bias=mlp.fc1.bias, activation="gelu_tanh")
         return ops.linear_gated_residual(hidden, mlp.fc2.weight, mlp.fc2.bias, one, x)
+
+    def served(self, x):
+        if self.ops(x) is PUBLIC or not self._has_plain_norms():
+            return super().served(x)
+        return self._served(x, fused=True)
 
     def _has_plain_norms(self):
         return all(recompute.as_written(norm, nn.LayerNorm)

@@ -214,6 +214,12 @@ def implementation(op: str, device_type: str, dtype: torch.dtype, width: int = 0
     raise BackendUnavailableError(f"backend '{backend}' cannot serve {op}: {reason}")
 
 
+def backend_of(op: str, function: Callable) -> str | None:
+    """The name of the backend whose function for the op this is, as `implementation` gives it."""
+    return next((name for name, found in IMPLEMENTATIONS[op].items()
+                 if found.function is function), None)
+
+
 def resolve(op: str, *, device: torch.device | str, dtype: torch.dtype, width: int = 0,
             backend: str | None = None) -> Callable:
     """Bind an op's implementation ahead of time.

@@ -137,12 +137,14 @@ NORMS = {
 @pytest.mark.parametrize("name", NORMS)
 @torch.no_grad()
 def test_other_norms_in_an_accelerated_block(name, which, backend):
-    """Only a plain LayerNorm is fused; the answer is the plain block's."""
+    """Only a plain LayerNorm is fused; the answer is the plain block's, and `served` tells."""
     block, x = StageBlock(WIDTH, HEADS), torch.randn(2, TOKENS, WIDTH) + 1
     setattr(block, which, NORMS[name]())
     expected = block(x, STAGES)
-    accelerate(block, backend=backend)
+    served = dict(accelerate(block, backend=backend).served(x))
     assert (block(x, STAGES) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert ("StageBlock" in served) is (name != "LayerNorm")
+    assert ("adaln_linear" in served) is (name == "LayerNorm")
 
 
 @needs_native
