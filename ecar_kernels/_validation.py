@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ecar_kernels import registry
+from ecar_kernels import _transforms, registry
 
 _INFINITY = float("inf")
 
@@ -29,13 +29,10 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def check_dtype(name: str, dtype: object) -> None:
-    """A floating type that the ops serve."""
-    if dtype in registry.KERNEL_DTYPES:
-        return
-    if dtype is torch.float64 and registry.active_backend() == "reference":
-        return
-    raise TypeError(f"argument '{name}': expected torch.float32, torch.bfloat16 or torch.float16 "
-                    f"(torch.float64 only under use_backend('reference')), got {dtype}")
+    """A floating type that the ops serve, or the references alone."""
+    if dtype not in registry.KERNEL_DTYPES and dtype is not torch.float64:
+        raise TypeError(f"argument '{name}': expected torch.float32, torch.bfloat16, "
+                        f"torch.float16 or torch.float64, got {dtype}")
 
 
 def check_device(name: str, device: object) -> torch.device:
@@ -50,9 +47,14 @@ def check_device(name: str, device: object) -> torch.device:
 
 
 def _check_last_dim(name: str, value: Tensor) -> None:
-    if value.stride(-1) != 1 and value.shape[-1] > 1:
+    if value.stride(-1) != 1 and value.shape[-1] > 1 and not _free_layout(value):
         raise ValueError(f"argument '{name}': expected a tensor whose last dimension is "
                          f"contiguous, got strides {list(value.stride())}")
+
+
+def _free_layout(value: Tensor) -> bool:
+    """Without elements there is nothing to lie one way; under vmap layouts are not the caller's."""
+    return value.numel() == 0 or _transforms.active()
 
 
 def check_leading(name: str, value: object, layout: str) -> None:
@@ -120,13 +122,19 @@ def check_count(name: str, value: object) -> None:
 
 
 def check_inference(**tensors: Tensor | None) -> None:
-    """For ops without a backward: no gradient may be asked for."""
+    """For ops without a derivative: none may be asked for."""
     if torch.is_grad_enabled():
         for name, value in tensors.items():
             if value is not None and value.requires_grad:
                 raise ValueError(
                     f"argument '{name}': requires grad, but this op is for inference only; "
                     "call it under torch.no_grad(), or use the unfused ops to train")
+    if _transforms.active():
+        for name, value in tensors.items():
+            if value is not None and _transforms.differentiates(value):
+                raise ValueError(
+                    f"argument '{name}': is differentiated by a transform, but this op is for "
+                    "inference only; use the unfused ops")
 
 
 def _autocast(op: Callable, widest: bool, kept: str | None = None) -> Callable:

@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ecar_kernels import registry
+from ecar_kernels import _transforms, registry
 from ecar_kernels.adaln.api import adaln, gated_residual, gated_residual_adaln
 from ecar_kernels.flow_block import packing
 from ecar_kernels.flow_block.api import adaln_linear, linear_gated_residual
@@ -132,14 +132,15 @@ class Accelerated:
         """The ops for x [.., C], bound: they neither validate their arguments nor look up.
 
         Where a gradient may be asked for, under torch.autocast (which the public ops obey),
-        under torch.compile (for which they cost nothing) and on the meta device they are the
-        public ones, `PUBLIC`: a forward that is for inference only then calls its parent's. To
+        under torch.compile (for which they cost nothing), under a transform of torch.func or
+        forward-mode AD and on the meta device they are the public ones, `PUBLIC`: a forward that is for inference only then calls its parent's. To
         be called before a weight is looked at.
         """
         if torch.compiler.is_compiling():
             packing.unpack_all()
             return PUBLIC
-        if torch.is_grad_enabled() or x.is_meta or torch.is_autocast_enabled(x.device.type):
+        if (torch.is_grad_enabled() or x.is_meta or _transforms.active()
+                or torch.is_autocast_enabled(x.device.type)):
             return PUBLIC
         return _bound(self._binding.backend, x.device.type, x.dtype, x.shape[-1], self.head_dim)
 

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ecar_kernels import registry
+from ecar_kernels import _transforms, registry
 
 
 def active(x: Tensor) -> bool:
     """Is a linear layer that runs now to forget its input x?"""
     return (torch.is_grad_enabled() and not torch.compiler.is_compiling() and not x.is_meta
-            and registry.active_backend() != "reference")
+            and not _transforms.active() and registry.active_backend() != "reference")
 
 
 def as_written(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -79,7 +79,9 @@ def adaln(y: Tensor, x: Tensor, shift: Tensor, scale: Tensor, step_shift: Tensor
           step_scale: Tensor | None, eps: float) -> tuple:
     """y, which adaln(x, shift, ..) has made, or gated_residual_adaln with the new x."""
     def again(x: Tensor, *modulation: Tensor | None) -> Tensor:
-        run = registry.implementation("adaln", x.device.type, dtype, x.shape[-1], backend=backend)
+        run = registry.implementation(
+            "adaln", x.device.type, dtype, x.shape[-1],
+            backend="reference" if _transforms.active() else backend)
         # Under torch.autocast y is of a lower type than x may be.
         x, shift, scale, step_shift, step_scale = (
             None if source is None else source.to(dtype) for source in (x, *modulation))
@@ -129,7 +131,8 @@ class _GELULinear(torch.autograd.Function):
                 grad_weight = _weight(grad, F.gelu(x, approximate="tanh"))
             if x_wanted:
                 grad_x = (grad @ weight).to(x.dtype)
-                place = {} if torch.is_grad_enabled() else {"grad_input": grad_x}
+                place = ({} if torch.is_grad_enabled() or _transforms.active()
+                         else {"grad_input": grad_x})
                 run = (torch.ops.aten.gelu_backward.grad_input if place
                        else torch.ops.aten.gelu_backward.default)
                 grad_x = run(grad_x, x, approximate="tanh", **place)

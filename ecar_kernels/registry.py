@@ -4,6 +4,7 @@ State is process-wide and plain, so that torch.compile and torch.export see thro
 compiled graph guards on the active backend's name and takes the choice as a constant.
 """
 
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ecar_kernels import _native, _triton
+from ecar_kernels import _native, _transforms, _triton
 
 BACKENDS = ("reference", "native", "triton")
 AUTO_ORDER = ("triton", "native", "reference")
@@ -41,6 +42,7 @@ class Implementation:
     # what this machine lacks for one of the devices
     missing_on: dict[str, Callable[[], str | None]] = field(default_factory=dict)
     function: Callable | None = None  # the loaded target: the op's signature, no validation
+    bound: Callable | None = None  # what `resolve` gives: it, or the reference under a transform
 
     def why_not(self, device_type: str, dtype: torch.dtype) -> str | None:
         """None where it can serve, else the reason."""
@@ -78,6 +80,20 @@ class Implementation:
         if self.function is None:
             module, name = self.target.split(":")
             self.function = getattr(importlib.import_module(module), name)
+            self.bound = _unless_transformed(self.function, name)
+
+
+def _unless_transformed(function: Callable, op: str) -> Callable:
+    """The function of a bound op, which the registry is not asked for call by call."""
+    reference = IMPLEMENTATIONS[op]["reference"]
+    reference.load()
+    if function is reference.function:
+        return function
+
+    @functools.wraps(function)
+    def bound(*args, **kwargs):
+        return (reference.function if _transforms.active() else function)(*args, **kwargs)
+    return bound
 
 
 FAMILIES = {
@@ -205,12 +221,22 @@ _candidates._dynamo_marked_constant = True
 
 def implementation(op: str, device_type: str, dtype: torch.dtype, width: int = 0, *,
                    backend: str | None = None) -> Callable:
-    """The active (or named) backend's function for an op: a few look-ups a call, no search."""
-    backend = _active if backend is None else backend
+    """The function for an op: a few look-ups a call, no search.
+
+    That of the backend in force, or of the reference where a transform is active that kernels
+    know nothing of (_transforms.py). That of a backend named here, whatever is active.
+    """
+    if backend is None:
+        backend = "reference" if _transforms.active() else _active
+    return _find(op, device_type, dtype, width, backend).function
+
+
+def _find(op: str, device_type: str, dtype: torch.dtype, width: int,
+          backend: str) -> Implementation:
     for name in _candidates(op, backend, device_type, dtype):
         found = IMPLEMENTATIONS[op][name]
         if (reason := found.why_not_width(width)) is None:
-            return found.function
+            return found
     raise BackendUnavailableError(f"backend '{backend}' cannot serve {op}: {reason}")
 
 
@@ -227,14 +253,17 @@ def resolve(op: str, *, device: torch.device | str, dtype: torch.dtype, width: i
     op: a name out of `OPS`. width: the last dimension's size (D of stage_attention, C of the
     adaLN and fused ops), which some backends limit; 0 asks for no particular one. backend: None
     for the active one. Returns a function with the op's signature that neither validates, casts
-    nor looks anything up: its arguments must meet the op's contract. Raises ValueError for an
-    unknown op or backend, BackendUnavailableError where the backend cannot serve it.
+    nor looks anything up: its arguments must meet the op's contract. Under a transform of
+    torch.func or forward-mode AD it is the reference. Raises ValueError for an unknown op or
+    backend, BackendUnavailableError where the backend cannot serve it.
     """
     if op not in IMPLEMENTATIONS:
         raise ValueError(f"argument 'op': expected one of {', '.join(OPS)}, got {op!r}")
-    if backend is not None:
+    if backend is None:
+        backend = _active
+    else:
         _check_backend(backend, "argument 'backend'")
-    return implementation(op, torch.device(device).type, dtype, width, backend=backend)
+    return _find(op, torch.device(device).type, dtype, width, backend).bound
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ecar_kernels import _native
-from ecar_kernels.adaln._autograd import any_requires_grad, rows_of
+from ecar_kernels._transforms import differentiable_again
+from ecar_kernels.adaln._autograd import (
+    adaln_gradients,
+    any_requires_grad,
+    both_gradients,
+    gated_residual_gradients,
+    rows_of,
+    shape_of,
+)
 
 _native.require()
 
@@ -96,11 +103,12 @@ class _AdaLN(torch.autograd.Function):
         ctx.save_for_backward(x, scale, step_scale)
         ctx.whole = shift.shape == x.shape, scale.shape == x.shape
         ctx.shared = _is_shared(step_shift), _is_shared(step_scale)
+        ctx.shapes = shift.shape, shape_of(step_shift)
         ctx.eps = eps
         return _adaln(x, shift, scale, step_shift, step_scale, eps)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(adaln_gradients)
     def backward(ctx, grad_y):
         x, scale, step_scale = ctx.saved_tensors
         _, shift_, scale_, *steps_, _ = ctx.needs_input_grad
@@ -131,7 +139,7 @@ class _GatedResidual(torch.autograd.Function):
         return _gated_residual(x, branch, gate, step_gate)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(gated_residual_gradients)
     def backward(ctx, grad):
         branch, gate, step_gate = ctx.saved_tensors
         x_, branch_, gate_, step_ = ctx.needs_input_grad
@@ -156,11 +164,12 @@ class _GatedResidualAdaLN(torch.autograd.Function):
         ctx.save_for_backward(new_x, branch, gate, scale, step_gate, step_scale)
         ctx.whole = gate.shape == x.shape, shift.shape == x.shape, scale.shape == x.shape
         ctx.shared = _is_shared(step_gate), _is_shared(step_shift), _is_shared(step_scale)
+        ctx.shapes = shift.shape, shape_of(step_shift)
         ctx.eps = eps
         return new_x, y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(both_gradients)
     def backward(ctx, grad_new_x, grad_y):
         new_x, branch, gate, scale, step_gate, step_scale = ctx.saved_tensors
         _, _, gate_, shift_, scale_, *steps_, _ = ctx.needs_input_grad

@@ -6,11 +6,18 @@ forward could save of them would need more digits of the mean than float32 has.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ecar_kernels import _triton, tuning
+from ecar_kernels._transforms import differentiable_again
 from ecar_kernels.adaln import kernels, launch
-from ecar_kernels.adaln._autograd import any_requires_grad, rows_of, shape_of
+from ecar_kernels.adaln._autograd import (
+    adaln_gradients,
+    any_requires_grad,
+    both_gradients,
+    gated_residual_gradients,
+    rows_of,
+    shape_of,
+)
 
 
 def adaln(x: Tensor, shift: Tensor, scale: Tensor, *, step_shift: Tensor | None = None,
@@ -79,7 +86,7 @@ class _AdaLN(torch.autograd.Function):
         return _adaln(x, shift, scale, step_shift, step_scale, eps)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(adaln_gradients)
     def backward(ctx, grad_y):
         x, scale, step_scale = ctx.saved_tensors
         x_wanted, *wanted, _ = ctx.needs_input_grad
@@ -102,7 +109,7 @@ class _GatedResidual(torch.autograd.Function):
         return _gated_residual(x, branch, gate, step_gate)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(gated_residual_gradients)
     def backward(ctx, grad):
         branch, gate, step_gate = ctx.saved_tensors
         x_wanted, branch_wanted, gate_wanted, step_wanted = ctx.needs_input_grad
@@ -128,7 +135,7 @@ class _GatedResidualAdaLN(torch.autograd.Function):
         return new_x, y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(both_gradients)
     def backward(ctx, grad_new_x, grad_y):
         new_x, branch, gate, scale, step_gate, step_scale = ctx.saved_tensors
         x_wanted, branch_wanted, *wanted, _ = ctx.needs_input_grad

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from ecar_kernels import _transforms
+from ecar_kernels.stage_attention import reference
 
 
 def differentiable(forward: Callable, backward: Callable) -> type[torch.autograd.Function]:
@@ -21,10 +23,18 @@ def differentiable(forward: Callable, backward: Callable) -> type[torch.autograd
             return out
 
         @staticmethod
-        @once_differentiable
+        @_transforms.differentiable_again(_gradients)
         def backward(ctx, grad):
             if grad.stride(-1) != 1:  # the gradient of a sum, say
-                grad = grad.contiguous()
+                # Not contiguous(): an empty tensor counts as that whatever its strides.
+                grad = grad.clone(memory_format=torch.contiguous_format)
             return (*backward(grad, *ctx.saved_tensors, ctx.stage_lengths, ctx.scale), None, None)
 
     return StageAttention
+
+
+def _gradients(ctx, grad):
+    def function(q, k, v):
+        return reference.stage_attention(q, k, v, ctx.stage_lengths, scale=ctx.scale)
+
+    return (*_transforms.gradients_of(function, ctx.saved_tensors[:3], grad), None, None)

@@ -1,0 +1,75 @@
+"""Transforms of functions that kernels know nothing of: torch.func's and forward-mode AD.
+
+vmap, grad, jvp and their like wrap tensors, and forward-mode AD attaches tangents to them. A
+kernel sees neither: a tangent would come out as zero, without an error. So where a transform is
+active, the registry serves every op from its reference, which is composed of PyTorch's own ops
+and differentiates and batches as they do. The same holds for a backward that is itself
+differentiated or transformed.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def _in_torch_func() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+# torch.compile enters the transforms that it traces, and takes this for a constant: a function
+# compiled outside of them is traced again inside, where its arguments are of another type.
+_in_torch_func._dynamo_marked_constant = True
+
+
+def active() -> bool:
+    """Is a transform of torch.func active in this thread, or a level of forward-mode AD in any?"""
+    return _in_torch_func() or forward_ad._current_level >= 0
+
+
+def differentiates(x: Tensor) -> bool:
+    """Does an active transform differentiate with respect to x, at whatever level of nesting?"""
+    functorch = torch._C._functorch
+    while True:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return True
+        if forward_ad.unpack_dual(x).tangent is not None:
+            return True
+        if not functorch.is_functorch_wrapped_tensor(x):
+            return False
+        x = functorch.get_unwrapped(x)
+
+
+def differentiable_again(gradients: Callable) -> Callable:
+    """Decorates the `backward` of an autograd.Function whose gradients come from a kernel.
+
+    Where the backward is itself differentiated (create_graph=True), batched
+    (is_grads_batched=True) or otherwise transformed, `gradients`, called with the same arguments
+    and composed of PyTorch's ops, takes its place.
+    """
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def either(ctx, *grads):
+            if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or active()):
+                return gradients(ctx, *grads)
+            return backward(ctx, *grads)
+        return either
+    return decorate
+
+
+def gradients_of(function: Callable, inputs: Sequence[Tensor | None],
+                 *grads: Tensor) -> list[Tensor | None]:
+    """The gradients of function(*inputs), given its outputs'; None for an input that is None.
+
+    `function` is composed of PyTorch's ops. The result is differentiable in both the inputs and
+    `grads` where grad mode is on.
+    """
+    def of_tensors(*tensors):
+        given = iter(tensors)
+        return function(*(None if x is None else next(given) for x in inputs))
+
+    outputs, pull_back = torch.func.vjp(of_tensors, *(x for x in inputs if x is not None))
+    found = iter(pull_back(*grads) if isinstance(outputs, Tensor) else pull_back(grads))
+    return [None if x is None else next(found) for x in inputs]
