@@ -29,25 +29,25 @@ def active() -> bool:
     return _in_torch_func() or forward_ad._current_level >= 0
 
 
-def differentiates(x: Tensor) -> bool:
-    """Does an active transform differentiate with respect to x, at whatever level of nesting?"""
-    functorch = torch._C._functorch
-    while True:
-        if torch.is_grad_enabled() and x.requires_grad:
-            return True
-        if forward_ad.unpack_dual(x).tangent is not None:
-            return True
-        if not functorch.is_functorch_wrapped_tensor(x):
-            return False
-        x = functorch.get_unwrapped(x)
+def has_tangent(x: Tensor) -> bool:
+    """Of forward-mode AD; inside vmap, which does not show the tangents of its rows, False."""
+    return not torch._C._functorch.is_batchedtensor(x) and (
+        forward_ad.unpack_dual(x).tangent is not None)
+
+
+def is_batched_gradient(grad: Tensor) -> bool:
+    """Of torch.autograd.grad(is_grads_batched=True), whose vmap is not torch.func's.
+
+    It calls an op of ours once for each row, which is right, and refuses what writes in place.
+    """
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def differentiable_again(gradients: Callable) -> Callable:
     """Decorates the `backward` of an autograd.Function whose gradients come from a kernel.
 
-    Where the backward is itself differentiated (create_graph=True), batched
-    (is_grads_batched=True) or otherwise transformed, `gradients`, called with the same arguments
-    and composed of PyTorch's ops, takes its place.
+    Where the backward is itself differentiated (create_graph=True) or a transform is active,
+    `gradients`, called with the same arguments and composed of PyTorch's ops, takes its place.
     """
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)

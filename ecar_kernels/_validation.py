@@ -46,15 +46,11 @@ def check_device(name: str, device: object) -> torch.device:
                     f"got {type(device).__name__}")
 
 
-def _check_last_dim(name: str, value: Tensor) -> None:
-    if value.stride(-1) != 1 and value.shape[-1] > 1 and not _free_layout(value):
+def check_last_dim(name: str, value: Tensor) -> None:
+    # Under vmap, how a slice lies is not the caller's choice, and the reference takes any layout.
+    if value.stride(-1) != 1 and value.shape[-1] > 1 and not _transforms.active():
         raise ValueError(f"argument '{name}': expected a tensor whose last dimension is "
                          f"contiguous, got strides {list(value.stride())}")
-
-
-def _free_layout(value: Tensor) -> bool:
-    """Without elements there is nothing to lie one way; under vmap layouts are not the caller's."""
-    return value.numel() == 0 or _transforms.active()
 
 
 def check_leading(name: str, value: object, layout: str) -> None:
@@ -63,7 +59,7 @@ def check_leading(name: str, value: object, layout: str) -> None:
     check_dtype(name, value.dtype)
     if value.ndim != layout.count(",") + 1:
         raise shape_error(name, value, layout)
-    _check_last_dim(name, value)
+    check_last_dim(name, value)
 
 
 def check_like(name: str, value: object, leading_name: str, leading: Tensor) -> None:
@@ -76,7 +72,7 @@ def check_like(name: str, value: object, leading_name: str, leading: Tensor) -> 
         raise ValueError(f"argument '{name}': expected a tensor on {leading.device} like "
                          f"'{leading_name}', got {value.device}")
     if value.ndim:
-        _check_last_dim(name, value)
+        check_last_dim(name, value)
 
 
 def check_spatial(name: str, value: object, x_name: str, x: Tensor) -> None:
@@ -122,7 +118,10 @@ def check_count(name: str, value: object) -> None:
 
 
 def check_inference(**tensors: Tensor | None) -> None:
-    """For ops without a derivative: none may be asked for."""
+    """For ops without a derivative: none may be asked for.
+
+    One that is asked for from outside a vmap is not seen in it; then the reference answers.
+    """
     if torch.is_grad_enabled():
         for name, value in tensors.items():
             if value is not None and value.requires_grad:
@@ -131,10 +130,10 @@ def check_inference(**tensors: Tensor | None) -> None:
                     "call it under torch.no_grad(), or use the unfused ops to train")
     if _transforms.active():
         for name, value in tensors.items():
-            if value is not None and _transforms.differentiates(value):
+            if value is not None and _transforms.has_tangent(value):
                 raise ValueError(
-                    f"argument '{name}': is differentiated by a transform, but this op is for "
-                    "inference only; use the unfused ops")
+                    f"argument '{name}': has a tangent, but this op is for inference only; "
+                    "use the unfused ops")
 
 
 def _autocast(op: Callable, widest: bool, kept: str | None = None) -> Callable:

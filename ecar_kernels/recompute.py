@@ -131,8 +131,9 @@ class _GELULinear(torch.autograd.Function):
                 grad_weight = _weight(grad, F.gelu(x, approximate="tanh"))
             if x_wanted:
                 grad_x = (grad @ weight).to(x.dtype)
-                place = ({} if torch.is_grad_enabled() or _transforms.active()
-                         else {"grad_input": grad_x})
+                plain = not (torch.is_grad_enabled() or _transforms.active()
+                             or _transforms.is_batched_gradient(grad))
+                place = {"grad_input": grad_x} if plain else {}
                 run = (torch.ops.aten.gelu_backward.grad_input if place
                        else torch.ops.aten.gelu_backward.default)
                 grad_x = run(grad_x, x, approximate="tanh", **place)
@@ -146,8 +147,12 @@ def _autocast_state(x: Tensor) -> dict:
 
 
 def _weight(grad: Tensor, z: Tensor) -> Tensor:
-    return grad.flatten(0, -2).T @ z.flatten(0, -2)
+    return _rows(grad).T @ _rows(z)
 
 
 def _bias(grad: Tensor) -> Tensor:
-    return grad.flatten(0, -2).sum(0)
+    return _rows(grad).sum(0)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])  # flatten has no rule for is_grads_batched

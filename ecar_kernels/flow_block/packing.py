@@ -233,7 +233,8 @@ def pack_weight(weight: nn.Parameter) -> bool:
 
 def unpack_weight(weight: nn.Parameter) -> None:
     """Undoes `pack_weight`: the same object, a plain parameter with the same bits."""
-    with _lock, torch.inference_mode(False):
+    # As a plain tensor inside a transform of torch.func, too, which would wrap the values.
+    with _lock, torch.inference_mode(False), torch._C._DisableFuncTorch():
         if not isinstance(weight, PackedWeight):
             return
         with torch._C.DisableTorchFunctionSubclass():

@@ -5,10 +5,11 @@ import functools
 import torch
 from torch import Tensor
 
-from ecar_kernels import registry
+from ecar_kernels import _transforms, registry
 from ecar_kernels._validation import (
     autocast_low,
     check_inference,
+    check_last_dim,
     check_leading,
     check_like,
     check_number,
@@ -68,7 +69,7 @@ def flow_boundary(x: Tensor, state: Tensor, shift: Tensor, scale: Tensor, weight
         check_like(name, value, "x", x)
         if value.shape != shape:
             raise shape_error(name, value, letters, P=outputs, C=channels, N=tokens)
-        if not value.is_contiguous():
+        if not value.is_contiguous() and not _transforms.active():  # as for layouts in general
             raise ValueError(f"argument '{name}': expected a contiguous tensor, got strides "
                              f"{list(value.stride())}")
     check_number("dt", dt)
@@ -100,6 +101,4 @@ def _check_state(state: object, x: Tensor, outputs: int) -> None:
     if (state.ndim != 3 or state.shape[1:] != (tokens, outputs)
             or rows not in (state.shape[0], 2 * state.shape[0])):
         raise shape_error("state", state, "[B, N, P], R = B or 2B,", R=rows, N=tokens, P=outputs)
-    if state.stride(-1) != 1 and outputs > 1:
-        raise ValueError("argument 'state': expected a tensor whose last dimension is "
-                         f"contiguous, got strides {list(state.stride())}")
+    check_last_dim("state", state)

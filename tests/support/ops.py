@@ -81,3 +81,25 @@ def tensor_names(op: str) -> list[str]:
     """The floating tensor arguments, the one that sets type and device first."""
     return [name for name, value in arguments(op).items()
             if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def small_arguments(op: str, *, dtype: torch.dtype = torch.float32, optional: bool = True) -> dict:
+    """Few enough numbers for whole Jacobians; what backends ask of sizes still holds."""
+    call = arguments(op, dtype=dtype, optional=optional)
+    if op == "stage_attention":
+        return {name: call[name][:, :5, :1].contiguous() for name in "qkv"} | {
+            "stage_lengths": (1, 4)}
+    for name in tensor_names(op):
+        if name not in call:
+            continue
+        value = call[name]
+        if op in FAMILIES["flow_step"] and op != "flow_boundary":
+            value = value[:, :1, ..., :2, :3]
+        elif value.ndim == 3:
+            value = value[:, :3, :8]
+        elif name == "positions":
+            value = value[:3, :8]
+        else:
+            value = value[:8, :8] if value.ndim == 2 else value[:8]
+        call[name] = value.contiguous()
+    return call
