@@ -133,8 +133,8 @@ class Accelerated:
 
         Where a gradient may be asked for, under torch.autocast (which the public ops obey),
         under torch.compile (for which they cost nothing), under a transform of torch.func or
-        forward-mode AD and on the meta device they are the public ones, `PUBLIC`: a forward that is for inference only then calls its parent's. To
-        be called before a weight is looked at.
+        forward-mode AD and on the meta device they are the public ones, `PUBLIC`: a forward that
+        is for inference only then calls its parent's. To be called before a weight is looked at.
         """
         if torch.compiler.is_compiling():
             packing.unpack_all()

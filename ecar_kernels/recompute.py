@@ -155,4 +155,5 @@ def _bias(grad: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])  # flatten has no rule for is_grads_batched
+    # Not flatten, which has no rule for is_grads_batched; not -1, which no values leave open.
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])

@@ -85,14 +85,15 @@ class Implementation:
 
 def _unless_transformed(function: Callable, op: str) -> Callable:
     """The function of a bound op, which the registry is not asked for call by call."""
-    reference = IMPLEMENTATIONS[op]["reference"]
-    reference.load()
-    if function is reference.function:
+    found = IMPLEMENTATIONS[op]["reference"]
+    found.load()
+    reference, active = found.function, _transforms.active  # looked up here, not in each call
+    if function is reference:
         return function
 
     @functools.wraps(function)
     def bound(*args, **kwargs):
-        return (reference.function if _transforms.active() else function)(*args, **kwargs)
+        return reference(*args, **kwargs) if active() else function(*args, **kwargs)
     return bound
 
 

@@ -7,8 +7,8 @@ import torch
 
 import ecar_kernels
 from ecar_kernels import registry, use_backend
-from ecar_kernels.registry import KERNEL_DTYPES, OPS
-from tests.support.accuracy import run, tensors
+from ecar_kernels.registry import BACKENDS, KERNEL_DTYPES, OPS
+from tests.support.accuracy import tensors
 from tests.support.ops import (
     CONTIGUOUS,
     DIFFERENTIABLE,
@@ -16,6 +16,7 @@ from tests.support.ops import (
     function,
     small_arguments,
     tensor_names,
+    without_tokens,
 )
 
 IMAGE_OPS = ("euler_step", "upsample_renoise_euler")
@@ -76,12 +77,26 @@ def test_an_empty_batch(op):
             assert empty.shape == (0, *usual.shape[1:])
 
 
-@pytest.mark.parametrize("op", DIFFERENTIABLE)
-def test_gradients_of_an_empty_batch(op):
-    call = arguments(op, batch=0)
-    weights = [torch.zeros_like(y) for y in tensors(function(op)(**call))]
-    for result in run(function(op), call, None, weights):
-        assert result.numel() == 0 or not result.any()
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("empty", ["batch", "tokens"])
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_of_nothing(op, empty, backend):
+    """No images or no tokens (heads of attention, rows of an image): zeros of the right shapes,
+    of a sum, whose gradient has strides of 0, too."""
+    call = arguments(op, batch=0) if empty == "batch" else without_tokens(op)
+    if backend not in ("auto", *registry.IMPLEMENTATIONS[op]):
+        return
+    names = [name for name in tensor_names(op) if name in call]
+    call |= {name: call[name].detach().requires_grad_(op in DIFFERENTIABLE) for name in names}
+    with use_backend("reference"):
+        expected = tensors(function(op)(**call))
+    with use_backend(backend):
+        results = tensors(function(op)(**call))
+    assert [y.shape for y in results] == [y.shape for y in expected]
+    if op in DIFFERENTIABLE:
+        sum(y.sum() for y in results).backward()
+        for name in names:
+            assert call[name].grad.shape == call[name].shape and not call[name].grad.any()
 
 
 @pytest.mark.parametrize("op", WITH_TENSORS)

@@ -11,6 +11,7 @@ from ecar_kernels import FlowBlock, OpsModule, accelerate, use_backend
 from ecar_kernels.flow_block.packing import PackedWeight
 from tests.ecar_kernels.test_transforms import assert_as_the_reference
 from tests.support import transforms
+from tests.support.accuracy import tensors
 from tests.support.modules import arguments_of, functional
 from tests.support.native import needs_native
 
@@ -57,9 +58,10 @@ def of_tensors(name: str, way: str):
 
 
 def test_every_module_is_in_the_table():
-    public = {name for name in ecar_kernels.__all__
-              if inspect.isclass(kind := getattr(ecar_kernels, name)) and issubclass(kind, nn.Module)}
-    assert set(MODULES) == public - {OpsModule.__name__}
+    public = {name: getattr(ecar_kernels, name) for name in ecar_kernels.__all__}
+    modules = {name for name, value in public.items()
+               if inspect.isclass(value) and issubclass(value, nn.Module)}
+    assert set(MODULES) == modules - {OpsModule.__name__}
 
 
 @pytest.mark.parametrize("transform", [
@@ -72,6 +74,23 @@ def test_every_module_is_in_the_table():
 def test_modules(name, way, transform):
     call, values, _ = of_tensors(name, way)
     assert_as_the_reference(transform, call, values)
+
+
+@pytest.mark.parametrize("way", ["plain", "accelerated"])
+@pytest.mark.parametrize("name", MODULES)
+def test_no_images(name, way):
+    call, values, _ = of_tensors(name, way)
+    weights = len(values) - len(MODULES[name][2])  # they come first
+    values = transforms.leaves([*values[:weights], *(
+        x[:, :0] if x.ndim == 4 else x[:0] for x in values[weights:])])
+    outputs = tensors(call(*values))
+    assert all(0 in y.shape for y in outputs)
+    sum(y.sum() for y in outputs).backward()
+    for x in values:
+        assert x.grad.shape == x.shape and not x.grad.any()
+    with torch.no_grad():
+        again = tensors(call(*values))
+    assert [y.shape for y in again] == [y.shape for y in outputs]
 
 
 @needs_native

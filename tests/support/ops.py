@@ -103,3 +103,16 @@ def small_arguments(op: str, *, dtype: torch.dtype = torch.float32, optional: bo
             value = value[:8, :8] if value.ndim == 2 else value[:8]
         call[name] = value.contiguous()
     return call
+
+
+def without_tokens(op: str) -> dict:
+    """The arguments cut to no tokens; of attention to no heads, of an image to no rows."""
+    def cut(name, value):
+        if name == "positions":
+            return value[:0]
+        if isinstance(value, Tensor) and value.ndim >= 4:
+            return value[..., :0, :]
+        if isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == TOKENS:
+            return value[:, :0]
+        return value
+    return {name: cut(name, value) for name, value in arguments(op).items()}
