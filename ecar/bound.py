@@ -9,7 +9,7 @@ which stays in the token layout; only a stage's end is an image.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ecar import stages
 from ecar.config import ECARConfig
-from ecar.flow import NORM_EPS, AcceleratedFlowHead, FlowHead
+from ecar.flow import NORM_EPS, FlowHead
 from ecar_kernels import registry
-from ecar_kernels.acceleration import served
-from ecar_kernels.modules import AcceleratedFlowBlock, FlowBlock
+from ecar_kernels.acceleration import PUBLIC
+from ecar_kernels.modules import FlowBlock
 
 if TYPE_CHECKING:
     from ecar.plan import Stage
@@ -29,30 +29,28 @@ if TYPE_CHECKING:
 __all__ = ["Buffers", "can_bind", "run_stage"]
 
 Call = Callable[[], object]
-OPS = ("adaln_linear", "stage_attention", "linear_gated_residual", "flow_boundary")
-_OWN = FlowHead.velocity, FlowHead.stream, FlowBlock.infer
-
-
-def overridden(head: FlowHead) -> bool:
-    """Has somebody put another velocity in the head's place?"""
-    return any(getattr(method, "__func__", None) not in _OWN
-               for method in (head.velocity, head.stream, *(b.infer for b in head.blocks)))
+BLOCK_OPS = ("adaln_linear", "stage_attention", "linear_gated_residual")
 
 
 def can_bind(head: FlowHead, dtype: torch.dtype) -> bool:
-    """Is every op of the head's steps served by C++ on the CPU, and nothing of them overridden?"""
-    if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled() or overridden(head):
+    """Is every op of the head's steps served by C++ on the CPU, and every layer as written?"""
+    if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled() or not head.fusable():
         return False
-    if type(head) not in (FlowHead, AcceleratedFlowHead) or not all(
-            type(block) in (FlowBlock, AcceleratedFlowBlock) for block in head.blocks):
-        return False
-    x = torch.empty(0, head.width, dtype=dtype)
     try:
-        boundary = registry.implementation("flow_boundary", "cpu", dtype, head.width)
-        return registry.backend_of("flow_boundary", boundary) == "native" and all(
-            by == "native" for block in head.blocks for _, by in served(block, x, "infer"))
+        return all(registry.server(run) == "native" for run in _functions(head, dtype))
     except registry.BackendUnavailableError:
         return False
+
+
+def _functions(head: FlowHead, dtype: torch.dtype) -> Iterator[Callable]:
+    """Those that the head's steps would call."""
+    yield registry.implementation("flow_boundary", "cpu", dtype, head.width)
+    for block in head.blocks:
+        for op in BLOCK_OPS:
+            width = block.head_dim if op == "stage_attention" else block.width
+            ops = block.ops(torch.empty(0, width, dtype=dtype))
+            yield (registry.implementation(op, "cpu", dtype, width) if ops is PUBLIC
+                   else getattr(ops, op))
 
 
 def _layers(block: FlowBlock) -> tuple[nn.Linear, ...]:
@@ -161,10 +159,10 @@ class _Steps:
 def run_stage(run: Stage, buffers: Buffers, x: Tensor) -> tuple[Tensor, Tensor]:
     """(end_s, start_{s+1}) from start_s = x [B, C, h, w]; at the last stage, the end twice."""
     steps, last = _Steps(run, buffers), run.count - 1
-    run.plan.note(run.head.served_once(run.token_map))
-    run.plan.note((op, "native") for op in OPS)
+    for op in (*BLOCK_OPS, "flow_boundary"):
+        registry.note(op, "native")
     if steps.start is not None:
-        run.plan.note([("upsample_renoise_euler", "native")])
+        registry.note("upsample_renoise_euler", "native")
     steps.begin(x, 0)
     for step, calls in enumerate(steps.calls):
         for call in calls:

@@ -8,7 +8,7 @@ section 3.5). Sampling computes the first once per stage and the second once for
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,11 @@ from ecar_kernels import (
     OpsModule,
     accelerates,
     adaln,
+    fused,
     recompute,
 )
-from ecar_kernels.acceleration import PUBLIC, served, server, unit_gate
+from ecar_kernels._written import as_written, is_plain, remember
+from ecar_kernels.acceleration import PUBLIC
 
 __all__ = ["FlowHead", "sincos_positions", "time_frequencies"]
 
@@ -56,6 +58,18 @@ def time_frequencies(time: Tensor) -> Tensor:
 def _begun(spatial: Sequence[Tensor], step: Sequence[Tensor], at: int) -> tuple[Tensor, ...]:
     """The shift and scale, then those of the step, that stand at a part and the next."""
     return *spatial[at : at + 2], *step[at : at + 2]
+
+
+def replaced(module: nn.Module, *methods: str) -> bool:
+    """Has somebody put another method of inference in the place of ours?"""
+    return any(hasattr(module, name)
+               and getattr(getattr(module, name), "__func__", None) not in _INFERENCE
+               for name in methods)
+
+
+def _called(block: nn.Module) -> bool:
+    """Has a block hooks, say, or another forward, but our `infer`? Then it has to be called."""
+    return not (replaced(block, "infer") or as_written(block, FlowBlock, compiled=True))
 
 
 class FlowHead(OpsModule):
@@ -107,9 +121,12 @@ class FlowHead(OpsModule):
 
     def step_modulation(self, time: Tensor) -> Tensor:
         """W SiLU(t) for times [R] in [0, 1]: [R, 1, parts C]."""
-        dtype = self.modulation.weight.dtype
-        embedding = self.time(time_frequencies(time).to(dtype))
-        return self.modulation.product(F.silu(embedding)).unsqueeze(1)
+        embedding = F.silu(self.time(time_frequencies(time).to(self.positions.dtype)))
+        if as_written(self.modulation, Linear):
+            return self.modulation.product(embedding).unsqueeze(1)
+        # An adapter, say: the layer without its bias is what it makes of x less that of nothing.
+        nothing = self.modulation(torch.zeros_like(embedding[:1]))
+        return (self.modulation(embedding) - nothing).unsqueeze(1)
 
     def spatial_parts(self, token_map: Tensor) -> tuple[Tensor, ...]:
         """What sampling needs of the token map, once a stage: ``parts`` views [R, N, width].
@@ -122,6 +139,26 @@ class FlowHead(OpsModule):
     def step_parts(self, times: Tensor) -> list[tuple[Tensor, ...]]:
         """What sampling needs of the times [T]: for each, ``parts`` views [1, 1, width]."""
         return [row.chunk(self.parts, dim=-1) for row in self.step_modulation(times).split(1)]
+
+    def callable_only(self) -> bool:
+        """Has it hooks, say, or another forward, but our methods of inference? Then only calling
+        it computes what it does."""
+        return not (replaced(self, *METHODS) or as_written(self, FlowHead, compiled=True))
+
+    def fuses_boundary(self) -> bool:
+        """May a step's end be one op, which reads the output's and the embedding's parameters?"""
+        return (not self.callable_only() and not replaced(self, *METHODS)
+                and not _called(self.blocks[-1])
+                and all(as_written(layer, nn.Linear) for layer in (self.output, self.embed))
+                and is_plain(self.positions))
+
+    def fusable(self) -> bool:
+        """May all of a step be ops that read the parameters of its layers?"""
+        return self.fuses_boundary() and all(
+            not replaced(block, "infer") and not _called(block) and as_written(block.mlp, MLP)
+            and all(as_written(layer, nn.Linear)
+                    for layer in (block.qkv, block.proj, block.mlp.fc1, block.mlp.fc2))
+            for block in self.blocks)
 
     def embed_tokens(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, N, width]."""
@@ -142,7 +179,7 @@ class FlowHead(OpsModule):
         spatial = self.spatial_modulation(token_map).chunk(self.parts, dim=-1)
         step = self.step_modulation(time).chunk(self.parts, dim=-1)
         x = self.embed_tokens(x)
-        y = adaln(x, spatial[0], spatial[1], step_shift=step[0], step_scale=step[1], eps=NORM_EPS)
+        y = self._begin(x, spatial, step)
         for index, block in enumerate(self.blocks):
             own = slice(6 * index + 2, 6 * index + 8)
             if self.gradient_checkpointing and self.training:
@@ -163,10 +200,29 @@ class FlowHead(OpsModule):
         Returns:
             The residual stream behind the last block [R, N, width].
         """
+        return self._stream(x, spatial, step)[0]
+
+    def _stream(
+        self, x: Tensor, spatial: Sequence[Tensor], step: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """And, where the last block was called, what it gives to the final layer."""
+        y = None
         for index, block in enumerate(self.blocks):
             own = slice(6 * index, 6 * index + 6)
-            x = block.infer(x, spatial[own], step[own])
-        return x
+            if not _called(block):
+                x, y = block.infer(x, spatial[own], step[own]), None
+                continue
+            # The path of training, where a block is given its y.
+            if y is None:
+                y = self._begin(x, spatial[own], step[own])
+            after = slice(6 * index + 2, 6 * index + 8)
+            x, y = block(x, y, spatial[after], step[after])
+        return x, y
+
+    def _begin(self, x: Tensor, spatial: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
+        """y, with which a block begins."""
+        return adaln(x, spatial[0], spatial[1], step_shift=step[0], step_scale=step[1],
+                     eps=NORM_EPS)
 
     def velocity(self, x: Tensor, spatial: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
         """The inference path, with modulations computed ahead.
@@ -179,24 +235,16 @@ class FlowHead(OpsModule):
         Returns:
             The velocity [R, C, h, w].
         """
-        x = self.stream(self.embed_tokens(x), spatial, step)
-        tokens = self.ops(x).adaln_linear(
-            x, spatial[-2], spatial[-1], self.output.weight, self.output.bias,
+        x, y = self.embed_tokens(x), None
+        if replaced(self, "stream"):
+            x = self.stream(x, spatial, step)
+        else:
+            x, y = self._stream(x, spatial, step)
+        tokens = self.output(y) if y is not None else fused.adaln_linear(
+            self.ops(x, *spatial[-2:], *step[-2:]), self.output, x, spatial[-2], spatial[-1],
             step_shift=step[-2], step_scale=step[-1], eps=NORM_EPS,
         )
         return unpatchify(tokens, self.patch_size, self.shape)
-
-    def served(self, x: Tensor) -> Iterator[tuple[str, str]]:
-        """As ``ecar_kernels.acceleration.served``, of a stage's conditions and velocities."""
-        yield from self.served_once(x)
-        for block in self.blocks:
-            yield from served(block, x, "infer")
-        yield "adaln_linear", server(self.ops(x), "adaln_linear", x, self.output.weight)
-
-    def served_once(self, x: Tensor) -> Iterator[tuple[str, str]]:
-        """Likewise of the conditions and the embedding of the state alone."""
-        for layer in (self.condition.fc1, self.condition.fc2, self.modulation):
-            yield from served(layer, x)
 
 
 @accelerates(FlowHead)
@@ -209,13 +257,11 @@ class AcceleratedFlowHead(Accelerated, FlowHead):
         ops = self.ops(self.positions)
         if ops is PUBLIC:
             return super().embed_tokens(x)
-        tokens, rows = patchify(x, self.patch_size), len(x)
-        positions = self.positions.expand(rows, -1, -1)
-        return ops.linear_gated_residual(tokens, self.embed.weight, self.embed.bias,
-                                         unit_gate(positions, self.width), positions)
+        positions = self.positions.expand(len(x), -1, -1)
+        return fused.linear_residual(ops, self.embed, patchify(x, self.patch_size), positions)
 
-    def served_once(self, x: Tensor) -> Iterator[tuple[str, str]]:
-        yield from super().served_once(x)
-        if (ops := self.ops(self.positions)) is not PUBLIC:
-            yield "linear_gated_residual", server(ops, "linear_gated_residual", self.positions,
-                                                  self.embed.weight)
+
+METHODS = ("velocity", "stream", "embed_tokens")
+_INFERENCE = (FlowBlock.infer, FlowHead.stream, FlowHead.velocity, FlowHead.embed_tokens,
+              AcceleratedFlowHead.embed_tokens)
+remember(FlowHead)

@@ -23,12 +23,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ecar.flow import FlowHead
 from ecar.model import ECAR
 from ecar.plan import Plan, Shape
-from ecar_kernels import active_backend
+from ecar.transformer import ARTransformer
+from ecar_kernels import MLP, FlowBlock, Linear, StageBlock, active_backend
+from ecar_kernels._written import address, why_not
 
 __all__ = ["CaptureError", "GraphCache", "graphs_of", "release_graphs"]
 
+# Modules whose code does the same each time.
+CAPTURED = {ECAR, ARTransformer, FlowHead, StageBlock, FlowBlock, MLP, Linear, nn.Linear,
+            nn.LayerNorm, nn.Embedding, nn.SiLU, nn.Sequential, nn.ModuleList}
 LIMIT = 8  # graphs kept for a model
 OUT_OF_MEMORY = "the device has too little memory to capture it"
 
@@ -125,20 +131,22 @@ def weights_of(model: nn.Module) -> tuple:
     """What a graph of the model has baked in: where each weight lies, and what code runs.
 
     Raises:
-        CaptureError: a module has hooks, which a replay would not call.
+        CaptureError: a module is another than E-CAR's, or is not as its class is written. Its
+            Python code may do something else each time, which a replay would not.
     """
     found, stack = [], [model]
     while stack:
         module = stack.pop()
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise CaptureError(f"{type(module).__name__} has forward hooks, which a CUDA graph "
-                               "would not call")
         own = module.__dict__
-        # `accelerate` changes the class, and binds it to a backend.
-        found += (type(module), own.get("_binding"), id(own.get("forward")),
-                  id(own.get("_compiled_call_impl")))
+        binding = own.get("_binding")  # `accelerate` changes the class, and binds it to a backend
+        kind = type(module) if binding is None else binding.original
+        reason = (why_not(module, kind, compiled=True) if kind in CAPTURED
+                  else f"a CUDA graph would not run its code, which is none of E-CAR's ({kind})")
+        if reason is not None:
+            raise CaptureError(f"{kind.__name__}: {reason}")
+        found += (type(module), binding, id(own.get("_compiled_call_impl")))
         for tensors in (module._parameters, module._buffers):
-            found += [tensor.data_ptr() for tensor in tensors.values() if tensor is not None]
+            found += [address(tensor) for tensor in tensors.values() if tensor is not None]
         stack += module._modules.values()
     return tuple(found)
 

@@ -8,7 +8,7 @@ so that a CUDA graph of ``run`` serves them all.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,6 @@ from ecar.guidance import step_times
 from ecar.model import ECAR
 from ecar.transformer import KVCache, patchify, unpatchify
 from ecar_kernels import initial_noise, registry
-from ecar_kernels.acceleration import served
 
 __all__ = ["Plan", "Shape"]
 
@@ -76,7 +75,7 @@ class Plan:
             for stage in range(1, config.num_stages + 1)
         ]
         self.cache = KVCache(config, self.rows, device=device, dtype=dtype)
-        self._served: dict[str, set[str]] = {}
+        self.served: dict[str, str] = {}  # by the last run: see SampleOutput
         # Heun's two velocities of a step need the state as an image anyway.
         token_layout = shape.solver == "euler"
         self.boundary = boundary_op(device, dtype, config.width) if token_layout else None
@@ -101,30 +100,19 @@ class Plan:
             flat = [scale for values in scales for scale in values]
             self.scale_data.copy_(torch.tensor(flat), non_blocking=True)
 
-    @property
-    def served(self) -> dict[str, str]:
-        """What served the last run: see ``SampleOutput``."""
-        return {what: ", ".join(sorted(by)) for what, by in sorted(self._served.items())}
-
-    def note(self, found: Iterable[tuple[str, str]]) -> None:
-        """Of what a stage has used, what served it; as ``ecar_kernels.acceleration.served``."""
-        for what, by in found:
-            self._served.setdefault(what, set()).add(by)
-
-    def note_op(self, op: str, dtype: torch.dtype = torch.float32) -> None:
-        """Likewise of an op of ``ecar_kernels``, called for tensors of the type."""
-        run = registry.implementation(op, self.seeds.device.type, dtype, self.config.width)
-        self.note([(op, registry.backend_of(op, run))])
-
     def run(self, model: ECAR, watch: Watch | None = None) -> list[Tensor]:
         """The end state of every stage [B, C, h, w], float32."""
+        with registry.record() as log:
+            ends = self._run(model, watch)
+        self.served = {op: ", ".join(sorted(names)) for op, names in sorted(log.items())}
+        return ends
+
+    def _run(self, model: ECAR, watch: Watch | None) -> list[Tensor]:
         config = self.config
         self.cache.stages = 0
-        self._served.clear()
         x = initial_noise(
             self.seeds, config.stage_shape(1), device=self.seeds.device, dtype=torch.float32
         )
-        self.note_op("initial_noise")
         ends: list[Tensor] = []
         for stage in range(1, config.num_stages + 1):
             end, x = self._stage(model, stage, x, ends[-1] if ends else None, watch)
@@ -145,21 +133,14 @@ class Plan:
     ) -> tuple[Tensor, Tensor]:
         """(end_s, start_{s+1}) from start_s = x; the last stage has no start after it."""
         token_map = self._token_map(model, stage, end_before)
-        if stage == 1:
-            for block in model.ar.blocks:
-                self.note(served(block, token_map))
         run = Stage(self, model.heads[stage - 1], stage, token_map, watch)
         if self.buffers is not None:
             return bound.run_stage(run, self.buffers, x)
-        replaced = bound.overridden(run.head)
-        if self.boundary is None or replaced:
+        if self.boundary is None or not run.head.fuses_boundary():
             x = run.image_steps(x)
         else:
             x = run.token_steps(x, self.boundary)
-        ends = run.last_step(x)
-        self.note([(type(run.head).__name__, "unknown")] if replaced
-                  else served(run.head, token_map, "velocity"))
-        return ends
+        return run.last_step(x)
 
 
 class Stage:
@@ -200,9 +181,12 @@ class Stage:
 
     def velocity(self, x: Tensor, step: int, at: int) -> Tensor:
         """The velocity of a state of ``step``, at the time of step ``at``."""
+        rows = self.network_input(x, step)
+        if self.head.callable_only():
+            time = self.plan.times[self.stage - 1][at].expand(len(rows))
+            return self.head(rows, time, self.token_map[:len(rows)]).to(x.dtype)
         spatial = self.spatial[self.guided[step]]
-        v = self.head.velocity(self.network_input(x, step), spatial, self.steps[at])
-        return v.to(x.dtype)
+        return self.head.velocity(rows, spatial, self.steps[at]).to(x.dtype)
 
     def slope(self, x: Tensor, step: int) -> Tensor:
         """What x + dt v takes for v."""
@@ -216,8 +200,6 @@ class Stage:
         """All steps but the last."""
         for step in range(self.count - 1):
             x = self.step(x, step)
-        if self.count > 1:
-            self.plan.note_op("euler_step")
         return x
 
     def step(self, x: Tensor, step: int) -> Tensor:
@@ -228,15 +210,11 @@ class Stage:
         step, num_stages = self.count - 1, self.plan.config.num_stages
         if self.stage == num_stages:
             end = self.step(x, step)
-            self.plan.note_op("euler_step")
             return end, end
         end, start = jump(
             x, self.slope(x, step), self.dt, self.scale(step), stage=self.stage + 1,
             time=stages.start_time(self.stage + 1, num_stages), seeds=self.plan.seeds,
         )
-        if self.plan.shape.solver == "heun":
-            self.plan.note_op("euler_step")
-        self.plan.note_op("upsample_renoise_euler")
         self.seen(end, step)
         return end, start
 
@@ -267,7 +245,6 @@ class Stage:
                 if (replaced := self.watch(self.stage, step, image)) is not None:
                     state = patchify(replaced, patch)
                     embedded = head.embed_tokens(self.network_input(replaced, step))
-        self.plan.note_op("flow_boundary", self.plan.dtype)
         return unpatchify(state, patch, head.shape)
 
 

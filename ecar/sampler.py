@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -224,27 +225,54 @@ def _watch(counts: list[int], bar: tqdm, callback: Callable | None) -> Callable:
         count = counts[stage - 1]
         before = sum(counts[: stage - 1])
         info = StepInfo(before + step, sum(counts), stage, step / count, state)
+        shown = state.clone()
         replaced = callback(info)
         if replaced is None or replaced is state:
-            return None
+            if torch.equal(state, shown):
+                return None
+            replaced = state  # edited in place, which means the same
         return _checked_state(replaced, state, step == count - 1 and stage < len(counts))
     return watch
 
 
+_tf32_lock = threading.Lock()
+_tf32_wishes: list[list[bool]] = []  # of the runs under way, in all threads; one wish in each
+_tf32_before = ""  # torch's setting before the first of them
+
+
 @contextlib.contextmanager
 def _tf32(wanted: bool | None) -> Iterator[None]:
-    """Products of float32 matrices on CUDA in TF32 or not, within the block."""
-    # Not `allow_tf32`: reading it raises where the setting was made by its newer name, this one.
-    products = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    if wanted is None or (before == "tf32") == wanted:
+    """Products of float32 matrices on CUDA in TF32 or not, within the block.
+
+    The setting is the process's: of runs that overlap the one begun last has its way, and after
+    the last of them torch's own setting is back, in whatever order they end.
+    """
+    if wanted is None:
         yield
         return
-    products.fp32_precision = "tf32" if wanted else "ieee"
+    global _tf32_before
+    # Not `allow_tf32`: reading it raises where the setting was made by its newer name, this one.
+    products, wish = torch.backends.cuda.matmul, [wanted]
+    with _tf32_lock:
+        if not _tf32_wishes:
+            _tf32_before = products.fp32_precision
+        _tf32_wishes.append(wish)
+        _set_tf32(wanted)
     try:
         yield
     finally:
-        products.fp32_precision = before
+        with _tf32_lock:
+            _tf32_wishes[:] = [other for other in _tf32_wishes if other is not wish]
+            if _tf32_wishes:
+                _set_tf32(_tf32_wishes[-1][0])
+            elif products.fp32_precision != _tf32_before:
+                products.fp32_precision = _tf32_before
+
+
+def _set_tf32(wanted: bool) -> None:
+    products = torch.backends.cuda.matmul
+    if (products.fp32_precision == "tf32") != wanted:
+        products.fp32_precision = "tf32" if wanted else "ieee"
 
 
 def _checked_state(replaced: object, state: Tensor, jumped: bool) -> Tensor:

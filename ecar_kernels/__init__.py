@@ -7,7 +7,7 @@ modules to a backend ahead of time. The ops `adaln` and
 and `from ecar_kernels.adaln import reference` still finds the module.
 """
 
-from ecar_kernels.acceleration import Accelerated, accelerate, accelerates, restore
+from ecar_kernels.acceleration import Accelerated, accelerate, accelerates, report, restore
 from ecar_kernels.adaln.api import adaln, gated_residual, gated_residual_adaln
 from ecar_kernels.flow_block.api import adaln_linear, linear_gated_residual
 from ecar_kernels.flow_step.api import euler_step, initial_noise, upsample_renoise_euler
@@ -56,6 +56,7 @@ __all__ = [
     "gated_residual_adaln",
     "initial_noise",
     "linear_gated_residual",
+    "report",
     "resolve",
     "restore",
     "stage_attention",

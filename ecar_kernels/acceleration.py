@@ -8,6 +8,7 @@ method) and calls the ops that `Accelerated.ops` bound.
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, TypeVar
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ecar_kernels import _transforms, registry
+from ecar_kernels._written import as_written, has_affine, is_plain, why_not
 from ecar_kernels.adaln.api import adaln, gated_residual, gated_residual_adaln
 from ecar_kernels.flow_block import packing
 from ecar_kernels.flow_block.api import adaln_linear, linear_gated_residual
@@ -38,46 +40,20 @@ PUBLIC = Ops(stage_attention, adaln, gated_residual, gated_residual_adaln, adaln
 
 
 @functools.cache
-def _bound(backend: str, device_type: str, dtype: torch.dtype, width: int, head_dim: int) -> Ops:
+def _bound(backend: str, device_type: str, dtype: torch.dtype, width: int, head_dim: int,
+           recorded: bool) -> Ops:
     def resolve(op: str) -> Callable:
         size = head_dim if op == "stage_attention" else width
         try:
-            return registry.implementation(op, device_type, dtype, size, backend=backend)
+            run = registry.implementation(op, device_type, dtype, size, backend=backend)
         except registry.BackendUnavailableError as error:
             return functools.partial(_refuse, str(error))  # a module need not use every op
+        return registry.recorded(op, run) if recorded else run
     return Ops(*map(resolve, Ops._fields))
 
 
 def _refuse(reason: str, *args: object, **kwargs: object) -> None:
     raise registry.BackendUnavailableError(reason)
-
-
-def server(ops: Ops, op: str, x: Tensor, weight: Tensor | None = None) -> str | None:
-    """The backend that serves `op` out of a module's `ops` for x [.., C], by the function called.
-
-    weight: what a fused GEMM reads. None where no backend does.
-    """
-    run = getattr(ops, op)
-    if ops is PUBLIC:
-        run = registry.implementation(op, x.device.type, x.dtype, x.shape[-1])
-    backend = registry.backend_of(op, run)
-    # Such a weight has no version, by which a packed copy is known to be fresh.
-    refused = backend == "native" and weight is not None and weight.is_inference()
-    return "reference" if refused else backend
-
-
-def served(module: nn.Module, x: Tensor, method: str = "forward") -> Iterator[tuple[str, str]]:
-    """What serves a call of the method for x [.., C], where no gradient is asked for.
-
-    Pairs of an op and a backend, or of a class and "torch", whose layers are torch's own. Of
-    another class, a subclass too, and of a method that was replaced: the class and "unknown".
-    """
-    binding = vars(module).get("_binding")
-    original = type(module) if binding is None else binding.original
-    if "served" in vars(original) and method not in vars(module):
-        yield from module.served(x)
-    else:
-        yield type(module).__name__, "unknown"
 
 
 _unit_gates: dict[tuple, Tensor] = {}
@@ -110,6 +86,7 @@ class Binding:
 
     backend: str  # "auto", or a name
     original: type[nn.Module]
+    replacement: type[nn.Module]
 
 
 class Accelerated:
@@ -117,32 +94,52 @@ class Accelerated:
 
     Class attributes say what `accelerate` prepares:
         uses: the ops that it calls.
-        weights: parameters, by name, that reach adaln_linear or linear_gated_residual.
+        weights: parameters of linear layers, by name, that reach adaln_linear or
+            linear_gated_residual where the layer is as written (`ecar_kernels.fused` asks).
+        norms: LayerNorms, by name, whose weight and bias are read likewise.
     Attributes of the module tell what some backends limit, where it has them:
         width: C of the adaLN and fused ops. head_dim: D of stage_attention.
     """
 
     uses: ClassVar[tuple[str, ...]] = ()
     weights: ClassVar[tuple[str, ...]] = ()
+    norms: ClassVar[tuple[str, ...]] = ()
     width: int = 0
     head_dim: int = 0
     _binding: Binding
 
-    def ops(self, x: Tensor) -> Ops:
+    def ops(self, x: Tensor, *like: Tensor | None) -> Ops:
         """The ops for x [.., C], bound: they neither validate their arguments nor look up.
 
-        Where a gradient may be asked for, under torch.autocast (which the public ops obey),
-        under torch.compile (for which they cost nothing), under a transform of torch.func or
-        forward-mode AD and on the meta device they are the public ones, `PUBLIC`: a forward that
-        is for inference only then calls its parent's. To be called before a weight is looked at.
+        like: modulations and other tokens that they will be given. Where a gradient may be asked
+        for, under torch.autocast (which the public ops obey), under torch.compile (for which they
+        cost nothing), under a transform of torch.func or forward-mode AD, on the meta device, and
+        where x or the others are not what the module takes (the public ops say why), they are the
+        public ones, `PUBLIC`: a forward that is for inference only then calls its parent's. To be
+        called before a weight is looked at.
         """
         if torch.compiler.is_compiling():
             packing.unpack_all()
             return PUBLIC
-        if (torch.is_grad_enabled() or x.is_meta or _transforms.active()
-                or torch.is_autocast_enabled(x.device.type)):
+        if (torch.is_grad_enabled() or not isinstance(x, Tensor) or x.is_meta
+                or _transforms.active() or torch.is_autocast_enabled(x.device.type)
+                or not self._takes(x, like)):
             return PUBLIC
-        return _bound(self._binding.backend, x.device.type, x.dtype, x.shape[-1], self.head_dim)
+        return _bound(self._binding.backend, x.device.type, x.dtype, x.shape[-1], self.head_dim,
+                      registry.recording())
+
+    def _takes(self, x: Tensor, like: tuple[Tensor | None, ...]) -> bool:
+        """Is x [.., C] as wide as the module, or [.., D] as its heads, and are the others tokens
+        like x, or one for all images or tokens?"""
+        shape, dtype, device = x.shape, x.dtype, x.device
+        if x.ndim < 2 or (self.width and shape[-1] not in (self.width, self.head_dim)):
+            return False
+        return all(
+            other is None or (
+                isinstance(other, Tensor) and other.ndim == x.ndim == 3 and other.dtype is dtype
+                and other.device == device and other.shape[2] == shape[2]
+                and other.shape[0] in (1, shape[0]) and other.shape[1] in (1, shape[1]))
+            for other in like)
 
     def extra_repr(self) -> str:
         """The module's own, and which backend serves what: "adaln_linear: native"."""
@@ -204,9 +201,12 @@ def accelerate(model: Model, *, backend: str | None = None, keep_weights: bool =
     memory does not grow. That is for sampling: whatever reads or writes such a weight later (a
     state_dict, an optimizer, `to`, torch.compile) turns it back into a plain one first.
 
-    Returns the model. parameters(), state_dict() and hooks are unchanged, print(model) shows
-    what serves each module. Training, autocast and torch.compile work as before, on the public
-    ops. Calling it again binds anew; a weight that changed is packed anew on its next use.
+    Returns the model. `report(model)` tells what was swapped, what was left and why, and
+    print(model) shows what serves each module; a warning says so where nothing was swapped.
+    parameters(), state_dict() and hooks are unchanged. Training, autocast and torch.compile work
+    as before, on the public ops. What stands in a layer's place (an adapter, a quantized layer)
+    is called, and hooks fire, also where they come later. Calling it again binds anew; a weight
+    that changed is packed again on its next use.
 
     Raises TypeError where `model` is no module, ValueError for an unknown backend,
     BackendUnavailableError where a backend asked for by name cannot serve a module, which then
@@ -220,20 +220,104 @@ def accelerate(model: Model, *, backend: str | None = None, keep_weights: bool =
         registry._check_backend(backend, "argument 'backend'")
     found = []
     for name, module in model.named_modules():
-        binding = vars(module).get("_binding")
-        original = type(module) if binding is None else binding.original
+        original = _original(module)
         if (replacement := _accelerated.get(original)) is not None:
             try:
                 _resolve(replacement, module, backend)
             except registry.BackendUnavailableError as error:
                 raise registry.BackendUnavailableError(
                     f"module '{name}' ({original.__name__}): {error}") from None
-            found.append((module, replacement, Binding(backend, original)))
-    for module, replacement, binding in found:
-        module._binding = binding
-        module.__class__ = replacement
-        _prepare_weights(module, keep_weights)
+            found.append((module, replacement, Binding(backend, original, replacement)))
+    if not found:
+        warnings.warn(f"accelerate: no module of {type(model).__name__} was swapped: none is a "
+                      f"{', '.join(kind.__name__ for kind in _accelerated)}", stacklevel=2)
+    before = [(module, type(module), vars(module).get("_binding")) for module, *_ in found]
+    try:
+        for module, replacement, binding in found:
+            module._binding = binding
+            module.__class__ = replacement
+            _prepare_weights(module, keep_weights)
+    except BaseException:
+        for module, kind, binding in before:
+            module.__class__ = kind
+            module._binding = binding
+            if binding is None:
+                del module._binding
+        raise
     return model
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One module of `report`.
+
+    name: in the model. kind: its original class. served: op -> backend; empty where the module was
+    not swapped. left: what of it is not fused, and why.
+    """
+
+    name: str
+    kind: str
+    served: dict[str, str]
+    left: tuple[str, ...]
+
+
+class Report(tuple[ReportRow, ...]):
+    """What `accelerate` swapped in a model and what it left; printed, a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        lines = [("module", "class", "served", "left")]
+        lines += [(row.name or "(the model)", row.kind,
+                   ", ".join(f"{op}: {by}" for op, by in row.served.items()) or "-",
+                   "; ".join(row.left) or "-") for row in self]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(
+            line, widths, strict=True)).rstrip() for line in lines)
+
+
+def report(model: nn.Module) -> Report:
+    """The modules of `model` that `accelerate` swapped, or knows by a class of theirs, as they are
+    now: what serves them, and which of their layers are called instead of fused, and why.
+
+    Raises TypeError where `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"argument 'model': expected a module, got {type(model).__name__}")
+    rows = []
+    for name, module in model.named_modules():
+        original = _original(module)
+        if original is not type(module):
+            rows.append(ReportRow(name, original.__name__, _serving(module),
+                                  tuple(_left(module))))
+        elif isinstance(module, tuple(_accelerated)):
+            why = ("accelerate was not called since it is there" if type(module) in _accelerated
+                   else "a subclass, whose forward may be another")
+            rows.append(ReportRow(name, type(module).__name__, {}, (why,)))
+    return Report(rows)
+
+
+def _left(module: Accelerated) -> Iterator[str]:
+    for name, layer in _layers(module, type(module)):
+        if (reason := why_not(layer, nn.Linear)) is not None:
+            yield f"{name or 'weight'}: {reason}"
+    for name in module.norms:
+        norm = module.get_submodule(name)
+        if (reason := why_not(norm, nn.LayerNorm)) is not None:
+            yield f"{name}: {reason}"
+        elif not has_affine(norm):
+            yield f"{name}: it has no weight or no bias"
+
+
+def _layers(module: nn.Module,
+            kind: type[Accelerated]) -> Iterator[tuple[str, nn.Module | None]]:
+    """Those whose weights the class reads, by name; None where there is nothing of that name."""
+    for name in kind.weights:
+        layer: nn.Module | None = module
+        path = name.rpartition(".")[0]
+        for part in filter(None, path.split(".")):
+            layer = layer._modules.get(part) if layer is not None else None
+        yield path, layer
 
 
 def restore(model: Model) -> Model:
@@ -247,11 +331,33 @@ def restore(model: Model) -> Model:
     for module in model.modules():
         binding = vars(module).get("_binding")
         if binding is not None:
-            for name in module.weights:
-                packing.release(module.get_parameter(name))
-            module.__class__ = binding.original
+            for _, layer in _layers(module, binding.replacement):
+                if layer is not None and is_plain(layer._parameters.get("weight")):
+                    packing.release(layer.weight)
+            module.__class__ = _restored(type(module), binding)
             del module._binding
     return model
+
+
+def _original(module: nn.Module) -> type[nn.Module]:
+    """Its class, without acceleration."""
+    kind, binding = type(module), vars(module).get("_binding")
+    return binding.original if binding is not None and kind is binding.replacement else kind
+
+
+def _restored(kind: type[nn.Module], binding: Binding) -> type[nn.Module]:
+    """The class without acceleration of a module whose class may have been changed since, to one
+    made of the accelerated class (as parametrize does) or to another."""
+    if kind is binding.replacement:
+        return binding.original
+    if binding.replacement not in kind.__bases__:
+        return kind
+    bases = tuple(binding.original if base is binding.replacement else base
+                  for base in kind.__bases__)
+    own = {name: value for name, value in vars(kind).items()
+           if name not in ("__dict__", "__weakref__")}
+    return type(kind.__name__.replace(binding.replacement.__name__, binding.original.__name__),
+                bases, own)
 
 
 def _place(module: nn.Module) -> tuple[str, torch.dtype]:
@@ -273,7 +379,7 @@ def _resolve(replacement: type[Accelerated], module: nn.Module, backend: str) ->
 def _serving(module: Accelerated) -> dict[str, str]:
     """Each op's backend, for the place where its parameters are now."""
     found = _resolve(type(module), module, module._binding.backend)
-    return {op: registry.backend_of(op, run) for op, run in found.items()}
+    return {op: registry.server(run) for op, run in found.items()}
 
 
 def _prepare_weights(module: Accelerated, keep: bool) -> None:
@@ -284,5 +390,6 @@ def _prepare_weights(module: Accelerated, keep: bool) -> None:
                                   backend=module._binding.backend)
     prepare = getattr(sys.modules[run.__module__], "prepare_weight", None)
     if prepare is not None:
-        for name in module.weights:
-            prepare(module.get_parameter(name), keep)
+        for _, layer in _layers(module, type(module)):
+            if as_written(layer, nn.Linear):
+                prepare(layer.weight, keep)

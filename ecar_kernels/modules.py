@@ -5,21 +5,16 @@ Errors are those of the ops. Modulations have a part for the token and, optional
 step, as in `ecar_kernels.adaln`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ecar_kernels import recompute
-from ecar_kernels.acceleration import (
-    PUBLIC,
-    Accelerated,
-    Ops,
-    accelerates,
-    server,
-    unit_gate,
-)
+from ecar_kernels import fused, recompute, registry
+from ecar_kernels._written import as_written, remember
+from ecar_kernels.acceleration import PUBLIC, Accelerated, Ops, accelerates, unit_gate
+from ecar_kernels.fused import rows
 
 
 class KVCache(Protocol):
@@ -39,8 +34,8 @@ class OpsModule(nn.Module):
             uses = ("adaln",)
     """
 
-    def ops(self, x: Tensor) -> Ops:
-        """The ops for x [.., C]: here the public ones."""
+    def ops(self, x: Tensor, *like: Tensor | None) -> Ops:
+        """The ops for x [.., C] and for tensors like it: here the public ones."""
         return PUBLIC
 
 
@@ -58,8 +53,10 @@ class AdaLN(OpsModule):
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, step_shift: Tensor | None = None,
                 step_scale: Tensor | None = None) -> Tensor:
         """As `ecar_kernels.adaln`: x [B, N, C] -> [B, N, C]."""
-        return self.ops(x).adaln(x, shift, scale, step_shift=step_shift, step_scale=step_scale,
-                                 eps=self.eps)
+        x, shift, scale, step_shift, step_scale = made = tuple(
+            map(rows, (x, shift, scale, step_shift, step_scale)))
+        return self.ops(*made).adaln(x, shift, scale, step_shift=step_shift,
+                                     step_scale=step_scale, eps=self.eps)
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"
@@ -71,7 +68,8 @@ class GatedResidual(OpsModule):
     def forward(self, x: Tensor, branch: Tensor, gate: Tensor,
                 step_gate: Tensor | None = None) -> Tensor:
         """As `ecar_kernels.gated_residual`: [B, N, C]."""
-        return self.ops(x).gated_residual(x, branch, gate, step_gate=step_gate)
+        x, branch, gate, step_gate = made = tuple(map(rows, (x, branch, gate, step_gate)))
+        return self.ops(*made).gated_residual(x, branch, gate, step_gate=step_gate)
 
 
 class Linear(nn.Linear):
@@ -80,10 +78,6 @@ class Linear(nn.Linear):
     def product(self, x: Tensor) -> Tensor:
         """x weight^T, without the bias."""
         return F.linear(x, self.weight)
-
-    def served(self, x: Tensor) -> Iterator[tuple[str, str]]:
-        """As `acceleration.served`."""
-        yield "Linear", "torch"
 
 
 class MLP(nn.Module):
@@ -120,27 +114,26 @@ class _Attention(OpsModule):
                cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """[B, n, 3 C] -> [B, n, C]; without lengths, all tokens are one stage."""
         b, n = qkv.shape[:2]
-        q, k, v = qkv.view(b, n, 3, self.heads, self.head_dim).unbind(2)
+        q, k, v = rows(qkv).view(b, n, 3, self.heads, self.head_dim).unbind(2)
         if cache is not None:
             k, v = cache.write(layer, k, v)
-        run = self.ops(q).stage_attention
-        return run(q, k, v, stage_lengths or (n,)).reshape(b, n, self.width)
-
-    def _served(self, x: Tensor, *, fused: bool) -> Iterator[tuple[str, str]]:
-        ops = self.ops(x)
-        yield "stage_attention", server(ops, "stage_attention", x[..., :self.head_dim])
-        if not fused:
-            return
-        for op, layers in (("adaln_linear", (self.qkv, self.mlp.fc1)),
-                           ("linear_gated_residual", (self.proj, self.mlp.fc2))):
-            for layer in layers:
-                yield op, server(ops, op, x, layer.weight)
+        lengths = stage_lengths or (n,)
+        ops = self.ops(q) if _fits(lengths, q, k) else PUBLIC
+        return ops.stage_attention(q, k, v, lengths).reshape(b, n, self.width)
 
     def feed_forward(self, z: Tensor, *made: object) -> Tensor:
         """self.mlp(z), for blocks that have one; `made`: of what z is, as in `recompute`."""
-        if not recompute.as_written(self.mlp, MLP):
+        if not as_written(self.mlp, MLP):
             return self.mlp(z)
         return self.mlp.project(recompute.linear(self.mlp.fc1, z, *made))
+
+
+def _fits(stage_lengths: Sequence[int], q: Tensor, k: Tensor) -> bool:
+    """Bound ops do not look; where this is false, the public one says what is wrong."""
+    if type(stage_lengths) not in (tuple, list) or k.dtype is not q.dtype:
+        return False
+    queries, keys = q.shape[1], k.shape[1]
+    return sum(stage_lengths) == keys and (queries == keys or queries == stage_lengths[-1])
 
 
 class StageAttention(_Attention):
@@ -199,11 +192,6 @@ class StageBlock(_Attention):
         x = x + self.attention(x, stage_lengths, cache, layer)
         return x + self.feed_forward(*recompute.layer_norm(self.norm2, x))
 
-    def served(self, x: Tensor) -> Iterator[tuple[str, str]]:
-        """As `acceleration.served`."""
-        yield from self._served(x, fused=False)
-        yield "StageBlock", "torch"
-
 
 class FlowBlock(_Attention):
     """DiT's adaLN-zero block; its six modulations are given, not computed here.
@@ -241,10 +229,11 @@ class FlowBlock(_Attention):
         Returns:
             The residual stream, and the next block's y.
         """
+        x, y = rows(x), rows(y)
         made = (y,) if begun is None else recompute.adaln(y, x, *begun, self.eps)
-        gate, shift, scale, mlp_gate, next_shift, next_scale = spatial
-        t_gate, t_shift, t_scale, t_mlp_gate, t_next_shift, t_next_scale = step
-        run = self.ops(x).gated_residual_adaln
+        gate, shift, scale, mlp_gate, next_shift, next_scale = map(rows, spatial)
+        t_gate, t_shift, t_scale, t_mlp_gate, t_next_shift, t_next_scale = map(rows, step)
+        run = PUBLIC.gated_residual_adaln
         x, y = run(
             x, self.proj(self.attend(recompute.linear(self.qkv, *made))), gate, shift, scale,
             step_gate=t_gate, step_shift=t_shift, step_scale=t_scale, eps=self.eps,
@@ -266,22 +255,18 @@ class FlowBlock(_Attention):
         Returns:
             The residual stream [B, N, C].
         """
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = spatial
-        t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = step
-        ops, mlp = self.ops(x), self.mlp
-        qkv = ops.adaln_linear(x, shift, scale, self.qkv.weight, self.qkv.bias,
-                               step_shift=t_shift, step_scale=t_scale, eps=self.eps)
-        x = ops.linear_gated_residual(self.attend(qkv), self.proj.weight, self.proj.bias, gate, x,
-                                      step_gate=t_gate)
-        hidden = ops.adaln_linear(x, mlp_shift, mlp_scale, mlp.fc1.weight, mlp.fc1.bias,
-                                  step_shift=t_mlp_shift, step_scale=t_mlp_scale,
-                                  activation="gelu_tanh", eps=self.eps)
-        return ops.linear_gated_residual(hidden, mlp.fc2.weight, mlp.fc2.bias, mlp_gate, x,
-                                         step_gate=t_mlp_gate)
-
-    def served(self, x: Tensor) -> Iterator[tuple[str, str]]:
-        """As `acceleration.served`, of `infer`."""
-        return self._served(x, fused=True)
+        x = rows(x)
+        parts = [rows(part) for part in (*spatial, *step)]
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts[:6]
+        t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = parts[6:]
+        ops = self.ops(x, *parts)
+        qkv = fused.adaln_linear(ops, self.qkv, x, shift, scale, step_shift=t_shift,
+                                 step_scale=t_scale, eps=self.eps)
+        x = fused.linear_gated_residual(ops, self.proj, self.attend(qkv), gate, x,
+                                        step_gate=t_gate)
+        return fused.mlp_gated_residual(
+            ops, self.mlp, MLP, x, mlp_shift, mlp_scale, mlp_gate, step_gate=t_mlp_gate,
+            step_shift=t_mlp_shift, step_scale=t_mlp_scale, eps=self.eps)
 
 
 @accelerates(AdaLN)
@@ -313,33 +298,23 @@ class AcceleratedLinear(Accelerated, Linear):
     weights = ("weight",)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._multiply(x, self.bias, super().forward)
+        return _multiply(self, x, self.bias, Linear.forward)
 
     def product(self, x: Tensor) -> Tensor:
-        return self._multiply(x, None, super().product)
+        return _multiply(self, x, None, Linear.product)
 
-    def served(self, x):
-        if self._packs(x):
-            yield "linear_gated_residual", server(self.ops(x), "linear_gated_residual", x,
-                                                  self.weight)
-        else:
-            yield from super().served(x)
 
-    def _packs(self, x):
-        """Elsewhere the libraries' own GEMM is the one to take."""
-        ops = self.ops(x)
-        return (ops is not PUBLIC and x.ndim >= 2 and x.numel() > 0
-                and server(ops, "linear_gated_residual", x) == "native")
-
-    def _multiply(self, x, bias, plain):
-        if not self._packs(x):
-            return plain(x)
-        tokens = x.reshape(-1, *x.shape[-2:])
-        images, count = tokens.shape[:2]
-        nothing = x.new_zeros(1, 1, self.out_features).expand(images, count, -1)
-        return self.ops(x).linear_gated_residual(
-            tokens, self.weight, bias, unit_gate(tokens, self.out_features), nothing
-        ).view(*x.shape[:-1], -1)
+def _multiply(layer: Linear, x: Tensor, bias: Tensor | None, plain: Callable) -> Tensor:
+    ops = layer.ops(x) if isinstance(layer, Accelerated) else PUBLIC  # restored, and still called
+    # Elsewhere the libraries' own GEMM is the one to take.
+    if (ops is PUBLIC or not (x.ndim >= 2 and x.numel()) or not as_written(layer, nn.Linear)
+            or registry.server(ops.linear_gated_residual) != "native"):
+        return plain(layer, x)
+    tokens = rows(x.reshape(-1, *x.shape[-2:]))
+    nothing = x.new_zeros(1, 1, layer.out_features).expand(*tokens.shape[:2], -1)
+    return ops.linear_gated_residual(
+        tokens, layer.weight, bias, unit_gate(tokens, layer.out_features), nothing
+    ).view(*x.shape[:-1], -1)
 
 
 @accelerates(StageBlock)
@@ -348,32 +323,16 @@ class AcceleratedStageBlock(Accelerated, StageBlock):
 
     uses = ("adaln_linear", "stage_attention", "linear_gated_residual")
     weights = ("qkv.weight", "proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
+    norms = ("norm1", "norm2")
 
     def forward(self, x, stage_lengths=None, cache=None, layer=0):
-        ops, mlp = self.ops(x), self.mlp
-        if ops is PUBLIC or not self._has_plain_norms():
-            return super().forward(x, stage_lengths, cache, layer)
-        one = unit_gate(x, self.width)
-        qkv = ops.adaln_linear(x, **_modulation(self.norm1, len(x)), weight=self.qkv.weight,
-                               bias=self.qkv.bias)
-        x = ops.linear_gated_residual(self.attend(qkv, stage_lengths, cache, layer),
-                                      self.proj.weight, self.proj.bias, one, x)
-        hidden = ops.adaln_linear(x, **_modulation(self.norm2, len(x)), weight=mlp.fc1.weight,
-                                  bias=mlp.fc1.bias, activation="gelu_tanh")
-        return ops.linear_gated_residual(hidden, mlp.fc2.weight, mlp.fc2.bias, one, x)
-
-    def served(self, x):
-        if self.ops(x) is PUBLIC or not self._has_plain_norms():
-            return super().served(x)
-        return self._served(x, fused=True)
-
-    def _has_plain_norms(self):
-        return all(recompute.as_written(norm, nn.LayerNorm)
-                   and norm.weight is not None and norm.bias is not None
-                   for norm in (self.norm1, self.norm2))
+        x = rows(x)
+        ops = self.ops(x)
+        if ops is PUBLIC or not isinstance(self, Accelerated):  # restored, and still called
+            return StageBlock.forward(self, x, stage_lengths, cache, layer)
+        qkv = fused.norm_linear(ops, self.norm1, self.qkv, x)
+        x = fused.linear_residual(ops, self.proj, self.attend(qkv, stage_lengths, cache, layer), x)
+        return fused.norm_mlp_residual(ops, self.norm2, self.mlp, MLP, x)
 
 
-def _modulation(norm: nn.LayerNorm, batch: int) -> dict:
-    """adaLN's arguments with which it is this LayerNorm: views of its parameters, no copy."""
-    return {"shift": norm.bias.expand(batch, 1, -1), "scale": norm.weight.expand(batch, 1, -1),
-            "scale_offset": 0.0, "eps": norm.eps}
+remember(AdaLN, GatedResidual, Linear, MLP, StageAttention, StageBlock, FlowBlock)

@@ -18,22 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ecar_kernels import _transforms, registry
+from ecar_kernels._written import as_written
 
 
 def active(x: Tensor) -> bool:
     """Is a linear layer that runs now to forget its input x?"""
     return (torch.is_grad_enabled() and not torch.compiler.is_compiling() and not x.is_meta
             and not _transforms.active() and registry.active_backend() != "reference")
-
-
-def as_written(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Does calling `module` do just what `kind` does? Not with hooks, nor as another class."""
-    binding = vars(module).get("_binding")  # what `accelerate` leaves: plain where it trains
-    original = type(module) if binding is None else binding.original
-    return (original.forward is kind.forward and "forward" not in vars(module)
-            and module._compiled_call_impl is None
-            and not (module._forward_hooks or module._forward_pre_hooks
-                     or module._backward_hooks or module._backward_pre_hooks))
 
 
 def linear(layer: nn.Module, z: Tensor, function: Callable[..., Tensor] | None = None,

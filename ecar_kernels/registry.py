@@ -1,13 +1,16 @@
 """Which backend serves an op: what each can do, why not, and which one is asked for.
 
-State is process-wide and plain, so that torch.compile and torch.export see through it: a
-compiled graph guards on the active backend's name and takes the choice as a constant.
+The choice is a context variable: threads and asyncio tasks have each their own. torch.compile
+cannot read those before 2.14, so it guards on a plain name, that of the block entered last in any
+thread, and takes the choice as a constant.
 """
 
+import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +44,7 @@ class Implementation:
     missing: Callable[[], str | None] = _always_available  # what this machine lacks
     # what this machine lacks for one of the devices
     missing_on: dict[str, Callable[[], str | None]] = field(default_factory=dict)
+    backend: str = ""  # its own name
     function: Callable | None = None  # the loaded target: the op's signature, no validation
     bound: Callable | None = None  # what `resolve` gives: it, or the reference under a transform
 
@@ -81,6 +85,7 @@ class Implementation:
             module, name = self.target.split(":")
             self.function = getattr(importlib.import_module(module), name)
             self.bound = _unless_transformed(self.function, name)
+            _backends_of[self.function] = _backends_of[self.bound] = self.backend
 
 
 def _unless_transformed(function: Callable, op: str) -> Callable:
@@ -96,6 +101,8 @@ def _unless_transformed(function: Callable, op: str) -> Callable:
         return reference(*args, **kwargs) if active() else function(*args, **kwargs)
     return bound
 
+
+_backends_of: dict[Callable, str] = {}
 
 FAMILIES = {
     "stage_attention": ("stage_attention",),
@@ -140,7 +147,15 @@ for op in FAMILIES["flow_block"]:
     IMPLEMENTATIONS[op]["triton"] = Implementation(
         f"ecar_kernels.flow_block.triton:{op}", **_TRITON)
 
-_active = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+for _implementations in IMPLEMENTATIONS.values():
+    for _name, _implementation in _implementations.items():
+        _implementation.backend = _name
+
+_outside = os.environ.get(ENVIRONMENT_VARIABLE, "auto")  # in force outside every block
+_active: ContextVar[str | None] = ContextVar("ecar_kernels_backend", default=None)
+_log: ContextVar[dict[str, set[str]] | None] = ContextVar("ecar_kernels_log", default=None)
+_blocks: list[list[str]] = []  # of all threads, those entered and not left yet; one name in each
+_traced = _outside  # the last block's, for torch.compile
 _servers: dict[tuple, tuple[str, ...]] = {}
 
 
@@ -155,8 +170,15 @@ def active_backend() -> str:
 
     Raises ValueError for an unknown name in the environment variable: importing never does.
     """
-    _check_backend(_active, f"environment variable {ENVIRONMENT_VARIABLE}")
-    return _active
+    name = _current()
+    _check_backend(name, f"environment variable {ENVIRONMENT_VARIABLE}")
+    return name
+
+
+def _current() -> str:
+    if torch.compiler.is_compiling():
+        return _traced
+    return _active.get() or _outside
 
 
 class use_backend:
@@ -164,24 +186,90 @@ class use_backend:
 
     "reference", "native" and "triton" never fall back: an op that the backend cannot serve
     raises `BackendUnavailableError`. "auto" takes the first of triton, native and reference
-    that can. The choice is process-wide (all threads) and ends with the block; the environment
-    variable ECAR_BACKEND sets the one outside every block.
+    that can. The choice holds for the block's thread or asyncio task, as torch.no_grad does, and
+    ends with the block; graphs of torch.compile follow the block entered last in any thread. The
+    environment variable ECAR_BACKEND sets the choice outside every block.
     """
 
     def __init__(self, name: str):
         _check_backend(name, "argument 'name'")
         self.name = name
-        self._previous: list[str] = []
+        self._entered: list[tuple[str | None, list[str]]] = []
 
     def __enter__(self) -> "use_backend":
-        global _active
-        self._previous.append(_active)
-        _active = self.name
+        before = None
+        if not torch.compiler.is_compiling():
+            before = _active.get()
+            _active.set(self.name)
+        block = [self.name]
+        self._entered.append((before, block))
+        _enter(block)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        global _active
-        _active = self._previous.pop()
+        before, block = self._entered.pop()
+        if not torch.compiler.is_compiling():
+            _active.set(before)
+        _leave(block)
+
+
+def _enter(block: list[str]) -> None:
+    global _traced
+    _blocks.append(block)
+    _traced = block[0]
+
+
+def _leave(block: list[str]) -> None:
+    global _traced
+    for index, other in enumerate(_blocks):
+        if other is block:
+            del _blocks[index]
+            break
+    _traced = _blocks[-1][0] if _blocks else _outside
+
+
+@contextlib.contextmanager
+def record() -> Iterator[dict[str, set[str]]]:
+    """Within the block, of this thread or task: which backends serve which op.
+
+    Yields a dictionary that fills as ops are called: op -> names of backends. What runs in a
+    graph of torch.compile is not seen.
+    """
+    log: dict[str, set[str]] = {}
+    before = _log.get()
+    _log.set(log)
+    try:
+        yield log
+    finally:
+        _log.set(before)
+
+
+def recording() -> bool:
+    return _log.get() is not None
+
+
+def note(op: str, backend: str) -> None:
+    """For who calls a backend's function without the registry."""
+    log = _log.get()
+    if log is not None:
+        log.setdefault(op, set()).add(backend)
+
+
+def recorded(op: str, function: Callable) -> Callable:
+    """A bound op's function, which also notes each of its calls."""
+    backend = _backends_of[function]
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        note(op, backend)
+        return function(*args, **kwargs)
+    _backends_of[call] = backend
+    return call
+
+
+def server(function: Callable) -> str | None:
+    """The backend of a function that `implementation`, `resolve` or `recorded` gave; else None."""
+    return _backends_of.get(function)
 
 
 def _not_implemented(op: str, backend: str) -> str:
@@ -228,7 +316,11 @@ def implementation(op: str, device_type: str, dtype: torch.dtype, width: int = 0
     know nothing of (_transforms.py). That of a backend named here, whatever is active.
     """
     if backend is None:
-        backend = "reference" if _transforms.active() else _active
+        backend = "reference" if _transforms.active() else _current()
+        found = _find(op, device_type, dtype, width, backend)
+        if not torch.compiler.is_compiling():
+            note(op, found.backend)
+        return found.function
     return _find(op, device_type, dtype, width, backend).function
 
 
@@ -239,12 +331,6 @@ def _find(op: str, device_type: str, dtype: torch.dtype, width: int,
         if (reason := found.why_not_width(width)) is None:
             return found
     raise BackendUnavailableError(f"backend '{backend}' cannot serve {op}: {reason}")
-
-
-def backend_of(op: str, function: Callable) -> str | None:
-    """The name of the backend whose function for the op this is, as `implementation` gives it."""
-    return next((name for name, found in IMPLEMENTATIONS[op].items()
-                 if found.function is function), None)
 
 
 def resolve(op: str, *, device: torch.device | str, dtype: torch.dtype, width: int = 0,
@@ -261,7 +347,7 @@ def resolve(op: str, *, device: torch.device | str, dtype: torch.dtype, width: i
     if op not in IMPLEMENTATIONS:
         raise ValueError(f"argument 'op': expected one of {', '.join(OPS)}, got {op!r}")
     if backend is None:
-        backend = _active
+        backend = _current()
     else:
         _check_backend(backend, "argument 'backend'")
     return _find(op, torch.device(device).type, dtype, width, backend).bound

@@ -49,7 +49,7 @@ Tensor pack_linear_weight(const Tensor& weight) {
 void check_packed(const Tensor& packed, const Tensor& x, int64_t outputs, int64_t depth) {
   if (outputs < 0) refuse("outputs", "at least 0, got ", outputs);
   const int64_t size = gemm::packed_size(outputs, depth);
-  if (packed.dim() != 1 || packed.size(0) < size || packed.stride(0) != 1) {
+  if (packed.dim() != 1 || packed.size(0) != size || packed.stride(0) != 1) {
     refuse("packed", "pack_linear_weight's result for a weight of ", outputs, " x ", depth,
            ", got ", text(packed.sizes()));
   }

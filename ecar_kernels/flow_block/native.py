@@ -69,13 +69,24 @@ def prepare_weight(weight: Tensor, keep: bool) -> None:
 
 def _run_adaln_linear(x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps,
                       scale_offset):
-    return _packed_adaln_linear(x, shift, scale, packed_weight(weight), weight.shape[0], bias,
-                                step_shift, step_scale, gelu, eps, scale_offset)
+    outputs = _outputs("x", x, weight)
+    return _packed_adaln_linear(x, shift, scale, packed_weight(weight), outputs, bias, step_shift,
+                                step_scale, gelu, eps, scale_offset)
 
 
 def _run_linear_gated_residual(h, weight, bias, gate, residual, step_gate):
+    _outputs("h", h, weight)
     return _packed_linear_gated_residual(h, packed_weight(weight), bias, gate, residual,
                                          step_gate)
+
+
+def _outputs(name: str, x: Tensor, weight: Tensor) -> int:
+    """A packed weight does not tell an odd depth from the next even one."""
+    outputs, depth = weight.shape
+    if x.shape[-1] != depth:
+        raise ValueError(f"argument '{name}': expected a last dimension of {depth} like "
+                         f"'weight', got {list(x.shape)}")
+    return outputs
 
 
 # What a compiled graph calls: the cache is looked into when it runs, not when it is traced.

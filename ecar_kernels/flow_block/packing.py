@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ecar_kernels._written import PLAIN, address
+
 PANEL, GROUP = 48, 16  # kPanelColumns and kColumnGroup of csrc/cpu/gemm.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -70,8 +72,8 @@ _packed: dict[int, _Packed] = {}  # by the weight's id
 
 
 def _layout(weight: Tensor) -> tuple:
-    """Where and how its values lie. `data_ptr()` would be a pointer to write to."""
-    return torch._C._data_address(weight), weight.stride(), weight.shape, weight.dtype
+    """Where and how its values lie."""
+    return address(weight), weight.stride(), weight.shape, weight.dtype
 
 
 def packed_weight(weight: Tensor) -> Tensor:
@@ -95,7 +97,7 @@ def _own(weight: Tensor) -> Tensor | None:
     """The packed form that it holds alone. None where another thread turns it back just now, and
     where `set_`, which does not ask __torch_function__, has given it other memory."""
     own = weight.__dict__
-    return own.get("packed") if own.get("placeholder") == torch._C._data_address(weight) else None
+    return own.get("packed") if own.get("placeholder") == address(weight) else None
 
 
 def _kept(weight: Tensor) -> Tensor | None:
@@ -179,6 +181,9 @@ class PackedWeight(nn.Parameter):
         return self.__reduce_ex__(protocol)
 
 
+PLAIN.add(PackedWeight)
+
+
 def _turn_back(value: object) -> None:
     """Every packed weight among a call's arguments, in lists and dictionaries too."""
     if isinstance(value, PackedWeight):
@@ -224,8 +229,9 @@ def pack_weight(weight: nn.Parameter) -> bool:
         weight.__class__ = PackedWeight
         with torch._C.DisableTorchFunctionSubclass():
             # One number in the whole shape. NaN: whoever gets past __torch_function__ sees it.
-            weight.data = torch.full((), float("nan"), dtype=weight.dtype).expand(weight.shape)
-        weight.placeholder = torch._C._data_address(weight)
+            nothing = torch.full((), float("nan"), dtype=weight.dtype, device="cpu")
+            weight.data = nothing.expand(weight.shape)
+        weight.placeholder = address(weight)
         key = id(weight)
         _held[key] = weakref.ref(weight, lambda dead: _held.pop(key, None))
         return True
@@ -239,7 +245,7 @@ def unpack_weight(weight: nn.Parameter) -> None:
             return
         with torch._C.DisableTorchFunctionSubclass():
             # Else `set_` has given it other values.
-            if torch._C._data_address(weight) == weight.placeholder:
+            if address(weight) == weight.placeholder:
                 weight.data = unpack(weight.packed, *weight.shape)
         weight.__class__ = nn.Parameter  # last: no thread takes it for plain before it is
         del weight.packed, weight.placeholder

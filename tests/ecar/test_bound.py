@@ -139,12 +139,27 @@ class TestWhenItServes:
         draw(model, steps=[2, 3])
         assert len(called) == 3
 
-    def test_not_for_a_head_of_another_class(self, model):
-        class Other(FlowHead):
+    def test_a_head_of_another_class_is_called(self, model):
+        """Unless all of its methods are ours."""
+        class Renamed(FlowHead):
             pass
 
-        model.heads[0].__class__ = Other
+        class Other(FlowHead):
+            def forward(self, *inputs):
+                return 2 * super().forward(*inputs)
+
+        before = draw(model).latents
+        model.heads[1].__class__ = Renamed
+        assert planned(model).buffers is not None
+        assert draw(model).latents.equal(before)
+        model.heads[1].__class__ = Other
         assert planned(model).buffers is None
+        doubled = draw(model).latents
+        model.heads[1].__class__ = FlowHead
+        with torch.no_grad():
+            model.heads[1].output.weight.mul_(2)
+            model.heads[1].output.bias.mul_(2)
+        assert (draw(model).latents - doubled).abs().max() < 1e-4 * doubled.abs().max()
 
     def test_a_weight_that_changed_is_seen(self, model):
         first = draw(model).latents

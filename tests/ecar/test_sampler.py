@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ecar import bound, plan, stages
+import ecar_kernels
+from ecar import bound, plan, sampler, stages
 from ecar.model import ECAR
 from ecar.sampler import Guidance, sample, split_steps
 from ecar.transformer import KVCache
@@ -340,3 +341,45 @@ def test_memory_does_not_grow_from_step_to_step(model):
 def test_a_bad_argument_is_named(model, options, error, words):
     with pytest.raises(error, match=words):
         draw(model, **options)
+
+
+@pytest.mark.parametrize("setting", ["ieee", "tf32"])
+@pytest.mark.parametrize("wishes", [(True, True), (True, False), (False, True)], ids=str)
+def test_tf32_of_runs_that_overlap_and_end_in_any_order(wishes, setting):
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    try:
+        products.fp32_precision = setting
+        first, second = (sampler._tf32(wish) for wish in wishes)
+        first.__enter__()
+        second.__enter__()
+        assert (products.fp32_precision == "tf32") == wishes[1]
+        first.__exit__(None, None, None)
+        assert (products.fp32_precision == "tf32") == wishes[1]
+        second.__exit__(None, None, None)
+        assert products.fp32_precision == setting
+    finally:
+        products.fp32_precision = before
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("edit", ["returned", "in place", "through data"])
+def test_a_callback_that_edits(model, edit, backend):
+    """An edit in place and a returned tensor mean the same, with whatever backend."""
+    def change(info):
+        if info.index != 1:
+            return None
+        if edit == "returned":
+            return info.latents * 0.5
+        (info.latents if edit == "in place" else info.latents.data).mul_(0.5)
+        return None
+
+    def returned(info):
+        return info.latents * 0.5 if info.index == 1 else None
+
+    data, options = (torch.tensor([1, 2]),), {"seeds": torch.tensor([3, 4]), "steps": [3, 3]}
+    with ecar_kernels.use_backend("reference"):
+        right = sample(model, *data, callback=returned, **options).latents
+    with ecar_kernels.use_backend(backend):
+        got = sample(model, *data, callback=change, **options).latents
+    assert (got - right).abs().max() < 1e-4 * right.abs().max()

@@ -1,9 +1,11 @@
 """Backends: what is chosen, what is refused and why, and that importing does nothing else."""
 
+import asyncio
 import os
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -12,13 +14,13 @@ import ecar_kernels
 from ecar_kernels import (
     BackendUnavailableError,
     _triton,
+    active_backend,
     backends,
     registry,
     resolve,
     use_backend,
 )
 from ecar_kernels.registry import BACKENDS, OPS, Implementation
-from ecar_kernels.stage_attention import native, reference
 from tests.support.ops import arguments, function
 
 
@@ -43,8 +45,8 @@ def fake(monkeypatch):
 
 
 def test_auto_prefers_the_dense_attention_per_stage():
-    assert bound("stage_attention") is native.stage_attention
-    assert bound("stage_attention", backend="reference") is reference.stage_attention
+    assert registry.server(bound("stage_attention")) == "native"
+    assert registry.server(bound("stage_attention", backend="reference")) == "reference"
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -56,9 +58,9 @@ def test_auto_serves_every_op(op):
 def test_use_backend_nests_and_ends_with_its_block():
     outside = ecar_kernels.active_backend()
     with use_backend("reference"):
-        assert bound("stage_attention") is reference.stage_attention
+        assert registry.server(bound("stage_attention")) == "reference"
         with use_backend("native"):
-            assert bound("stage_attention") is native.stage_attention
+            assert registry.server(bound("stage_attention")) == "native"
         assert ecar_kernels.active_backend() == "reference"
         with pytest.raises(ZeroDivisionError), use_backend("triton"):
             raise ZeroDivisionError
@@ -255,3 +257,69 @@ def test_ops_win_their_names_over_the_families_folders():
 
     assert callable(ecar_kernels.adaln) and callable(ecar_kernels.stage_attention)
     assert callable(found.adaln)
+
+
+def overlapping(first, second):
+    """Two threads whose blocks overlap: the first is left while the second is inside."""
+    steps = [threading.Event() for _ in range(3)]
+    seen = {}
+
+    def run_first():
+        with use_backend(first):
+            steps[0].set()
+            steps[1].wait(10)
+            seen["first"] = active_backend()
+        steps[2].set()
+
+    def run_second():
+        steps[0].wait(10)
+        with use_backend(second):
+            steps[1].set()
+            steps[2].wait(10)
+            seen["second"] = active_backend()
+        seen["after"] = active_backend()
+
+    threads = [threading.Thread(target=run) for run in (run_first, run_second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return seen
+
+
+@pytest.mark.parametrize("second", ["reference", "native", "auto"])
+def test_threads_have_each_their_own_choice(second):
+    outside = active_backend()
+    seen = overlapping("reference", second)
+    assert seen == {"first": "reference", "second": second, "after": outside}
+    assert active_backend() == outside and registry._traced == registry._outside
+
+
+def test_asyncio_tasks_have_each_their_own_choice():
+    async def task(name, steps):
+        seen = []
+        with use_backend(name):
+            for _ in range(steps):
+                await asyncio.sleep(0)
+                seen.append(active_backend())
+        return seen
+
+    async def both():
+        return await asyncio.gather(task("reference", 2), task("native", 5), task("auto", 3))
+
+    assert asyncio.run(both()) == [["reference"] * 2, ["native"] * 5, ["auto"] * 3]
+    assert registry._traced == registry._outside
+
+
+def test_what_serves_is_recorded_per_thread():
+    x = torch.randn(1, 3, 8)
+    with registry.record() as log:
+        thread = threading.Thread(target=lambda: registry.note("adaln", "another thread's"))
+        thread.start()
+        thread.join()
+        with use_backend("reference"):
+            ecar_kernels.adaln(x, x, x)
+        with registry.record() as inner:
+            ecar_kernels.gated_residual(x, x, x)
+    ecar_kernels.adaln(x, x, x)
+    assert log == {"adaln": {"reference"}} and set(inner) == {"gated_residual"}

@@ -1,0 +1,114 @@
+"""Is a layer as its class is written? The one place that asks, for all that reads a layer's
+parameters in the place of calling it.
+
+People put adapters in a layer's place, hook it, wrap its forward, parametrize, prune or quantize
+its weight. A fused path computes what the class computes from its parameters, so it may serve only
+a layer of which nothing of that is true; any other is called.
+"""
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+# What a subclass may override without another result.
+_HARMLESS = {"__init__", "reset_parameters", "extra_repr", "_reset_parameters"}
+# Types of parameters that are their values, and no more. packing.py adds its own.
+PLAIN = {nn.Parameter}
+_missing = object()
+_call = nn.Module.__call__
+_forwards = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Embedding)}
+
+
+def remember(*kinds: type[nn.Module]) -> None:
+    """Classes as they are now: where somebody replaces their forward later, `why_not` says so."""
+    _forwards.update((kind, kind.forward) for kind in kinds)
+
+
+def as_written(module: nn.Module, kind: type[nn.Module], *, compiled: bool = False) -> bool:
+    """Does calling `module` do just what `kind` does with the module's own plain parameters?"""
+    return why_not(module, kind, compiled=compiled) is None
+
+
+def why_not(module: nn.Module, kind: type[nn.Module], *, compiled: bool = False) -> str | None:
+    """None where the module is as `kind` is written, else what it is.
+
+    An accelerated module counts as its original class, a subclass that changes none of the
+    methods as `kind`. Parameters named weight and bias are floating-point nn.Parameters, or None.
+    compiled: a call compiled by `module.compile()`, which computes the same, does not matter.
+    """
+    if not isinstance(module, nn.Module):
+        return f"a {type(module).__name__} in the place of a {kind.__name__}"
+    own = module.__dict__
+    binding = own.get("_binding")  # what `accelerate` leaves
+    original = type(module)
+    if binding is not None and original is binding.replacement:
+        original = binding.original
+    if original is not kind and not _inherits(original, kind):
+        return f"a {original.__name__} in the place of a {kind.__name__}"
+    methods = _methods(kind)
+    if not methods.isdisjoint(own):
+        return f"its {min(methods & own.keys())} was replaced"
+    if kind.forward is not _forwards.get(kind, kind.forward):
+        return f"{kind.__name__}.forward was replaced"
+    if not compiled and own.get("_compiled_call_impl") is not None:
+        return "it is compiled"
+    for name in _HOOKS:
+        if own[name]:
+            return f"it has {name[1:].replace('_', ' ')}"
+    for name in _GLOBAL_HOOKS:
+        if getattr(torch_module, name):
+            return f"there are{name.replace('_', ' ')}"
+    parameters = own["_parameters"]
+    for name in ("weight", "bias"):
+        value = parameters.get(name, _missing)
+        if value is _missing:
+            # A property of the class, as parametrize makes it, or an attribute, as pruning does.
+            if name in own or hasattr(original, name):
+                return f"its {name} is computed"
+        elif value is not None and not is_plain(value):
+            return f"its {name} is a {type(value).__name__} of {value.dtype}"
+    return None
+
+
+def is_plain(tensor: object) -> bool:
+    """Does a parameter or buffer hold just its own floating-point values?"""
+    return (type(tensor) in PLAIN or type(tensor) is torch.Tensor) and tensor.is_floating_point()
+
+
+def has_affine(norm: nn.Module) -> bool:
+    """Is it a LayerNorm as written, with a weight and a bias?"""
+    return as_written(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Where its values lie, to compare. `data_ptr()` would be a pointer to write to, for which
+    PyTorch moves a tensor that shares its memory with a lazy clone (packing.py)."""
+    return torch._C._data_address(tensor)
+
+
+_method_names: dict[type, frozenset[str]] = {}
+_inheriting: dict[tuple[type, type], bool] = {}
+
+
+def _methods(kind: type[nn.Module]) -> frozenset[str]:
+    found = _method_names.get(kind)
+    if found is None:
+        own = frozenset(name for name, value in vars(kind).items() if callable(value))
+        found = _method_names[kind] = own - _HARMLESS
+    return found
+
+
+def _inherits(cls: type, kind: type[nn.Module]) -> bool:
+    """Is it a subclass with all of its methods?"""
+    found = _inheriting.get((cls, kind))
+    if found is None:
+        found = _inheriting[cls, kind] = (
+            issubclass(cls, kind) and cls.__call__ is _call
+            and all(getattr(cls, name) is vars(kind)[name] for name in _methods(kind)))
+    return found
+
+
+# torch.compile takes what they say of classes for constants, and need not see through them.
+_methods._dynamo_marked_constant = _inherits._dynamo_marked_constant = True
