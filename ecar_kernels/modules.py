@@ -1,6 +1,7 @@
 """Drop-in modules built on the ops; `ecar_kernels.accelerate` binds each to a backend.
 
-All work on tokens [B, N, C] in float32, bfloat16 or float16, all of one type on one device.
+All work on tokens [B, N, C] in float32, bfloat16 or float16, all of one type on one device, or
+in float64 on the references.
 Errors are those of the ops. Modulations have a part for the token and, optionally, one for the
 step, as in `ecar_kernels.adaln`.
 """

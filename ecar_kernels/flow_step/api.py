@@ -1,11 +1,11 @@
 """The Euler step with guidance, the jump between stages, and the noise of an image.
 
-Common to the family: images [B, C, h, w] in float32, bfloat16 or float16; every floating tensor
-of one type on one device, the last dimension contiguous, other strides free. Arithmetic is in
-float32, outputs in the input's type. Under torch.autocast, arguments are promoted to their
-widest type: casting the state down would round away small steps. Raises ValueError for a shape,
-layout or value, TypeError for a type, naming the argument; BackendUnavailableError where the
-backend in force cannot serve.
+Common to the family: images [B, C, h, w] in float32, bfloat16 or float16 (float64: by the
+reference); every floating tensor of one type on one device, the last dimension contiguous, other
+strides free. Arithmetic is in float32, outputs in the input's type. Under torch.autocast,
+arguments are promoted to their widest type: casting the state down would round away small steps.
+Raises ValueError for a shape, layout or value, TypeError for a type, naming the argument;
+BackendUnavailableError where the backend in force cannot serve.
 """
 
 from collections.abc import Sequence

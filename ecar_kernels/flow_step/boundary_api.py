@@ -43,9 +43,10 @@ def flow_boundary(x: Tensor, state: Tensor, shift: Tensor, scale: Tensor, weight
     positions: [N, C]. dt: a finite number. guidance_scale: a finite number, or a 0-dim float32
     tensor on x's device; the number 1 where R = B. eps > 0. Weights and positions are
     contiguous. Returns state' [B, N, P] in state's type and embedded [R, N, C] in x's, the same
-    rows twice where R = 2B. No backward. Under torch.autocast all but the state, which keeps its
-    type, are cast to the autocast type. Raises ValueError or TypeError where an argument does
-    not fit, BackendUnavailableError where the backend in force cannot serve.
+    rows twice where R = 2B. No derivatives: ValueError where one is asked for. Under
+    torch.autocast all but the state, which keeps its type, are cast to the autocast type. Raises
+    ValueError or TypeError where an argument does not fit, BackendUnavailableError where the
+    backend in force cannot serve.
     """
     check_leading("x", x, "[R, N, C]")
     rows, tokens, channels = x.shape

@@ -25,12 +25,12 @@ def stage_attention(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int
     stage_lengths: tokens of each stage, a tuple or list of integers >= 1. scale: None for
     1/sqrt(D). Returns [B, Nq, H, D].
 
-    float32, bfloat16 or float16, of one type on one device, the last dimension contiguous,
-    other strides free (q, k, v of a packed projection are not copied). Softmax and accumulation
-    are in float32, the output in the input's type. Gradients flow to q, k and v. Under
-    torch.autocast, arguments are cast to its type. Raises ValueError for a shape, layout or
-    value, TypeError for a type, naming the argument; BackendUnavailableError where the backend
-    in force cannot serve.
+    float32, bfloat16 or float16 (float64: by the reference), of one type on one device, the last
+    dimension contiguous, other strides free (q, k, v of a packed projection are not copied).
+    Softmax and accumulation are in float32, the output in the input's type. Gradients flow to q,
+    k and v. Under torch.autocast, arguments are cast to its type. Raises ValueError for a shape,
+    layout or value, TypeError for a type, naming the argument; BackendUnavailableError where the
+    backend in force cannot serve.
     """
     check_leading("q", q, "[B, Nq, H, D]")
     batch, queries, heads, head_dim = q.shape

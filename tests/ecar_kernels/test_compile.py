@@ -151,3 +151,32 @@ def test_export():
         y, (end, start) = program.module()(*inputs)
         expected, (expected_end, expected_start) = block(*inputs)
         close((y, end, start), (expected, expected_end, expected_start))
+
+
+def modulated_chain(x, spatial, table):
+    """Blocks that share one modulation, part of it [1, 1, C] for all images, in slices of it."""
+    shift, scale, gate = spatial.chunk(3, -1)
+    step_shift, step_scale, step_gate = table.chunk(3, 1)
+    steps = {"step_shift": step_shift, "step_scale": step_scale}
+    y = ecar_kernels.adaln(x, shift, scale, **steps)
+    for _ in range(3):
+        x, y = ecar_kernels.gated_residual_adaln(
+            x, torch.tanh(y), gate, shift, scale, step_gate=step_gate, **steps)
+        y = ecar_kernels.adaln(y, shift, scale, **steps)
+    return ecar_kernels.gated_residual(x, y, gate, step_gate=step_gate)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_gradients_of_chained_modulated_norms(device):
+    """Inductor's own of such a chain were wrong in PyTorch 2.10 to 2.13 (pytorch #193061), where
+    a shared modulation's slices met. It does not see into these ops."""
+    arguments = {"x": torch.randn(2, TOKENS, CHANNELS), "spatial": torch.randn(2, 1, 3 * CHANNELS),
+                 "table": torch.randn(1, 3, CHANNELS)}
+    arguments = {name: value.to(device) for name, value in arguments.items()}
+    compiled = torch.compile(modulated_chain, fullgraph=True)
+
+    def reference(**arguments):
+        with use_backend("reference"):
+            return modulated_chain(**arguments)
+
+    assert_accurate(compiled, reference, arguments, gradients=True)
