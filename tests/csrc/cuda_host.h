@@ -162,21 +162,38 @@ inline void meet(Meeting& meeting) {
   leave();
 }
 
-// False: some wait for ever.
-inline bool run_block() {
-  const int count = static_cast<int>(block_size);
-  threads.assign(count, {});
-  block_meeting = {block_size};
-  warp_meetings.assign((count + 31) / 32, {32});
-  for (int done = 0; done < count;) {
-    bool moved = false;
-    for (int i = 0; i < count; ++i) {
-      const int index = reversed ? count - 1 - i : i;
-      Thread& thread = threads[index];
+inline bool moved;  // whether any thread went on
+
+// Every thread of a warp in turn, as long as one can go on.
+inline int run_warp(int first, int end) {
+  int done = 0, resumed = 0;
+  do {
+    resumed = 0;
+    for (int i = first; i < end; ++i) {
+      const int index = reversed ? first + end - 1 - i : i;
+      const Thread& thread = threads[index];
       if (thread.done || (thread.waits != nullptr && thread.waits->round == thread.round)) continue;
       resume(index);
-      moved = true;
+      ++resumed;
       done += thread.done;
+    }
+    moved = moved || resumed > 0;
+  } while (resumed > 0);
+  return done;
+}
+
+// Warps one after the other, each as far as it goes: what one writes too early, others read.
+// False: some wait for ever.
+inline bool run_block() {
+  const int count = static_cast<int>(block_size), warps = (count + 31) / 32;
+  threads.assign(count, {});
+  block_meeting = {block_size};
+  warp_meetings.assign(warps, {32});
+  for (int done = 0; done < count;) {
+    moved = false;
+    for (int i = 0; i < warps; ++i) {
+      const int first = 32 * (reversed ? warps - 1 - i : i);
+      done += run_warp(first, first + 32 < count ? first + 32 : count);
     }
     if (!moved) {
       idle.clear(), fibers.clear();

@@ -32,6 +32,10 @@ LAYOUTS = [
     ((2, 3, 4, 16), "padded", "dense", "dense", "00 00 00 00"),
     ((2, 3, 4, 16), "dense", "padded", "dense", "00 00 00 00"),
     ((2, 3, 4, 16), "dense", "dense", "padded", "11 11 11 00"),
+    *(((2, 3, 4, 16), x, velocity, "dense", "00 00 00 00") for odd in ("ragged", "apart")
+      for x, velocity in ((odd, "dense"), ("dense", odd))),
+    ((2, 3, 4, 16), "dense", "dense", "ragged", "11 11 11 00"),
+    ((1, 3, 4, 16), "apart", "dense", "apart", "11 11 11 11"),  # one image lies on its own
     ((2, 3, 4, 16), "offset", "dense", "dense", "00 00 00 00"),
     ((2, 3, 4, 16), "dense", "offset", "dense", "00 00 00 00"),
     ((2, 3, 4, 16), "dense", "dense", "offset", "11 11 11 00"),

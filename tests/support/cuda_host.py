@@ -115,6 +115,11 @@ def laid(shape, dtype, layout: str) -> Tensor:
     *outer, inner = shape
     if layout == "padded":
         return torch.randn(*outer, inner + 3).to(dtype)[..., 2:-1]
+    if layout == "ragged":  # the first row alone begins on 16 bytes
+        return torch.randn(*outer, inner + 3).to(dtype)[..., :-3]
+    if layout == "apart":  # images are whole, with something in between
+        images = torch.randn(shape[0], torch.Size(shape[1:]).numel() + 3).to(dtype)
+        return images[:, :-3].unflatten(1, shape[1:])
     if layout == "aligned":  # rows begin on 16 bytes, with something in between
         return torch.randn(*outer, inner + 16).to(dtype)[..., 8:-8]
     if layout == "offset":
@@ -136,9 +141,9 @@ def boundary(dtype, *, guided, batch, tokens, channels, outputs, wide_state=Fals
         "x": laid((rows, tokens, channels), dtype, "padded"),
         "state": state.float() if wide_state else state,
         "shift": packed[..., :channels], "scale_": packed[..., 1 + channels:],
-        "weight": laid((outputs, channels), dtype, weights) / 8,
+        "weight": laid((outputs, channels), dtype, weights).div_(8),
         "bias": laid((outputs,), dtype, weights),
-        "embed_weight": laid((channels, outputs), dtype, weights) / 4,
+        "embed_weight": laid((channels, outputs), dtype, weights).div_(4),
         "embed_bias": laid((channels,), dtype, weights),
         "positions": laid((tokens, channels), dtype, weights), "dt": 0.125,
         "step_shift": laid((1, 1, channels), dtype, weights),
