@@ -128,7 +128,8 @@ def test_the_reference_is_the_training_path():
 
 
 def lora(drawn: ECAR, targets) -> nn.Module:
-    peft = pytest.importorskip("peft")
+    import peft
+
     torch.manual_seed(5)
     config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=targets, init_lora_weights=False)
     with warnings.catch_warnings():
@@ -191,7 +192,8 @@ class TestPeft:
 def test_torchao(way, order):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        quantization = pytest.importorskip("torchao.quantization")
+        from torchao import quantization
+
         config = quantization.Int8WeightOnlyConfig(version=2)
         plain, drawn = model(), model()
         # torchao's own kernels refuse a layer of one input, as the AR's for one channel is.
