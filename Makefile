@@ -24,7 +24,8 @@ REQUIREMENTS := $(BIN)/python -c 'import importlib, sys; \
   print(*({"build": data["build-system"]["requires"], "base": project["dependencies"]} \
           | project["optional-dependencies"])[sys.argv[1]], sep="\n")'
 
-.PHONY: help demo test lint bench bench-check report gpu compile-gate compile-gate-oldest
+.PHONY: help demo test lint bench bench-check report compile-gate compile-gate-oldest
+.PHONY: gpu gpu-check gpu-image gpu-ops gpu-pack
 .PHONY: cuda-gate callgrind test-oldest-triton
 .PHONY: matrix sanitize fuzz evaluate train-demo clean
 .DELETE_ON_ERROR:
@@ -39,7 +40,9 @@ help:
 	@echo "make compile-gate-oldest, test-oldest-triton  the same, and the interpreter's tests, by"
 	@echo "                 Triton $(OLDEST_TRITON)"
 	@echo "make cuda-gate   compile the CUDA C++ kernels for four chips, look at the machine code"
-	@echo "make gpu         on a GPU: build, tests, sanitizers and timings, with what $(PYTHON) has"
+	@echo "make gpu-check   on a GPU: build, ops and images against references, tests; with $(PYTHON)"
+	@echo "make gpu-image, gpu-ops  time whole images; ops next to other libraries', and memcheck"
+	@echo "make gpu         these three; make gpu-pack makes without a GPU what they can take along"
 	@echo "make callgrind   count the C++ kernels' instructions, against the committed counts"
 	@echo "make report      one page of all results that there are: $(REPORT)/report.md"
 	@echo "make matrix      sdist and wheel in new environments, for PAIRS of Python:torch"
@@ -91,8 +94,21 @@ cuda-gate: $(STAMPS)/base
 	$(BIN)/python -m tools.cuda_gate
 
 # In the environment as it is: nothing is fetched or installed, the library is built in place.
+# GPU_OPTIONS=--carried takes what gpu-pack made, by a Python with the torch and Triton of there.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)
+
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu check $(GPU_OPTIONS)
+
+gpu-image:
+	$(PYTHON) -m benchmarks.gpu image $(GPU_OPTIONS)
+
+gpu-ops:
+	$(PYTHON) -m benchmarks.gpu ops $(GPU_OPTIONS)
+
+gpu-pack:
+	$(PYTHON) -m benchmarks.gpu.carry pack $(GPU_OPTIONS)
 
 callgrind: $(STAMPS)/test
 	$(BIN)/python -m benchmarks.instructions

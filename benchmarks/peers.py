@@ -27,10 +27,18 @@ SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_A
 REASON_LENGTH = 200
 
 
-def functions(op: str) -> dict[str, Callable]:
-    """Every peer of the op by name; none for ops that no library has anything like."""
+def functions(op: str, *, per_stage: bool = False) -> dict[str, Callable]:
+    """Every peer of the op by name; none for ops that no library has anything like.
+
+    per_stage: PyTorch's attention, too, in a call for each stage without a mask, which not all of
+    its backends take.
+    """
     if op == "stage_attention":
-        return {"FlexAttention": _flex(), **{f"SDPA {name}": functools.partial(_sdpa, backend)
+        def sdpa(backend: SDPBackend) -> Callable:
+            return (functools.partial(_by_stage, functools.partial(_dense_sdpa, backend))
+                    if per_stage else functools.partial(_sdpa, backend))
+
+        return {"FlexAttention": _flex(), **{f"SDPA {name}": sdpa(backend)
                                              for name, backend in SDPA.items()},
                 "flash-attn": functools.partial(_by_stage, _flash_attn),
                 "xformers": functools.partial(_by_stage, _xformers)}
@@ -97,6 +105,11 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor,
     with sdpa_kernel(backend):
         out = F.scaled_dot_product_attention(*_heads_first(q, k, v), attn_mask=mask)
     return out.transpose(1, 2)
+
+
+def _dense_sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(*_heads_first(q, k, v)).transpose(1, 2)
 
 
 @functools.lru_cache(maxsize=4)

@@ -35,7 +35,11 @@ def write(file: Path, kind: str, facts: dict[str, Any], **content: Any) -> None:
 
     kind: which table `benchmarks.table` makes of it.
     """
-    record = {"kind": kind, "environment": facts, "commit": commit(), **content}
+    save(file, {"kind": kind, "environment": facts, "commit": commit(), **content})
+
+
+def save(file: Path, record: dict[str, Any]) -> None:
+    """A record, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.partial")
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

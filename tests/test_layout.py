@@ -71,6 +71,12 @@ def test_kernels_never_import_the_model():
         assert not guilty, f"{name(path)} imports {guilty}"
 
 
+def test_benchmarks_never_import_tests():
+    for path in ROOT.glob("benchmarks/**/*.py"):
+        guilty = {m for m in imported_modules(path) if m.split(".")[0] == "tests"}
+        assert not guilty, f"{name(path)} imports {guilty}"
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("ecar_kernels/*/reference.py")), ids=name)
 def test_a_reference_never_imports_a_kernel(path):
     """Nor does any module of ours that it imports, however indirectly."""

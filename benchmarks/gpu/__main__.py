@@ -1,143 +1,192 @@
-"""`make gpu`: on a machine with a GPU, torch and nvcc, all that only such a machine can show.
+"""`make gpu`: on a machine with a GPU, torch and nvcc, what only such a machine can show.
 
-    python -m benchmarks.gpu [--output FOLDER] [--seconds 530] [--only PART ...] [--dry-run]
+    python -m benchmarks.gpu [check] [image] [ops] [--seconds 190] [--output FOLDER]
+                             [--only PART ...] [-k WORD ...] [--carried [FOLDER]] [--dry-run]
 
-Parts run in processes of their own, the most important first, each within a time of its own; the
-record (gpu.json) and its tables (gpu.md) are written anew after each, so that a run that is cut
-off leaves what it had. Nothing is fetched and nothing installed. A dry run takes tiny sizes on the
-CPU and only names the commands that it would run.
+Three commands, each of use alone and ended by a deadline of its own:
+
+    check    every op against its reference, an image of each size, the tests for GPUs
+    image    what the device does, and latencies of whole images
+    ops      ops next to other libraries' and to their floors, then memcheck
+
+Each first builds the library for this device (or takes a carried one that fits) and stops, with
+the reason, where its CUDA half is not there. Then come its parts, each in a process of its own, the
+most telling rows first. A row is in the record, gpu-COMMAND.json, before the next is begun; tables
+are in gpu-COMMAND.md. Nothing is fetched and nothing installed. A dry run takes tiny sizes on the
+CPU, and only names the programs that it would run.
 """
 
 import argparse
 import importlib
-import json
+import math
 import os
 import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import environment, results
-from benchmarks.gpu import report
+from benchmarks.gpu import STARTED, carry, report
 from benchmarks.gpu.work import Work
 
-# Part -> (module:function, seconds). The order is that of importance.
-PARTS = {
-    "build": ("benchmarks.gpu.checks:build", 100),
-    "compile": ("benchmarks.gpu.checks:compile_kernels", 45),
-    "rates": ("benchmarks.gpu.rates:run", 25),
-    "end_to_end": ("benchmarks.gpu.end_to_end:run", 145),
-    "tests": ("benchmarks.gpu.checks:tests", 90),
-    "micro": ("benchmarks.gpu.micro:run", 80),
-    "sanitize": ("benchmarks.gpu.checks:sanitize", 50),
+BUILD = {"build": ("checks:build", 110.0)}
+# Command -> part -> (module:function, seconds at most).
+COMMANDS = {
+    "check": {**BUILD, "accuracy": ("checks:accuracy", 50.0), "images": ("checks:images", 45.0),
+              "tests": ("checks:tests", 200.0)},
+    "image": {**BUILD, "images": ("image:run", 200.0)},
+    "ops": {**BUILD, "attention": ("ops:attention", 90.0), "others": ("ops:others", 60.0),
+            "memcheck": ("checks:memcheck", 60.0)},
 }
-SECONDS = 530
-MARGIN = 4  # a part that ends by itself, having killed what it started, is better than one killed
-TAIL = 3000
+SECONDS = 190.0
+MARGIN = 3  # a part that ends by itself, having ended what it started, is better than one killed
+RESERVED = 30.0  # of a command's time, for the parts after a long one
+TAIL = 40  # lines kept of a part that failed
+STOPPED = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="folder of gpu.json and gpu.md; default: $OUT, "
-                        "or benchmarks/results/<device>")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of all parts together")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
+    parser.add_argument("commands", nargs="*", metavar="COMMAND", help="default: all three")
+    parser.add_argument("--output", type=Path, help="folder of the records; default: $OUT, or "
+                        "benchmarks/results/<device>")
+    parser.add_argument("--seconds", type=float, default=SECONDS,
+                        help="of each command (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="PART",
+                        help="these parts, after the build")
+    parser.add_argument("-k", nargs="+", default=[], metavar="WORD", dest="words",
+                        help="rows whose names have all of these")
+    parser.add_argument("--carried", type=Path, nargs="?", const=carry.FOLDER, metavar="FOLDER",
+                        help="take what `make gpu-pack` left there (build/gpu-carry), if it fits")
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
-    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
-    parser.add_argument("--rates", type=json.loads, default={}, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    commands = options.commands or list(COMMANDS)
+    known = {"argument COMMAND": (commands, list(COMMANDS)), "argument --only": (
+        options.only or [], sorted({part for command in commands
+                                    for part in COMMANDS.get(command, ())}))}
+    for name, (given, expected) in known.items():
+        if unknown := [word for word in given if word not in expected]:
+            parser.error(f"{name}: expected {', '.join(expected)}, got {unknown[0]!r}")
     if options.part is not None:
-        return _part(options)
+        return _part(options, commands[0])
     if not options.dry_run and not torch.cuda.is_available():
         print(f"error: torch {torch.__version__} sees no CUDA GPU here; --dry-run shows what "
               "would run", file=sys.stderr)
-        return 2
-    return _all(options)
+        return STOPPED
+    if options.carried is not None:
+        os.environ["TRITON_CACHE_DIR"] = str(results.ROOT / "build" / "triton-cache")
+    begin, status = STARTED, 0
+    for command in commands:
+        found = _command(command, begin + options.seconds, options)
+        if found == STOPPED:
+            return STOPPED
+        begin, status = time.time(), max(status, found)
+    return status
 
 
-def _part(options: argparse.Namespace) -> int:
+def _terminated(*ignored: object) -> None:
+    sys.exit(128 + signal.SIGTERM)  # what was started is ended on the way
+
+
+def _part(options: argparse.Namespace, command: str) -> int:
     """One part, in this process."""
-    module, name = PARTS[options.part][0].split(":")
-    work = Work(options.rows, options.deadline, options.dry_run, options.rates)
-    getattr(importlib.import_module(module), name)(work)
+    module, name = COMMANDS[command][options.part][0].split(":")
+    function = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), name)
+    function(Work(command, options.part, options.output, options.deadline, options.dry_run,
+                  tuple(options.words), options.carried))
     return 0
 
 
-def _all(options: argparse.Namespace) -> int:
-    begin = time.perf_counter()
+def _command(command: str, end: float, options: argparse.Namespace) -> int:
     facts = environment.describe() | {"gpu": _gpu(options.dry_run), "dry_run": options.dry_run}
     folder = options.output or _folder(facts)
-    folder.mkdir(parents=True, exist_ok=True)
-    parts: dict[str, Any] = {}
-    rates: dict[str, float] = {}
-    # A few parts alone may take the time of all.
-    longer = max(1.0, options.seconds / sum(PARTS[name][1] for name in options.only))
-    for name in PARTS:
-        if name not in options.only:
-            continue
-        left = options.seconds - (time.perf_counter() - begin)
-        if left < 5:
-            parts[name] = {"status": "not begun, no time left", "seconds": 0.0, "rows": [],
-                           "output": ""}
+    file = folder / f"gpu-{command}.json"
+    results.write(file, "gpu", facts, command=command, parts={})
+    parts = {name: limit for name, (_, limit) in COMMANDS[command].items()
+             if options.only is None or name in (*BUILD, *options.only)}
+    status = 0
+    for position, (name, limit) in enumerate(parts.items()):
+        left = end - time.time()
+        if position < len(parts) - 1 and name not in BUILD:
+            left -= min(RESERVED, left / 2)
+        if not options.dry_run and left < 5 + MARGIN:
+            part = {"status": "not begun, no time left", "seconds": 0.0, "rows": [], "output": ""}
+            print(f"{name}: {part['status']}", flush=True)
         else:
-            parts[name] = _process(name, min(longer * PARTS[name][1], left), rates, options.dry_run)
-        if name == "rates":
-            rates = {row["name"]: row["value"] for row in parts[name]["rows"]}
-        _write(folder, facts, parts)
-        print(f"{name}: {parts[name]['status']}, {parts[name]['seconds']:.0f} s", flush=True)
-    print(report.render({"environment": facts, "parts": parts}))
-    print(f"wrote {folder / 'gpu.json'} and {folder / 'gpu.md'}")
-    well = all(part["status"] == "done" and all(row.get("ok", True) for row in part["rows"])
-               for part in parts.values())
-    return 0 if well else 1
+            seconds = math.inf if options.dry_run else min(limit, left)
+            part = _process(command, name, file, seconds, options)
+        record = results.read(file)
+        record["parts"][name] = part
+        results.save(file, record)
+        _render(file)
+        if stop := [row["stop"] for row in part["rows"] if row.get("stop")]:
+            print(f"error: make gpu-{command} stops here: {stop[0]}", file=sys.stderr)
+            return STOPPED
+        bad = part["status"] != "done" or any(row.get("ok") is False for row in part["rows"])
+        status = max(status, int(bad))
+    print(f"wrote {file} and {file.with_suffix('.md').name}", flush=True)
+    return status
 
 
-def _process(name: str, seconds: float, rates: dict[str, float], dry: bool) -> dict[str, Any]:
+def _process(command: str, name: str, file: Path, seconds: float,
+             options: argparse.Namespace) -> dict[str, Any]:
+    """The part's record: it has written the rows itself, one by one."""
+    from benchmarks.gpu.checks import wait
+
     begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        rows = Path(scratch) / "rows.json"
-        command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--rows", str(rows),
-                   "--deadline", str(time.time() + seconds - MARGIN),
-                   "--rates", json.dumps(rates)]
-        with (Path(scratch) / "log.txt").open("w+", encoding="utf-8", errors="replace") as log:
-            process = subprocess.Popen(
-                [*command, *(["--dry-run"] if dry else [])], cwd=results.ROOT, stdout=log,
-                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
-            try:
-                code = process.wait(seconds)
-                status = "done" if code == 0 else f"failed with status {code}"
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # it leads a session of its own
-                process.wait()
-                status = f"cut off after {seconds:.0f} s"
-            except BaseException:
-                os.killpg(process.pid, signal.SIGKILL)
-                raise
-            log.seek(0)
-            output = log.read()[-TAIL:]
-        found = json.loads(rows.read_text("utf-8")) if rows.is_file() else []
-    return {"status": status, "seconds": time.perf_counter() - begin, "rows": found,
-            "output": output}
+    argv = [sys.executable, "-m", "benchmarks.gpu", command, "--part", name, "--output", str(file),
+            "--deadline", str(time.time() + seconds - MARGIN)]
+    if options.dry_run:
+        argv.append("--dry-run")
+    if options.carried is not None:
+        argv += ["--carried", str(options.carried)]
+    if options.words:
+        argv += ["-k", *options.words]
+    process = subprocess.Popen(argv, cwd=results.ROOT, stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                               errors="replace", start_new_session=True)
+    tail: deque[str] = deque(maxlen=TAIL)
+
+    def follow() -> None:
+        for line in process.stdout:
+            tail.append(line)
+            print(line, end="", flush=True)
+
+    reader = threading.Thread(target=follow, daemon=True)
+    reader.start()
+    code = wait(process, seconds)
+    reader.join(1)
+    status = ("done" if code == 0 else f"cut off after {seconds:.0f} s" if code is None
+              else f"failed with status {code}")
+    rows = results.read(file)["parts"].get(name, {}).get("rows", [])
+    taken = time.perf_counter() - begin
+    print(f"{name}: {status}, {len(rows)} rows, {taken:.0f} s", flush=True)
+    return {"status": status, "seconds": taken, "rows": rows,
+            "output": "" if status == "done" else "".join(tail)}
 
 
 def _gpu(dry: bool) -> dict[str, Any]:
     if dry:
         return {"name": "none"}
     found = torch.cuda.get_device_properties(0)
-    driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-                            capture_output=True, text=True)
+    try:
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True, text=True).stdout.strip()
+    except OSError:
+        driver = None
     return {"name": found.name, "capability": f"{found.major}.{found.minor}",
             "multiprocessors": found.multi_processor_count, "memory": found.total_memory,
-            "L2": found.L2_cache_size, "CUDA": torch.version.cuda,
-            "driver": driver.stdout.strip()}
+            "L2": found.L2_cache_size, "CUDA": torch.version.cuda, "driver": driver}
 
 
 def _folder(facts: dict[str, Any]) -> Path:
@@ -146,13 +195,12 @@ def _folder(facts: dict[str, Any]) -> Path:
     return results.FOLDER / environment.slug(facts["gpu"]["name"])
 
 
-def _write(folder: Path, facts: dict[str, Any], parts: dict[str, Any]) -> None:
-    results.write(folder / "gpu.json", "gpu", facts, parts=parts)
-    text = report.render({"environment": facts, "parts": parts})
-    partial = folder / "gpu.md.partial"
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(folder / "gpu.md")
+def _render(file: Path) -> None:
+    partial = file.with_suffix(".md.partial")
+    partial.write_text(report.render(results.read(file)) + "\n", encoding="utf-8")
+    partial.replace(file.with_suffix(".md"))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminated)
     sys.exit(main())

@@ -1,123 +1,268 @@
-"""The parts that run other programs: the build, the kernels' compilation, tests, sanitizers."""
+"""The parts of `make gpu-check`, and what every command begins with: the build, and compiling."""
 
 import importlib.util
-import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import xml.etree.ElementTree as ElementTree
+import threading
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple
 from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import end_to_end
-from benchmarks.gpu.work import Work
+from benchmarks.gpu import calls, carry, image, ops
+from benchmarks.gpu.work import Work, served
+from ecar.sampler import sample
+from ecar_kernels import _native, testing, use_backend
+from ecar_kernels.registry import OPS, resolve
 
 ROOT = Path(__file__).parent.parent.parent
-NEEDED_BY_TESTS = ("pytest", "hypothesis")
-TOOLS = ("memcheck", "racecheck")
 TAIL = 2000  # characters kept of what failed
+PROCESSES = 12  # that compile at once
+# What is told of first, where a run is cut off: the sampler as it is used, then the ops.
+FIRST_TESTS = ("test_graphs_gpu", "test_flow_step_cuda", "test_flow_block_triton",
+               "test_stage_attention_triton", "test_adaln_triton")
+OUTCOME = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)")
 
 
 def build(work: Work) -> None:
-    """The extension in place, for this device's architecture; no network, no isolation."""
-    major, minor = (9, 0) if work.dry else torch.cuda.get_device_capability()
-    flags = f"-DCMAKE_CUDA_ARCHITECTURES={major}{minor}-real"
-    environment = {"CMAKE_ARGS": f"{flags} {os.environ.get('CMAKE_ARGS', '')}".strip(),
-                   "ECAR_REQUIRE_NATIVE": "1"}
-    code, output = _run(work, [sys.executable, "setup.py", "build_ext", "--inplace"], environment)
-    work.add(what="build", ok=code == 0, output=output[-TAIL:] if code else "")
-    code, output = _run(work, [sys.executable, "-m", "ecar_kernels"])
-    work.add(what="backends", ok=code == 0, output=output)
+    """The library for this device alone, carried along or built here, whose halves must load; then
+    Triton's kernels of the command."""
+    why_not = carry.install_library(work.carried, work.dry) if work.carried else "none is carried"
+    if work.carried:
+        work.add("carried library", why_not or "used", used=why_not is None, why_not=why_not)
+    reason = None
+    if why_not is not None:
+        code, output = run(work, [sys.executable, "setup.py", "build_ext", "--inplace"],
+                           carry.build_variables(carry.architecture(work.dry)))
+        if code != 0:  # a library of an earlier build may load all the same
+            reason = f"the build failed: {(output.strip().splitlines() or [str(code)])[-1]}"
+        work.add("build", ok=code == 0, output=output[-TAIL:] if code else "")
+    # This process has loaded nothing yet: what it finds is what the next parts will.
+    reason = reason or (_native.why_not() if work.dry else _native.why_not_cuda())
+    work.add("C++ library" if work.dry else "CUDA half", reason or "loaded", ok=reason is None,
+             stop=reason)
+    if reason is None:
+        names = {op: served(op, work.device, torch.bfloat16) for op in OPS}
+        work.add("backends", ", ".join(f"{op}: {name}" for op, name in names.items()),
+                 served=names)
+        compile_kernels(work)
+
+
+def warm_items(work: Work) -> list[tuple[str, Callable[[], object]]]:
+    """What has each Triton kernel of a command's rows compiled, by name."""
+    if work.command == "check":
+        return [(call.name, call.once) for call in calls.calls(work.device)]
+    return list((image if work.command == "image" else ops).warm_items(work))
 
 
 def compile_kernels(work: Work) -> None:
-    """Triton's kernels of all rows of the end-to-end part, on all cores, into Triton's cache."""
-    rows = end_to_end.DRY_ROWS if work.dry else end_to_end.ROWS
-    groups = sorted({(row.size, row.numbers, row.batch > 1) for row in rows})
-    commands = [[sys.executable, "-m", "benchmarks.gpu.end_to_end", json.dumps(
-        [astuple(row) for row in rows if (row.size, row.numbers, row.batch > 1) == group])]
-        for group in groups]
-    with ThreadPoolExecutor(len(groups)) as pool:
-        outcomes = list(pool.map(lambda command: _run(work, command), commands))
-    for (size, numbers, batched), (code, output) in zip(groups, outcomes, strict=True):
-        work.add(size=size, numbers=numbers, batch="8, 64" if batched else "1", ok=code == 0,
-                 output=output[-TAIL:] if code else "")
+    """Triton's kernels of this command's rows into its cache: carried along, or by all cores."""
+    if work.carried is not None:
+        chip = carry.architecture(work.dry)
+        why_not, count = carry.install_kernels(work.carried, chip)
+        work.add("carried kernels", why_not or f"{count} used", count=count, why_not=why_not)
+        if why_not is None:
+            return
+    count = 1 if work.dry else min(PROCESSES, os.cpu_count() or 1)
+    commands = [[sys.executable, "-m", "benchmarks.gpu.carry", "warm", work.command,
+                 "--share", f"{i}/{count}"] for i in range(count)]
+    with ThreadPoolExecutor(count) as pool:
+        for i, (code, output) in enumerate(pool.map(lambda argv: run(work, argv), commands)):
+            work.add(f"kernels compiled, {i + 1} of {count}", ok=code in (0, 124),
+                     output=output[-TAIL:] if code else "")
+
+
+def accuracy(work: Work) -> None:
+    """Every op by every backend against its reference: float64's, on this device."""
+    for call in calls.calls(work.device, calls.SMALL if work.dry else calls.LAYOUTS):
+        if not work.begins(call.name, 1):
+            continue
+        reference = resolve(call.op, device=work.device, dtype=call.dtype, backend="reference")
+        row = {"op": call.op, "served": call.backend, "gradients": call.gradients}
+        try:
+            with torch.set_grad_enabled(call.gradients):
+                found = testing.judge(call.function, reference, call.given(),
+                                      gradients=call.gradients)
+        except Exception as error:  # one op's failure is its row, and the others go on
+            said = f"{type(error).__name__}: {str(error)[:TAIL]}"
+            work.add(call.name, said.splitlines()[0], ok=False, output=said, **row)
+            continue
+        worst = _worst(found)
+        work.add(call.name, str(worst), **row, **_judged(worst))
+
+
+def _worst(found: list[testing.Verdict]) -> testing.Verdict:
+    """What failed, or came nearest to it."""
+    return max(found, key=lambda verdict: (not verdict.ok, verdict.found / max(verdict.allowed,
+                                                                               1e-300)))
+
+
+def _judged(verdict: testing.Verdict) -> dict[str, object]:
+    return {"ok": verdict.ok, "what": verdict.what, "found": verdict.found,
+            "allowed": verdict.allowed}
+
+
+def images(work: Work) -> None:
+    """One image of each size, by the same rule: accelerated, with graphs, in each dtype, against
+    the references on the device, and float64's on the CPU."""
+    for size in "S" if work.dry else "SBL":
+        pipe = image.pipeline(work, size)
+        stages = pipe.model.config.num_stages
+        given = {"class_labels": torch.tensor([3]), "seeds": torch.tensor([7]),
+                 "steps": [2] * stages}
+        if not work.begins(f"E-CAR-{size}, the CPU's", 10):
+            continue
+        model = pipe.model
+        with use_backend("reference"):
+            state = {name: value.cpu() for name, value in model.state_dict().items()}
+            exact = sample(model.cpu().double(), **given).latents
+        work.add(f"E-CAR-{size}, the CPU's", "float64, references")
+        for dtype in (torch.bfloat16, torch.float32):
+            name = f"E-CAR-{size} {str(dtype).removeprefix('torch.')}"
+            if not work.begins(name, 5):
+                continue
+            model = image.pipeline(work, size).model
+            model.load_state_dict(state)
+            model.to(dtype)
+            with use_backend("reference"):
+                usual = sample(model, **given, graphs=False, tf32=False).latents.cpu()
+            pipe = image.ECARPipeline(model, accelerate=True)
+            pipe._accelerate()
+            try:
+                output = sample(model, **given, graphs=not work.dry, tf32=False)
+                # The state is float32, whatever the network's dtype.
+                worst = _worst(testing.verdicts([output.latents.cpu()], [usual], [exact], dtype))
+                work.add(name, str(worst), graph=output.why_not_graph is None,
+                         served=image.served_by(output, model), **_judged(worst))
+            except (RuntimeError, AssertionError) as error:
+                work.add(name, str(error).splitlines()[0], ok=False, output=str(error)[:TAIL])
 
 
 def suites() -> dict[str, list[str]]:
     """pytest's arguments; only files with a test for GPUs, others may need what is not here."""
-    files = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "tests").rglob("test_*.py")
-                   if "mark.gpu" in file.read_text("utf-8"))
-    return {"marked gpu": ["-m", "gpu", *files],
+    files = sorted((file for file in (ROOT / "tests").rglob("test_*.py")
+                    if "mark.gpu" in file.read_text("utf-8")),
+                   key=lambda file: (_place(file.stem), str(file)))
+    return {"marked gpu": ["-m", "gpu", *(str(file.relative_to(ROOT)) for file in files)],
             "Triton's kernels, compiled": ["tests/ecar_kernels/triton"]}
 
 
+def _place(stem: str) -> int:
+    return FIRST_TESTS.index(stem) if stem in FIRST_TESTS else len(FIRST_TESTS)
+
+
 def tests(work: Work) -> None:
-    missing = [name for name in NEEDED_BY_TESTS if importlib.util.find_spec(name) is None]
-    if missing:
-        work.add(suite="all", ok=False, output=f"not installed here: {', '.join(missing)}")
-        return
-    workers = ("-n", "8") if importlib.util.find_spec("xdist") and not work.dry else ()
+    workers = ["-n", "8"] if importlib.util.find_spec("xdist") and not work.dry else []
     for suite, chosen in suites().items():
-        with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder) / "report.xml"
-            code, output = _run(work, [sys.executable, "-m", "pytest", "-q", "--tb=short",
-                                       "-p", "no:cacheprovider", *workers,
-                                       f"--junitxml={report}", *chosen])
-            counts = _counts(report)
-        work.add(suite=suite, ok=code == 0, **counts, output="" if code == 0 else output[-TAIL:])
+        if work.begins(suite, 10):
+            run_tests(work, suite, [*workers, *chosen])
 
 
-def _counts(report: Path) -> dict:
-    """Tests by outcome, and the failed ones' names."""
-    if not report.is_file():
-        return {}
-    suite = ElementTree.parse(report).getroot().find("testsuite")
-    found = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
-    failed = [case.get("name") for case in suite.iter("testcase")
-              if case.find("failure") is not None or case.find("error") is not None]
-    return {**found, "failed": failed}
+def run_tests(work: Work, suite: str, chosen: list[str]) -> None:
+    """A row for each test that does not pass, as it ends, and one of the counts."""
+    missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
+    if missing:
+        work.add(suite, skipped=f"not installed here: {', '.join(missing)}")
+        return
+    counts: Counter[str] = Counter()
+
+    def line(text: str) -> None:
+        # "tests/a.py::test_b PASSED [ 3%]", or of xdist's workers "[gw0] [ 3%] PASSED a::test_b"
+        outcome = OUTCOME.search(text)
+        name = next((word for word in text.split() if "::" in word), None)
+        if outcome is None or name is None or text.startswith(("FAILED", "ERROR", "SKIPPED")):
+            return  # the summary at the end repeats them
+        counts[outcome[1].lower()] += 1
+        if outcome[1] in ("FAILED", "ERROR"):
+            work.add(name, ok=False)
+        else:
+            print(f"{work.part}: {name}: {outcome[1].lower()}", flush=True)
+
+    code, output = run(work, [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p",
+                              "no:cacheprovider", *chosen], line=line)
+    work.add(suite, ", ".join(f"{count} {name}" for name, count in counts.items()),
+             ok=code in (0, 124), counts=counts,
+             skipped="cut off, no time left" if code == 124 else "",
+             output="" if code == 0 else output[-TAIL:])
 
 
-def sanitize(work: Work) -> None:
+def memcheck(work: Work) -> None:
+    """compute-sanitizer's memcheck over every op on small tensors."""
     places = (shutil.which("compute-sanitizer"), "/usr/local/cuda/bin/compute-sanitizer")
     program = next((place for place in places if place and Path(place).is_file()), None)
     if program is None and not work.dry:
-        work.add(tool="compute-sanitizer", ok=False, output="not installed here")
+        work.add("memcheck", skipped="compute-sanitizer is not installed here")
         return
-    for tool in TOOLS:
-        # An allocation each: what lies beyond a tensor is not another one's.
-        code, output = _run(
-            work, [program or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9",
-                   sys.executable, "-m", "benchmarks.gpu.small", work.device.type],
-            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-        errors = re.search(r"ERROR SUMMARY: (\d+) error", output)
-        calls = re.search(r"^(\d+) calls$", output, re.MULTILINE)
-        work.add(tool=tool, ok=code == 0, errors=errors and int(errors[1]),
-                 calls=calls and int(calls[1]), output="" if code == 0 else output[-TAIL:])
+    if not work.begins("memcheck", 15):
+        return
+    # An allocation each: what lies beyond a tensor is not another one's.
+    code, output = run(
+        work, [program or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9",
+               sys.executable, "-m", "benchmarks.gpu.calls", work.device.type],
+        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    errors = re.search(r"ERROR SUMMARY: (\d+) error", output)
+    done = len(re.findall(r"^\w+ (?:native|triton) \w+ \w+$", output, re.MULTILINE))
+    work.add("memcheck", f"{errors[1] if errors else '?'} errors in {done} calls" if done else "",
+             ok=code == 0 or (code == 124 and errors is None), calls=done,
+             errors=errors and int(errors[1]),
+             skipped="cut off, no time left" if code == 124 else "",
+             output="" if code == 0 else output[-TAIL:])
 
 
-def _run(work: Work, command: list[str], environment: dict[str, str] | None = None
-         ) -> tuple[int, str]:
-    """Exit status and output; a command cut off at the part's deadline has status 124."""
+def run(work: Work, command: list[str], environment: dict[str, str] | None = None,
+        line: Callable[[str], None] | None = None) -> tuple[int, str]:
+    """Exit status and output, each line given to `line` as it comes.
+
+    A command cut off at the part's deadline has status 124. A dry run runs none.
+    """
     if work.dry:
         return 0, f"dry run, not run: {' '.join(command)}"
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **(environment or {})}, stdout=output,
-            stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **(environment or {}), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
+        errors="replace", start_new_session=True)
+    lines: list[str] = []
+
+    def follow() -> None:
+        for text in process.stdout:
+            lines.append(text)
+            if line is not None:
+                line(text.rstrip())
+
+    reader = threading.Thread(target=follow, daemon=True)
+    reader.start()
+    code = wait(process, max(work.left, 1))
+    reader.join(1)
+    return (124 if code is None else code), "".join(lines)
+
+
+def wait(process: subprocess.Popen, seconds: float) -> int | None:
+    """The exit status of what leads a session of its own; None where it was ended, with all that
+    it had started, for it was not done in time."""
+    try:
+        return process.wait(None if seconds == float("inf") else seconds)
+    except subprocess.TimeoutExpired:
+        end(process)
+        return None
+    except BaseException:
+        end(process)
+        raise
+
+
+def end(process: subprocess.Popen) -> None:
+    """First asked to, so that it ends what it has started in sessions of their own."""
+    for signal_number, seconds in ((signal.SIGTERM, 2), (signal.SIGKILL, None)):
         try:
-            code = process.wait(max(work.left, 1))
+            os.killpg(process.pid, signal_number)
+            process.wait(seconds)
+            return
+        except ProcessLookupError:
+            return
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # it leads a session of its own
-            process.wait()
-            code = 124
-        output.seek(0)
-        return code, output.read()
+            continue

@@ -11,7 +11,7 @@ LAUNCHES = 1000
 
 
 def run(work: Work) -> None:
-    """Rows {name, value, unit}: the best of the medians that each kind of work reached."""
+    """Rows {name, value, unit}: medians of what each kind of work reached."""
     size, side, count = (2**16, 64, 10) if work.dry else (COPY_BYTES, SIDE, LAUNCHES)
     work.add(name="copy", value=2 * size / _copy_seconds(work, size), unit="bytes/s")
     one = torch.zeros(1, device=work.device)

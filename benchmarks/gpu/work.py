@@ -1,16 +1,17 @@
-"""What a part of the run is given and where it leaves its rows, one by one."""
+"""What a part of a command is given, and where it leaves its rows, one by one."""
 
-import json
 import math
-import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import results
 from ecar.config import ECARConfig
+from ecar_kernels.registry import AUTO_ORDER, BackendUnavailableError, resolve
 
 TINY = {"stage_sides": (4, 8), "num_classes": 10, "width": 32, "heads": 2, "ar_layers": 2,
         "flow_blocks": 2}
@@ -18,17 +19,30 @@ TINY = {"stage_sides": (4, 8), "num_classes": 10, "width": 32, "heads": 2, "ar_l
 
 @dataclass
 class Work:
-    """One part's settings, deadline and rows; each row is on disk before the next is begun.
+    """A part's settings and rows; each row is in the command's record before the next is begun.
 
-    deadline: by time.time(). dry: tiny sizes on the CPU, to show that the code runs. rates: what
-    the rates' part measured.
+    file: the record, None to keep none. deadline: by time.time(). dry: tiny sizes on the CPU, to
+    show that the code runs. words: rows are those whose names have all of them. carried: folder
+    that `benchmarks.gpu.carry` wrote, for another machine. place: puts a module on a device that
+    is not there (`tools.fake_gpu`).
     """
 
-    file: Path
-    deadline: float
+    command: str
+    part: str
+    file: Path | None = None
+    deadline: float = math.inf
     dry: bool = False
-    rates: dict[str, float] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
+    carried: Path | None = None
+    place: Callable[[torch.nn.Module], torch.nn.Module] | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.record = {} if self.file is None else results.read(self.file)
+        if self.record:
+            self.record["parts"][self.part] = {"status": "under way", "seconds": 0.0,
+                                               "rows": self.rows, "output": ""}
+        self.on = on(self.record.get("environment", {}))
 
     @property
     def device(self) -> torch.device:
@@ -39,15 +53,35 @@ class Work:
         """Seconds; a dry run's are not counted."""
         return math.inf if self.dry else self.deadline - time.time()
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """What the rates' part of this command measured."""
+        return rates(self.record)
+
+    def chosen(self, name: str) -> bool:
+        return all(word in name for word in self.words)
+
+    def begins(self, name: str, seconds: float) -> bool:
+        """Is the row chosen and is there time for it? Where there is none, a row says so."""
+        if not self.chosen(name):
+            return False
+        if self.left < seconds:
+            self.add(name, skipped=f"no time left: it takes about {seconds:.0f} s")
+            return False
+        return True
+
     def span(self, seconds: float) -> float:
         """How long to measure one thing; a dry run makes its rounds and no more."""
         return 0.0 if self.dry else seconds
 
-    def add(self, **row: Any) -> None:
-        self.rows.append(row)
-        partial = self.file.with_name(f"{self.file.name}.partial")
-        partial.write_text(json.dumps(self.rows), encoding="utf-8")
-        os.replace(partial, self.file)
+    def add(self, name: str, say: str = "", **row: Any) -> None:
+        """A row; say: what is printed of it. ok=False: the command's status is not 0."""
+        self.rows.append({"name": name, **row, "on": self.on})
+        if self.record:
+            results.save(self.file, self.record)
+        failed = "FAILED" if row.get("ok") is False else ""
+        said = ", ".join(filter(None, (failed, say, row.get("skipped", ""))))
+        print(f"{self.part}: {name}: {said or 'done'}", flush=True)
 
     def config(self, size: str) -> ECARConfig:
         return ECARConfig(**TINY) if self.dry else ECARConfig.preset(size)
@@ -56,3 +90,31 @@ class Work:
     def cache_bytes(self) -> int:
         """Of the last-level cache."""
         return 2**16 if self.dry else torch.cuda.get_device_properties(self.device).L2_cache_size
+
+
+def rates(record: dict[str, Any]) -> dict[str, float]:
+    """By name: "copy" bytes, "bfloat16" multiply-adds a second, "launch" seconds, ..."""
+    return {row["name"]: row["value"] for part in record.get("parts", {}).values()
+            for row in part["rows"] if "unit" in row}
+
+
+def on(facts: dict[str, Any]) -> str:
+    """The device and the versions that a row was measured with."""
+    if not facts:
+        return ""
+    versions = {"CUDA": facts["gpu"].get("CUDA"), **facts["versions"]}
+    return ", ".join([facts["gpu"]["name"], *(f"{name} {versions[name]}" for name in (
+        "torch", "triton", "CUDA") if versions.get(name))])
+
+
+def served(op: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> str:
+    """The backend that "auto" takes for the op."""
+    chosen = resolve(op, device=device, dtype=dtype, width=width, backend="auto")
+    for name in AUTO_ORDER:
+        try:
+            found = resolve(op, device=device, dtype=dtype, width=width, backend=name)
+        except BackendUnavailableError:
+            continue
+        if found is chosen:
+            return name
+    raise AssertionError(f"{op}: none of {', '.join(AUTO_ORDER)}")

@@ -49,7 +49,7 @@ def rates(record: dict[str, Any]) -> dict[str, float] | None:
         found = record.get("rates")
         return found and {"bytes": found["bytes_per_second"],
                           "multiply_adds": found["multiply_adds_per_second"]}
-    measured = {row["name"]: row["value"] for row in _part(record, "rates")}
+    measured = {row["name"]: row["value"] for row in _gpu_rows(record) if "unit" in row}
     if not {"copy", "bfloat16"} <= measured.keys():
         return None
     return {"bytes": measured["copy"], "multiply_adds": measured["bfloat16"]}
@@ -76,7 +76,9 @@ def _micro(record: dict[str, Any]) -> Iterator[Row]:
 
 
 def _gpu(record: dict[str, Any]) -> Iterator[Row]:
-    for row in _part(record, "micro"):
+    for row in _gpu_rows(record):
+        if "group" not in row:
+            continue
         timed = {name: value["median"] for name, value in row.get("variants", {}).items()}
         own = [name for name in BACKENDS[1:] if name in timed]
         seconds = {NAMES.get(name, name): value for name, value in timed.items()
@@ -88,5 +90,5 @@ def _gpu(record: dict[str, Any]) -> Iterator[Row]:
                   row.get("bytes", 0), row.get("multiply_adds", 0), seconds)
 
 
-def _part(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    return record["parts"].get(name, {}).get("rows", [])
+def _gpu_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for part in record["parts"].values() for row in part["rows"]]
