@@ -25,8 +25,9 @@ REQUIREMENTS := $(BIN)/python -c 'import importlib, sys; \
           | project["optional-dependencies"])[sys.argv[1]], sep="\n")'
 
 .PHONY: help demo test lint bench bench-check report compile-gate compile-gate-oldest
+.PHONY: compile-gate-changed compile-gate-oldest-changed
 .PHONY: gpu gpu-check gpu-image gpu-ops gpu-pack
-.PHONY: cuda-gate callgrind test-oldest-triton
+.PHONY: cuda-gate cuda-gate-changed callgrind test-oldest-triton
 .PHONY: matrix sanitize fuzz evaluate train-demo clean
 .DELETE_ON_ERROR:
 
@@ -40,6 +41,8 @@ help:
 	@echo "make compile-gate-oldest, test-oldest-triton  the same, and the interpreter's tests, by"
 	@echo "                 Triton $(OLDEST_TRITON)"
 	@echo "make cuda-gate   compile the CUDA C++ kernels for four chips, look at the machine code"
+	@echo "make compile-gate-changed, compile-gate-oldest-changed, cuda-gate-changed  only what the"
+	@echo "                 committed tables do not have as it is now, and a sample of the rest"
 	@echo "make gpu-check   on a GPU: build, ops and images against references, tests; with $(PYTHON)"
 	@echo "make gpu-image, gpu-ops  time whole images; ops next to other libraries', and memcheck"
 	@echo "make gpu         these three; make gpu-pack makes without a GPU what they can take along"
@@ -70,14 +73,17 @@ bench-check: $(STAMPS)/test
 	$(BIN)/python -m benchmarks.check $(CHECK)
 
 # Every Triton kernel under every launch setting, by the Triton installed and by the oldest that
-# the kernels are held to. GATE='--output docs/compile-gate.json' writes the tables anew.
+# the kernels are held to; half an hour each. After a change to them,
+# GATE='--output docs/compile-gate.json' with the -changed ones brings the table up to date.
 OLDEST_TRITON := 3.6.0
-compile-gate: $(STAMPS)/base
-	$(BIN)/python -m tools.compile_gate --quiet $(GATE)
+%-changed: CHANGED := --changed
 
-compile-gate-oldest: $(STAMPS)/base build/triton-$(OLDEST_TRITON)
+compile-gate compile-gate-changed: $(STAMPS)/base
+	$(BIN)/python -m tools.compile_gate --quiet $(CHANGED) $(GATE)
+
+compile-gate-oldest compile-gate-oldest-changed: $(STAMPS)/base build/triton-$(OLDEST_TRITON)
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m tools.compile_gate --quiet \
-	  --triton $(OLDEST_TRITON) $(GATE)
+	  --triton $(OLDEST_TRITON) $(CHANGED) $(GATE)
 
 # The kernels in its interpreter, which takes arrays of one element for numbers: numpy 2.4 refuses.
 test-oldest-triton: $(STAMPS)/test build/triton-$(OLDEST_TRITON)
@@ -90,8 +96,8 @@ build/triton-$(OLDEST_TRITON): | $(STAMPS)/base
 	mv $@.partial $@
 
 # CUDA C++ compiled for chips that need not be here; skips where nvcc is missing.
-cuda-gate: $(STAMPS)/base
-	$(BIN)/python -m tools.cuda_gate
+cuda-gate cuda-gate-changed: $(STAMPS)/base
+	$(BIN)/python -m tools.cuda_gate $(CHANGED)
 
 # In the environment as it is: nothing is fetched or installed, the library is built in place.
 # GPU_OPTIONS=--carried takes what gpu-pack made, by a Python with the torch and Triton of there.

@@ -3,19 +3,26 @@
     python -m tools.compile_gate                        # all families, all chips
     python -m tools.compile_gate --families adaln --architectures 90
     python -m tools.compile_gate --only 'keys .*D=72 '
+    python -m tools.compile_gate --changed              # what the table does not have, and a sample
+    python -m tools.compile_gate --changed --output docs/compile-gate.json
     PYTHONPATH=build/triton-3.6.0 python -m tools.compile_gate --triton 3.6.0
 
 The cases are those that ecar_kernels/<family>/compile_cases.py yields. One fails where it does
-not compile, keeps a stack (its registers spilled to memory), or needs more shared or tensor
-memory than a block can have on the chip. --output records registers, shared memory and the
-machine code's matrix instructions as JSON, with a Markdown page beside it: whole families on all
-chips, in place of what this Triton had there. Nothing is read from Triton's cache, nor left there.
+not compile, keeps a stack (its registers spilled to memory), needs more shared or tensor memory
+than a block can have on the chip, or where ptxas serialised its wgmma.
+
+--output records registers, shared memory and the machine code's matrix instructions of what
+passes, as it comes, in the JSON file (tools/gate_table.py) and at the end in the Markdown page of
+the same name. --changed leaves out the cases whose entry in the table has the digest of what it
+would be made from; without --output it compiles a sample of those, too, and fails where a case
+differs from its entry or has none, or an entry no longer has a case.
+Nothing is read from Triton's cache, nor left there.
 """
 
 import argparse
 import functools
 import importlib
-import json
+import math
 import multiprocessing
 import os
 import re
@@ -25,9 +32,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # Read by Triton when a kernel is defined; inherited from a test, it would interpret them.
@@ -35,11 +42,18 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas_version
 from triton.compiler import ASTSource
 
 from ecar_kernels import _triton
 from ecar_kernels._triton import CompileCase
+from tools import gate_table
+from tools.gate_table import Entry, Key
 
+TABLE = Path(__file__).parent.parent / "docs" / "compile-gate.json"
+SAVE_EVERY = 5.0  # seconds
+SAMPLE = 0.03  # of the cases of a family on a chip
+Case = tuple[str, int, int]  # family, chip, index among its cases
 PACKAGE = Path(_triton.__file__).parent
 FAMILIES = tuple(sorted(path.parent.name for path in PACKAGE.glob("*/compile_cases.py")))
 # Shared memory that one block may have, in KiB (CUDA C++ Programming Guide, compute capabilities).
@@ -47,8 +61,10 @@ SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 ARCHITECTURES = (80, 90, 100, 120)
 TENSOR_MEMORY_COLUMNS = 512
 # Matrix units: warp level, Hopper's warp group, Blackwell's tensor memory; FFMA is none of them.
-INSTRUCTIONS = ("UTCHMMA", "HGMMA", "HMMA", "FFMA", "FFMA2")
-OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE)
+# ARRIVE: a group of HGMMA begins.
+INSTRUCTIONS = ("UTCHMMA", "HGMMA", "ARRIVE", "HMMA", "FFMA", "FFMA2")
+OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?:WARPGROUP\.)?([A-Z][A-Z0-9]*)",
+                    re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -65,13 +81,20 @@ class Result:
     stack_bytes: int = 0
     shared_bytes: int = 0
     instructions: dict[str, int] | None = None
+    digest: str = ""
     problem: str = ""
-    seconds: float = 0.0
+
+    @property
+    def key(self) -> Key:
+        return self.family, self.name, self.architecture
+
+    @property
+    def entry(self) -> Entry:
+        return Entry(*(getattr(self, field) for field in gate_table.FIELDS))
 
 
 def compile_case(family: str, case: CompileCase, architecture: int) -> Result:
     """Compile it as a launch on that chip would, and look at the machine code."""
-    begin = time.perf_counter()
     head = (family, case.name, architecture, case.num_warps, case.num_stages,
             case.max_registers)
     try:
@@ -82,11 +105,10 @@ def compile_case(family: str, case: CompileCase, architecture: int) -> Result:
         )
     except Exception as error:  # whatever the compiler finds wrong, the other cases go on
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        return Result(*head, problem=f"does not compile: {text[:300]}",
-                      seconds=time.perf_counter() - begin)
+        return Result(*head, problem=f"does not compile: {text[:300]}")
     # Disassembling may take longer than compiling: not where no matrices are multiplied.
-    registers, stack, instructions = machine_code(kernel.asm["cubin"],
-                                                  disassemble="tt.dot" in kernel.asm["ttir"])
+    said = disassembled(kernel.asm["cubin"], "tt.dot" in kernel.asm["ttir"])
+    registers, stack, instructions = machine_code(said)
     shared = kernel.metadata.shared
     problems = []
     if stack:
@@ -98,8 +120,45 @@ def compile_case(family: str, case: CompileCase, architecture: int) -> Result:
     if columns > TENSOR_MEMORY_COLUMNS:
         problems.append(f"needs {columns} columns of tensor memory, "
                         f"a block has {TENSOR_MEMORY_COLUMNS}")
-    return Result(*head, registers, stack, shared, instructions, "; ".join(problems),
-                  time.perf_counter() - begin)
+    if serialised(kernel.asm["ptx"], said):
+        problems.append(f"wgmma is serialised: {instructions['HGMMA']} HGMMA, each waited for "
+                        "before the next")
+    return Result(*head, registers, stack, shared, instructions, digest(case, architecture),
+                  "; ".join(problems))
+
+
+def serialised(ptx: str, machine_code: str) -> bool:
+    """Did ptxas put a wait behind every wgmma?
+
+    It does, in the whole kernel, where it cannot tell which registers are in use by one in flight
+    (its advisory C7515; some versions do not print it). The PTX has groups of wgmma, each behind a
+    fence, and may wait for all groups but the last N. Serialised, each wgmma has a fence, ARRIVE,
+    and a wait for all, DEPBAR 0, of its own: in as many as there are ARRIVE, groups are lost, but
+    not where Triton itself made them of one; then waits that left some in flight are.
+    (UTCHMMA has no registers to wait for: its sums are in tensor memory, and its queue in order.)
+    """
+    opcodes = Counter(OPCODE.findall(machine_code))
+    if not opcodes["HGMMA"]:
+        return False
+    grouped = ptx.count("wgmma.fence") < ptx.count("wgmma.mma_async")
+    overlapped = re.search(r"wgmma\.wait_group\S* [1-9]", ptx)
+    return bool((grouped and opcodes["ARRIVE"] >= opcodes["HGMMA"])
+                or (overlapped and not re.search(r"DEPBAR\.LE gsb0, 0x[1-9a-f]", machine_code)))
+
+
+def digest(case: CompileCase, architecture: int) -> str:
+    """Of all that the machine code depends on, and this is looked for in it."""
+    listed = _arguments(case)
+    return gate_table.digest(
+        gate_table.kernel_digest(case.kernel), list(listed.items()), case.constants,
+        sorted(case.aligned), options(case), architecture, triton.__version__,
+        assembler(architecture), INSTRUCTIONS)
+
+
+@functools.cache
+def assembler(architecture: int) -> str:
+    """The version of ptxas; Triton has more than one."""
+    return re.search(r"V[\d.]+", get_ptxas_version(architecture))[0]
 
 
 def options(case: CompileCase) -> dict:
@@ -110,30 +169,43 @@ def options(case: CompileCase) -> dict:
 
 def source(case: CompileCase) -> ASTSource:
     """The case as the compiler takes it: arguments in the kernel's order, alignment by index."""
+    listed = _arguments(case)
+    names = list(listed)
+    if missing := {name for name in names if listed[name] == "constexpr"} - set(case.constants):
+        raise ValueError(f"case {case.name!r}: no value for {sorted(missing)}")
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
+    return ASTSource(fn=case.kernel, signature=listed, constexprs=case.constants, attrs=aligned)
+
+
+def _arguments(case: CompileCase) -> dict[str, str]:
+    """Kinds in the kernel's order."""
     names = case.kernel.arg_names
     listed = case.signature | dict.fromkeys(case.constants, "constexpr")
     if set(listed) != set(names):
         raise ValueError(f"case {case.name!r}: the kernel's arguments are {sorted(names)}, "
                          f"the case has {sorted(listed)}")
-    if missing := {name for name in names if listed[name] == "constexpr"} - set(case.constants):
-        raise ValueError(f"case {case.name!r}: no value for {sorted(missing)}")
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
-    return ASTSource(fn=case.kernel, signature={name: listed[name] for name in names},
-                     constexprs=case.constants, attrs=aligned)
+    return {name: listed[name] for name in names}
 
 
-def machine_code(cubin: bytes, disassemble: bool) -> tuple[int, int, dict[str, int]]:
-    """Registers and bytes of stack of a thread, and how often the instructions of note occur."""
+def disassembled(cubin: bytes, disassemble: bool) -> str:
+    """What cuobjdump says of its resources, and of its instructions where asked."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         asked = ["-res-usage", *(["-sass"] if disassemble else [])]
         said = subprocess.run([cuobjdump(), *asked, file.name], capture_output=True, text=True,
                               check=True).stdout
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
-    found = Counter(OPCODE.findall(said))
-    if usage.keys() != {"REG", "STACK", "LOCAL"} or bool(found) != disassemble:
+    if bool(OPCODE.search(said)) != disassemble:
         raise RuntimeError(f"cuobjdump's output is not understood: {said[:1000]}")
+    return said
+
+
+def machine_code(said: str) -> tuple[int, int, dict[str, int]]:
+    """Registers and bytes of stack of a thread, and how often the instructions of note occur."""
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+    if usage.keys() != {"REG", "STACK", "LOCAL"}:
+        raise RuntimeError(f"cuobjdump's output is not understood: {said[:1000]}")
+    found = Counter(OPCODE.findall(said))
     counts = {name: found[name] for name in INSTRUCTIONS if found[name]}
     return usage["REG"], usage["STACK"] + usage["LOCAL"], counts
 
@@ -158,16 +230,47 @@ def _compile_one(family: str, architecture: int, index: int) -> Result:
     return compile_case(family, cases(family, architecture)[index], architecture)
 
 
-def compile_all(families: tuple[str, ...], architectures: tuple[int, ...], jobs: int,
-                only: re.Pattern | None = None) -> Iterator[Result]:
-    """Every case, in the order of the cases; or those alone whose names `only` is found in."""
-    todo = [(family, architecture, index) for family in families for architecture in architectures
-            for index, case in enumerate(cases(family, architecture))
-            if only is None or only.search(case.name)]
-    if not todo:
-        raise SystemExit("compile_gate: no cases")
+def compile_all(todo: list[Case], jobs: int) -> Iterator[Result]:
+    """In the order of `todo`."""
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(_compile_one, *zip(*todo, strict=True))
+
+
+def listed(families: Sequence[str], architectures: Sequence[int],
+           only: re.Pattern | None) -> dict[Key, Case]:
+    """Every case, in the order of the cases; or those alone whose names `only` is found in."""
+    return {(family, case.name, architecture): (family, architecture, index)
+            for family in families for architecture in architectures
+            for index, case in enumerate(cases(family, architecture))
+            if only is None or only.search(case.name)}
+
+
+def changed(found: dict[Key, Case], entries: dict[Key, Entry]) -> list[Key]:
+    """Those that have no entry, or one that was made from something else."""
+    def now(key: Key) -> str:
+        family, architecture, index = found[key]
+        return digest(cases(family, architecture)[index], architecture)
+
+    return [key for key in found if key not in entries or entries[key].digest != now(key)]
+
+
+def sample(entries: dict[Key, Entry]) -> list[Key]:
+    """Of each family on each chip some, always the same until they change: those whose digests
+    are the least."""
+    groups: dict[tuple[str, int], list[Key]] = {}
+    for key in sorted(entries, key=lambda key: entries[key].digest):
+        groups.setdefault((key[0], key[2]), []).append(key)
+    return [key for keys in groups.values() for key in keys[:math.ceil(SAMPLE * len(keys))]]
+
+
+def difference(result: Result, entry: Entry | None) -> str:
+    """From the table's entry, in words; none where all is the same but the digest."""
+    if entry is None:
+        return "is not in the table"
+    fields = [f"{field} {getattr(result, field)}, in the table {getattr(entry, field)}"
+              for field in gate_table.FIELDS
+              if field != "digest" and getattr(result, field) != getattr(entry, field)]
+    return "; ".join(fields)
 
 
 def row(result: Result) -> str:
@@ -193,70 +296,6 @@ def summary(results: list[Result]) -> list[str]:
     return lines
 
 
-def record(path: Path, results: list[Result]) -> None:
-    """Put this Triton's results, of whole families, into the JSON; rewrite the page beside it."""
-    table = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    again = {result.family for result in results}
-    entries = [entry for entry in table.get(triton.__version__, ())
-               if entry["family"] not in again]
-    entries += [
-        {key: value for key, value in asdict(result).items() if key not in ("problem", "seconds")}
-        for result in results
-    ]
-    table[triton.__version__] = sorted(entries, key=lambda entry: entry["family"])
-    lines = []
-    for version, rows in sorted(table.items()):
-        entries = ",\n".join(f"  {json.dumps(entry)}" for entry in rows)
-        lines.append(f"{json.dumps(version)}: [\n{entries}\n ]")
-    _write(path, "{" + ",\n ".join(lines) + "}\n")
-    _write(path.with_suffix(".md"), page(table))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
-
-
-def page(table: dict[str, list[dict]]) -> str:
-    """The table of the newest Triton as Markdown, and a line on each older one."""
-    versions = sorted(table, key=lambda version: [int(part) for part in version.split(".")[:3]])
-    newest = versions[-1]
-    lines = [
-        "# What the Triton kernels take of each chip",
-        "",
-        "Made by `make compile-gate`, without a GPU: every kernel under every launch setting that",
-        "the defaults can choose. A cell holds registers a thread, shared memory a block in KiB,",
-        "and, where it multiplies matrices, the instructions for that: UTCHMMA (Blackwell's tensor",
-        "memory), HGMMA (Hopper's warp groups), HMMA (one warp), or FFMA alone. The gate fails",
-        "where a kernel spills registers. Nothing on this page is a time.",
-        "",
-    ]
-    lines += [f"Triton {version}: {len(table[version])} compiled, most registers "
-              f"{max(entry['registers'] for entry in table[version])}, most shared memory "
-              f"{max(entry['shared_bytes'] for entry in table[version]) / 1024:.0f} KiB."
-              for version in versions]
-    architectures = sorted({entry["architecture"] for entry in table[newest]})
-    for family in dict.fromkeys(entry["family"] for entry in table[newest]):
-        of_case: dict[str, dict[int, str]] = {}
-        for entry in table[newest]:
-            if entry["family"] == family:
-                of_case.setdefault(entry["name"], {})[entry["architecture"]] = _cell(entry)
-        lines += ["", f"## {family} (Triton {newest})", "",
-                  "| case | " + " | ".join(f"sm_{a}" for a in architectures) + " |",
-                  "|---" * (1 + len(architectures)) + "|"]
-        lines += [f"| {name} | " + " | ".join(cells.get(a, "") for a in architectures) + " |"
-                  for name, cells in of_case.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(entry: dict) -> str:
-    kinds = [kind for kind in entry["instructions"] if not kind.startswith("FFMA")]
-    multiplies = "+".join(kinds) or ("FFMA" if entry["instructions"] else "")
-    cell = f"{entry['registers']}, {entry['shared_bytes'] / 1024:.1f}"
-    return f"{cell}, {multiplies}" if multiplies else cell
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="compile_gate", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -265,6 +304,9 @@ def main(argv: list[str] | None = None) -> int:
                         default=ARCHITECTURES, metavar="CC", help="80 90 100 120 by default")
     parser.add_argument("--only", type=re.compile, metavar="PATTERN",
                         help="cases whose names this regular expression is found in")
+    parser.add_argument("--changed", action="store_true",
+                        help="cases whose entry in the table is missing or out of date; without "
+                        "--output a sample of the others, too, and all against their entries")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--triton", metavar="VERSION", help="fail where another one is found")
     parser.add_argument("--quiet", action="store_true", help="print failures and the summary")
@@ -274,33 +316,61 @@ def main(argv: list[str] | None = None) -> int:
         print(f"compile_gate: Triton {triton.__version__} was found, not {given.triton}",
               file=sys.stderr)
         return 2
-    if given.output is not None and set(given.architectures) != set(ARCHITECTURES):
-        print("compile_gate: --output records all chips, leave --architectures out",
-              file=sys.stderr)
-        return 2
-    if given.output is not None and given.only is not None:
-        print("compile_gate: --output records whole families, leave --only out", file=sys.stderr)
-        return 2
-    begin = time.perf_counter()
-    results = []
+    compares = given.changed and given.output is None
+    path = given.output or TABLE
+    found = listed(given.families, given.architectures, given.only)
+    if not found:
+        raise SystemExit("compile_gate: no cases")
+    table = gate_table.load(path) if given.changed or given.output is not None else {}
+    entries = table.setdefault(triton.__version__, {})
+    todo = changed(found, entries) if given.changed else list(found)
+    if given.changed:
+        print(f"Triton {triton.__version__}: {len(todo)} of {len(found)} cases are not in "
+              f"{path.name} as they are now", flush=True)
+    if compares:
+        todo += sample({key: entries[key] for key in found.keys() - set(todo)})
+
+    begin = saved = time.perf_counter()
+    results, failures = [], 0
+    # Not those of other families and chips, nor names that --only leaves out.
+    for key in [key for key in entries if key not in found and key[0] in given.families
+                and key[2] in given.architectures
+                and (given.only is None or given.only.search(key[1]))]:
+        if given.output is not None:
+            del entries[key]
+        elif compares:
+            print(f"{key[0]:<16} sm_{key[2]:<4} {key[1]}  FAILS: in the table, but no case")
+            failures += 1
     with tempfile.TemporaryDirectory(prefix="compile-gate-") as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # the processes inherit it
-        for result in compile_all(tuple(given.families), tuple(given.architectures), given.jobs,
-                                  given.only):
+        for result in compile_all([found[key] for key in todo], given.jobs):
+            if compares and not result.problem:
+                result = replace(result, problem=difference(result, entries.get(result.key)))
             if result.problem or not given.quiet:
                 print(row(result), flush=True)
             results.append(result)
-    failed = [result for result in results if result.problem]
+            failures += bool(result.problem)
+            if given.output is None:
+                continue
+            entries.pop(result.key, None)
+            if not result.problem:
+                entries[result.key] = result.entry
+            if time.perf_counter() - saved > SAVE_EVERY:
+                gate_table.save(path, table)
+                saved = time.perf_counter()
+    if given.output is not None:
+        gate_table.save(path, table)
+        gate_table.write(path.with_suffix(".md"), gate_table.page(table))
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(f"Triton {triton.__version__}: {len(results)} compiled, {len(failed)} fail; "
+    print(f"Triton {triton.__version__}: {len(results)} compiled, {failures} fail; "
           f"{time.perf_counter() - begin:.0f} s on {given.jobs} processes, "
           f"{usage.ru_utime + usage.ru_stime:.0f} s of CPU time")
-    if len(failed) < len(results):
-        for line in summary(results):
-            print(line)
-    if given.output is not None and not failed:
-        record(given.output, results)
-    return 1 if failed else 0
+    for line in summary([result for result in results if result.registers]):
+        print(line)
+    if compares and failures:
+        print(f"{path.name} is made again by make compile-gate-changed "
+              "GATE='--output docs/compile-gate.json'")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
 """Compiles the CUDA C++ kernels for chips that need not be here, and looks at the machine code.
 
     python -m tools.cuda_gate            # all chips, the table to docs/cuda-gate.md
+    python -m tools.cuda_gate --changed  # one chip, where that table is of these sources
+
+The page has a digest of the sources, the flags and the compiler. Where that is what it would be
+now, --changed compiles for one chip, else for all; it writes nothing, and fails where nvcc is the
+page's and a kernel's row is another one.
 
 Fails where a kernel spills registers, or where the machine code of a kernel for aligned rows has
 no 128-bit load or no 128-bit store, or flow_boundary's too few loads for its two weights. Skips,
@@ -9,6 +14,8 @@ package brings one) is.
 """
 
 import argparse
+import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -21,7 +28,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "csrc" / "cuda" / "flow_step.cu"
+INCLUDES = (ROOT / "csrc", ROOT / "csrc" / "include")
+FLAGS = ("-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-v", "-cubin")
 CHIPS = ("sm_80", "sm_90", "sm_100", "sm_120")
+SAMPLE = ("sm_90",)
 INFO = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, "
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -80,9 +91,8 @@ def accesses(cuobjdump: str, cubin: Path) -> dict[str, tuple[int, int]]:
 def compile_for(chip: str, nvcc: str, cuobjdump: str | None, folder: Path) -> Iterator[Row]:
     cubin = folder / f"{chip}.cubin"
     done = subprocess.run(
-        [nvcc, "-std=c++17", "-O3", "--fmad=false", f"-arch={chip}", "-Xptxas", "-v", "-cubin",
-         "-I", ROOT / "csrc", "-I", ROOT / "csrc" / "include",
-         ROOT / "csrc" / "cuda" / "flow_step.cu", "-o", cubin], capture_output=True, text=True)
+        [nvcc, *FLAGS, f"-arch={chip}", *(f"-I{folder}" for folder in INCLUDES), SOURCE, "-o",
+         cubin], capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{chip}: {done.stdout}{done.stderr}")
     seen = accesses(cuobjdump, cubin) if cuobjdump else {}
@@ -101,23 +111,48 @@ def compile_for(chip: str, nvcc: str, cuobjdump: str | None, folder: Path) -> It
         yield row
 
 
+def digest() -> str:
+    """Of the source, the headers of ours that it takes in, and the flags."""
+    found, todo = {}, [SOURCE]
+    while todo:
+        path = todo.pop()
+        text = found[path.relative_to(ROOT).as_posix()] = path.read_text("utf-8")
+        for name in re.findall(r'^#\s*include\s+"([^"]+)"', text, re.MULTILINE):
+            header = next(folder / name for folder in INCLUDES if (folder / name).is_file())
+            if header.relative_to(ROOT).as_posix() not in found:
+                todo.append(header)
+    text = json.dumps([found, FLAGS], sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
+
+
+def cells(row: Row) -> str:
+    seen = ["-" if n is None else str(n) for n in (row.loads, row.stores)]
+    return (f"| {row.chip} | {row.kernel} | {row.registers} | {row.stack} | {row.spills} "
+            f"| {seen[0]} | {seen[1]} |")
+
+
 def page(rows: list[Row], compiler: str) -> str:
     lines = ["# CUDA C++ kernels: the compile gate", "",
-             f"`make cuda-gate`; {compiler}. Compiled, not run. \"wide\" is the kernel for rows "
-             "that begin on 16 bytes.", "",
+             f"`make cuda-gate`; {compiler}; sources {digest()}. Compiled, not run. "
+             '"wide" is the kernel for rows that begin on 16 bytes.', "",
              "| chip | kernel | registers | stack | spilled bytes | 128-bit loads | stores |",
-             "|---|---|---|---|---|---|---|"]
-    for row in rows:
-        seen = ["-" if n is None else str(n) for n in (row.loads, row.stores)]
-        lines.append(f"| {row.chip} | {row.kernel} | {row.registers} | {row.stack} | {row.spills} "
-                     f"| {seen[0]} | {seen[1]} |")
+             "|---|---|---|---|---|---|---|", *map(cells, rows)]
     return "\n".join(lines) + "\n"
+
+
+def differences(rows: list[Row], recorded: str) -> list[str]:
+    """Of the page's rows for these chips, those that are not as they were, both ways."""
+    chips = {row.chip for row in rows}
+    before = {line for line in recorded.splitlines() if line[2:].partition(" ")[0] in chips}
+    return sorted(before ^ set(map(cells, rows)))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "cuda-gate.md")
     parser.add_argument("--chips", nargs="+", default=CHIPS)
+    parser.add_argument("--changed", action="store_true",
+                        help="compare with the page; one chip where its digest has not changed")
     options = parser.parse_args(arguments)
     nvcc, cuobjdump = find("nvcc"), find("cuobjdump")
     if nvcc is None:
@@ -126,19 +161,29 @@ def main(arguments: list[str] | None = None) -> int:
     if cuobjdump is None:
         print("cuda-gate: no cuobjdump, the machine code is not looked at")
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    compiler = re.search(r"release \S+, (V\S+)", version)
+    version = re.search(r"release \S+, (V\S+)", version)
+    compiler = f"nvcc {version[1] if version else 'of unknown version'}"
+    path, chips, recorded = options.output, options.chips, ""
+    if options.changed:
+        recorded = path.read_text("utf-8")
+        if f"; {compiler}; sources {digest()}." in recorded:
+            chips = SAMPLE
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         found = pool.map(lambda chip: list(compile_for(chip, nvcc, cuobjdump, Path(folder))),
-                         options.chips)
+                         chips)
         rows = [row for rows in found for row in sorted(rows, key=lambda row: row.kernel)]
-    text = page(rows, f"nvcc {compiler[1] if compiler else 'of unknown version'}")
-    temporary = options.output.with_suffix(".tmp")
-    temporary.write_text(text, "utf-8")
-    temporary.replace(options.output)
-    bad = [row for row in rows if row.problem]
-    for row in bad:
-        print(f"{row.chip} {row.kernel}: {row.problem}", file=sys.stderr)
-    print(f"cuda-gate: {len(rows)} kernels, {len(bad)} with a problem; {options.output}")
+    bad = [f"{row.chip} {row.kernel}: {row.problem}" for row in rows if row.problem]
+    if not options.changed:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(page(rows, compiler), "utf-8")
+        temporary.replace(path)
+    elif cuobjdump and f"; {compiler};" in recorded:
+        bad += [f"not both here and in {path.name}: {line}" for line in differences(rows, recorded)]
+    else:
+        print(f"cuda-gate: not compared with {path.name}: " + (
+            f"it is not of {compiler}" if cuobjdump else "no cuobjdump"))
+    print(*bad, sep="\n", end="\n" * bool(bad), file=sys.stderr)
+    print(f"cuda-gate: {len(rows)} kernels on {' '.join(chips)}, {len(bad)} with a problem; {path}")
     return 1 if bad or not rows else 0
 
 

@@ -223,6 +223,7 @@ def query_gradients_kernel(
 
     for BOUNDED in tl.static_range(2):
         for at in tl.range(whole if BOUNDED else 0, end if BOUNDED else whole, BLOCK_N,
+                           num_stages=1 if BOUNDED and BLOCK_M >= 64 else None,
                            disable_licm=RELOAD):
             left = end - at
             k_at = k + at * k_row

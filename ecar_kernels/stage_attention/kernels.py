@@ -2,7 +2,10 @@
 
 Each program owns one tile of one head of one image. A query tile [start, start + length) of one
 stage sees the keys [0, end); a key tile of one stage is seen by the queries [first, Nq). These
-bounds come from a table (tiles.py), and only the last, partial block of a loop tests them.
+bounds come from a table (tiles.py), and only the last, partial block of a loop tests them. Where
+queries are the tile, that block is not pipelined in the tiles that warp groups multiply, of 64 rows
+and more: it is one pass, and with it sm_90's ptxas waits for each wgmma of the whole kernel before
+the next. In the gradients of keys it does not; there pipelining takes fewer registers.
 
 A head of D dimensions is computed in one part, or in two whose widths are powers of two
 (launch.parts): 72 as 64 + 16, the upper part zero beyond its 8 columns. Softmax is in base 2:
@@ -161,6 +164,7 @@ def forward_kernel(
 
     for BOUNDED in tl.static_range(2):
         for at in tl.range(whole if BOUNDED else 0, end if BOUNDED else whole, BLOCK_N,
+                           num_stages=1 if BOUNDED and BLOCK_M >= 64 else None,
                            disable_licm=RELOAD):
             left = end - at
             k_at = k + at * k_row

@@ -167,6 +167,11 @@ def _has_warp_groups(arch: int) -> bool:
     return 90 <= arch < 120
 
 
+def _sums_in_registers(arch: int) -> bool:
+    """Those of warp groups, 64 rows and more: on sm_90. On sm_100 they are in tensor memory."""
+    return 90 <= arch < 100
+
+
 def _sixteen_bits(op: str, width: int, masked: bool,
                   arch: int) -> tuple[tuple[int, int, int, int], ...]:
     # (own, loop, warps, stages). A thread of a 64-row tile has width / 2 registers of each
@@ -180,6 +185,9 @@ def _sixteen_bits(op: str, width: int, masked: bool,
                 return ((64, 16, 8, 2),)
             return ((32, 16, 8 if masked and groups else 4, 2),)
         if op == "stage_attention_queries":  # two factors; 8 warps share a row's columns
+            # 64 rows of one part spill on sm_90, as the last block goes through registers.
+            if width == 256 and _sums_in_registers(arch):
+                return ((32, 64, 8, 2),)
             # On sm_120 two parts of a wider block spill, one takes too much shared memory.
             two = arch >= 120 and width < 256
             one_block = arch >= 120 and (not two or width == 144)
@@ -219,6 +227,9 @@ def _tf32(op: str, width: int, masked: bool, arch: int) -> tuple[tuple[int, int,
             few = (little_shared and width > 64) or (masked and width == 64 and not groups)
             one_block = masked and little_shared and width == 96
             return ((64, 16 if few else 32, 4, 1 if one_block else 2),)
+        # On sm_90 64 rows spill, as in bfloat16's queries, and 128 at D = 136 with Triton 3.6.
+        if _sums_in_registers(arch):
+            return ((32, 32, 8, 2),)
         return ((32, 16, 4, 1) if little_shared else (64, 16 if groups else 32, 8, 2),)
     if width > 128:
         if little_shared:
@@ -227,8 +238,11 @@ def _tf32(op: str, width: int, masked: bool, arch: int) -> tuple[tuple[int, int,
             return ((16 if least else 32, 16, more, 1),)
         return ((32, 16, more, 1 if groups and op == "stage_attention_keys" else 2),)
     if op == "stage_attention_queries":
-        # Of four warps, a single part of 128 spills a few with Triton 3.6 on sm_90; blocks of 32
-        # do at D = 40 with 3.9 on sm_120.
+        # A single part of 128 spills with Triton 3.6 on sm_90 in tiles of 64 rows, of four warps
+        # and of eight. Of 128 rows eight warps hold what four do of 64, but half of each block.
+        if width == 128 and _sums_in_registers(arch):
+            return ((128, 16, 8, 2),)
+        # Blocks of 32 spill at D = 40 with Triton 3.9 on sm_120.
         few = width > 64 or (masked and little_shared and width == 48)
         return ((64, 16 if few else 32, 8 if groups and width == 128 else 4, 2),)
     if 64 < width < 128 and not groups:
