@@ -321,7 +321,10 @@ def main(argv: list[str] | None = None) -> int:
     found = listed(given.families, given.architectures, given.only)
     if not found:
         raise SystemExit("compile_gate: no cases")
-    table = gate_table.load(path) if given.changed or given.output is not None else {}
+    try:
+        table = gate_table.load(path) if given.changed or given.output is not None else {}
+    except ValueError as error:
+        raise SystemExit(f"compile_gate: {error}") from None
     entries = table.setdefault(triton.__version__, {})
     todo = changed(found, entries) if given.changed else list(found)
     if given.changed:

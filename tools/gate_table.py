@@ -40,9 +40,16 @@ FIELDS = [field.name for field in dataclasses.fields(Entry)]
 
 def load(path: Path) -> dict[str, dict[Key, Entry]]:
     """Entries by Triton's version; none where there is no file."""
-    table = json.loads(path.read_text("utf-8")) if path.is_file() else {"fields": FIELDS}
-    if table.pop("fields", None) != FIELDS:
-        raise ValueError(f"{path} has other fields than {FIELDS}; write it without --changed")
+    if not path.is_file():
+        return {}
+    try:
+        table = json.loads(path.read_text("utf-8"))
+        fields = table.pop("fields")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        fields = None
+    if fields != FIELDS:
+        raise ValueError(f"{path} is no table of the compile gate with the fields {FIELDS}; "
+                         "delete it to record all cases again")
     return {version: {(family, case, int(chip)): Entry(*values)
                       for family, cases in families.items() for case, chips in cases.items()
                       for chip, values in chips.items()}
@@ -157,7 +164,11 @@ def _globals(tree: ast.AST, function):
     """Names and values of what it reads from its module, but for what comes with Triton."""
     if inspect.getclosurevars(function.fn).nonlocals:
         raise ValueError(f"{function.__name__} has a closure, whose values have no digest")
-    at_hand = function.fn.__globals__
+    local = {node.id if isinstance(node, ast.Name) else node.arg for node in ast.walk(tree)
+             if isinstance(node, ast.arg) or isinstance(getattr(node, "ctx", None), ast.Store)
+             and isinstance(node, ast.Name)}
+    at_hand = {name: value for name, value in function.fn.__globals__.items()
+               if name not in local}
     for node in ast.walk(tree):
         if (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
                 and isinstance(at_hand.get(node.value.id), ModuleType)):
