@@ -164,12 +164,13 @@ def _globals(tree: ast.AST, function):
     """Names and values of what it reads from its module, but for what comes with Triton."""
     if inspect.getclosurevars(function.fn).nonlocals:
         raise ValueError(f"{function.__name__} has a closure, whose values have no digest")
-    local = {node.id if isinstance(node, ast.Name) else node.arg for node in ast.walk(tree)
-             if isinstance(node, ast.arg) or isinstance(getattr(node, "ctx", None), ast.Store)
-             and isinstance(node, ast.Name)}
+    nodes = list(ast.walk(tree))
+    local = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    local |= {node.id for node in nodes
+              if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     at_hand = {name: value for name, value in function.fn.__globals__.items()
                if name not in local}
-    for node in ast.walk(tree):
+    for node in nodes:
         if (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
                 and isinstance(at_hand.get(node.value.id), ModuleType)):
             module = at_hand[node.value.id]
