@@ -363,6 +363,7 @@ def main(argv: list[str] | None = None) -> int:
                 saved = time.perf_counter()
     if given.output is not None:
         gate_table.save(path, table)
+    if given.output is not None and any(table.values()):
         gate_table.write(path.with_suffix(".md"), gate_table.page(table))
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"Triton {triton.__version__}: {len(results)} compiled, {failures} fail; "

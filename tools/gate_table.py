@@ -93,7 +93,7 @@ def write(path: Path, text: str) -> None:
 
 def page(table: dict[str, dict[Key, Entry]]) -> str:
     """The table of the newest Triton as Markdown, and a line on each older one."""
-    versions = sorted(table, key=_natural)
+    versions = sorted((version for version in table if table[version]), key=_natural)
     newest = versions[-1]
     lines = [
         "# What the Triton kernels take of each chip",

@@ -64,6 +64,8 @@ def _cases(op: str, head_dim: int, kind: str, arch: int, *, negative: bool = Fal
             "RELOAD": launch.reload(op, head_dim, kind), "BLOCK_M": its.block_m,
             "BLOCK_N": its.block_n,
         }
+        if op != "stage_attention_keys":
+            constants["PIPELINE_TAIL"] = launch.pipeline_tail(kind, arch, its)
         if op == "stage_attention":
             constants |= {"NEGATIVE": negative, "LEAVE_REST": training}
         name = f"{op} {kind} D={head_dim} {its.block_m}x{its.block_n}" + " training" * training

@@ -198,6 +198,7 @@ def query_gradients_kernel(
     num_tiles, num_heads, batch_heads, queries, group, scale, scale_log2,
     HEAD_DIM: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr, PRECISION: tl.constexpr,
     RELOAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PIPELINE_TAIL: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one query tile, over the keys that it sees."""
     image, head, start, length, end = _locate(table, num_tiles, num_heads, batch_heads, group)
@@ -223,7 +224,7 @@ def query_gradients_kernel(
 
     for BOUNDED in tl.static_range(2):
         for at in tl.range(whole if BOUNDED else 0, end if BOUNDED else whole, BLOCK_N,
-                           num_stages=1 if BOUNDED and BLOCK_M >= 64 else None,
+                           num_stages=None if PIPELINE_TAIL or not BOUNDED else 1,
                            disable_licm=RELOAD):
             left = end - at
             k_at = k + at * k_row

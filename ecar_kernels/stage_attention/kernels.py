@@ -2,10 +2,7 @@
 
 Each program owns one tile of one head of one image. A query tile [start, start + length) of one
 stage sees the keys [0, end); a key tile of one stage is seen by the queries [first, Nq). These
-bounds come from a table (tiles.py), and only the last, partial block of a loop tests them. Where
-queries are the tile, that block is not pipelined in the tiles that warp groups multiply, of 64 rows
-and more: it is one pass, and with it sm_90's ptxas waits for each wgmma of the whole kernel before
-the next. In the gradients of keys it does not; there pipelining takes fewer registers.
+bounds come from a table (tiles.py), and only the last, partial block of a loop tests them.
 
 A head of D dimensions is computed in one part, or in two whose widths are powers of two
 (launch.parts): 72 as 64 + 16, the upper part zero beyond its 8 columns. Softmax is in base 2:
@@ -140,7 +137,7 @@ def forward_kernel(
     num_tiles, num_heads, batch_heads, queries, group, scale_log2,
     HEAD_DIM: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr, PRECISION: tl.constexpr,
     RELOAD: tl.constexpr, NEGATIVE: tl.constexpr, LEAVE_REST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIPELINE_TAIL: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q k^T) v of one query tile, and its logsumexp in base 2.
 
@@ -164,7 +161,7 @@ def forward_kernel(
 
     for BOUNDED in tl.static_range(2):
         for at in tl.range(whole if BOUNDED else 0, end if BOUNDED else whole, BLOCK_N,
-                           num_stages=1 if BOUNDED and BLOCK_M >= 64 else None,
+                           num_stages=None if PIPELINE_TAIL or not BOUNDED else 1,
                            disable_licm=RELOAD):
             left = end - at
             k_at = k + at * k_row

@@ -105,6 +105,16 @@ def reload(op: str, head_dim: int, kind: str) -> int:
     return 64 if op == "stage_attention_keys" and whole == 256 else whole
 
 
+def pipeline_tail(kind: str, arch: int, its: Settings) -> bool:
+    """Is the last, partial block, which is one pass of a loop of its own, pipelined as the others
+    are, where queries are the tile?
+
+    Not where warp groups multiply on sm_90, in tiles of 64 rows and more: ptxas would wait for
+    every wgmma of the kernel before the next. In the gradients of keys it does not.
+    """
+    return kind == "exact" or its.block_m < 64 or not _sums_in_registers(arch)
+
+
 def max_registers(op: str, head_dim: int, kind: str) -> int | None:
     """Of a thread: all. Left alone, ptxas spills a few to fit one more program; but exact
     products for gradients of wide heads spill fewer if left alone: queries' beyond 64 columns,

@@ -135,6 +135,8 @@ def _launch(op: str, q: Tensor, k: Tensor, stage_lengths: list[int], *,
     its = tuning.choose(op, (head_dim, kind, queries, *stage_lengths), batch * heads, usual,
                         q.device.index)
     part1, part2 = launch.parts(head_dim, op, kind)
+    if tiles_of == "query":
+        constants["PIPELINE_TAIL"] = launch.pipeline_tail(kind, arch, its)
     _start(kernel, tiles_of, its, q, k, stage_lengths, tensors=tensors, strides=strides,
            counts=counts, scales=scales, HEAD_DIM=head_dim, PART1=part1, PART2=part2,
            RELOAD=launch.reload(op, head_dim, kind),
