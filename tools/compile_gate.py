@@ -128,14 +128,19 @@ def compile_case(family: str, case: CompileCase, architecture: int) -> Result:
 
 
 def serialised(ptx: str, machine_code: str) -> bool:
-    """Did ptxas put a wait behind every wgmma?
+    """Did ptxas make each wgmma wait for the one before it?
 
-    It does, in the whole kernel, where it cannot tell which registers are in use by one in flight
-    (its advisory C7515; some versions do not print it). The PTX has groups of wgmma, each behind a
-    fence, and may wait for all groups but the last N. Serialised, each wgmma has a fence, ARRIVE,
-    and a wait for all, DEPBAR 0, of its own: in as many as there are ARRIVE, groups are lost, but
-    not where Triton itself made them of one; then waits that left some in flight are.
-    (UTCHMMA has no registers to wait for: its sums are in tensor memory, and its queue in order.)
+    Where it cannot tell which registers a wgmma in flight uses, it does so in the whole kernel
+    (advisory C7515, which some versions do not print): each HGMMA gets an ARRIVE and a wait for
+    all, DEPBAR 0. The PTX says what was meant: a group of wgmma begins with a fence, which is one
+    ARRIVE, and a wait may leave the last groups in flight. So kernels are serialised that have
+    groups of several wgmma in the PTX and an ARRIVE for each in the machine code, or waits that
+    leave some in flight in the PTX alone. Where each group has one wgmma in the PTX, too, as of 16
+    inner dimensions, equal counts are right; counts of both are not compared with each other,
+    for ptxas unrolls loops.
+
+    UTCHMMA cannot be serialised so: its sums are not in registers but in tensor memory, it is
+    queued in order, and the only waits are Triton's own (UTCBAR, one for each group).
     """
     opcodes = Counter(OPCODE.findall(machine_code))
     if not opcodes["HGMMA"]:
@@ -147,10 +152,9 @@ def serialised(ptx: str, machine_code: str) -> bool:
 
 
 def digest(case: CompileCase, architecture: int) -> str:
-    """Of all that the machine code depends on, and this is looked for in it."""
-    listed = _arguments(case)
+    """Of all that an entry is made from: kernel, case, compiler, and what is counted."""
     return gate_table.digest(
-        gate_table.kernel_digest(case.kernel), list(listed.items()), case.constants,
+        gate_table.kernel_digest(case.kernel), list(_arguments(case).items()), case.constants,
         sorted(case.aligned), options(case), architecture, triton.__version__,
         assembler(architecture), INSTRUCTIONS)
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from ecar_kernels import _triton
 from ecar_kernels.stage_attention import launch, reference, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,3 +89,26 @@ def test_settings_hold_the_head_and_fit_the_chip():
 def test_the_tile_follows_the_stages_and_the_chip(stages, queries, batch_heads, arch, rows):
     its = launch.default("stage_attention", 64, "bfloat16", stages, queries, batch_heads, arch, 108)
     assert its.block_m == rows
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_last_block_is_pipelined_but_on_sm_90(monkeypatch, arch, precision, dtype):
+    """There wgmma would be serialised; exact products have none, and 64 rows of D = 64 do."""
+    module = pytest.importorskip("ecar_kernels.stage_attention.triton")
+    started = []
+    monkeypatch.setattr(module, "_start", lambda kernel, *_, **constants: started.append(constants))
+    monkeypatch.setattr(_triton, "architecture", lambda index=None: arch)
+    monkeypatch.setattr(_triton, "product_precision", lambda dtype: precision)
+    q, k, v = torch.randn(3, 1, 64, 2, 64, dtype=dtype)
+    out, lse = module._results(q)
+    module._launch_forward(q, k, v, out, out, lse, [64], 1.0, leave_rest=False)
+    read = (q, k, v, out, lse, lse)
+    for op in ("stage_attention_queries", "stage_attention_keys"):
+        module._launch(op, q, k, [64], strided=read[:4], tensors=read, counts=(64,),
+                       scales=(1.0, 1.0))
+    forward, queries, keys = (constants.get("PIPELINE_TAIL") for constants in started)
+    wgmma = arch == 90 and (dtype is torch.bfloat16 or precision == "tf32")
+    assert forward == queries == (not wgmma)
+    assert keys is None
