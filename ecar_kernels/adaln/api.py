@@ -7,9 +7,9 @@ here, in registers where the backend can.
 Common to the family: tokens [B, N, C] in float32, bfloat16 or float16 (float64: by the reference);
 every tensor of one type on one device, the last dimension contiguous, other strides free (a
 `chunk(6, -1)` of a packed modulation is not copied). Statistics and arithmetic are in float32,
-outputs in the input's type. Gradients flow to every tensor argument. Under torch.autocast, arguments are cast to its type.
-Raises ValueError for a shape, layout or value, TypeError for a type, naming the argument;
-BackendUnavailableError where the backend in force cannot serve.
+outputs in the input's type. Gradients flow to every tensor argument. Under torch.autocast,
+arguments are cast to its type. Raises ValueError for a shape, layout or value, TypeError for a
+type, naming the argument; BackendUnavailableError where the backend in force cannot serve.
 """
 
 from torch import Tensor

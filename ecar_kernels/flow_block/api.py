@@ -6,9 +6,10 @@ linear_gated_residual: five calls and no elementwise kernel between them.
 Common to the family: tokens [B, N, C] in float32, bfloat16 or float16 (float64: by the reference);
 every tensor of one type on one device, the last dimension contiguous, other strides free.
 Statistics and accumulation are in float32, outputs in the input's type. There are no derivatives:
-ValueError where grad mode is on and an argument requires grad, or where one has a tangent. Under torch.autocast, arguments are cast to its type. Raises
-ValueError for a shape, layout or value, TypeError for a type, naming the argument;
-BackendUnavailableError where the backend in force cannot serve.
+ValueError where grad mode is on and an argument requires grad, or where one has a tangent. Under
+torch.autocast, arguments are cast to its type. Raises ValueError for a shape, layout or value,
+TypeError for a type, naming the argument; BackendUnavailableError where the backend in force
+cannot serve.
 """
 
 from torch import Tensor
