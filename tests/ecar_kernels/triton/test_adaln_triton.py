@@ -13,6 +13,7 @@ from ecar_kernels.adaln import api, launch, reference
 from ecar_kernels.registry import KERNEL_DTYPES
 from tests.support.accuracy import assert_accurate, run, tensors
 from tests.support.adaln import LAYOUTS, MODULATION, call_of
+from tests.support.transforms import gradient_of_gradients
 
 triton = pytest.importorskip("ecar_kernels.adaln.triton")
 
@@ -250,12 +251,18 @@ def test_views_are_read_in_place(op, monkeypatch):
     assert addresses == {arguments[name].data_ptr() for name in names}
 
 
-def test_the_second_derivative_is_refused():
-    x = torch.randn(1, 2, 24, device=DEVICE).requires_grad_()
-    y = triton.adaln(x, x.detach(), x.detach())
-    (gradient,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("op", MODULATION)
+def test_second_derivatives_are_those_of_the_reference(op):
+    arguments = call(op, 2, 3, 24)
+    names = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
+    found = []
+    for backend in (triton, reference):
+        def of_tensors(*values, op=getattr(backend, op)):
+            return op(**arguments | dict(zip(names, values, strict=True)))
+        found.append(gradient_of_gradients(of_tensors, [arguments[name] for name in names]))
+    for result, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(result, wanted, rtol=1e-4,
+                                   atol=1e-4 * wanted.abs().max().item())
 
 
 def test_offsets_past_2_to_the_31():
