@@ -191,8 +191,10 @@ def test_the_committed_table_is_of_these_cases(listed, version):
     for family, name, chip, *settings in listed["cases"]:
         entry = VERSIONS[version][family, name, chip]
         assert [entry.num_warps, entry.num_stages, entry.max_registers] == settings, name
-        counts = entry.instructions
-        assert counts.get("ARRIVE", 0) < counts.get("HGMMA", 0) or "HGMMA" not in counts, name
+        groups, products = (entry.instructions.get(kind, 0) for kind in ("ARRIVE", "HGMMA"))
+        # Strips of 16 columns and blocks of 16 queries are one wgmma each.
+        single = name.startswith("stage_attention_keys") and name.endswith(" 16x64 unaligned")
+        assert groups < products or groups == products in ((0, 4) if single else (0,)), name
 
 
 @pytest.mark.parametrize(
