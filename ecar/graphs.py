@@ -27,7 +27,7 @@ from ecar.flow import FlowHead
 from ecar.model import ECAR
 from ecar.plan import Plan, Shape
 from ecar.transformer import ARTransformer
-from ecar_kernels import MLP, FlowBlock, Linear, StageBlock, active_backend
+from ecar_kernels import MLP, FlowBlock, Linear, StageBlock, _transforms, active_backend
 from ecar_kernels._written import address, why_not
 
 __all__ = ["CaptureError", "GraphCache", "graphs_of", "release_graphs"]
@@ -124,6 +124,8 @@ def device_reason(device: torch.device) -> str | None:
         return "the current stream is being captured by the caller"
     if torch.is_autocast_enabled("cuda"):
         return "under torch.autocast the weights' casts live no longer than the call"
+    if _transforms.active():
+        return "a transform of torch.func or forward-mode AD is active"
     return None
 
 

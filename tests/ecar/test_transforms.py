@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
+from ecar import graphs
 from ecar.sampler import sample
 from ecar_kernels import accelerate, use_backend
 from tests.ecar.conftest import tiny_model
@@ -45,6 +46,13 @@ def test_second_derivatives_through_checkpoints():
     model = tiny_model(ar_layers=1, flow_blocks=1).train()
     model.set_gradient_checkpointing(True)
     assert_as_the_reference(transforms.gradient_of_gradients, *of_tensors(model))
+
+
+def test_no_graph_is_recorded_in_forward_mode(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert graphs.device_reason(torch.device("cuda")) is None
+    with forward_ad.dual_level():
+        assert "forward-mode AD" in graphs.device_reason(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("prepare", [lambda model: model, accelerate], ids=["plain", "accelerated"])

@@ -255,11 +255,13 @@ def test_views_are_read_in_place(op, monkeypatch):
 def test_second_derivatives_are_those_of_the_reference(op):
     arguments = call(op, 2, 3, 24)
     names = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
-    found = []
-    for backend in (triton, reference):
-        def of_tensors(*values, op=getattr(backend, op)):
-            return op(**arguments | dict(zip(names, values, strict=True)))
-        found.append(gradient_of_gradients(of_tensors, [arguments[name] for name in names]))
+
+    def of(run):
+        return gradient_of_gradients(
+            lambda *values: run(**arguments | dict(zip(names, values, strict=True))),
+            [arguments[name] for name in names])
+
+    found = of(getattr(triton, op)), of(getattr(reference, op))
     for result, wanted in zip(*found, strict=True):
         torch.testing.assert_close(result, wanted, rtol=1e-4,
                                    atol=1e-4 * wanted.abs().max().item())
