@@ -8,10 +8,8 @@ a layer of which nothing of that is true; any other is called.
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 # What a subclass may override without another result.
 _HARMLESS = {"__init__", "reset_parameters", "extra_repr", "_reset_parameters"}
 # Types of parameters that are their values, and no more. packing.py adds its own.
@@ -37,6 +35,8 @@ def why_not(module: nn.Module, kind: type[nn.Module], *, compiled: bool = False)
     An accelerated module counts as its original class, a subclass that changes none of the
     methods as `kind`. Parameters named weight and bias are floating-point nn.Parameters, or None.
     compiled: a call compiled by `module.compile()`, which computes the same, does not matter.
+    Hooks for all modules (`register_module_forward_hook`) do not count: those of a FLOP counter,
+    say, see what is called.
     """
     if not isinstance(module, nn.Module):
         return f"a {type(module).__name__} in the place of a {kind.__name__}"
@@ -57,9 +57,6 @@ def why_not(module: nn.Module, kind: type[nn.Module], *, compiled: bool = False)
     for name in _HOOKS:
         if own[name]:
             return f"it has {name[1:].replace('_', ' ')}"
-    for name in _GLOBAL_HOOKS:
-        if getattr(torch_module, name):
-            return f"there are{name.replace('_', ' ')}"
     parameters = own["_parameters"]
     for name in ("weight", "bias"):
         value = parameters.get(name, _missing)

@@ -71,7 +71,8 @@ class TestDryRuns:
         assert all(row["found"] <= row["allowed"] and row["served"] == "native" for row in judged)
         images = rows_of(parts["images"], "allowed")
         assert set(images) == {"E-CAR-S bfloat16", "E-CAR-S float32"}
-        assert all(set(row["served"]) >= {"adaln", "euler_step"} for row in images.values())
+        assert all(set(row["served"]) >= {"adaln_linear", "initial_noise"}
+                   for row in images.values())
         (backends,) = rows_of(parts["build"], "served").values()
         assert backends["served"].keys() == set(OPS)
 

@@ -139,7 +139,7 @@ def images(work: Work) -> None:
                 # The state is float32, whatever the network's dtype.
                 worst = _worst(testing.verdicts([output.latents.cpu()], [usual], [exact], dtype))
                 work.add(name, str(worst), graph=output.why_not_graph is None,
-                         served=image.served_by(output, model), **_judged(worst))
+                         served=output.served, **_judged(worst))
             except (RuntimeError, AssertionError) as error:
                 work.add(name, str(error).splitlines()[0], ok=False, output=str(error)[:TAIL])
 

@@ -20,14 +20,13 @@ import torch
 
 from benchmarks.gpu import rates
 from benchmarks.gpu.timing import synchronize, wall
-from benchmarks.gpu.work import Work, served
+from benchmarks.gpu.work import Work
 from benchmarks.roofline import Roofline, floor
 from ecar.model import ECAR
 from ecar.pipeline import ECARPipeline
 from ecar.sampler import SampleOutput, release_graphs, sample
 from ecar_kernels import use_backend
 from ecar_kernels.costs import Rates
-from ecar_kernels.registry import OPS
 
 EULER = {"num_inference_steps": 250, "solver": "euler"}
 # As a user has it who loads a checkpoint and says nothing more.
@@ -176,7 +175,7 @@ def _measure(work: Work, pipe: ECARPipeline, row: Row, given: dict[str, Any]) ->
     result = found | {"why_no_graph": why_not, "first_call": first,
                       "launches_at_least": roofline.launches, "bytes": roofline.bytes,
                       "multiply_adds": roofline.multiply_adds,
-                      "served": served_by(_sampled(work, pipe, row), pipe.model)}
+                      "served": _sampled(work, pipe, row).served}
     if not work.dry:
         result["peak_bytes"] = torch.cuda.max_memory_allocated() - weights
     best = min(found[name]["median"] for name in found)
@@ -194,14 +193,6 @@ def _sampled(work: Work, pipe: ECARPipeline, row: Row) -> SampleOutput:
     labels = torch.zeros(row.batch, dtype=torch.int64)
     return sample(pipe.model, labels, seeds=labels, steps=[1] * pipe.model.config.num_stages,
                   graphs=False, tf32=pipe.tf32)
-
-
-def served_by(output: SampleOutput, model: ECAR) -> dict[str, str]:
-    """Op -> what served it in that run, or, where the run does not say, what "auto" takes."""
-    config = model.config
-    widths = {"stage_attention": config.width // config.heads}
-    return getattr(output, "served", None) or {
-        op: served(op, model.device, model.dtype, widths.get(op, config.width)) for op in OPS}
 
 
 def warm_items(work: Work) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -37,7 +37,8 @@ def test_switches_do_what_they_say(ways):
                              ("ar", way.model.ar.blocks[0])):
             module.register_forward_hook(
                 lambda module, args, result, seen=seen, kind=kind:
-                seen.__setitem__(kind, seen[kind] + args[0].shape[1]))
+                seen.__setitem__(kind, seen[kind] + args[0].shape[1])
+                if args[0].ndim == 3 else None)  # of tokens, not of the steps' times
         sample(way.model, torch.tensor([1]), seeds=torch.tensor([5]), steps=[1, 1, 6])
     tokens = CONFIG.stage_tokens
     assert rows[ablation.ALL] == {"modulation": tokens[-1], "ar": sum(tokens)}
