@@ -85,7 +85,8 @@ class Implementation:
             module, name = self.target.split(":")
             self.function = getattr(importlib.import_module(module), name)
             self.bound = _unless_transformed(self.function, name)
-            _backends_of[self.function] = _backends_of[self.bound] = self.backend
+            if self.backend:  # one that was put in the table
+                _backends_of[self.function] = _backends_of[self.bound] = self.backend
 
 
 def _unless_transformed(function: Callable, op: str) -> Callable:
