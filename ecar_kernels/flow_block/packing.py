@@ -7,7 +7,8 @@ PyTorch gives whoever writes to either of the two new memory first, and the weig
 Reading does not move it, except where the reader asks for a pointer that it could write to (NumPy,
 safetensors); then the weight is packed once more than needed. A weight that cannot be cloned so,
 because its memory is shared between processes, mapped from a file, or has other tensors on it, is
-packed on every use.
+packed on every use. What PyTorch does not know of is not seen: an array of `weight.numpy()` itself,
+of a weight without gradients, must not be used once the weight was written to.
 
 `pack_weight` makes a parameter hold the packed form alone, so that a model's memory does not
 grow. It stays the same object, of the same shape, type and device. The first that reads or
