@@ -21,7 +21,8 @@ def test_on_a_gpu_that_is_not_there(file, tmp_path, seed):
     environment |= {"ECAR_FAKE_GPU": "1", "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "",
                     "TRITON_CACHE_DIR": str(tmp_path / "triton"),
                     "ECAR_TUNED": str(tmp_path / "tuned"), "ECAR_TEST_SEED": str(seed)}
-    environment.pop("ECAR_BACKEND", None)
+    for name in ("ECAR_BACKEND", "PYTEST_ADDOPTS"):  # those of the run around it, not of this one
+        environment.pop(name, None)
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)], cwd=ROOT,
         env=environment, capture_output=True, text=True, check=False)

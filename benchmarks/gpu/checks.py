@@ -185,7 +185,7 @@ def run_tests(work: Work, suite: str, chosen: list[str]) -> None:
             print(f"{work.part}: {name}: {outcome[1].lower()}", flush=True)
 
     code, output = run(work, [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p",
-                              "no:cacheprovider", *chosen], line=line)
+                              "no:cacheprovider", *chosen], {"PYTEST_ADDOPTS": ""}, line)
     work.add(suite, ", ".join(f"{count} {name}" for name, count in counts.items()),
              ok=code in (0, 124), counts=counts,
              skipped="cut off, no time left" if code == 124 else "",
