@@ -64,6 +64,7 @@ test: $(STAMPS)/test
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 bench: $(STAMPS)/bench
 	$(BIN)/python -m benchmarks

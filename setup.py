@@ -35,8 +35,15 @@ PUT = (*CPU_NAMES, CUDA_NAME, WHY_NOT_BUILT, WHY_NOT_CUDA)  # into the package
 OLDEST_TORCH = (2, 10)
 OLDEST_TOOLS = {"cmake": (3, 18), "ninja": (1, 8)}
 CHIPS = ("80", "90", "100", "120")  # where TORCH_CUDA_ARCH_LIST names none
-DECIDES_THE_BUILD = ("CXX", "CXXFLAGS", "LDFLAGS", "CPATH", "CPLUS_INCLUDE_PATH",
-                     "MACOSX_DEPLOYMENT_TARGET", "SDKROOT")
+DECIDES_THE_BUILD = (
+    "CXX",
+    "CXXFLAGS",
+    "LDFLAGS",
+    "CPATH",
+    "CPLUS_INCLUDE_PATH",
+    "MACOSX_DEPLOYMENT_TARGET",
+    "SDKROOT",
+)
 
 
 class CannotBuildError(Exception):
@@ -54,16 +61,23 @@ def required() -> str:
     """What the build must not go on without, of ECAR_REQUIRE_NATIVE: "", "1", "cpu" or "cuda"."""
     said = os.environ.get("ECAR_REQUIRE_NATIVE", "")
     if said not in ("", "0", "1", "cpu", "cuda"):
-        raise SystemExit("ecar: environment variable ECAR_REQUIRE_NATIVE: expected 1, cpu, cuda or "
-                         f"0, got {said!r}")
+        raise SystemExit(
+            "ecar: environment variable ECAR_REQUIRE_NATIVE: expected 1, cpu, cuda or "
+            f"0, got {said!r}"
+        )
     return said.replace("0", "")
 
 
 def output(*command: object) -> str | None:
     """What a program prints, or None where it does not run."""
     try:
-        return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True,
-                              stdin=subprocess.DEVNULL).stdout
+        return subprocess.run(
+            list(map(str, command)),
+            capture_output=True,
+            text=True,
+            check=True,
+            stdin=subprocess.DEVNULL,
+        ).stdout
     except (OSError, ValueError, subprocess.CalledProcessError):
         return None
 
@@ -166,15 +180,18 @@ def gencode(nvcc: str) -> list[str]:
         chips = [chip for chip in CHIPS if chip in known]
         if not chips:
             raise CannotBuildError(f"{nvcc} knows none of sm_{', sm_'.join(CHIPS)}")
-        return [*(f"arch=compute_{chip},code=sm_{chip}" for chip in chips),
-                f"arch=compute_{chips[-1]},code=compute_{chips[-1]}"]
+        return [
+            *(f"arch=compute_{chip},code=sm_{chip}" for chip in chips),
+            f"arch=compute_{chips[-1]},code=compute_{chips[-1]}",
+        ]
     values = []
     for word in named:
         found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
         if found is None or found[1] + found[2] not in known:
             raise SystemExit(
                 "ecar: environment variable TORCH_CUDA_ARCH_LIST: expected compute capabilities "
-                f"that {nvcc} knows, as in '8.0;9.0+PTX', got {word!r}")
+                f"that {nvcc} knows, as in '8.0;9.0+PTX', got {word!r}"
+            )
         chip = found[1] + found[2] + found[3]
         values.append(f"arch=compute_{chip},code=sm_{chip}")
         if found[4]:
@@ -214,9 +231,17 @@ class BuildNative(build_ext):
         cmake, ninja, torch = find_tool("cmake"), find_tool("ninja"), find_torch()
         # CMake asks its surroundings once; in other surroundings, another folder. (Its own path is
         # another one in each isolated build.)
-        decides = [find_compiler(), str(ROOT), str(torch), torch_says(torch, "__version__"), *(
-            f"{name}={value}" for name, value in sorted(os.environ.items())
-            if name in DECIDES_THE_BUILD or name.startswith("CMAKE_"))]
+        decides = [
+            find_compiler(),
+            str(ROOT),
+            str(torch),
+            torch_says(torch, "__version__"),
+            *(
+                f"{name}={value}"
+                for name, value in sorted(os.environ.items())
+                if name in DECIDES_THE_BUILD or name.startswith("CMAKE_")
+            ),
+        ]
         digest = hashlib.sha256(repr(decides).encode()).hexdigest()
         folder = folder / f"native-{digest[:12]}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -227,10 +252,24 @@ class BuildNative(build_ext):
         except CannotBuildError as error:
             nvcc, codes, why_not_cuda = "", [], str(error)
         try:
-            run([cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
-                 f"-DECAR_TORCH_DIR={torch}", f"-DECAR_NVCC={nvcc}",
-                 f"-DECAR_GENCODE={';'.join(codes)}", "-DBUILD_TESTING=OFF",
-                 *split("CMAKE_ARGS")], log)
+            run(
+                [
+                    cmake,
+                    "-S",
+                    ROOT,
+                    "-B",
+                    folder,
+                    "-G",
+                    "Ninja",
+                    f"-DCMAKE_MAKE_PROGRAM={ninja}",
+                    f"-DECAR_TORCH_DIR={torch}",
+                    f"-DECAR_NVCC={nvcc}",
+                    f"-DECAR_GENCODE={';'.join(codes)}",
+                    "-DBUILD_TESTING=OFF",
+                    *split("CMAKE_ARGS"),
+                ],
+                log,
+            )
         except CannotBuildError:
             shutil.rmtree(folder)  # its cache would fail the next try, too
             raise
@@ -271,8 +310,12 @@ class BuildNative(build_ext):
 def run(command: list, log: Path) -> None:
     """Its output goes to the log; CannotBuildError has the first error of it."""
     with log.open("w", encoding="utf-8") as out:
-        done = subprocess.run(list(map(str, command)), stdout=out, stderr=subprocess.STDOUT,
-                              env=os.environ | {"LC_ALL": "C.UTF-8"})
+        done = subprocess.run(
+            list(map(str, command)),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"LC_ALL": "C.UTF-8"},
+        )
     if done.returncode != 0:
         lines = log.read_text("utf-8", errors="replace").splitlines()
         print("\n".join(lines[-60:]), file=sys.stderr)

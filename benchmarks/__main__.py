@@ -17,30 +17,53 @@ HERE = Path(__file__).parent
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks",
-                                     description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true",
-                        help="every size, stage and batch, forward and backward (about an hour)")
-    parser.add_argument("--seconds", type=float, default=0.5,
-                        help="of measuring for each row (default: %(default)s)")
-    parser.add_argument("--minutes", type=float,
-                        help="rows that would begin later are left out "
-                             "(default: 14, none with --full)")
-    parser.add_argument("--results", type=Path, default=results.FOLDER,
-                        help="folder to write <device>/micro.json into (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="every size, stage and batch, forward and backward (about an hour)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=0.5,
+        help="of measuring for each row (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="rows that would begin later are left out (default: 14, none with --full)",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=results.FOLDER,
+        help="folder to write <device>/micro.json into (default: %(default)s)",
+    )
     options, for_pytest = parser.parse_known_args()
     minutes = options.minutes or (None if options.full else 14.0)
     facts, file = environment.describe(), results.path("micro", options.results)
     with tempfile.TemporaryDirectory() as folder:
         collected = Path(folder) / "benchmark.json"
         counter = _LeftOut()
-        status = pytest.main([
-            str(HERE / "micro"), f"--benchmark-json={collected}", "--benchmark-quiet",
-            "-p", "no:cacheprovider", "-q", "--no-header",
-            f"--ecar-seconds={options.seconds}",
-            *(["--ecar-full"] if options.full else []),
-            *([f"--ecar-minutes={minutes}"] if minutes is not None else []),
-            *for_pytest], plugins=[counter])
+        status = pytest.main(
+            [
+                str(HERE / "micro"),
+                f"--benchmark-json={collected}",
+                "--benchmark-quiet",
+                "-p",
+                "no:cacheprovider",
+                "-q",
+                "--no-header",
+                f"--ecar-seconds={options.seconds}",
+                *(["--ecar-full"] if options.full else []),
+                *([f"--ecar-minutes={minutes}"] if minutes is not None else []),
+                *for_pytest,
+            ],
+            plugins=[counter],
+        )
         text = collected.read_text(encoding="utf-8") if collected.exists() else ""
     if status != 0:
         return int(status)

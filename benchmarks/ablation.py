@@ -50,19 +50,21 @@ def _no_cache(model: ECAR) -> None:
         if cache.stages == 0:
             seen.clear()
         seen.append(tokens)
-        x, lengths = torch.cat(seen, dim=1), self.config.stage_tokens[:len(seen)]
+        x, lengths = torch.cat(seen, dim=1), self.config.stage_tokens[: len(seen)]
         for block in self.blocks:
             x = block(x, lengths)
         cache.stages += 1
-        return self.norm(x)[:, -tokens.shape[1]:]
+        return self.norm(x)[:, -tokens.shape[1] :]
 
     model.ar.stage = types.MethodType(stage, model.ar)
 
 
 def _no_fusion(model: ECAR) -> None:
     """The same packed GEMMs, and between them the reference's elementwise ops."""
-    reference = {op: resolve(op, device="cpu", dtype=torch.float32, backend="reference")
-                 for op in ("adaln", "gated_residual")}
+    reference = {
+        op: resolve(op, device="cpu", dtype=torch.float32, backend="reference")
+        for op in ("adaln", "gated_residual")
+    }
 
     def infer(self: FlowBlock, x: Tensor, spatial: Sequence, step: Sequence) -> Tensor:
         rows = x.shape[1]
@@ -75,29 +77,43 @@ def _no_fusion(model: ECAR) -> None:
         y = reference["adaln"](x, shift, scale, step_shift=t_shift, step_scale=t_scale)
         branch = product(self.proj, self.attend(product(self.qkv, y)))
         x = reference["gated_residual"](x, branch, gate, step_gate=t_gate)
-        y = reference["adaln"](x, mlp_shift, mlp_scale, step_shift=t_mlp_shift,
-                               step_scale=t_mlp_scale)
+        y = reference["adaln"](
+            x, mlp_shift, mlp_scale, step_shift=t_mlp_shift, step_scale=t_mlp_scale
+        )
         hidden = F.gelu(product(self.mlp.fc1, y), approximate="tanh")
-        return reference["gated_residual"](x, product(self.mlp.fc2, hidden), mlp_gate,
-                                           step_gate=t_mlp_gate)
+        return reference["gated_residual"](
+            x, product(self.mlp.fc2, hidden), mlp_gate, step_gate=t_mlp_gate
+        )
 
     _infer_with(model, infer)
 
 
 def _no_packing(model: ECAR) -> None:
     """nn.Linear, and between the products our fused elementwise ops: the training path's."""
-    ours = {op: resolve(op, device="cpu", dtype=torch.float32)
-            for op in ("adaln", "gated_residual", "gated_residual_adaln")}
+    ours = {
+        op: resolve(op, device="cpu", dtype=torch.float32)
+        for op in ("adaln", "gated_residual", "gated_residual_adaln")
+    }
 
     def infer(self: FlowBlock, x: Tensor, spatial: Sequence, step: Sequence) -> Tensor:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = spatial
         t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = step
         y = ours["adaln"](x, shift, scale, step_shift=t_shift, step_scale=t_scale)
-        branch = F.linear(self.attend(F.linear(y, self.qkv.weight, self.qkv.bias)),
-                          self.proj.weight, self.proj.bias)
+        branch = F.linear(
+            self.attend(F.linear(y, self.qkv.weight, self.qkv.bias)),
+            self.proj.weight,
+            self.proj.bias,
+        )
         x, y = ours["gated_residual_adaln"](
-            x, branch, gate, mlp_shift, mlp_scale, step_gate=t_gate, step_shift=t_mlp_shift,
-            step_scale=t_mlp_scale)
+            x,
+            branch,
+            gate,
+            mlp_shift,
+            mlp_scale,
+            step_gate=t_gate,
+            step_shift=t_mlp_shift,
+            step_scale=t_mlp_scale,
+        )
         hidden = F.gelu(F.linear(y, self.mlp.fc1.weight, self.mlp.fc1.bias), approximate="tanh")
         branch = F.linear(hidden, self.mlp.fc2.weight, self.mlp.fc2.bias)
         return ours["gated_residual"](x, branch, mlp_gate, step_gate=t_mlp_gate)
@@ -130,18 +146,26 @@ def variants(model: ECAR) -> dict[str, Way]:
     return found | {AHEAD: Way(models.twin(model), "auto")}
 
 
-def measure(size: str, config: ECARConfig, seconds: float, *, steps: int = STEPS,
-            timed_steps: int = 4) -> dict[str, Any]:
+def measure(
+    size: str, config: ECARConfig, seconds: float, *, steps: int = STEPS, timed_steps: int = 4
+) -> dict[str, Any]:
     """One size's record."""
     ways = variants(models.random_model(config))
-    runs = {name: lambda way=way: image_seconds(time_image(way, timed_steps, steps), steps)
-            for name, way in ways.items()}
+    runs = {
+        name: lambda way=way: image_seconds(time_image(way, timed_steps, steps), steps)
+        for name, way in ways.items()
+    }
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for done in models.rounds(runs, seconds):
         for name, value in done.items():
             taken[name].append(value)
-    return {"size": size, "steps": steps, "timed_steps_of_a_stage": max(3, timed_steps),
-            "seconds": timing.summaries(taken), "left_out": {GRAPHS: "no CUDA device"}}
+    return {
+        "size": size,
+        "steps": steps,
+        "timed_steps_of_a_stage": max(3, timed_steps),
+        "seconds": timing.summaries(taken),
+        "left_out": {GRAPHS: "no CUDA device"},
+    }
 
 
 def render(record: dict[str, Any]) -> str:
@@ -149,28 +173,44 @@ def render(record: dict[str, Any]) -> str:
     for row in record["rows"]:
         whole = row["seconds"][ALL]["median"]
         for name, summary in row["seconds"].items():
-            rows.append((f"E-CAR-{row['size']}", "nothing" if name == ALL else name,
-                         duration(summary["median"]), f"{figures(summary['median'] / whole)}x"))
+            rows.append(
+                (
+                    f"E-CAR-{row['size']}",
+                    "nothing" if name == ALL else name,
+                    duration(summary["median"]),
+                    f"{figures(summary['median'] / whole)}x",
+                )
+            )
         rows += [(f"E-CAR-{row['size']}", name, why, "-") for name, why in row["left_out"].items()]
     first = record["rows"][0]
-    return (markdown(("model", "switched off", "one image", "of the time with everything"), rows)
-            + f"\n\nOne image, no guidance, random weights, float32: "
-              f"{first['timed_steps_of_a_stage']} steps of each stage were run and scaled to "
-              f"{first['steps']}.\nMedians of interleaved rounds.")
+    return (
+        markdown(("model", "switched off", "one image", "of the time with everything"), rows)
+        + f"\n\nOne image, no guidance, random weights, float32: "
+        f"{first['timed_steps_of_a_stage']} steps of each stage were run and scaled to "
+        f"{first['steps']}.\nMedians of interleaved rounds."
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation",
-                                     description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ablation", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--sizes", nargs="+", choices=("S", "B", "L"), default=("S",))
-    parser.add_argument("--minutes", type=float, default=2.0,
-                        help="of measuring (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=results.FOLDER,
-                        help="folder to write <device>/ablation.json into")
+    parser.add_argument(
+        "--minutes", type=float, default=2.0, help="of measuring (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=results.FOLDER,
+        help="folder to write <device>/ablation.json into",
+    )
     options = parser.parse_args(arguments)
     facts, file = environment.describe(), results.path("ablation", options.results)
-    rows = [measure(size, ECARConfig.preset(size), 60 * options.minutes / len(options.sizes))
-            for size in options.sizes]
+    rows = [
+        measure(size, ECARConfig.preset(size), 60 * options.minutes / len(options.sizes))
+        for size in options.sizes
+    ]
     results.write(file, "ablation", facts, rows=rows)
     print(f"{render({'rows': rows})}\n\n{results.where(facts)}\n\nwrote {file}")
 

@@ -35,23 +35,33 @@ in the same run; a call of a few megabytes that the cache holds may lie below it
 
 def measure(case: cases.Case, arena: cases.Arena, found: Rates, seconds: float) -> dict[str, Any]:
     """One case's row."""
-    functions = {name: function for name, function in variants.functions(case).items()
-                 if name in ("compiled", "ours")}
+    functions = {
+        name: function
+        for name, function in variants.functions(case).items()
+        if name in ("compiled", "ours")
+    }
     sets = list(cases.input_sets(case, arena))
     for name, function in functions.items():
         if reason := variants.why_not(case, name, function, sets):
             raise RuntimeError(f"{case.op}, {name}: {reason}")
-    times = timing.interleave({name: variants.calls(case, function, sets)
-                               for name, function in functions.items()}, seconds)
+    times = timing.interleave(
+        {name: variants.calls(case, function, sets) for name, function in functions.items()},
+        seconds,
+    )
     return {
-        "op": case.op, "size": case.size, "tokens": case.tokens, "batch": case.batch,
-        "seconds": timing.summaries(times), "ops": in_ops(case, functions, sets),
+        "op": case.op,
+        "size": case.size,
+        "tokens": case.tokens,
+        "batch": case.batch,
+        "seconds": timing.summaries(times),
+        "ops": in_ops(case, functions, sets),
         "floor_seconds": floor_seconds(variants.case_cost(case, sets[0]), found),
     }
 
 
-def in_ops(case: cases.Case, functions: dict[str, Callable],
-           sets: Sequence[dict[str, Any]]) -> float:
+def in_ops(
+    case: cases.Case, functions: dict[str, Callable], sets: Sequence[dict[str, Any]]
+) -> float:
     """Seconds of our backward's call that lie in ops, as a median; the forwards are left out.
 
     The ways take turns as where the call is timed, so that the caches are as they are there.
@@ -77,34 +87,59 @@ def _root(event: FunctionEvent) -> FunctionEvent:
 
 
 def render(record: dict[str, Any]) -> str:
-    header = ("backward", "size", "tokens", "batch", "torch.compile", "ours", "in ops", "the call",
-              "floor of the op")
+    header = (
+        "backward",
+        "size",
+        "tokens",
+        "batch",
+        "torch.compile",
+        "ours",
+        "in ops",
+        "the call",
+        "floor of the op",
+    )
     return markdown(header, map(_cells, record["rows"])) + NOTE
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     ours, compiled = (row["seconds"][name]["median"] for name in ("ours", "compiled"))
-    return (row["op"], row["size"], str(row["tokens"]), str(row["batch"]), duration(compiled),
-            duration(ours), duration(row["ops"]), duration(max(0.0, ours - row["ops"])),
-            duration(row["floor_seconds"]))
+    return (
+        row["op"],
+        row["size"],
+        str(row["tokens"]),
+        str(row["batch"]),
+        duration(compiled),
+        duration(ours),
+        duration(row["ops"]),
+        duration(max(0.0, ours - row["ops"])),
+        duration(row["floor_seconds"]),
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.backward",
-                                     description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.backward", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--sizes", nargs="+", choices=cases.SIZES, default=["S", "L"])
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP",
-                        help="of " + ", ".join(OPS))
+    parser.add_argument(
+        "--ops", nargs="+", choices=OPS, default=OPS, metavar="OP", help="of " + ", ".join(OPS)
+    )
     parser.add_argument("--seconds", type=float, default=0.6, help="of measuring for each row")
-    parser.add_argument("--results", type=Path, default=results.FOLDER,
-                        help="folder to write <device>/backward.json into")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=results.FOLDER,
+        help="folder to write <device>/backward.json into",
+    )
     options = parser.parse_args(arguments)
     environment.keep_memory()
     facts, file = environment.describe(), results.path("backward", options.results)
     found, _ = rates.measure(seconds=2 * options.seconds)
     arena = cases.Arena(cases.ARENA_BYTES, cases.DTYPE)
-    rows = [measure(case, arena, found, options.seconds) for case in
-            cases.select(options.sizes, backward=(BATCH,), ops=options.ops)]
+    rows = [
+        measure(case, arena, found, options.seconds)
+        for case in cases.select(options.sizes, backward=(BATCH,), ops=options.ops)
+    ]
     results.write(file, "backward", facts, rows=rows)
     print(f"{render({'rows': rows})}\n\n{results.where(facts)}\n\nwrote {file}")
 

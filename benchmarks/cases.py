@@ -49,8 +49,10 @@ def _models() -> dict[str, Model]:
     for size in SIZES:
         config = ECARConfig.preset(size)
         found[size] = Model(config.width, config.heads, STAGES)
-        found |= {f"{size}-{pixels}px": Model(config.width, config.heads, stages)
-                  for pixels, stages in LARGE.items()}
+        found |= {
+            f"{size}-{pixels}px": Model(config.width, config.heads, stages)
+            for pixels, stages in LARGE.items()
+        }
     return found
 
 
@@ -92,11 +94,16 @@ class Case:
     def stages(self) -> tuple[int, ...]:
         """Tokens of the stages up to this one."""
         stages = self.model.stages
-        return stages[:stages.index(self.tokens) + 1]
+        return stages[: stages.index(self.tokens) + 1]
 
 
-def select(sizes: Sequence[str] = SIZES, *, forward: Sequence[int] = (),
-           backward: Sequence[int] = (), ops: Sequence[str] = OPS) -> list[Case]:
+def select(
+    sizes: Sequence[str] = SIZES,
+    *,
+    forward: Sequence[int] = (),
+    backward: Sequence[int] = (),
+    ops: Sequence[str] = OPS,
+) -> list[Case]:
     """These ops at the three stages, forward at these batches and backward, where they have one."""
     cases = []
     for op in ops:
@@ -104,22 +111,31 @@ def select(sizes: Sequence[str] = SIZES, *, forward: Sequence[int] = (),
         for way, batches in ((False, forward), (True, backward)):
             if way and op not in BACKWARD_READS:
                 continue
-            cases += [Case(op, tokens, batch, size, way)
-                      for size in of for batch in batches for tokens in STAGES]
+            cases += [
+                Case(op, tokens, batch, size, way)
+                for size in of
+                for batch in batches
+                for tokens in STAGES
+            ]
     return cases
 
 
 def attention(size: str) -> list[Case]:
     """Training's: all stages of a size at once, forward and backward."""
-    return [Case("stage_attention", MODELS[size].stages[-1], 1, size, backward, whole=not backward)
-            for backward in (False, True)]
+    return [
+        Case("stage_attention", MODELS[size].stages[-1], 1, size, backward, whole=not backward)
+        for backward in (False, True)
+    ]
 
 
 def var(backward: bool = False) -> list[Case]:
     """Every op that knows a width at each of VAR-d16's ten stages."""
-    return [Case(op, tokens, 1, VAR, backward) for op in OPS
-            if op not in WIDTHLESS and (op in BACKWARD_READS or not backward)
-            for tokens in VAR_STAGES]
+    return [
+        Case(op, tokens, 1, VAR, backward)
+        for op in OPS
+        if op not in WIDTHLESS and (op in BACKWARD_READS or not backward)
+        for tokens in VAR_STAGES
+    ]
 
 
 def large(pixels: int, sizes: Sequence[str] = ("S", "L")) -> list[Case]:
@@ -133,9 +149,18 @@ def large(pixels: int, sizes: Sequence[str] = ("S", "L")) -> list[Case]:
 
 
 def every() -> list[Case]:
-    return list(dict.fromkeys([
-        *default(), *select(forward=BATCHES, backward=BATCHES), *var(backward=True),
-        *attention("L-1024px"), *attention("S-2048px"), *large(2048)]))
+    return list(
+        dict.fromkeys(
+            [
+                *default(),
+                *select(forward=BATCHES, backward=BATCHES),
+                *var(backward=True),
+                *attention("L-1024px"),
+                *attention("S-2048px"),
+                *large(2048),
+            ]
+        )
+    )
 
 
 def default() -> list[Case]:
@@ -144,17 +169,21 @@ def default() -> list[Case]:
     One image for all sizes, attention over all stages, larger images, VAR's stages, then batches.
     """
     alone = select(forward=(1,))
-    whole = [case for size in (*SIZES, VAR, "S-512px", "L-512px", "S-1024px")
-             for case in attention(size)]
-    batches = [*select(("S",), forward=(8, 32), backward=(8,)),
-               *(case for case in select(("L",), backward=(8,)) if case.size == "L")]
+    whole = [
+        case for size in (*SIZES, VAR, "S-512px", "L-512px", "S-1024px") for case in attention(size)
+    ]
+    batches = [
+        *select(("S",), forward=(8, 32), backward=(8,)),
+        *(case for case in select(("L",), backward=(8,)) if case.size == "L"),
+    ]
     return list(dict.fromkeys([*alone, *whole, *large(512), *large(1024), *var(), *batches]))
 
 
 def at_64_mib() -> list[Case]:
     """Tokens, or the larger image of a step, of 64 MiB: larger than the cache on its own."""
-    family = [Case(op, 256, 64, "B", backward) for op in FAMILIES["adaln"]
-              for backward in (False, True)]
+    family = [
+        Case(op, 256, 64, "B", backward) for op in FAMILIES["adaln"] for backward in (False, True)
+    ]
     return [*family, Case("euler_step", 256, 4096), Case("upsample_renoise_euler", 256, 1024)]
 
 
@@ -173,7 +202,7 @@ class Arena:
             return torch.randn(shape).to(values.dtype) * (WEIGHT_SCALE if weights else 1)
         if self.place + count > len(values):
             self.place = 0
-        taken = values[self.place:self.place + count]
+        taken = values[self.place : self.place + count]
         self.place += -(-count // 16) * 16  # aligned for any vector
         return taken.view(shape)
 
@@ -190,8 +219,11 @@ def inputs(case: Case, arena: Arena) -> dict[str, Any]:
 def input_sets(case: Case, arena: Arena) -> Iterator[dict[str, Any]]:
     """Sets of inputs that together are larger than the cache; at least one."""
     first = inputs(case, arena)
-    size = sum(value.numel() * value.element_size()
-               for value in first.values() if isinstance(value, Tensor))
+    size = sum(
+        value.numel() * value.element_size()
+        for value in first.values()
+        if isinstance(value, Tensor)
+    )
     yield first
     wanted = math.ceil(ROTATION * last_level_cache() / size)
     for _ in range(min(wanted, MAX_SETS) - 1):
@@ -207,8 +239,10 @@ def _modulated(case: Case, arena: Arena) -> dict[str, Any]:
     def modulation(*names: str) -> dict[str, Tensor]:
         spatial = tokens(len(names) * c).chunk(len(names), -1)
         step = arena.take(1, 1, len(names) * c).chunk(len(names), -1)
-        return {**dict(zip(names, spatial, strict=True)),
-                **{f"step_{name}": part for name, part in zip(names, step, strict=True)}}
+        return {
+            **dict(zip(names, spatial, strict=True)),
+            **{f"step_{name}": part for name, part in zip(names, step, strict=True)},
+        }
 
     def linear(outputs: int, inputs: int) -> dict[str, Tensor]:
         return {"weight": arena.take(outputs, inputs, weights=True), "bias": arena.take(outputs)}
@@ -218,15 +252,26 @@ def _modulated(case: Case, arena: Arena) -> dict[str, Any]:
     if case.op == "flow_boundary":
         outputs = PATCH**2 * CHANNELS
         embed = {f"embed_{name}": value for name, value in linear(c, outputs).items()}
-        return {"x": tokens(), "state": tokens(outputs), **modulation("shift", "scale"),
-                **linear(outputs, c), **embed, "positions": arena.take(n, c), "dt": 0.01}
+        return {
+            "x": tokens(),
+            "state": tokens(outputs),
+            **modulation("shift", "scale"),
+            **linear(outputs, c),
+            **embed,
+            "positions": arena.take(n, c),
+            "dt": 0.01,
+        }
     if case.op == "gated_residual":
         return {"x": tokens(), "branch": tokens(), **modulation("gate")}
     if case.op == "gated_residual_adaln":
         return {"x": tokens(), "branch": tokens(), **modulation("gate", "shift", "scale")}
     if case.op == "adaln_linear":
-        return {"x": tokens(), **modulation("shift", "scale"), **linear(4 * c, c),
-                "activation": "gelu_tanh"}
+        return {
+            "x": tokens(),
+            **modulation("shift", "scale"),
+            **linear(4 * c, c),
+            "activation": "gelu_tanh",
+        }
     return {"h": tokens(4 * c), **linear(c, 4 * c), "residual": tokens(), **modulation("gate")}
 
 
@@ -244,8 +289,11 @@ def _flow_step(case: Case, arena: Arena) -> dict[str, Any]:
     seeds = torch.randint(2**62, (case.batch,))
     if case.op == "initial_noise":
         return {"seeds": seeds, "shape": shape, "device": "cpu", "dtype": arena.values.dtype}
-    given = {"x": arena.take(case.batch, *shape), "velocity": arena.take(case.batch, *shape),
-             "dt": 0.01}
+    given = {
+        "x": arena.take(case.batch, *shape),
+        "velocity": arena.take(case.batch, *shape),
+        "dt": 0.01,
+    }
     if case.op == "euler_step":
         return given
     return given | {"time": 1 / 3, "stage": 2, "seeds": seeds}

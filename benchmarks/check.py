@@ -34,8 +34,12 @@ Row = dict[str, Any]
 def selection() -> list[cases.Case]:
     """Each op at 64 MiB, and at the last stage of an image of S and L."""
     large = [case for case in cases.select(("S", "L"), forward=(1,)) if case.tokens == 256]
-    return [*large, *cases.at_64_mib(), *cases.attention("S"),
-            cases.Case("stage_attention", 256, 8, "S", backward=True)]
+    return [
+        *large,
+        *cases.at_64_mib(),
+        *cases.attention("S"),
+        cases.Case("stage_attention", 256, 8, "S", backward=True),
+    ]
 
 
 def relative_range(summary: dict[str, float]) -> float:
@@ -44,8 +48,9 @@ def relative_range(summary: dict[str, float]) -> float:
 
 def noise(before: Row, now: Row, way: str) -> float:
     """Of the quotient of a row's two ratios: as a share of it."""
-    return math.hypot(*(relative_range(row["seconds"][name])
-                        for row in (before, now) for name in (way, "ours")))
+    return math.hypot(
+        *(relative_range(row["seconds"][name]) for row in (before, now) for name in (way, "ours"))
+    )
 
 
 def ratio(row: Row, way: str) -> float:
@@ -66,15 +71,21 @@ def judge(before: Row, now: Row) -> list[str]:
             continue
         was, found, share = ratio(before, way), ratio(now, way), allowed(before, now, way)
         if found < was * (1 - share):
-            lost.append(f"{_name(now)}: {NAMES.get(way, way)} / ours {found:.2f}x, was "
-                        f"{was:.2f}x: {found / was - 1:+.0%}, noise allows -{share:.0%}")
+            lost.append(
+                f"{_name(now)}: {NAMES.get(way, way)} / ours {found:.2f}x, was "
+                f"{was:.2f}x: {found / was - 1:+.0%}, noise allows -{share:.0%}"
+            )
     return lost
 
 
 def by_key(records: Sequence[dict[str, Any]]) -> dict[tuple, Row]:
     """The rows of records that compare ways, by what they time."""
-    return {(*(row[key] for key in KEY), bool(row.get("whole"))): row
-            for record in records for row in record["rows"] if not row.get("overhead")}
+    return {
+        (*(row[key] for key in KEY), bool(row.get("whole"))): row
+        for record in records
+        for row in record["rows"]
+        if not row.get("overhead")
+    }
 
 
 def comparable(committed: dict[str, Any], here: dict[str, Any]) -> str | None:
@@ -91,9 +102,21 @@ def measure(chosen: Sequence[cases.Case], seconds: float, minutes: float) -> dic
     with tempfile.TemporaryDirectory() as folder:
         # In the brackets of pytest's names, for one op's name is the end of another's.
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks", "--results", folder, f"--seconds={seconds}",
-             f"--minutes={minutes}", "-k", " or ".join(f"[{case.name}]" for case in chosen)],
-            cwd=results.ROOT, text=True, capture_output=True)
+            [
+                sys.executable,
+                "-m",
+                "benchmarks",
+                "--results",
+                folder,
+                f"--seconds={seconds}",
+                f"--minutes={minutes}",
+                "-k",
+                " or ".join(f"[{case.name}]" for case in chosen),
+            ],
+            cwd=results.ROOT,
+            text=True,
+            capture_output=True,
+        )
         if done.returncode != 0:
             raise RuntimeError(f"python -m benchmarks failed:\n{done.stdout}\n{done.stderr}")
         return by_key([results.read(results.path("micro", Path(folder)))])
@@ -121,13 +144,16 @@ def check_ratios(files: Sequence[Path], seconds: float, minutes: float) -> bool:
     if suspects:
         print(f"once more, for {AGAIN} times as long: {len(suspects)} rows")
         again = measure([known[key] for key in suspects], AGAIN * seconds, minutes)
-        lost = [line for key in suspects
-                for line in judge(committed[key], again.get(key, rows[key]))]
+        lost = [
+            line for key in suspects for line in judge(committed[key], again.get(key, rows[key]))
+        ]
     missing = [case.name for key, case in known.items() if key not in rows]
     if missing:
         print(f"ratios: {minutes:g} minutes were over before {', '.join(missing)}")
-    print("\n".join([f"LOST: {line}" for line in lost])
-          or f"ratios: {len(rows)} rows, none lost; load before {here['load_before']}")
+    print(
+        "\n".join([f"LOST: {line}" for line in lost])
+        or f"ratios: {len(rows)} rows, none lost; load before {here['load_before']}"
+    )
     return bool(rows) and not lost
 
 
@@ -149,21 +175,38 @@ def _name(row: Row) -> str:
 
 
 def _line(before: Row, now: Row) -> str:
-    parts = [f"{NAMES.get(way, way)} / ours {ratio(before, way):.2f}x -> {ratio(now, way):.2f}x"
-             for way in WAYS if way in before["seconds"] and way in now["seconds"]]
+    parts = [
+        f"{NAMES.get(way, way)} / ours {ratio(before, way):.2f}x -> {ratio(now, way):.2f}x"
+        for way in WAYS
+        if way in before["seconds"] and way in now["seconds"]
+    ]
     return f"{_name(now)}: {', '.join(parts)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.check",
-                                     description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.check", description=__doc__.partition("\n\n")[0]
+    )
     parser.add_argument("--only", choices=("ratios", "instructions"))
-    parser.add_argument("--seconds", type=float, default=0.8,
-                        help="of measuring for each row (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=4.0,
-                        help="rows that would begin later are left out (default: %(default)s)")
-    parser.add_argument("--against", type=Path, nargs="+", metavar="FILE",
-                        help="default: the committed micro*.json of this device")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=0.8,
+        help="of measuring for each row (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=4.0,
+        help="rows that would begin later are left out (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="default: the committed micro*.json of this device",
+    )
     options = parser.parse_args(arguments)
     files = options.against or sorted(results.path("micro").parent.glob("micro*.json"))
     well = True

@@ -23,11 +23,20 @@ class DiTSize:
     @property
     def arguments(self) -> dict[str, Any]:
         """Of diffusers' class: the published DiT-XL/2's configuration, with these sizes."""
-        return {"num_attention_heads": self.heads, "attention_head_dim": self.width // self.heads,
-                "in_channels": 4, "out_channels": 8, "num_layers": self.layers,
-                "sample_size": self.latent_side, "patch_size": 2, "attention_bias": True,
-                "activation_fn": "gelu-approximate", "num_embeds_ada_norm": CLASSES,
-                "norm_type": "ada_norm_zero", "norm_elementwise_affine": False}
+        return {
+            "num_attention_heads": self.heads,
+            "attention_head_dim": self.width // self.heads,
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": self.layers,
+            "sample_size": self.latent_side,
+            "patch_size": 2,
+            "attention_bias": True,
+            "activation_fn": "gelu-approximate",
+            "num_embeds_ada_norm": CLASSES,
+            "norm_type": "ada_norm_zero",
+            "norm_elementwise_affine": False,
+        }
 
 
 SIZES = {"B": DiTSize(12, 768, 12), "L": DiTSize(24, 1024, 16), "XL": DiTSize(28, 1152, 16)}

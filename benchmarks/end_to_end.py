@@ -31,20 +31,29 @@ SIZES = ("S", "B", "L")
 SHARES = {"S": 1, "B": 3, "L": 5}  # of the time: an image of L takes longest
 COMPILED = {
     "whole": "E-CAR-{size}: torch.compile of whole flow heads; its first run took "
-             "{compile_seconds:.0f} s.",
+    "{compile_seconds:.0f} s.",
     "blocks": "E-CAR-{size}: torch.compile of the repeated block, one graph a stage, as PyTorch "
-              "recommends for deep models;\nits first run took {compile_seconds:.0f} s.",
+    "recommends for deep models;\nits first run took {compile_seconds:.0f} s.",
 }
 NON_GEMM = 0.10  # section 7 of the design: of the GEMMs' own time, at most
-FLOOR = ("floor: all that must be read and multiplied (`python -m benchmarks.roofline`), at the "
-         "rates of a copy and of\na large product in the same run.\n")
+FLOOR = (
+    "floor: all that must be read and multiplied (`python -m benchmarks.roofline`), at the "
+    "rates of a copy and of\na large product in the same run.\n"
+)
 WHOLE = ("S",)  # sizes whose heads are compiled whole
 FASTER_THAN_EAGER = {"S": 1.4, "L": 1.3}  # likewise: at least
 
 
-def measure(size: str, config: ECARConfig, seconds: float, *, steps: int = STEPS,
-            timed_steps: int = 4, compile: str | None = "whole",
-            rates_found: Rates | None = None) -> dict[str, Any]:
+def measure(
+    size: str,
+    config: ECARConfig,
+    seconds: float,
+    *,
+    steps: int = STEPS,
+    timed_steps: int = 4,
+    compile: str | None = "whole",
+    rates_found: Rates | None = None,
+) -> dict[str, Any]:
     """One size's record; compile: "whole" heads, "blocks", or None; with rates, the floor too."""
     model = models.random_model(config)
     ways = models.ways(model, compile)
@@ -60,21 +69,30 @@ def measure(size: str, config: ECARConfig, seconds: float, *, steps: int = STEPS
         for name, stages in (done | alone).items():
             taken.setdefault(name, []).append(stages)
     return {
-        "size": size, "steps": steps, "timed_steps_of_a_stage": max(3, timed_steps),
-        "seconds": {name: timing.summary([image_seconds(stages, steps) for stages in rounds])
-                    for name, rounds in taken.items()},
+        "size": size,
+        "steps": steps,
+        "timed_steps_of_a_stage": max(3, timed_steps),
+        "seconds": {
+            name: timing.summary([image_seconds(stages, steps) for stages in rounds])
+            for name, rounds in taken.items()
+        },
         "stages": {name: _medians(rounds) for name, rounds in taken.items()},
-        "compile": compile, "compile_seconds": compile_seconds,
-    } | ({} if rates_found is None else
-         {"floor": _floor(config, steps, rates_found)})
+        "compile": compile,
+        "compile_seconds": compile_seconds,
+    } | ({} if rates_found is None else {"floor": _floor(config, steps, rates_found)})
 
 
 def _floor(config: ECARConfig, steps: int, rates_found: Rates) -> dict[str, float]:
     """What the image must read and multiply at least, and the seconds that this takes."""
     work = Roofline(config, steps=steps, itemsize=4).total()
     least = roofline.floor(work, rates_found)
-    return {"bytes": work.bytes, "multiply_adds": work.multiply_adds, "memory": least.memory,
-            "arithmetic": least.arithmetic, "seconds": least.seconds}
+    return {
+        "bytes": work.bytes,
+        "multiply_adds": work.multiply_adds,
+        "memory": least.memory,
+        "arithmetic": least.arithmetic,
+        "seconds": least.seconds,
+    }
 
 
 def _timer(way: Way, timed_steps: int, steps: int) -> Callable[[], list[StageTime]]:
@@ -82,9 +100,13 @@ def _timer(way: Way, timed_steps: int, steps: int) -> Callable[[], list[StageTim
 
 
 def _medians(rounds: list[list[StageTime]]) -> list[dict[str, float]]:
-    return [{"once": statistics.median(time.once for time in stage),
-             "step": statistics.median(time.step for time in stage)}
-            for stage in zip(*rounds, strict=True)]
+    return [
+        {
+            "once": statistics.median(time.once for time in stage),
+            "step": statistics.median(time.step for time in stage),
+        }
+        for stage in zip(*rounds, strict=True)
+    ]
 
 
 def forget() -> None:
@@ -95,21 +117,40 @@ def forget() -> None:
 
 
 def render(record: dict[str, Any]) -> str:
-    header = ("model", "eager", "compiled", "ours", "eager / ours", "compiled / ours",
-              "linear layers alone", "with attention's products", "non-GEMM",
-              "non-GEMM beside attention")
+    header = (
+        "model",
+        "eager",
+        "compiled",
+        "ours",
+        "eager / ours",
+        "compiled / ours",
+        "linear layers alone",
+        "with attention's products",
+        "non-GEMM",
+        "non-GEMM beside attention",
+    )
     floors = any("floor" in row for row in record["rows"])  # results of before have none
-    text = markdown(header + (("floor", "floor / ours") if floors else ()),
-                    [_cells(row) + (_floor_cells(row) if floors else ()) for row in record["rows"]])
-    steps = [f"{row['timed_steps_of_a_stage']} steps of each stage were run and scaled to "
-             f"{row['steps']} in all" for row in record["rows"]]
-    compiled = "".join(COMPILED[row["compile"]].format(**row) + "\n" for row in record["rows"]
-                       if row.get("compile") is not None)
+    text = markdown(
+        header + (("floor", "floor / ours") if floors else ()),
+        [_cells(row) + (_floor_cells(row) if floors else ()) for row in record["rows"]],
+    )
+    steps = [
+        f"{row['timed_steps_of_a_stage']} steps of each stage were run and scaled to "
+        f"{row['steps']} in all"
+        for row in record["rows"]
+    ]
+    compiled = "".join(
+        COMPILED[row["compile"]].format(**row) + "\n"
+        for row in record["rows"]
+        if row.get("compile") is not None
+    )
     verdicts = "\n".join(verdict for row in record["rows"] for verdict in _verdicts(row))
-    return (f"{text}\n\nOne image, no guidance, random weights, float32: {steps[0]}. Medians of "
-            "interleaved rounds.\nnon-GEMM: ours over its GEMMs alone, less one: over the linear "
-            "layers, and over those and attention's products.\n"
-            f"{FLOOR if floors else ''}{compiled}\n{verdicts}")
+    return (
+        f"{text}\n\nOne image, no guidance, random weights, float32: {steps[0]}. Medians of "
+        "interleaved rounds.\nnon-GEMM: ours over its GEMMs alone, less one: over the linear "
+        "layers, and over those and attention's products.\n"
+        f"{FLOOR if floors else ''}{compiled}\n{verdicts}"
+    )
 
 
 def non_gemm(row: dict[str, Any]) -> tuple[float, float]:
@@ -126,18 +167,23 @@ def _medians_of(row: dict[str, Any]) -> dict[str, float]:
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     median = _medians_of(row)
     compiled = median.get("compiled")
-    return (f"E-CAR-{row['size']}", duration(median["eager"]), duration(compiled),
-            duration(median["ours"]), f"{figures(median['eager'] / median['ours'])}x",
-            "-" if compiled is None else f"{figures(compiled / median['ours'])}x",
-            duration(median["linears"]), duration(median["linears"] + median["attention"]),
-            *(f"{value:.0%}" for value in non_gemm(row)))
+    return (
+        f"E-CAR-{row['size']}",
+        duration(median["eager"]),
+        duration(compiled),
+        duration(median["ours"]),
+        f"{figures(median['eager'] / median['ours'])}x",
+        "-" if compiled is None else f"{figures(compiled / median['ours'])}x",
+        duration(median["linears"]),
+        duration(median["linears"] + median["attention"]),
+        *(f"{value:.0%}" for value in non_gemm(row)),
+    )
 
 
 def _floor_cells(row: dict[str, Any]) -> tuple[str, str]:
     if (floor := row.get("floor")) is None:
         return "-", "-"
-    return (duration(floor["seconds"]),
-            f"{floor['seconds'] / _medians_of(row)['ours']:.0%}")
+    return (duration(floor["seconds"]), f"{floor['seconds'] / _medians_of(row)['ours']:.0%}")
 
 
 def _verdicts(row: dict[str, Any]) -> list[str]:
@@ -148,8 +194,13 @@ def _verdicts(row: dict[str, Any]) -> list[str]:
         return f"{name}: {'met' if met else 'MISSED'}: {text}"
 
     rest = non_gemm(row)[1]
-    found = [said(rest <= NON_GEMM, f"non-GEMM {rest:.0%} of the GEMMs (attention's products "
-                                    f"among them), wanted <= {NON_GEMM:.0%}")]
+    found = [
+        said(
+            rest <= NON_GEMM,
+            f"non-GEMM {rest:.0%} of the GEMMs (attention's products "
+            f"among them), wanted <= {NON_GEMM:.0%}",
+        )
+    ]
     if (wanted := FASTER_THAN_EAGER.get(row["size"])) is not None:
         ratio = median["eager"] / median["ours"]
         found.append(said(ratio >= wanted, f"{ratio:.2f}x eager, wanted >= {wanted}x"))
@@ -160,32 +211,64 @@ def _verdicts(row: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end",
-                                     description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.end_to_end", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
-    parser.add_argument("--minutes", type=float, default=6.0,
-                        help="of measuring, without compilation (default: %(default)s)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=6.0,
+        help="of measuring, without compilation (default: %(default)s)",
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--timed-steps", type=int, default=4,
-                        help="of each stage that are run, at least 3 (default: %(default)s)")
-    parser.add_argument("--compile", nargs="*", choices=SIZES, default=SIZES,
-                        help="sizes that are compiled, too (default: all)")
-    parser.add_argument("--compile-whole", nargs="*", choices=SIZES, default=WHOLE,
-                        help="of these, whose heads are compiled whole, in minutes for L "
-                             "(default: S)")
-    parser.add_argument("--results", type=Path, default=results.FOLDER,
-                        help="folder to write <device>/end_to_end.json into")
+    parser.add_argument(
+        "--timed-steps",
+        type=int,
+        default=4,
+        help="of each stage that are run, at least 3 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--compile",
+        nargs="*",
+        choices=SIZES,
+        default=SIZES,
+        help="sizes that are compiled, too (default: all)",
+    )
+    parser.add_argument(
+        "--compile-whole",
+        nargs="*",
+        choices=SIZES,
+        default=WHOLE,
+        help="of these, whose heads are compiled whole, in minutes for L (default: S)",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=results.FOLDER,
+        help="folder to write <device>/end_to_end.json into",
+    )
     options = parser.parse_args(arguments)
     facts, rows = environment.describe(), []
     file = results.path("end_to_end", options.results)
     whole = sum(SHARES[size] for size in options.sizes)
     found, _ = rates.measure()
     for size in options.sizes:
-        rows.append(measure(size, ECARConfig.preset(size), 60 * options.minutes * SHARES[size]
-                            / whole, steps=options.steps, timed_steps=options.timed_steps,
-                            compile=None if size not in options.compile else
-                            "whole" if size in options.compile_whole else "blocks",
-                            rates_found=found))
+        rows.append(
+            measure(
+                size,
+                ECARConfig.preset(size),
+                60 * options.minutes * SHARES[size] / whole,
+                steps=options.steps,
+                timed_steps=options.timed_steps,
+                compile=None
+                if size not in options.compile
+                else "whole"
+                if size in options.compile_whole
+                else "blocks",
+                rates_found=found,
+            )
+        )
         forget()
         results.write(file, "end_to_end", facts, rows=rows)  # what is there survives an end
         print(f"E-CAR-{size} done", flush=True)

@@ -11,8 +11,17 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "numpy", "diffusers", "pytest-benchmark", "flash-attn", "xformers",
-            "liger-kernel", "flashinfer-python")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "diffusers",
+    "pytest-benchmark",
+    "flash-attn",
+    "xformers",
+    "liger-kernel",
+    "flashinfer-python",
+)
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 ASSUMED_CACHE = 32 * 2**20
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h

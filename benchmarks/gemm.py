@@ -29,12 +29,17 @@ FULL = "best_library_at_512_rows"
 
 def layers(width: int) -> dict[str, tuple[int, int]]:
     """Outputs and inputs of a flow block's four linear layers."""
-    return {"qkv": (3 * width, width), "proj": (width, width),
-            "fc1": (4 * width, width), "fc2": (width, 4 * width)}
+    return {
+        "qkv": (3 * width, width),
+        "proj": (width, width),
+        "fc1": (4 * width, width),
+        "fc2": (width, 4 * width),
+    }
 
 
-def fused_op(layer: str, rows: int, outputs: int, inputs: int,
-             ) -> Callable[[Tensor, Tensor], Tensor]:
+def fused_op(
+    layer: str, rows: int, outputs: int, inputs: int
+) -> Callable[[Tensor, Tensor], Tensor]:
     """Our op in this layer's place, its other arguments bound: weight, bias -> output."""
     name = "adaln_linear" if layer in ("qkv", "fc1") else "linear_gated_residual"
     op = resolve(name, device="cpu", dtype=torch.float32, backend="native")
@@ -43,8 +48,16 @@ def fused_op(layer: str, rows: int, outputs: int, inputs: int,
         shift, scale = torch.randn(1, rows, 2 * inputs).chunk(2, -1)
         step_shift, step_scale = torch.randn(1, 1, 2 * inputs).chunk(2, -1)
         activation = "gelu_tanh" if layer == "fc1" else None
-        return lambda weight, bias: op(x, shift, scale, weight, bias, step_shift=step_shift,
-                                       step_scale=step_scale, activation=activation)
+        return lambda weight, bias: op(
+            x,
+            shift,
+            scale,
+            weight,
+            bias,
+            step_shift=step_shift,
+            step_scale=step_scale,
+            activation=activation,
+        )
     gate, residual, step = (torch.randn(1, n, outputs) for n in (rows, rows, 1))
     return lambda weight, bias: op(x, weight, bias, gate, residual, step_gate=step)
 
@@ -86,40 +99,63 @@ def measure(widths: list[int], rows: list[int], seconds: float) -> list[dict]:
     records = []
     for width in widths:
         for layer, (outputs, inputs) in layers(width).items():
-            table = {n: rates(candidates(layer, n, outputs, inputs), 2 * n * outputs * inputs,
-                              seconds) for n in sorted({*rows, max(ROWS)})}
+            table = {
+                n: rates(candidates(layer, n, outputs, inputs), 2 * n * outputs * inputs, seconds)
+                for n in sorted({*rows, max(ROWS)})
+            }
             full = max(rate for name, rate in table[max(ROWS)].items() if "ours" not in name)
             for n in rows:
-                print(f"{width:5} {layer:5}{n:4} rows " + " ".join(
-                    f"| {name} {rate:6.1f} ({rate / full:4.0%})"
-                    for name, rate in table[n].items()), flush=True)
-                records.append({"width": width, "layer": layer, "rows": n, "gflops": table[n],
-                                FULL: full})
+                print(
+                    f"{width:5} {layer:5}{n:4} rows "
+                    + " ".join(
+                        f"| {name} {rate:6.1f} ({rate / full:4.0%})"
+                        for name, rate in table[n].items()
+                    ),
+                    flush=True,
+                )
+                records.append(
+                    {"width": width, "layer": layer, "rows": n, "gflops": table[n], FULL: full}
+                )
     return records
 
 
 def render(record: dict[str, Any]) -> str:
     """GFLOP/s by layer and rows, in brackets the fraction of the best library's at 512 rows."""
     names = list(dict.fromkeys(name for row in record["records"] for name in row["gflops"]))
-    rows = [(str(row["width"]), row["layer"], str(row["rows"]),
-             *(f"{row['gflops'][name]:.0f} ({row['gflops'][name] / row[FULL]:.0%})"
-               if name in row["gflops"] else "-" for name in names))
-            for row in record["records"]]
+    rows = [
+        (
+            str(row["width"]),
+            row["layer"],
+            str(row["rows"]),
+            *(
+                f"{row['gflops'][name]:.0f} ({row['gflops'][name] / row[FULL]:.0%})"
+                if name in row["gflops"]
+                else "-"
+                for name in names
+            ),
+        )
+        for row in record["records"]
+    ]
     return markdown(("width", "layer", "rows", *names), rows) + (
         "\n\nGFLOP/s, and the fraction of the best library's rate at 512 rows. The libraries' is "
-        "the linear layer alone,\nours the whole fused op.")
+        "the linear layer alone,\nours the whole fused op."
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gemm",
-                                     description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gemm", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
-    parser.add_argument("--seconds", type=float, default=1.0,
-                        help="for each layer and number of rows (default: %(default)s)")
-    parser.add_argument("--results", type=Path,
-                        help="folder to write <device>/gemm.json into, too")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=1.0,
+        help="for each layer and number of rows (default: %(default)s)",
+    )
+    parser.add_argument("--results", type=Path, help="folder to write <device>/gemm.json into, too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     facts = environment.describe()

@@ -35,37 +35,55 @@ class ImageGemms:
         self.attention: list[tuple[list[Call], list[Call]]] = []
         counts = split_steps(steps, config.num_stages)
         for stage, (head, rows, count) in enumerate(
-                zip(model.heads, config.stage_tokens, counts, strict=True)):
+            zip(model.heads, config.stage_tokens, counts, strict=True)
+        ):
             inputs = [] if stage == 0 else [(model.ar.inputs[stage - 1], rows)]
-            once = [*inputs, *((layer, rows) for block in model.ar.blocks
-                               for layer in _block_layers(block)),
-                    (head.condition.fc1, rows), (head.condition.fc2, rows),
-                    (head.modulation, rows), (head.time[0], count), (head.time[2], count),
-                    (head.modulation, count)]
-            step = [(head.embed, rows), *((layer, rows) for block in head.blocks
-                                          for layer in _block_layers(block)),
-                    (head.output, rows)]
-            self.linears.append(([self._linear(*layer) for layer in once],
-                                 [self._linear(*layer) for layer in step]))
-            keys = sum(config.stage_tokens[:stage + 1])
-            self.attention.append((
-                _products(config.heads, rows, keys, config.head_dim) * config.ar_layers,
-                _products(config.heads, rows, rows, config.head_dim) * config.flow_blocks))
+            once = [
+                *inputs,
+                *((layer, rows) for block in model.ar.blocks for layer in _block_layers(block)),
+                (head.condition.fc1, rows),
+                (head.condition.fc2, rows),
+                (head.modulation, rows),
+                (head.time[0], count),
+                (head.time[2], count),
+                (head.modulation, count),
+            ]
+            step = [
+                (head.embed, rows),
+                *((layer, rows) for block in head.blocks for layer in _block_layers(block)),
+                (head.output, rows),
+            ]
+            self.linears.append(
+                ([self._linear(*layer) for layer in once], [self._linear(*layer) for layer in step])
+            )
+            keys = sum(config.stage_tokens[: stage + 1])
+            self.attention.append(
+                (
+                    _products(config.heads, rows, keys, config.head_dim) * config.ar_layers,
+                    _products(config.heads, rows, rows, config.head_dim) * config.flow_blocks,
+                )
+            )
 
     def _linear(self, layer: nn.Linear, rows: int) -> Call:
-        x = self.inputs.setdefault((rows, layer.in_features),
-                                   torch.randn(1, rows, layer.in_features))
-        way = (linears.ours(layer.weight, layer.bias, rows) if _native.why_not() is None
-               else layer)
+        x = self.inputs.setdefault(
+            (rows, layer.in_features), torch.randn(1, rows, layer.in_features)
+        )
+        way = linears.ours(layer.weight, layer.bias, rows) if _native.why_not() is None else layer
         return lambda: way(x)
 
     def time(self, timed_steps: int) -> dict[str, list[StageTime]]:
         """Each stage's times: of "linears" and of "attention"."""
         with torch.no_grad():
-            return {name: [StageTime(_seconds(once), statistics.median(
-                _seconds(step) for _ in range(max(2, timed_steps))))
-                for once, step in stages]
-                for name, stages in (("linears", self.linears), ("attention", self.attention))}
+            return {
+                name: [
+                    StageTime(
+                        _seconds(once),
+                        statistics.median(_seconds(step) for _ in range(max(2, timed_steps))),
+                    )
+                    for once, step in stages
+                ]
+                for name, stages in (("linears", self.linears), ("attention", self.attention))
+            }
 
 
 def _block_layers(block: nn.Module) -> tuple[nn.Linear, ...]:
@@ -75,8 +93,10 @@ def _block_layers(block: nn.Module) -> tuple[nn.Linear, ...]:
 def _products(heads: int, queries: int, keys: int, head_dim: int) -> list[Call]:
     q, k, v = (torch.randn(heads, n, head_dim) for n in (queries, keys, keys))
     scores, output = torch.empty(heads, queries, keys), torch.empty_like(q)
-    return [lambda: torch.bmm(q, k.transpose(1, 2), out=scores),
-            lambda: torch.bmm(scores, v, out=output)]
+    return [
+        lambda: torch.bmm(q, k.transpose(1, 2), out=scores),
+        lambda: torch.bmm(scores, v, out=output),
+    ]
 
 
 def _seconds(calls: list[Call]) -> float:

@@ -35,8 +35,9 @@ def tool(name: str) -> str:
 
 
 def run(*command: object, **environment: str) -> str:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True,
-                          env=os.environ | environment)
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=os.environ | environment
+    )
     if done.returncode != 0:
         raise SystemExit(f"instructions: {command[0]} failed\n{done.stdout}\n{done.stderr}")
     return done.stdout
@@ -45,8 +46,17 @@ def run(*command: object, **environment: str) -> str:
 def build() -> str:
     """Builds the program; returns the compiler's name and version."""
     cmake, ninja = tool("cmake"), tool("ninja")
-    run(cmake, "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
-        "-DCMAKE_BUILD_TYPE=Release")
+    run(
+        cmake,
+        "-S",
+        ROOT,
+        "-B",
+        BUILD,
+        "-G",
+        "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        "-DCMAKE_BUILD_TYPE=Release",
+    )
     run(cmake, "--build", BUILD, "--target", "instructions")
     cache = (BUILD / "CMakeCache.txt").read_text("utf-8")
     compiler = re.search(r"^CMAKE_CXX_COMPILER:\w+=(.+)$", cache, re.MULTILINE)[1]
@@ -59,15 +69,25 @@ def count(isa: str) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         # One dump for each return of the measured function, counting inside it alone.
         out = Path(folder) / "out"
-        printed = run(tool("valgrind"), "--tool=callgrind", f"--toggle-collect={MEASURED}",
-                      f"--dump-after={MEASURED}", "--combine-dumps=no",
-                      f"--callgrind-out-file={out}", BUILD / "instructions", ECAR_CPU_ISA=isa)
+        printed = run(
+            tool("valgrind"),
+            "--tool=callgrind",
+            f"--toggle-collect={MEASURED}",
+            f"--dump-after={MEASURED}",
+            "--combine-dumps=no",
+            f"--callgrind-out-file={out}",
+            BUILD / "instructions",
+            ECAR_CPU_ISA=isa,
+        )
         found, *calls = printed.splitlines()
         if found != isa:
             return {}
-        return {call: int(re.search(r"^totals: (\d+)", Path(f"{out}.{i}").read_text("utf-8"),
-                                    re.MULTILINE)[1])
-                for i, call in enumerate(calls, 1)}
+        return {
+            call: int(
+                re.search(r"^totals: (\d+)", Path(f"{out}.{i}").read_text("utf-8"), re.MULTILINE)[1]
+            )
+            for i, call in enumerate(calls, 1)
+        }
 
 
 def compare(counts: dict, committed: dict) -> list[str]:
@@ -80,8 +100,9 @@ def compare(counts: dict, committed: dict) -> list[str]:
         if now is None or before is None:
             complaints.append(f"{isa} {call}: {'gone' if now is None else 'new'}")
         elif now > before * (1 + ALLOWED):
-            complaints.append(f"{isa} {call}: {now:,} instructions, {now / before - 1:+.1%} "
-                              f"from {before:,}")
+            complaints.append(
+                f"{isa} {call}: {now:,} instructions, {now / before - 1:+.1%} from {before:,}"
+            )
     return complaints
 
 
@@ -89,15 +110,20 @@ def render(record: dict) -> str:
     """The committed counts as a Markdown table."""
     counts = record["counts"]
     calls = dict.fromkeys(call for of_isa in counts.values() for call in of_isa)
-    rows = [(call, *(f"{of_isa[call]:,}" if call in of_isa else "-"
-                     for of_isa in counts.values())) for call in calls]
-    return (f"{markdown(('instructions of a call', *counts), rows)}\n\n{record['machine']}; "
-            f"{record['compiler']}; {record['valgrind']}.")
+    rows = [
+        (call, *(f"{of_isa[call]:,}" if call in of_isa else "-" for of_isa in counts.values()))
+        for call in calls
+    ]
+    return (
+        f"{markdown(('instructions of a call', *counts), rows)}\n\n{record['machine']}; "
+        f"{record['compiler']}; {record['valgrind']}."
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.instructions",
-                                     description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.instructions", description=__doc__.partition("\n\n")[0]
+    )
     parser.add_argument("--update", action="store_true", help=f"write {RESULTS.name}")
     options = parser.parse_args(argv)
     tool("valgrind")
@@ -112,9 +138,15 @@ def main(argv: list[str] | None = None) -> int:
             change = f"{n / before - 1:+8.1%}" if before else ""
             print(f"{isa:9}{call:45}{n:>14,}{change}")
     if options.update:
-        text = json.dumps({"compiler": compiler, "machine": machine,
-                           "valgrind": run(tool("valgrind"), "--version").strip(),
-                           "counts": counts}, indent=1)
+        text = json.dumps(
+            {
+                "compiler": compiler,
+                "machine": machine,
+                "valgrind": run(tool("valgrind"), "--version").strip(),
+                "counts": counts,
+            },
+            indent=1,
+        )
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         temporary = RESULTS.with_suffix(".tmp")
         temporary.write_text(text + "\n", "utf-8")

@@ -60,13 +60,21 @@ def count(size: str, *, accelerated: bool, guided: bool) -> dict[str, Any]:
         gpu.clear()
         plan.run(model, watch)
         launches = gpu.launches
-        steps = [_kinds(launches[ends[stage, 0]:ends[stage, 1]]) for stage in range(1, stages + 1)]
+        steps = [
+            _kinds(launches[ends[stage, 0] : ends[stage, 1]]) for stage in range(1, stages + 1)
+        ]
         counts = split_steps(STEPS, stages)
         image = Counter(_kinds(launches))
         for step, steps_of_stage in zip(steps, counts, strict=True):
             image.update({kind: n * (steps_of_stage - COUNTED) for kind, n in step.items()})
-        return {"size": size, "accelerated": accelerated, "guided": guided, "steps": steps,
-                "ar": _ar(gpu, model, plan.rows), "image": dict(image)}
+        return {
+            "size": size,
+            "accelerated": accelerated,
+            "guided": guided,
+            "steps": steps,
+            "ar": _ar(gpu, model, plan.rows),
+            "image": dict(image),
+        }
 
 
 def _ar(gpu: Any, model: ECAR, rows: int) -> list[dict[str, int]]:
@@ -101,39 +109,65 @@ def compare(rows: Sequence[dict[str, Any]], committed: Sequence[dict[str, Any]])
 
 
 def _totals(row: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, int, int]]:
-    found = [(f"{what} at stage {stage}", a, b) for what, key in (("a step", "steps"), ("AR", "ar"))
-             for stage, (a, b) in enumerate(zip(row[key], other[key], strict=True), 1)]
+    found = [
+        (f"{what} at stage {stage}", a, b)
+        for what, key in (("a step", "steps"), ("AR", "ar"))
+        for stage, (a, b) in enumerate(zip(row[key], other[key], strict=True), 1)
+    ]
     found.append(("an image", row["image"], other["image"]))
     return [(what, sum(a.values()), sum(b.values())) for what, a, b in found]
 
 
 def _name(row: dict[str, Any]) -> str:
-    return (f"{row['size']}, {'accelerated' if row['accelerated'] else 'plain'}"
-            f"{', guided' if row['guided'] else ''}")
+    return (
+        f"{row['size']}, {'accelerated' if row['accelerated'] else 'plain'}"
+        f"{', guided' if row['guided'] else ''}"
+    )
 
 
 def render(record: dict[str, Any]) -> str:
     """The counts as a Markdown table."""
+
     def cells(parts: Sequence[dict[str, int]]) -> str:
         return " / ".join(str(sum(part.values())) for part in parts)
 
-    rows = [(_name(row), cells(row["steps"]), str(record["target"][row["size"]]), cells(row["ar"]),
-             f"{sum(row['image'].values()):,}",
-             ", ".join(f"{kind} {row['image'][kind]:,}" for kind in KINDS if kind in row["image"]))
-            for row in record["rows"]]
+    rows = [
+        (
+            _name(row),
+            cells(row["steps"]),
+            str(record["target"][row["size"]]),
+            cells(row["ar"]),
+            f"{sum(row['image'].values()):,}",
+            ", ".join(f"{kind} {row['image'][kind]:,}" for kind in KINDS if kind in row["image"]),
+        )
+        for row in record["rows"]
+    ]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    header = ("launches", "a step, by stage", "target", "AR, by stage",
-              f"an image of {record['step_count']} steps", "of which")
-    return (f"{markdown(header, rows)}\n\nAs on an {record['chip']}, bfloat16, one image; counted "
-            f"without one; {versions}.")
+    header = (
+        "launches",
+        "a step, by stage",
+        "target",
+        "AR, by stage",
+        f"an image of {record['step_count']} steps",
+        "of which",
+    )
+    return (
+        f"{markdown(header, rows)}\n\nAs on an {record['chip']}, bfloat16, one image; counted "
+        f"without one; {versions}."
+    )
 
 
 def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     from tools.fake_gpu import H100
 
     versions = {name: environment.package_version(name) for name in ("torch", "triton")}
-    record = {"chip": H100.name, "versions": versions, "step_count": STEPS, "target": TARGET,
-              "rows": list(rows)}
+    record = {
+        "chip": H100.name,
+        "versions": versions,
+        "step_count": STEPS,
+        "target": TARGET,
+        "rows": list(rows),
+    }
     lines = ",\n".join(f"  {json.dumps(row)}" for row in record.pop("rows"))
     text = f'{json.dumps(record, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n'
     partial = file.with_name(f"{file.name}.partial")
@@ -142,15 +176,20 @@ def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.launches",
-                                     description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.launches", description=__doc__.partition("\n\n")[0]
+    )
     parser.add_argument("--update", action="store_true", help=f"write {RESULTS.name}")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
     options = parser.parse_args(argv)
     if options.update and set(options.sizes) != set(SIZES):
         parser.error("--update writes all sizes, leave --sizes out")
-    rows = [count(size, accelerated=accelerated, guided=guided) for size in options.sizes
-            for accelerated in (False, True) for guided in (False, True)]
+    rows = [
+        count(size, accelerated=accelerated, guided=guided)
+        for size in options.sizes
+        for accelerated in (False, True)
+        for guided in (False, True)
+    ]
     if options.update:
         write(RESULTS, rows)
         print(render(json.loads(RESULTS.read_text("utf-8"))))

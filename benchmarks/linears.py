@@ -39,7 +39,8 @@ def fastest_alone(weight: Tensor, bias: Tensor, rows: int) -> dict[str, Linear]:
 
 def _onednn(weight: Tensor, bias: Tensor, rows: int) -> Linear | None:
     if not torch.backends.mkldnn.is_available() or not hasattr(
-            torch.ops.mkldnn, "_reorder_linear_weight"):
+        torch.ops.mkldnn, "_reorder_linear_weight"
+    ):
         return None
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

@@ -40,8 +40,11 @@ class MARSize:
     buffer: int = BUFFER
 
 
-SIZES = {"B": MARSize(12, 768, 12, 6, 1024), "L": MARSize(16, 1024, 16, 8, 1280),
-         "H": MARSize(20, 1280, 16, 12, 1536)}
+SIZES = {
+    "B": MARSize(12, 768, 12, 6, 1024),
+    "L": MARSize(16, 1024, 16, 8, 1280),
+    "H": MARSize(20, 1280, 16, 12, 1536),
+}
 
 
 class ResidualBlock(OpsModule):
@@ -109,10 +112,13 @@ class MAR(nn.Module):
         self.decoder_embed = Linear(width, width)
         self.mask_token = nn.Parameter(torch.randn(1, 1, width))
         self.encoder_positions, self.decoder_positions = (
-            nn.Parameter(torch.randn(1, places, width)) for _ in range(2))
+            nn.Parameter(torch.randn(1, places, width)) for _ in range(2)
+        )
         self.diffusion_positions = nn.Parameter(torch.randn(1, size.tokens, width))
-        self.encoder, self.decoder = (nn.ModuleList(
-            StageBlock(width, size.heads) for _ in range(size.layers)) for _ in range(2))
+        self.encoder, self.decoder = (
+            nn.ModuleList(StageBlock(width, size.heads) for _ in range(size.layers))
+            for _ in range(2)
+        )
         self.encoder_norm, self.decoder_norm = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
         self.mlp = DiffusionMLP(size)
 
@@ -128,8 +134,10 @@ class MAR(nn.Module):
             [1, wanted, width].
         """
         buffer = self.size.buffer
-        x = torch.cat([self.label(label)[:, None].expand(-1, buffer, -1),
-                       self.embed(latents[:, known])], dim=1)
+        x = torch.cat(
+            [self.label(label)[:, None].expand(-1, buffer, -1), self.embed(latents[:, known])],
+            dim=1,
+        )
         places = torch.cat([torch.arange(buffer, device=known.device), buffer + known])
         x = self.embed_norm(x + self.encoder_positions[:, places])
         for block in self.encoder:
@@ -171,8 +179,15 @@ class Sampler:
         left = (torch.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2).clamp(min=1e-8)
         keep = (left[1:] / left[:-1]).clamp(min=1e-3)
         floor = ((1 - keep) * (1 - left[:-1]) / (1 - left[1:])).clamp(min=1e-8)
-        self.schedule = torch.stack([keep.rsqrt(), (1 - keep) / (1 - left[1:]).sqrt(),
-                                     (1 - keep).clamp(min=1e-8).log(), floor.log()], 1).float()
+        self.schedule = torch.stack(
+            [
+                keep.rsqrt(),
+                (1 - keep) / (1 - left[1:]).sqrt(),
+                (1 - keep).clamp(min=1e-8).log(),
+                floor.log(),
+            ],
+            1,
+        ).float()
 
     @torch.no_grad()
     def denoise(self, z: Tensor, steps: Sequence[int]) -> Tensor:
@@ -202,7 +217,7 @@ class Sampler:
         seconds = []
         for step in chosen:
             order, known = torch.randperm(tokens), sum(drawn[:step])
-            wanted = order[known:known + drawn[step]]
+            wanted = order[known : known + drawn[step]]
             begin = time.perf_counter()
             z = self.model.condition(label, latents, order[:known], wanted)
             seconds.append(time.perf_counter() - begin)
@@ -221,8 +236,12 @@ def multiply_adds(size: MARSize, ar_steps: int) -> int:
         model = MAR(size)
 
     def weights(*modules: nn.Module) -> int:
-        return sum(layer.weight.numel() for module in modules for layer in module.modules()
-                   if isinstance(layer, nn.Linear))
+        return sum(
+            layer.weight.numel()
+            for module in modules
+            for layer in module.modules()
+            if isinstance(layer, nn.Linear)
+        )
 
     def layers(blocks: nn.ModuleList, rows: int) -> int:
         return rows * weights(blocks) + len(blocks) * 2 * rows * rows * size.width
@@ -230,9 +249,13 @@ def multiply_adds(size: MARSize, ar_steps: int) -> int:
     total, known, every = 0, 0, size.buffer + size.tokens
     for drawn in next_tokens(ar_steps, size.tokens):
         rows = size.buffer + known
-        total += (known * weights(model.embed) + layers(model.encoder, rows)
-                  + rows * weights(model.decoder_embed) + layers(model.decoder, every)
-                  + drawn * DIFFUSION_STEPS * weights(model.mlp))
+        total += (
+            known * weights(model.embed)
+            + layers(model.encoder, rows)
+            + rows * weights(model.decoder_embed)
+            + layers(model.decoder, every)
+            + drawn * DIFFUSION_STEPS * weights(model.mlp)
+        )
         known += drawn
     return total
 

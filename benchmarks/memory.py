@@ -81,9 +81,16 @@ def sampling(config: ECARConfig, steps: int) -> dict[str, Any]:
     for stage in range(1, config.num_stages + 1):
         of = [size for at, size in seen if at == stage][SETTLED:]
         growth.append(of[-1] - of[0] if of else 0)
-    return {"weights": weights, "needed": needed(config, steps), "steps": steps,
-            "peak": first, "second_image": resident("VmHWM") - before,
-            "after_making": held, "peak_of_making": making, "growth_of_stages": growth}
+    return {
+        "weights": weights,
+        "needed": needed(config, steps),
+        "steps": steps,
+        "peak": first,
+        "second_image": resident("VmHWM") - before,
+        "after_making": held,
+        "peak_of_making": making,
+        "growth_of_stages": growth,
+    }
 
 
 def _draw(model: ECAR, steps: int, note: Any = None) -> None:
@@ -91,8 +98,13 @@ def _draw(model: ECAR, steps: int, note: Any = None) -> None:
         if note is not None:
             note(info)
 
-    sample(model, torch.zeros(1, dtype=torch.int64), seeds=torch.zeros(1, dtype=torch.int64),
-           steps=steps, callback=callback)
+    sample(
+        model,
+        torch.zeros(1, dtype=torch.int64),
+        seeds=torch.zeros(1, dtype=torch.int64),
+        steps=steps,
+        callback=callback,
+    )
 
 
 def training(config: ECARConfig, batch: int) -> dict[str, Any]:
@@ -101,9 +113,12 @@ def training(config: ECARConfig, batch: int) -> dict[str, Any]:
     reset_peak()
     before = resident()
     weights = _train(config, batch)
-    return {"batch": batch, "peak": resident("VmHWM") - before,
-            # Weights, gradients, and AdamW's two averages.
-            "standing": 4 * weights}
+    return {
+        "batch": batch,
+        "peak": resident("VmHWM") - before,
+        # Weights, gradients, and AdamW's two averages.
+        "standing": 4 * weights,
+    }
 
 
 def _train(config: ECARConfig, batch: int) -> int:
@@ -119,13 +134,30 @@ def _train(config: ECARConfig, batch: int) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def in_fresh_process(kind: str, size: str, *, backend: str = "auto", steps: int = STEPS,
-                     batch: int = 1) -> dict[str, Any]:
+def in_fresh_process(
+    kind: str, size: str, *, backend: str = "auto", steps: int = STEPS, batch: int = 1
+) -> dict[str, Any]:
     """`sampling` or `training` of a preset, each in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", "--child", kind, "--sizes", size,
-         "--backend", backend, "--steps", str(steps), "--batch", str(batch)],
-        cwd=results.ROOT, capture_output=True, text=True)
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.memory",
+            "--child",
+            kind,
+            "--sizes",
+            size,
+            "--backend",
+            backend,
+            "--steps",
+            str(steps),
+            "--batch",
+            str(batch),
+        ],
+        cwd=results.ROOT,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode != 0:
         raise RuntimeError(f"{kind} of {size} on {backend} failed:\n{done.stderr}")
     return {"size": size, **json.loads(done.stdout.splitlines()[-1])}
@@ -135,27 +167,59 @@ def render(record: dict[str, Any]) -> str:
     rows = []
     for row in record["sampling"]:
         wanted = row["weights"] + SLACK * sum(row["needed"].values())
-        rows.append((row["size"], *map(_mib, (row["weights"], *row["needed"].values(),
-                                              row["peak"], wanted)),
-                     _mark(row["peak"] <= wanted), _mib(row["second_image"] - row["peak"]),
-                     " / ".join(map(_mib, row["growth_of_stages"])), _mib(row["peak_of_making"])))
-    sampled = markdown(("sampling", "weights", "modulation", "KV cache", "activations", "peak",
-                        "wanted <=", "", "a second image adds", "growth in each stage",
-                        "peak of making the model"), rows)
+        rows.append(
+            (
+                row["size"],
+                *map(_mib, (row["weights"], *row["needed"].values(), row["peak"], wanted)),
+                _mark(row["peak"] <= wanted),
+                _mib(row["second_image"] - row["peak"]),
+                " / ".join(map(_mib, row["growth_of_stages"])),
+                _mib(row["peak_of_making"]),
+            )
+        )
+    sampled = markdown(
+        (
+            "sampling",
+            "weights",
+            "modulation",
+            "KV cache",
+            "activations",
+            "peak",
+            "wanted <=",
+            "",
+            "a second image adds",
+            "growth in each stage",
+            "peak of making the model",
+        ),
+        rows,
+    )
     rows = []
     for row in record["training"]:
         eager, ours = row["eager"], row["ours"]
         ratio = ours["peak"] / eager["peak"]
-        rows.append((row["size"], str(eager["batch"]), _mib(eager["standing"]),
-                     _mib(eager["peak"]), _mib(ours["peak"]), f"{figures(ratio)}x",
-                     f"{TRAINING}x", _mark(ratio <= TRAINING)))
-    trained = markdown(("training step", "batch", "standing", "eager", "ours", "ours / eager",
-                        "wanted <=", ""), rows)
-    return (f"{sampled}\n\n{trained}\n\nMiB, float32; peak resident set of a fresh process, less "
-            "what it held before the model was made.\nSampling: one image of "
-            f"{record['sampling'][0]['steps']} steps without guidance, weights packed in place; "
-            f"wanted is weights + {SLACK}x the three columns beside.\nTraining: two steps with "
-            "AdamW; standing is weights, gradients and AdamW's state, held by both.")
+        rows.append(
+            (
+                row["size"],
+                str(eager["batch"]),
+                _mib(eager["standing"]),
+                _mib(eager["peak"]),
+                _mib(ours["peak"]),
+                f"{figures(ratio)}x",
+                f"{TRAINING}x",
+                _mark(ratio <= TRAINING),
+            )
+        )
+    trained = markdown(
+        ("training step", "batch", "standing", "eager", "ours", "ours / eager", "wanted <=", ""),
+        rows,
+    )
+    return (
+        f"{sampled}\n\n{trained}\n\nMiB, float32; peak resident set of a fresh process, less "
+        "what it held before the model was made.\nSampling: one image of "
+        f"{record['sampling'][0]['steps']} steps without guidance, weights packed in place; "
+        f"wanted is weights + {SLACK}x the three columns beside.\nTraining: two steps with "
+        "AdamW; standing is weights, gradients and AdamW's state, held by both."
+    )
 
 
 def _mark(met: bool) -> str:
@@ -167,16 +231,23 @@ def _mib(size: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory",
-                                     description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", choices=PRESETS, default=("S", "B", "L"),
-                        help="that sample")
-    parser.add_argument("--training", nargs="*", choices=PRESETS, default=("S",),
-                        help="that train (default: S)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", choices=PRESETS, default=("S", "B", "L"), help="that sample"
+    )
+    parser.add_argument(
+        "--training", nargs="*", choices=PRESETS, default=("S",), help="that train (default: S)"
+    )
     parser.add_argument("--batch", type=int, default=16, help="of training (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--results", type=Path, default=results.FOLDER,
-                        help="folder to write <device>/memory.json into")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=results.FOLDER,
+        help="folder to write <device>/memory.json into",
+    )
     parser.add_argument("--child", choices=("sampling", "training"), help=argparse.SUPPRESS)
     parser.add_argument("--backend", default="auto", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -185,16 +256,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.child is not None:
         config = ECARConfig.preset(options.sizes[0])
         with ecar_kernels.use_backend(options.backend):
-            found = (sampling(config, options.steps) if options.child == "sampling"
-                     else training(config, options.batch))
+            found = (
+                sampling(config, options.steps)
+                if options.child == "sampling"
+                else training(config, options.batch)
+            )
         print(json.dumps(found))
         return
     facts = environment.describe()
     sampled = [in_fresh_process("sampling", size, steps=options.steps) for size in options.sizes]
-    trained = [{"size": size, **{name: in_fresh_process("training", size, backend=backend,
-                                                        batch=options.batch)
-                                 for name, backend in (("eager", "reference"), ("ours", "auto"))}}
-               for size in options.training]
+    trained = [
+        {
+            "size": size,
+            **{
+                name: in_fresh_process("training", size, backend=backend, batch=options.batch)
+                for name, backend in (("eager", "reference"), ("ours", "auto"))
+            },
+        }
+        for size in options.training
+    ]
     file = results.path("memory", options.results)
     record = {"sampling": sampled, "training": trained}
     results.write(file, "memory", facts, **record)

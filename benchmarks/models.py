@@ -96,8 +96,9 @@ class StageTime:
         return self.once + steps * self.step
 
 
-def time_image(way: Way, timed_steps: int, steps: int = STEPS, *,
-               batch: int = 1) -> list[StageTime]:
+def time_image(
+    way: Way, timed_steps: int, steps: int = STEPS, *, batch: int = 1
+) -> list[StageTime]:
     """Each stage's time for images of `steps` steps, of which `timed_steps` a stage are run.
 
     The sampler's own plan runs. `once` is what precedes a stage's first step (the AR's pass, the
@@ -147,8 +148,9 @@ def image_seconds(stages: Sequence[StageTime], steps: int = STEPS) -> float:
     return sum(stage.total(count) for stage, count in zip(stages, counts, strict=True))
 
 
-def rounds(runs: dict[str, Callable[[], list[StageTime]]], seconds: float,
-           min_rounds: int = 3) -> Iterator[dict[str, list[StageTime]]]:
+def rounds(
+    runs: dict[str, Callable[[], list[StageTime]]], seconds: float, min_rounds: int = 3
+) -> Iterator[dict[str, list[StageTime]]]:
     """Interleaved rounds of all runs until the time is over, after one that is not counted."""
     for run in runs.values():
         run()

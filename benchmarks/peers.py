@@ -22,8 +22,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ecar_kernels.stage_attention.reference import block_causal_mask
 
-SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
-        "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 REASON_LENGTH = 200
 
 
@@ -34,19 +38,27 @@ def functions(op: str, *, per_stage: bool = False) -> dict[str, Callable]:
     its backends take.
     """
     if op == "stage_attention":
-        def sdpa(backend: SDPBackend) -> Callable:
-            return (functools.partial(_by_stage, functools.partial(_dense_sdpa, backend))
-                    if per_stage else functools.partial(_sdpa, backend))
 
-        return {"FlexAttention": _flex(), **{f"SDPA {name}": sdpa(backend)
-                                             for name, backend in SDPA.items()},
-                "flash-attn": functools.partial(_by_stage, _flash_attn),
-                "xformers": functools.partial(_by_stage, _xformers)}
+        def sdpa(backend: SDPBackend) -> Callable:
+            return (
+                functools.partial(_by_stage, functools.partial(_dense_sdpa, backend))
+                if per_stage
+                else functools.partial(_sdpa, backend)
+            )
+
+        return {
+            "FlexAttention": _flex(),
+            **{f"SDPA {name}": sdpa(backend) for name, backend in SDPA.items()},
+            "flash-attn": functools.partial(_by_stage, _flash_attn),
+            "xformers": functools.partial(_by_stage, _xformers),
+        }
     if op == "adaln":
         return {"Liger, LayerNorm": _liger_norm, "flashinfer, LayerNorm": _flashinfer_norm}
     if op == "gated_residual_adaln":
-        return {"Liger, add + RMSNorm": _liger_add_norm,
-                "flashinfer, add + RMSNorm": _flashinfer_add_norm}
+        return {
+            "Liger, add + RMSNorm": _liger_add_norm,
+            "flashinfer, add + RMSNorm": _flashinfer_add_norm,
+        }
     return {}
 
 
@@ -81,8 +93,11 @@ def _load(package: str, module: str, name: str) -> Callable:
         found = importlib.import_module(module)
     except ImportError as error:
         missing = getattr(error, "name", None) or module
-        raise ImportError(f"{package} is not installed" if module.startswith(missing)
-                          else f"{package} does not load: {error}") from None
+        raise ImportError(
+            f"{package} is not installed"
+            if module.startswith(missing)
+            else f"{package} does not load: {error}"
+        ) from None
     return getattr(found, name)
 
 
@@ -99,8 +114,9 @@ def _mask(stage_lengths: tuple[int, ...], queries: int, device: torch.device) ->
     return block_causal_mask(stage_lengths, queries, device=device)
 
 
-def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor,
-          stage_lengths: tuple[int, ...]) -> Tensor:
+def _sdpa(
+    backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, stage_lengths: tuple[int, ...]
+) -> Tensor:
     mask = None if _is_newest(q, stage_lengths) else _mask(stage_lengths, q.shape[1], q.device)
     with sdpa_kernel(backend):
         out = F.scaled_dot_product_attention(*_heads_first(q, k, v), attn_mask=mask)
@@ -119,8 +135,14 @@ def _block_mask(stage_lengths: tuple[int, ...], queries: int, device: torch.devi
     total = sum(stage_lengths)
     stage = torch.repeat_interleave(torch.tensor(stage_lengths, device=device))
     first = total - queries
-    return create_block_mask(lambda b, h, q, k: stage[q + first] >= stage[k], None, None, queries,
-                             total, device=device.type)
+    return create_block_mask(
+        lambda b, h, q, k: stage[q + first] >= stage[k],
+        None,
+        None,
+        queries,
+        total,
+        device=device.type,
+    )
 
 
 def _flex() -> Callable:
@@ -130,21 +152,30 @@ def _flex() -> Callable:
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     def call(q: Tensor, k: Tensor, v: Tensor, stage_lengths: tuple[int, ...]) -> Tensor:
-        mask = (None if _is_newest(q, stage_lengths)
-                else _block_mask(stage_lengths, q.shape[1], q.device))
+        mask = (
+            None
+            if _is_newest(q, stage_lengths)
+            else _block_mask(stage_lengths, q.shape[1], q.device)
+        )
         return compiled(*_heads_first(q, k, v), block_mask=mask).transpose(1, 2)
 
     return call
 
 
-def _by_stage(attention: Callable, q: Tensor, k: Tensor, v: Tensor,
-              stage_lengths: tuple[int, ...]) -> Tensor:
+def _by_stage(
+    attention: Callable, q: Tensor, k: Tensor, v: Tensor, stage_lengths: tuple[int, ...]
+) -> Tensor:
     """A dense call for each stage of the queries, over the keys up to its end."""
     if _is_newest(q, stage_lengths):
         return attention(q, k, v)
     ends = torch.tensor(stage_lengths).cumsum(0).tolist()
-    return torch.cat([attention(q[:, end - length:end], k[:, :end], v[:, :end])
-                      for length, end in zip(stage_lengths, ends, strict=True)], dim=1)
+    return torch.cat(
+        [
+            attention(q[:, end - length : end], k[:, :end], v[:, :end])
+            for length, end in zip(stage_lengths, ends, strict=True)
+        ],
+        dim=1,
+    )
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -160,31 +191,60 @@ def _one_for_all(modulation: Tensor) -> Tensor:
     return modulation[0, 0]
 
 
-def _liger_norm(x: Tensor, shift: Tensor, scale: Tensor, step_shift: Tensor, step_scale: Tensor,
-                eps: float = 1e-6) -> Tensor:
+def _liger_norm(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    step_shift: Tensor,
+    step_scale: Tensor,
+    eps: float = 1e-6,
+) -> Tensor:
     norm = _load("liger-kernel", "liger_kernel.ops.layer_norm", "LigerLayerNormFunction")
     return norm.apply(x, _one_for_all(scale), _one_for_all(shift), eps)
 
 
-def _liger_add_norm(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor,
-                    step_gate: Tensor, step_shift: Tensor, step_scale: Tensor,
-                    eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    norm = _load("liger-kernel", "liger_kernel.ops.fused_add_rms_norm",
-                 "LigerFusedAddRMSNormFunction")
+def _liger_add_norm(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    step_gate: Tensor,
+    step_shift: Tensor,
+    step_scale: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    norm = _load(
+        "liger-kernel", "liger_kernel.ops.fused_add_rms_norm", "LigerFusedAddRMSNormFunction"
+    )
     y, x = norm.apply(branch, x, _one_for_all(scale), eps)
     return x, y
 
 
-def _flashinfer_norm(x: Tensor, shift: Tensor, scale: Tensor, step_shift: Tensor,
-                     step_scale: Tensor, eps: float = 1e-6) -> Tensor:
+def _flashinfer_norm(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    step_shift: Tensor,
+    step_scale: Tensor,
+    eps: float = 1e-6,
+) -> Tensor:
     norm = _load("flashinfer", "flashinfer.norm", "layernorm")
     y = norm(x.flatten(0, 1), _one_for_all(scale).float(), _one_for_all(shift).float(), eps)
     return y.view_as(x)
 
 
-def _flashinfer_add_norm(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor,
-                         step_gate: Tensor, step_shift: Tensor, step_scale: Tensor,
-                         eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def _flashinfer_add_norm(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    step_gate: Tensor,
+    step_shift: Tensor,
+    step_scale: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
     """In place, so that x and the branch are other numbers at each turn."""
     norm = _load("flashinfer", "flashinfer.norm", "fused_add_rmsnorm")
     norm(branch.flatten(0, 1), x.flatten(0, 1), _one_for_all(scale), eps)

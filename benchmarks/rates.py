@@ -16,8 +16,13 @@ GEMM_ROWS = (512, 2048)
 GEMM_WIDTH = 1152  # of E-CAR-L; to four times this width and back, as its MLP has it
 
 
-def measure(dtype: torch.dtype = torch.float32, *, seconds: float = 2.0, copy_bytes: int =
-            COPY_BYTES, width: int = GEMM_WIDTH) -> tuple[Rates, dict[str, float]]:
+def measure(
+    dtype: torch.dtype = torch.float32,
+    *,
+    seconds: float = 2.0,
+    copy_bytes: int = COPY_BYTES,
+    width: int = GEMM_WIDTH,
+) -> tuple[Rates, dict[str, float]]:
     """The best rates found, and all that were tried: bytes and multiply-adds per second."""
     copies = _copies(copy_bytes, seconds / 2)
     gemms = _gemms(dtype, width, seconds / 2)
@@ -29,13 +34,16 @@ def _copies(size: int, seconds: float) -> dict[str, float]:
     source = torch.randn(size // 4)
     target = torch.empty_like(source)
     threads = torch.get_num_threads()
-    pieces = [(a.numpy(), b.numpy()) for a, b in
-              zip(target.chunk(threads), source.chunk(threads), strict=True)]
+    pieces = [
+        (a.numpy(), b.numpy())
+        for a, b in zip(target.chunk(threads), source.chunk(threads), strict=True)
+    ]
     with ThreadPoolExecutor(threads) as pool:
         ways = {
             "copy: Tensor.copy_": lambda: target.copy_(source),
-            "copy: memcpy on each thread": lambda: list(pool.map(
-                lambda piece: np.copyto(*piece), pieces)),
+            "copy: memcpy on each thread": lambda: list(
+                pool.map(lambda piece: np.copyto(*piece), pieces)
+            ),
         }
         return _rates(ways, 2 * size, seconds)
 
@@ -46,8 +54,10 @@ def _gemms(dtype: torch.dtype, width: int, seconds: float) -> dict[str, float]:
     for rows, (outputs, inputs) in itertools.product(GEMM_ROWS, shapes):
         weight, bias = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)
         x = torch.randn(1, rows, inputs).to(dtype)
-        ways = {f"GEMM: {name}, {rows} x {inputs} x {outputs}": lambda path=path, x=x: path(x)
-                for name, path in linears.fastest_alone(weight, bias, rows).items()}
+        ways = {
+            f"GEMM: {name}, {rows} x {inputs} x {outputs}": lambda path=path, x=x: path(x)
+            for name, path in linears.fastest_alone(weight, bias, rows).items()
+        }
         found |= _rates(ways, rows * weight.numel(), seconds / len(GEMM_ROWS) / len(shapes))
     return found
 

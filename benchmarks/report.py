@@ -52,20 +52,25 @@ def page(folder: Path, output: Path) -> str:
         name = _device(records)
         contents.append(f"- [{name}](#{_anchor(name)})")
         parts.append(f"## {name}")
-        parts += [_section(file, records[file], output) for file in sorted(
-            files, key=lambda file: (_place(records[file]["kind"]), file.stem))]
+        parts += [
+            _section(file, records[file], output)
+            for file in sorted(files, key=lambda file: (_place(records[file]["kind"]), file.stem))
+        ]
     counts = folder / instructions.RESULTS.name
     if counts.is_file():
         contents.append("- [Instructions of the C++ kernels](#instructions-of-the-c-kernels)")
-        parts.append("## Instructions of the C++ kernels\n\nCounted by valgrind's callgrind: "
-                     "without noise, unlike times.\n\n"
-                     + instructions.render(json.loads(counts.read_text("utf-8"))))
+        parts.append(
+            "## Instructions of the C++ kernels\n\nCounted by valgrind's callgrind: "
+            "without noise, unlike times.\n\n"
+            + instructions.render(json.loads(counts.read_text("utf-8")))
+        )
     counts = folder / launches.RESULTS.name
     if counts.is_file():
         contents.append("- [Launches of a sampling step](#launches-of-a-sampling-step)")
-        parts.append("## Launches of a sampling step\n\nCounted without a GPU, as an H100 would "
-                     "be sent them.\n\n"
-                     + launches.render(json.loads(counts.read_text("utf-8"))))
+        parts.append(
+            "## Launches of a sampling step\n\nCounted without a GPU, as an H100 would "
+            "be sent them.\n\n" + launches.render(json.loads(counts.read_text("utf-8")))
+        )
     if not parts:
         contents = [f"There are none in {folder}."]
     return "\n\n".join([INTRODUCTION, "\n".join(contents), *parts]) + "\n"
@@ -75,8 +80,15 @@ def _section(file: Path, record: dict[str, Any], output: Path) -> str:
     kind = record["kind"]
     heading = HEADINGS.get(kind, kind)
     lines = [f"### {heading}" if file.stem == kind else f"### {heading}: {file.stem}"]
-    command = " ".join(((importlib.import_module(table.RENDERERS[kind]).__doc__ or "")
-                        if kind in table.RENDERERS else "").partition("\n\n")[0].split())
+    command = " ".join(
+        (
+            (importlib.import_module(table.RENDERERS[kind]).__doc__ or "")
+            if kind in table.RENDERERS
+            else ""
+        )
+        .partition("\n\n")[0]
+        .split()
+    )
     if command.startswith("`python -m"):
         lines.append(command)
     for picture in pictures.of_file(file):
@@ -98,8 +110,12 @@ def link(picture: pictures.Picture, folder: str) -> str:
 def below(text: str, level: int) -> str:
     """The headings of a table's text put below those of a level; fenced blocks are left alone."""
     pieces = re.split(r"(^```.*?^```$)", text, flags=re.MULTILINE | re.DOTALL)
-    return "".join(piece if piece.startswith("```") else
-                   re.sub(r"^#", "#" * (level + 1), piece, flags=re.MULTILINE) for piece in pieces)
+    return "".join(
+        piece
+        if piece.startswith("```")
+        else re.sub(r"^#", "#" * (level + 1), piece, flags=re.MULTILINE)
+        for piece in pieces
+    )
 
 
 def _device(records: dict[Path, dict[str, Any]]) -> str:
@@ -119,12 +135,21 @@ def _anchor(heading: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report",
-                                     description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=results.ROOT / "build" / "report",
-                        help="folder of report.md and its pictures (default: build/report)")
-    parser.add_argument("--results", type=Path, default=results.FOLDER,
-                        help="folder of <device>/*.json (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=results.ROOT / "build" / "report",
+        help="folder of report.md and its pictures (default: build/report)",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=results.FOLDER,
+        help="folder of <device>/*.json (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     try:
         options.output.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ def path(name: str, folder: Path = FOLDER) -> Path:
 
 def commit() -> dict[str, Any]:
     """The checked-out commit, and whether files differ from it; None where there is no git."""
+
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -59,22 +60,34 @@ def read(file: Path) -> dict[str, Any]:
 
 def where(facts: dict[str, Any]) -> str:
     """A run's environment in a line."""
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items()
-                         if version is not None)
-    return (f"{facts['device']}, {facts['cores']} cores, {facts['threads']} threads, "
-            f"{facts['cpu_capability']}; {versions}; {facts['date']}; load before "
-            f"{facts['load_before']}")
+    versions = ", ".join(
+        f"{name} {version}" for name, version in facts["versions"].items() if version is not None
+    )
+    return (
+        f"{facts['device']}, {facts['cores']} cores, {facts['threads']} threads, "
+        f"{facts['cpu_capability']}; {versions}; {facts['date']}; load before "
+        f"{facts['load_before']}"
+    )
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table whose columns line up in plain text, too."""
     cells = [list(header), *(list(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(text.ljust(width) if i == 0 else text.rjust(width)
-                               for i, (text, width) in enumerate(zip(row, widths, strict=True)))
-             + " |" for row in cells]
-    rule = "|" + "|".join("-" * (width + 1) + ("-" if i == 0 else ":")
-                          for i, width in enumerate(widths)) + "|"
+    lines = [
+        "| "
+        + " | ".join(
+            text.ljust(width) if i == 0 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        + " |"
+        for row in cells
+    ]
+    rule = (
+        "|"
+        + "|".join("-" * (width + 1) + ("-" if i == 0 else ":") for i, width in enumerate(widths))
+        + "|"
+    )
     return "\n".join([lines[0], rule, *lines[1:]])
 
 

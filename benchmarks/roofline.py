@@ -65,8 +65,13 @@ class Roofline:
     """
 
     def __init__(
-        self, config: ECARConfig, *, batch: int = 1, steps: int | Sequence[int] = 250,
-        guided: bool = False, itemsize: int = 2,
+        self,
+        config: ECARConfig,
+        *,
+        batch: int = 1,
+        steps: int | Sequence[int] = 250,
+        guided: bool = False,
+        itemsize: int = 2,
     ) -> None:
         self.config, self.batch, self.itemsize = config, batch, itemsize
         self.counts = split_steps(steps, config.num_stages)
@@ -88,8 +93,11 @@ class Roofline:
 
     def linear(self, rows: int, inputs: int, outputs: int, *, bias: bool = True) -> Work:
         weights = inputs * outputs + (outputs if bias else 0)
-        return self._work(weights=weights, activations=rows * (inputs + outputs),
-                          multiply_adds=rows * inputs * outputs)
+        return self._work(
+            weights=weights,
+            activations=rows * (inputs + outputs),
+            multiply_adds=rows * inputs * outputs,
+        )
 
     def ar(self, stage: int) -> Work:
         """One stage's pass: its tokens' queries over the keys of all stages so far."""
@@ -99,11 +107,22 @@ class Roofline:
         elementwise = self._work(activations=2 * rows * config.mlp_width)
         add = self._work(activations=3 * rows * d)
         cache = self._work(activations=2 * rows * d)
-        attention = self._work(activations=2 * rows * d + 2 * self.rows * keys * d,
-                               multiply_adds=2 * rows * keys * d)
-        layer = (norm + self.linear(rows, d, 3 * d) + cache * 2 + attention
-                 + self.linear(rows, d, d) + add + norm + self.linear(rows, d, config.mlp_width)
-                 + elementwise + self.linear(rows, config.mlp_width, d) + add)
+        attention = self._work(
+            activations=2 * rows * d + 2 * self.rows * keys * d, multiply_adds=2 * rows * keys * d
+        )
+        layer = (
+            norm
+            + self.linear(rows, d, 3 * d)
+            + cache * 2
+            + attention
+            + self.linear(rows, d, d)
+            + add
+            + norm
+            + self.linear(rows, d, config.mlp_width)
+            + elementwise
+            + self.linear(rows, config.mlp_width, d)
+            + add
+        )
         # The class embedding's rows, or the stage before's end embedded; and the positions.
         first = self._work(weights=self.rows * d, activations=rows * d)
         if stage > 1:
@@ -120,10 +139,20 @@ class Roofline:
         def silu(n: int, width: int) -> Work:
             return self._work(activations=2 * n * width)
 
-        tokens = (self.linear(rows, d, 4 * d) + silu(rows, 4 * d) + self.linear(rows, 4 * d, d)
-                  + silu(rows, d) + self.linear(rows, d, outputs))
-        times = (self.linear(count, TIME_CHANNELS, d) + silu(count, d) + self.linear(count, d, d)
-                 + silu(count, d) + self.linear(count, d, outputs, bias=False))
+        tokens = (
+            self.linear(rows, d, 4 * d)
+            + silu(rows, 4 * d)
+            + self.linear(rows, 4 * d, d)
+            + silu(rows, d)
+            + self.linear(rows, d, outputs)
+        )
+        times = (
+            self.linear(count, TIME_CHANNELS, d)
+            + silu(count, d)
+            + self.linear(count, d, d)
+            + silu(count, d)
+            + self.linear(count, d, outputs, bias=False)
+        )
         return tokens + times
 
     def step(self, stage: int) -> Work:
@@ -133,15 +162,29 @@ class Roofline:
         part = self._work(modulation=rows * d + d, launches=0)
         attention = self._work(activations=4 * rows * d, multiply_adds=2 * rows * n * d)
         residual = self._work(activations=rows * d, launches=0)
-        block = (self.linear(rows, d, 3 * d) + part * 2 + attention
-                 + self.linear(rows, d, d) + part + residual
-                 + self.linear(rows, d, hidden) + part * 2
-                 + self.linear(rows, hidden, d) + part + residual)
+        block = (
+            self.linear(rows, d, 3 * d)
+            + part * 2
+            + attention
+            + self.linear(rows, d, d)
+            + part
+            + residual
+            + self.linear(rows, d, hidden)
+            + part * 2
+            + self.linear(rows, hidden, d)
+            + part
+            + residual
+        )
         values, state = self.patch_values, self.batch * n * self.patch_values
-        boundary = part * 2 + self._work(
-            weights=2 * d * values + values + d + n * d, activations=2 * rows * d,
-            multiply_adds=(rows + self.batch * n) * d * values,
-        ) + Work(activations=2 * 4 * state)
+        boundary = (
+            part * 2
+            + self._work(
+                weights=2 * d * values + values + d + n * d,
+                activations=2 * rows * d,
+                multiply_adds=(rows + self.batch * n) * d * values,
+            )
+            + Work(activations=2 * 4 * state)
+        )
         return block * config.flow_blocks + boundary
 
     def noise(self, stage: int) -> Work:
@@ -152,8 +195,15 @@ class Roofline:
             return Work(activations=written, launches=1)
         return Work(activations=written + 3 * written // 4, launches=1)
 
-    def _work(self, *, weights: int = 0, modulation: int = 0, activations: int = 0,
-              multiply_adds: int = 0, launches: int = 1) -> Work:
+    def _work(
+        self,
+        *,
+        weights: int = 0,
+        modulation: int = 0,
+        activations: int = 0,
+        multiply_adds: int = 0,
+        launches: int = 1,
+    ) -> Work:
         """From elements to bytes."""
         size = self.itemsize
         return Work(size * weights, size * modulation, size * activations, multiply_adds, launches)
@@ -179,22 +229,38 @@ def floor(work: Work, rates: Rates, launch_seconds: float = 0.0) -> Floor:
     return Floor(memory, arithmetic, work.launches * launch_seconds)
 
 
-def render(rows: Sequence[tuple[str, str, Work]], rates: Rates | None = None,
-           launch_seconds: float = 0.0) -> str:
+def render(
+    rows: Sequence[tuple[str, str, Work]], rates: Rates | None = None, launch_seconds: float = 0.0
+) -> str:
     """(size, part, work) as a Markdown table; with rates, the floor of each row."""
-    head = ["size", "part", "weights MB", "modulation MB", "activations MB", "multiply-adds G",
-            "launches"]
+    head = [
+        "size",
+        "part",
+        "weights MB",
+        "modulation MB",
+        "activations MB",
+        "multiply-adds G",
+        "launches",
+    ]
     if rates is not None:
         head += ["memory ms", "arithmetic ms", "launches ms", "floor ms"]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
     for size, part, work in rows:
-        cells = [size, part, f"{work.weights / 1e6:.0f}", f"{work.modulation / 1e6:.0f}",
-                 f"{work.activations / 1e6:.0f}", f"{work.multiply_adds / 1e9:.1f}",
-                 str(work.launches)]
+        cells = [
+            size,
+            part,
+            f"{work.weights / 1e6:.0f}",
+            f"{work.modulation / 1e6:.0f}",
+            f"{work.activations / 1e6:.0f}",
+            f"{work.multiply_adds / 1e9:.1f}",
+            str(work.launches),
+        ]
         if rates is not None:
             found = floor(work, rates, launch_seconds)
-            cells += [f"{1e3 * seconds:.2f}" for seconds in
-                      (found.memory, found.arithmetic, found.launches, found.seconds)]
+            cells += [
+                f"{1e3 * seconds:.2f}"
+                for seconds in (found.memory, found.arithmetic, found.launches, found.seconds)
+            ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -211,8 +277,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--bytes-per-second", type=float, help="copy rate, read and written bytes")
     parser.add_argument("--multiply-adds-per-second", type=float, help="of a large product")
-    parser.add_argument("--launch-seconds", type=float, default=0.0,
-                        help="of one kernel in a CUDA graph that does nothing")
+    parser.add_argument(
+        "--launch-seconds",
+        type=float,
+        default=0.0,
+        help="of one kernel in a CUDA graph that does nothing",
+    )
     options = parser.parse_args(arguments)
     given = options.bytes_per_second, options.multiply_adds_per_second
     if (given[0] is None) != (given[1] is None):
@@ -221,8 +291,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     for size in options.sizes:
         line = Roofline(
-            ECARConfig.preset(size), batch=options.batch, steps=options.steps,
-            guided=options.guided, itemsize=getattr(torch, options.dtype).itemsize,
+            ECARConfig.preset(size),
+            batch=options.batch,
+            steps=options.steps,
+            guided=options.guided,
+            itemsize=getattr(torch, options.dtype).itemsize,
         )
         rows += [(size, part, work) for part, work in line.parts().items()]
         rows.append((size, "all", line.total()))

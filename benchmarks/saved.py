@@ -43,13 +43,16 @@ def saved(model: ECAR, backend: str) -> dict[str, int]:
         return tensor
 
     # Hooks of all modules, not of each: a module that has its own does not recompute.
-    handles = [register_module_forward_pre_hook(lambda m, args: stack.append(m)),
-               register_module_forward_hook(lambda m, args, out: stack.pop() and None,
-                                            always_call=True)]
+    handles = [
+        register_module_forward_pre_hook(lambda m, args: stack.append(m)),
+        register_module_forward_hook(lambda m, args, out: stack.pop() and None, always_call=True),
+    ]
     config = model.config
     try:
-        with ecar_kernels.use_backend(backend), torch.autograd.graph.saved_tensors_hooks(
-                pack, lambda tensor: tensor):
+        with (
+            ecar_kernels.use_backend(backend),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
             model.loss(torch.randn(1, *config.latent_shape), torch.zeros(1, dtype=torch.int64))
     finally:
         for handle in handles:
@@ -67,23 +70,33 @@ def render(record: dict[str, Any]) -> str:
 
     rows = [cells(name, eager.get(name, 0), ours.get(name, 0)) for name in names]
     rows.append(cells("all", sum(eager.values()), sum(ours.values())))
-    return (markdown(("kept for the backward", "eager", "ours", "ours / eager"), rows)
-            + f"\n\nE-CAR-{record['size']}, MiB of one image, float32, by the module in whose "
-              "forward it was saved. A\nlinear layer keeps its input, or in ours what that is made "
-              "anew of.")
+    return (
+        markdown(("kept for the backward", "eager", "ours", "ours / eager"), rows)
+        + f"\n\nE-CAR-{record['size']}, MiB of one image, float32, by the module in whose "
+        "forward it was saved. A\nlinear layer keeps its input, or in ours what that is made "
+        "anew of."
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.saved",
-                                     description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.saved", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--size", choices=PRESETS, default="S")
-    parser.add_argument("--results", type=Path, default=results.FOLDER,
-                        help="folder to write <device>/saved.json into")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=results.FOLDER,
+        help="folder to write <device>/saved.json into",
+    )
     options = parser.parse_args(arguments)
     facts, file = environment.describe(), results.path("saved", options.results)
     model = ECAR(ECARConfig.preset(options.size)).train()
-    record = {"size": options.size, "eager": saved(model, "reference"),
-              "ours": saved(model, "auto")}
+    record = {
+        "size": options.size,
+        "eager": saved(model, "reference"),
+        "ours": saved(model, "auto"),
+    }
     results.write(file, "saved", facts, **record)
     print(f"{render(record)}\n\n{results.where(facts)}\n\nwrote {file}")
 

@@ -35,12 +35,17 @@ HEADS, HEAD_DIM = 6, 64
 SAMPLED = 24  # calls of a token-by-token curve that are timed
 
 
-def image_rows(seconds: float, *, preset: str = "S", pixels: dict[int, tuple] = PIXELS,
-               batches: Sequence[int] = BATCHES, step_counts: Sequence[int] = STEP_COUNTS,
-               timed_steps: int = 3) -> list[dict[str, Any]]:
+def image_rows(
+    seconds: float,
+    *,
+    preset: str = "S",
+    pixels: dict[int, tuple] = PIXELS,
+    batches: Sequence[int] = BATCHES,
+    step_counts: Sequence[int] = STEP_COUNTS,
+    timed_steps: int = 3,
+) -> list[dict[str, Any]]:
     """One record for each size at batch 1, each further batch, and each further step count."""
-    sides = {side: ECARConfig.preset(preset, stage_sides=stages)
-             for side, stages in pixels.items()}
+    sides = {side: ECARConfig.preset(preset, stage_sides=stages) for side, stages in pixels.items()}
     smallest = min(sides)
     cases = [(side, 1, STEPS) for side in sides]
     cases += [(smallest, batch, STEPS) for batch in batches if batch > 1]
@@ -52,20 +57,35 @@ def image_rows(seconds: float, *, preset: str = "S", pixels: dict[int, tuple] = 
         config = sides[side]
         way = Way(models.accelerated(models.random_model(config)), "auto")
         for (_, batch, steps), share in group:
-            runs = {"ours": lambda way=way, batch=batch, steps=steps: image_seconds(
-                time_image(way, timed_steps, steps, batch=batch), steps)}
-            taken = [done["ours"] for done in models.rounds(runs, seconds * share / sum(shares),
-                                                            min_rounds=2)]
-            rows.append({"pixels": side, "tokens": config.num_tokens, "batch": batch,
-                         "steps": steps, "timed_steps_of_a_stage": max(3, timed_steps),
-                         "seconds": timing.summary(taken)})
+            runs = {
+                "ours": lambda way=way, batch=batch, steps=steps: image_seconds(
+                    time_image(way, timed_steps, steps, batch=batch), steps
+                )
+            }
+            taken = [
+                done["ours"]
+                for done in models.rounds(runs, seconds * share / sum(shares), min_rounds=2)
+            ]
+            rows.append(
+                {
+                    "pixels": side,
+                    "tokens": config.num_tokens,
+                    "batch": batch,
+                    "steps": steps,
+                    "timed_steps_of_a_stage": max(3, timed_steps),
+                    "seconds": timing.summary(taken),
+                }
+            )
     return rows
 
 
 def attention_calls(tokens: int, way: str) -> list[tuple[int, int]]:
     """(new tokens, tokens in all) of each call; without a cache, all are queries."""
-    ends = (range(1, tokens + 1) if way.startswith("token by token")
-            else [2 ** k - 1 for k in range(1, tokens.bit_length() + 1)])
+    ends = (
+        range(1, tokens + 1)
+        if way.startswith("token by token")
+        else [2**k - 1 for k in range(1, tokens.bit_length() + 1)]
+    )
     calls = list(itertools.pairwise([0, *ends]))
     if way.endswith("with a cache"):
         return [(end - begin, end) for begin, end in calls]
@@ -86,8 +106,15 @@ def attention_rows(seconds: float, tokens: Sequence[int] = TOKENS) -> list[dict[
             chosen = [calls[int((i + 0.5) * len(calls) / SAMPLED)] for i in range(SAMPLED)]
         budget = seconds / len(WAYS) / len(tokens) / len(chosen)
         mean = statistics.fmean(_attention_seconds(attention, *call, budget) for call in chosen)
-        rows.append({"way": way, "tokens": n, "calls": len(calls), "timed_calls": len(chosen),
-                     "seconds": mean * len(calls)})
+        rows.append(
+            {
+                "way": way,
+                "tokens": n,
+                "calls": len(calls),
+                "timed_calls": len(chosen),
+                "seconds": mean * len(calls),
+            }
+        )
     return rows
 
 
@@ -102,8 +129,9 @@ def _attention_seconds(attention: Callable, queries: int, keys: int, seconds: fl
         attention(q, k, v, lengths)
 
     call()
-    return statistics.median(timing.interleave({"": itertools.repeat(call)}, seconds,
-                                               min_rounds=3)[""])
+    return statistics.median(
+        timing.interleave({"": itertools.repeat(call)}, seconds, min_rounds=3)[""]
+    )
 
 
 def exponent(rows: Sequence[dict[str, Any]]) -> float:
@@ -115,38 +143,62 @@ def exponent(rows: Sequence[dict[str, Any]]) -> float:
 def render(record: dict[str, Any]) -> str:
     images = markdown(
         ("pixels", "tokens", "batch", "steps", "time", "of an image", "of a token and step"),
-        [(str(row["pixels"]), str(row["tokens"]), str(row["batch"]), str(row["steps"]),
-          duration(median := row["seconds"]["median"]), duration(median / row["batch"]),
-          duration(median / row["batch"] / row["tokens"] / row["steps"]))
-         for row in record["images"]])
+        [
+            (
+                str(row["pixels"]),
+                str(row["tokens"]),
+                str(row["batch"]),
+                str(row["steps"]),
+                duration(median := row["seconds"]["median"]),
+                duration(median / row["batch"]),
+                duration(median / row["batch"] / row["tokens"] / row["steps"]),
+            )
+            for row in record["images"]
+        ],
+    )
     curves = {way: [row for row in record["attention"] if row["way"] == way] for way in WAYS}
     lengths = [row["tokens"] for row in curves[WAYS[0]]]
     attention = markdown(
         ("attention, one layer", *(f"{n} tokens" for n in lengths), "grows as"),
-        [(way, *(duration(row["seconds"]) for row in rows),
-          f"n^{figures(exponent(rows))}") for way, rows in curves.items()])
+        [
+            (way, *(duration(row["seconds"]) for row in rows), f"n^{figures(exponent(rows))}")
+            for way, rows in curves.items()
+        ],
+    )
     timed = record["images"][0]["timed_steps_of_a_stage"]
-    return (f"{images}\n\nE-CAR-{record['preset']}, no guidance, random weights, float32: {timed} "
-            f"steps of each stage were run and scaled.\n\n{attention}\n\nOf the token-by-token "
-            f"ways, {SAMPLED} calls, evenly spread, were timed and scaled. Small calls cost what "
-            "a call costs:\nexponents below the theory's (3 and 2 without a cache) are of sizes "
-            "where that still shows.")
+    return (
+        f"{images}\n\nE-CAR-{record['preset']}, no guidance, random weights, float32: {timed} "
+        f"steps of each stage were run and scaled.\n\n{attention}\n\nOf the token-by-token "
+        f"ways, {SAMPLED} calls, evenly spread, were timed and scaled. Small calls cost what "
+        "a call costs:\nexponents below the theory's (3 and 2 without a cache) are of sizes "
+        "where that still shows."
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling",
-                                     description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=3.0,
-                        help="of measuring (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scaling", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=3.0, help="of measuring (default: %(default)s)"
+    )
     parser.add_argument("--pixels", type=int, nargs="+", choices=PIXELS, default=tuple(PIXELS))
-    parser.add_argument("--results", type=Path, default=results.FOLDER,
-                        help="folder to write <device>/scaling.json into")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=results.FOLDER,
+        help="folder to write <device>/scaling.json into",
+    )
     options = parser.parse_args(arguments)
     facts, file = environment.describe(), results.path("scaling", options.results)
     seconds = 60 * options.minutes
-    record = {"preset": "S", "attention": attention_rows(seconds / 4),
-              "images": image_rows(seconds * 3 / 4,
-                                   pixels={side: PIXELS[side] for side in options.pixels})}
+    record = {
+        "preset": "S",
+        "attention": attention_rows(seconds / 4),
+        "images": image_rows(
+            seconds * 3 / 4, pixels={side: PIXELS[side] for side in options.pixels}
+        ),
+    }
     results.write(file, "scaling", facts, **record)
     print(f"{render(record)}\n\n{results.where(facts)}\n\nwrote {file}")
 

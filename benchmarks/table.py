@@ -36,8 +36,9 @@ def render(record: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.table",
-                                     description="Results as Markdown.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.table", description="Results as Markdown."
+    )
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
     try:
         print("\n\n".join(render(results.read(file)) for file in parser.parse_args().files))

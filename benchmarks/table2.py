@@ -25,8 +25,13 @@ def count() -> list[dict[str, Any]]:
         config = ECARConfig.preset(size)
         # Any scale but 1 adds unconditional rows.
         stages = count_multiply_adds(config, steps=STEPS, guidance_scale=2.0)
-        rows.append({"model": f"E-CAR-{size}", "parameters": count_parameters(config)["total"],
-                     "multiply_adds": sum(stage.total for stage in stages)})
+        rows.append(
+            {
+                "model": f"E-CAR-{size}",
+                "parameters": count_parameters(config)["total"],
+                "multiply_adds": sum(stage.total for stage in stages),
+            }
+        )
     parameters, multiply_adds = dit.count(dit.SIZES["XL"], STEPS, guided=True)
     rows.append({"model": "DiT-XL/2", "parameters": parameters, "multiply_adds": multiply_adds})
     return rows
@@ -36,19 +41,33 @@ def render(record: dict[str, Any]) -> str:
     rows = []
     for row in record["rows"]:
         parameters, multiply_adds = PAPER[row["model"]]
-        rows.append((row["model"], f"{row['parameters'] * 1e-6:.1f} M", f"{parameters} M",
-                     f"{row['multiply_adds'] * 1e-12:.2f} T", f"{multiply_adds:g} T"))
+        rows.append(
+            (
+                row["model"],
+                f"{row['parameters'] * 1e-6:.1f} M",
+                f"{parameters} M",
+                f"{row['multiply_adds'] * 1e-12:.2f} T",
+                f"{multiply_adds:g} T",
+            )
+        )
     table = markdown(("model", "parameters", "paper", "multiply-adds", "paper"), rows)
-    return (f"{table}\n\nOne 256 x 256 image, {STEPS} steps, classifier-free guidance; counted "
-            "from the modules.\nDiT is diffusers' own, which embeds time and label anew in each "
-            "block.")
+    return (
+        f"{table}\n\nOne 256 x 256 image, {STEPS} steps, classifier-free guidance; counted "
+        "from the modules.\nDiT is diffusers' own, which embeds time and label anew in each "
+        "block."
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.table2",
-                                     description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=results.FOLDER,
-                        help="folder to write <device>/table2.json into")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.table2", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=results.FOLDER,
+        help="folder to write <device>/table2.json into",
+    )
     options = parser.parse_args()
     facts, rows = environment.describe(), count()
     file = results.path("table2", options.results)

@@ -28,8 +28,13 @@ def seconds_of(call: Call) -> float:
     return time.perf_counter() - start
 
 
-def interleave(variants: Mapping[str, Iterator[Call]], seconds: float, *, min_rounds: int = 5,
-               max_rounds: int = 100_000) -> dict[str, list[float]]:
+def interleave(
+    variants: Mapping[str, Iterator[Call]],
+    seconds: float,
+    *,
+    min_rounds: int = 5,
+    max_rounds: int = 100_000,
+) -> dict[str, list[float]]:
     """Seconds of each variant's calls, one a round, until `seconds` are over.
 
     What an iterator does to give its next call is not timed; freeing the result is. Whatever has

@@ -49,8 +49,11 @@ def _functions(head: FlowHead, dtype: torch.dtype) -> Iterator[Callable]:
         for op in BLOCK_OPS:
             width = block.head_dim if op == "stage_attention" else block.width
             ops = block.ops(torch.empty(0, width, dtype=dtype))
-            yield (registry.implementation(op, "cpu", dtype, width) if ops is PUBLIC
-                   else getattr(ops, op))
+            yield (
+                registry.implementation(op, "cpu", dtype, width)
+                if ops is PUBLIC
+                else getattr(ops, op)
+            )
 
 
 def _layers(block: FlowBlock) -> tuple[nn.Linear, ...]:
@@ -78,11 +81,13 @@ class Buffers:
         # Queries, keys, values and what attention makes of them; later the MLP's hidden tokens.
         self.wide = torch.empty(rows * tokens * max(4 * width, hidden), dtype=dtype, device="cpu")
         self.state = floats(batch * tokens * config.channels * config.patch_size**2)
-        self.workspace = floats(max(native.workspace_size(rows * tokens, depth)
-                                    for depth in (width, hidden)))
+        self.workspace = floats(
+            max(native.workspace_size(rows * tokens, depth) for depth in (width, hidden))
+        )
         self.ends, self.starts = (
             [floats(batch, *config.stage_shape(stage)) for stage in which]
-            for which in (range(1, config.num_stages + 1), range(2, config.num_stages + 1)))
+            for which in (range(1, config.num_stages + 1), range(2, config.num_stages + 1))
+        )
 
 
 class _Steps:
@@ -98,14 +103,23 @@ class _Steps:
         self.spatial = self.head.spatial_modulation(run.token_map)
         rows, tokens, _ = self.spatial.shape
         batch, values, width = len(self.end), self.head.output.out_features, self.head.width
-        self.state = buffers.state[:batch * tokens * values].view(batch, tokens, values)
+        self.state = buffers.state[: batch * tokens * values].view(batch, tokens, values)
         self.state_patches = self.state.view(self.end_patches.shape)
-        self.stream = buffers.stream[:rows * tokens * width].view(rows, tokens, width)
+        self.stream = buffers.stream[: rows * tokens * width].view(rows, tokens, width)
         # A block's arguments after the modulations, its weights packed.
         self.blocks = [
-            (*(value for layer in _layers(block)
-               for value in (native.packed_weight(layer.weight), layer.bias)),
-             block.heads, block.mlp.fc1.out_features, block.eps, buffers.wide, buffers.workspace)
+            (
+                *(
+                    value
+                    for layer in _layers(block)
+                    for value in (native.packed_weight(layer.weight), layer.bias)
+                ),
+                block.heads,
+                block.mlp.fc1.out_features,
+                block.eps,
+                buffers.wide,
+                buffers.workspace,
+            )
             for block in self.head.blocks
         ]
         self.flow_block = native.flow_block_
@@ -121,15 +135,34 @@ class _Steps:
         if step > 0 and run.rows(step - 1) < rows:  # unconditional rows begin as the others
             half = rows // 2
             calls.append(partial(x[half:].copy_, x[:half]))
-        calls += [partial(self.flow_block, x, spatial, time, 6 * index, *block)
-                  for index, block in enumerate(self.blocks)]
+        calls += [
+            partial(self.flow_block, x, spatial, time, 6 * index, *block)
+            for index, block in enumerate(self.blocks)
+        ]
         (shift, scale), (step_shift, step_scale) = (
-            part[..., -2 * head.width:].chunk(2, dim=-1) for part in (spatial, time))
-        calls.append(partial(
-            flow_boundary_out, x, self.state, shift, scale, head.output.weight, head.output.bias,
-            head.embed.weight, head.embed.bias, head.positions, run.dt, step_shift, step_scale,
-            float(run.scale(step)), NORM_EPS, self.state, x,
-        ))
+            part[..., -2 * head.width :].chunk(2, dim=-1) for part in (spatial, time)
+        )
+        calls.append(
+            partial(
+                flow_boundary_out,
+                x,
+                self.state,
+                shift,
+                scale,
+                head.output.weight,
+                head.output.bias,
+                head.embed.weight,
+                head.embed.bias,
+                head.positions,
+                run.dt,
+                step_shift,
+                step_scale,
+                float(run.scale(step)),
+                NORM_EPS,
+                self.state,
+                x,
+            )
+        )
         return calls
 
     def _last(self) -> list[Call]:
@@ -140,14 +173,27 @@ class _Steps:
         if self.start is None:
             return [to_end]
         time = stages.start_time(stage + 1, self.run.plan.config.num_stages)
-        return [to_end, partial(jump_out, self.end, self.end, 0.0, 1.0, time, stage + 1,
-                                self.run.plan.seeds, self.end, self.start)]
+        return [
+            to_end,
+            partial(
+                jump_out,
+                self.end,
+                self.end,
+                0.0,
+                1.0,
+                time,
+                stage + 1,
+                self.run.plan.seeds,
+                self.end,
+                self.start,
+            ),
+        ]
 
     def begin(self, x: Tensor, step: int) -> None:
         """From the state x [B, C, h, w] before ``step``."""
         self.state_patches.copy_(patches(x, self.patch))
         tokens = self.head.embed_tokens(self.run.network_input(x, step))
-        self.stream[:len(tokens)].copy_(tokens)
+        self.stream[: len(tokens)].copy_(tokens)
 
     def image(self) -> Tensor:
         """The state [B, C, h, w], new memory."""

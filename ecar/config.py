@@ -54,8 +54,15 @@ class ECARConfig:
         object.__setattr__(self, "stage_sides", tuple(sides))  # JSON has lists only
         for index, side in enumerate(self.stage_sides):
             _require_positive_integer(f"stage_sides[{index}]", side)
-        for name in ("channels", "patch_size", "num_classes", "width", "heads", "ar_layers",
-                     "flow_blocks"):
+        for name in (
+            "channels",
+            "patch_size",
+            "num_classes",
+            "width",
+            "heads",
+            "ar_layers",
+            "flow_blocks",
+        ):
             _require_positive_integer(name, getattr(self, name))
         if not self.stage_sides:
             raise ValueError("config 'stage_sides': expected at least one stage, got none")
@@ -187,8 +194,23 @@ PRESETS: dict[str, ECARConfig] = {
     "B": ECARConfig(width=1024, heads=16, ar_layers=20, flow_blocks=4),
     "L": ECARConfig(width=1152, heads=16, ar_layers=24, flow_blocks=6),
     # Small ones for the data at hand: scikit-learn's digits and MNIST, as pixels.
-    "digits": ECARConfig(stage_sides=(4, 8), channels=1, num_classes=10, width=128, heads=4,
-                         ar_layers=4, flow_blocks=2),
-    "mnist": ECARConfig(stage_sides=(8, 16, 32), channels=1, patch_size=4, num_classes=10,
-                        width=128, heads=4, ar_layers=4, flow_blocks=2),
+    "digits": ECARConfig(
+        stage_sides=(4, 8),
+        channels=1,
+        num_classes=10,
+        width=128,
+        heads=4,
+        ar_layers=4,
+        flow_blocks=2,
+    ),
+    "mnist": ECARConfig(
+        stage_sides=(8, 16, 32),
+        channels=1,
+        patch_size=4,
+        num_classes=10,
+        width=128,
+        heads=4,
+        ar_layers=4,
+        flow_blocks=2,
+    ),
 }

@@ -63,9 +63,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(
-    folder: str | os.PathLike[str], *, keep: Sequence[str] = ()
-) -> Iterator[Path]:
+def atomic_folder(folder: str | os.PathLike[str], *, keep: Sequence[str] = ()) -> Iterator[Path]:
     """A temporary folder, whose files replace those in ``folder`` when the block ends well.
 
     ``folder`` is made if needed; what else it holds stays.
@@ -238,8 +236,9 @@ def check_target(path: str | os.PathLike[str]) -> Path:
         except FileNotFoundError:
             return target
     if stat.S_ISDIR(mode):
-        raise _like(IsADirectoryError(errno.EISDIR, ""),
-                    f"{target}: is a folder, expected a file's name")
+        raise _like(
+            IsADirectoryError(errno.EISDIR, ""), f"{target}: is a folder, expected a file's name"
+        )
     if not stat.S_ISREG(mode):
         raise _like(OSError(errno.EINVAL, ""), f"{target}: is not a regular file")
     # The bits are asked as well: root may write whatever is marked.

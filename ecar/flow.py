@@ -62,9 +62,10 @@ def _begun(spatial: Sequence[Tensor], step: Sequence[Tensor], at: int) -> tuple[
 
 def replaced(module: nn.Module, *methods: str) -> bool:
     """Has somebody put another method of inference in the place of ours?"""
-    return any(hasattr(module, name)
-               and getattr(getattr(module, name), "__func__", None) not in _INFERENCE
-               for name in methods)
+    return any(
+        hasattr(module, name) and getattr(getattr(module, name), "__func__", None) not in _INFERENCE
+        for name in methods
+    )
 
 
 def _called(block: nn.Module) -> bool:
@@ -147,18 +148,26 @@ class FlowHead(OpsModule):
 
     def fuses_boundary(self) -> bool:
         """May a step's end be one op, which reads the output's and the embedding's parameters?"""
-        return (not self.callable_only() and not replaced(self, *METHODS)
-                and not _called(self.blocks[-1])
-                and all(as_written(layer, nn.Linear) for layer in (self.output, self.embed))
-                and is_plain(self.positions))
+        return (
+            not self.callable_only()
+            and not replaced(self, *METHODS)
+            and not _called(self.blocks[-1])
+            and all(as_written(layer, nn.Linear) for layer in (self.output, self.embed))
+            and is_plain(self.positions)
+        )
 
     def fusable(self) -> bool:
         """May all of a step be ops that read the parameters of its layers?"""
         return self.fuses_boundary() and all(
-            not replaced(block, "infer") and not _called(block) and as_written(block.mlp, MLP)
-            and all(as_written(layer, nn.Linear)
-                    for layer in (block.qkv, block.proj, block.mlp.fc1, block.mlp.fc2))
-            for block in self.blocks)
+            not replaced(block, "infer")
+            and not _called(block)
+            and as_written(block.mlp, MLP)
+            and all(
+                as_written(layer, nn.Linear)
+                for layer in (block.qkv, block.proj, block.mlp.fc1, block.mlp.fc2)
+            )
+            for block in self.blocks
+        )
 
     def embed_tokens(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, N, width]."""
@@ -221,8 +230,9 @@ class FlowHead(OpsModule):
 
     def _begin(self, x: Tensor, spatial: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
         """y, with which a block begins."""
-        return adaln(x, spatial[0], spatial[1], step_shift=step[0], step_scale=step[1],
-                     eps=NORM_EPS)
+        return adaln(
+            x, spatial[0], spatial[1], step_shift=step[0], step_scale=step[1], eps=NORM_EPS
+        )
 
     def velocity(self, x: Tensor, spatial: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
         """The inference path, with modulations computed ahead.
@@ -240,9 +250,19 @@ class FlowHead(OpsModule):
             x = self.stream(x, spatial, step)
         else:
             x, y = self._stream(x, spatial, step)
-        tokens = self.output(y) if y is not None else fused.adaln_linear(
-            self.ops(x, *spatial[-2:], *step[-2:]), self.output, x, spatial[-2], spatial[-1],
-            step_shift=step[-2], step_scale=step[-1], eps=NORM_EPS,
+        tokens = (
+            self.output(y)
+            if y is not None
+            else fused.adaln_linear(
+                self.ops(x, *spatial[-2:], *step[-2:]),
+                self.output,
+                x,
+                spatial[-2],
+                spatial[-1],
+                step_shift=step[-2],
+                step_scale=step[-1],
+                eps=NORM_EPS,
+            )
         )
         return unpatchify(tokens, self.patch_size, self.shape)
 
@@ -262,6 +282,11 @@ class AcceleratedFlowHead(Accelerated, FlowHead):
 
 
 METHODS = ("velocity", "stream", "embed_tokens")
-_INFERENCE = (FlowBlock.infer, FlowHead.stream, FlowHead.velocity, FlowHead.embed_tokens,
-              AcceleratedFlowHead.embed_tokens)
+_INFERENCE = (
+    FlowBlock.infer,
+    FlowHead.stream,
+    FlowHead.velocity,
+    FlowHead.embed_tokens,
+    AcceleratedFlowHead.embed_tokens,
+)
 remember(FlowHead)

@@ -33,8 +33,21 @@ from ecar_kernels._written import address, why_not
 __all__ = ["CaptureError", "GraphCache", "graphs_of", "release_graphs"]
 
 # Modules whose code does the same each time.
-CAPTURED = {ECAR, ARTransformer, FlowHead, StageBlock, FlowBlock, MLP, Linear, nn.Linear,
-            nn.LayerNorm, nn.Embedding, nn.SiLU, nn.Sequential, nn.ModuleList}
+CAPTURED = {
+    ECAR,
+    ARTransformer,
+    FlowHead,
+    StageBlock,
+    FlowBlock,
+    MLP,
+    Linear,
+    nn.Linear,
+    nn.LayerNorm,
+    nn.Embedding,
+    nn.SiLU,
+    nn.Sequential,
+    nn.ModuleList,
+}
 LIMIT = 8  # graphs kept for a model
 OUT_OF_MEMORY = "the device has too little memory to capture it"
 
@@ -67,8 +80,11 @@ class CudaRecorder:
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
             # Other threads may allocate meanwhile: only this one's calls can spoil the capture.
-            with _no_collection(), torch.cuda.graph(
-                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            with (
+                _no_collection(),
+                torch.cuda.graph(
+                    graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+                ),
             ):
                 run()
         except BaseException:
@@ -142,8 +158,11 @@ def weights_of(model: nn.Module) -> tuple:
         own = module.__dict__
         binding = own.get("_binding")  # `accelerate` changes the class, and binds it to a backend
         kind = type(module) if binding is None else binding.original
-        reason = (why_not(module, kind, compiled=True) if kind in CAPTURED
-                  else f"a CUDA graph would not run its code, which is none of E-CAR's ({kind})")
+        reason = (
+            why_not(module, kind, compiled=True)
+            if kind in CAPTURED
+            else f"a CUDA graph would not run its code, which is none of E-CAR's ({kind})"
+        )
         if reason is not None:
             raise CaptureError(f"{kind.__name__}: {reason}")
         found += (type(module), binding, id(own.get("_compiled_call_impl")))
@@ -180,7 +199,11 @@ class GraphCache:
         return len(self._graphs)
 
     def draw(
-        self, model: ECAR, shape: Shape, labels: Tensor, seeds: Tensor,
+        self,
+        model: ECAR,
+        shape: Shape,
+        labels: Tensor,
+        seeds: Tensor,
         scales: Sequence[Sequence[float]],
     ) -> tuple[list[Tensor], dict[str, str]]:
         """The end state of every stage, replayed, and what serves it (``Plan.served``).

@@ -36,18 +36,14 @@ def require_hub_options(options: dict[str, Any], *others: str) -> None:
         )
 
 
-def chosen_dtype(
-    dtype: torch.dtype | None, torch_dtype: torch.dtype | None
-) -> torch.dtype | None:
+def chosen_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> torch.dtype | None:
     """The dtype that one of from_pretrained's two arguments gives; None where neither does.
 
     Raises:
         TypeError: no floating-point dtype. ValueError: two different ones.
     """
     for name, value in (("dtype", dtype), ("torch_dtype", torch_dtype)):
-        if value is not None and not (
-            isinstance(value, torch.dtype) and value in WEIGHT_DTYPES
-        ):
+        if value is not None and not (isinstance(value, torch.dtype) and value in WEIGHT_DTYPES):
             raise TypeError(
                 f"argument {name!r}: expected torch.float32, bfloat16, float16 or float64, got "
                 f"{value!r}"

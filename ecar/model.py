@@ -43,11 +43,14 @@ class SharedLayer:
             raise ValueError("stage_gradients: expected to be called after the losses' backward")
         gradients = self.output.grad.split(self.stage_tokens, dim=1)
         hiddens = self.hidden.detach().split(self.stage_tokens, dim=1)
-        return torch.stack([
-            (gradient.flatten(0, 1).T
-             @ F.gelu(hidden.flatten(0, 1), approximate="tanh")).float()
-            for gradient, hidden in zip(gradients, hiddens, strict=True)
-        ])
+        return torch.stack(
+            [
+                (
+                    gradient.flatten(0, 1).T @ F.gelu(hidden.flatten(0, 1), approximate="tanh")
+                ).float()
+                for gradient, hidden in zip(gradients, hiddens, strict=True)
+            ]
+        )
 
 
 MODEL_CARD = """---
@@ -94,7 +97,11 @@ class ECAR(
         return self.ar.positions.dtype
 
     def forward(
-        self, latents: Tensor, labels: Tensor, noise: Tensor, tau: Tensor,
+        self,
+        latents: Tensor,
+        labels: Tensor,
+        noise: Tensor,
+        tau: Tensor,
         return_shared: bool = False,
     ) -> Tensor | tuple[Tensor, SharedLayer]:
         """Stage losses of given draws (Eq. 3.14); a pure function, for compile and export.

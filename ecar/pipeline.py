@@ -175,9 +175,7 @@ class ECARPipeline:
         """
         dtype = chosen_dtype(dtype, torch_dtype)
         require_hub_options(hub_options, "dtype", "torch_dtype", "accelerate")
-        folder = checkpoint_folder(
-            pretrained_model_name_or_path, CHECKPOINT_FILES, **hub_options
-        )
+        folder = checkpoint_folder(pretrained_model_name_or_path, CHECKPOINT_FILES, **hub_options)
         settings = read_settings(folder)
         model = ECAR.from_pretrained(folder)
         codec = load_codec(settings.pop("codec", IdentityCodec.kind), folder / VAE_FOLDER)
@@ -298,7 +296,10 @@ class ECARPipeline:
         if return_stages:
             stage_images = [self._pictures(end, output_type) for end in drawn.stage_ends]
         output = ECARPipelineOutput(
-            self._pictures(drawn.latents, output_type), numbers, stage_images, drawn.served,
+            self._pictures(drawn.latents, output_type),
+            numbers,
+            stage_images,
+            drawn.served,
             drawn.why_not_graph,
         )
         return output if return_dict else output.to_tuple()

@@ -81,8 +81,12 @@ class Plan:
         self.boundary = boundary_op(device, dtype, config.width) if token_layout else None
         # On the CPU the steps are bound ahead of time (bound.py), each op to a buffer.
         self.buffers: bound.Buffers | None = None
-        if device.type == "cpu" and self.boundary is not None and not device_scales and all(
-                bound.can_bind(head, dtype) for head in model.heads):
+        if (
+            device.type == "cpu"
+            and self.boundary is not None
+            and not device_scales
+            and all(bound.can_bind(head, dtype) for head in model.heads)
+        ):
             self.buffers = bound.Buffers(config, batch, self.rows, dtype)
 
     def _network_times(self, stage: int) -> list[float]:
@@ -184,7 +188,7 @@ class Stage:
         rows = self.network_input(x, step)
         if self.head.callable_only():
             time = self.plan.times[self.stage - 1][at].expand(len(rows))
-            return self.head(rows, time, self.token_map[:len(rows)]).to(x.dtype)
+            return self.head(rows, time, self.token_map[: len(rows)]).to(x.dtype)
         spatial = self.spatial[self.guided[step]]
         return self.head.velocity(rows, spatial, self.steps[at]).to(x.dtype)
 
@@ -212,8 +216,13 @@ class Stage:
             end = self.step(x, step)
             return end, end
         end, start = jump(
-            x, self.slope(x, step), self.dt, self.scale(step), stage=self.stage + 1,
-            time=stages.start_time(self.stage + 1, num_stages), seeds=self.plan.seeds,
+            x,
+            self.slope(x, step),
+            self.dt,
+            self.scale(step),
+            stage=self.stage + 1,
+            time=stages.start_time(self.stage + 1, num_stages),
+            seeds=self.plan.seeds,
         )
         self.seen(end, step)
         return end, start
@@ -236,9 +245,20 @@ class Stage:
             spatial, own = self.spatial[self.guided[step]], self.steps[step]
             stream = head.stream(embedded[:rows], spatial, own)
             state, embedded = flow_boundary(
-                stream, state, spatial[-2], spatial[-1], head.output.weight, head.output.bias,
-                head.embed.weight, head.embed.bias, head.positions, self.dt, step_shift=own[-2],
-                step_scale=own[-1], guidance_scale=self.scale(step), eps=NORM_EPS,
+                stream,
+                state,
+                spatial[-2],
+                spatial[-1],
+                head.output.weight,
+                head.output.bias,
+                head.embed.weight,
+                head.embed.bias,
+                head.positions,
+                self.dt,
+                step_shift=own[-2],
+                step_scale=own[-1],
+                guidance_scale=self.scale(step),
+                eps=NORM_EPS,
             )
             if self.watch is not None:
                 image = functools.partial(unpatchify, state, patch, head.shape)

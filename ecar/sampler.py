@@ -25,8 +25,15 @@ from ecar.plan import Plan, Shape
 from ecar_kernels import _native, _triton, active_backend
 
 __all__ = [
-    "SCHEDULES", "SOLVERS", "Guidance", "SampleOutput", "StepInfo", "release_graphs", "sample",
-    "split_steps", "why_not_graphs",
+    "SCHEDULES",
+    "SOLVERS",
+    "Guidance",
+    "SampleOutput",
+    "StepInfo",
+    "release_graphs",
+    "sample",
+    "split_steps",
+    "why_not_graphs",
 ]
 
 SOLVERS = ("euler", "heun")
@@ -184,18 +191,25 @@ def _warn_of_missing_kernels(device: torch.device) -> None:
     if device.type != "cuda" or active_backend() != "auto":
         return
     for what, reason, cost in (
-        ("the CUDA half of the C++ library", _native.why_not_cuda(),
-         "what lies between two network calls, the jumps between stages and the noise run as many "
-         "small operations of torch in place of one kernel each"),
-        ("Triton", _triton.why_not(),
-         "attention and the fused layers run as separate operations of torch"),
+        (
+            "the CUDA half of the C++ library",
+            _native.why_not_cuda(),
+            "what lies between two network calls, the jumps between stages and the noise run as "
+            "many small operations of torch in place of one kernel each",
+        ),
+        (
+            "Triton",
+            _triton.why_not(),
+            "attention and the fused layers run as separate operations of torch",
+        ),
     ):
         if reason is not None and (what, reason) not in _said:
             _said.add((what, reason))
             warnings.warn(
                 f"ecar samples on {device} without {what}: {reason}. So {cost}, which is slower; "
                 "`python -m ecar_kernels` and SampleOutput.served show what serves each op.",
-                RuntimeWarning, stacklevel=3,
+                RuntimeWarning,
+                stacklevel=3,
             )
 
 
@@ -232,6 +246,7 @@ def _watch(counts: list[int], bar: tqdm, callback: Callable | None) -> Callable:
                 return None
             replaced = state  # edited in place, which means the same
         return _checked_state(replaced, state, step == count - 1 and stage < len(counts))
+
     return watch
 
 

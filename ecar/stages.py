@@ -13,8 +13,17 @@ from torch import Tensor
 from ecar_kernels.flow_step.reference import haar_high_pass
 
 __all__ = [
-    "data_pyramid", "down", "end_points", "end_time", "global_time", "haar_high_pass",
-    "interpolate", "noise_pyramid", "start_time", "transition", "up",
+    "data_pyramid",
+    "down",
+    "end_points",
+    "end_time",
+    "global_time",
+    "haar_high_pass",
+    "interpolate",
+    "noise_pyramid",
+    "start_time",
+    "transition",
+    "up",
 ]
 
 

@@ -17,8 +17,10 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    rows = [(row.op, row.backend, "yes" if row.available else "no", row.limits or "-", row.why_not)
-            for row in backends()]
+    rows = [
+        (row.op, row.backend, "yes" if row.available else "no", row.limits or "-", row.why_not)
+        for row in backends()
+    ]
     widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
     print(f"ecar_kernels {__version__}, torch {torch.__version__}, active: {active}")
     if (reason := _native.outdated()) is not None:

@@ -32,7 +32,8 @@ def active() -> bool:
 def has_tangent(x: Tensor) -> bool:
     """Of forward-mode AD; inside vmap, which does not show the tangents of its rows, False."""
     return not torch._C._functorch.is_batchedtensor(x) and (
-        forward_ad.unpack_dual(x).tangent is not None)
+        forward_ad.unpack_dual(x).tangent is not None
+    )
 
 
 def is_batched_gradient(grad: Tensor) -> bool:
@@ -49,23 +50,28 @@ def differentiable_again(gradients: Callable) -> Callable:
     Where the backward is itself differentiated (create_graph=True) or a transform is active,
     `gradients`, called with the same arguments and composed of PyTorch's ops, takes its place.
     """
+
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def either(ctx, *grads):
             if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or active()):
                 return gradients(ctx, *grads)
             return backward(ctx, *grads)
+
         return either
+
     return decorate
 
 
-def gradients_of(function: Callable, inputs: Sequence[Tensor | None],
-                 *grads: Tensor) -> list[Tensor | None]:
+def gradients_of(
+    function: Callable, inputs: Sequence[Tensor | None], *grads: Tensor
+) -> list[Tensor | None]:
     """The gradients of function(*inputs), given its outputs'; None for an input that is None.
 
     `function` is composed of PyTorch's ops. The result is differentiable in both the inputs and
     `grads` where grad mode is on.
     """
+
     def of_tensors(*tensors):
         given = iter(tensors)
         return function(*(None if x is None else next(given) for x in inputs))

@@ -43,11 +43,14 @@ def why_not() -> str | None:
     if torch.version.hip is not None:
         return "its kernels were written and checked for NVIDIA GPUs, this is ROCm"
     # The registry knows "cuda", not which: one that is too old would be sent kernels too.
-    found, index = min((torch.cuda.get_device_capability(i), i)
-                       for i in range(torch.cuda.device_count()))
+    found, index = min(
+        (torch.cuda.get_device_capability(i), i) for i in range(torch.cuda.device_count())
+    )
     if found < OLDEST_CAPABILITY:
-        return (f"needs GPUs of compute capability {_dotted(OLDEST_CAPABILITY)} or newer, "
-                f"cuda:{index} is {_dotted(found)}; CUDA_VISIBLE_DEVICES can leave it out")
+        return (
+            f"needs GPUs of compute capability {_dotted(OLDEST_CAPABILITY)} or newer, "
+            f"cuda:{index} is {_dotted(found)}; CUDA_VISIBLE_DEVICES can leave it out"
+        )
     return None
 
 
@@ -96,12 +99,14 @@ def register(schema: str, function: Callable, fake: Callable) -> Callable:
 
 def _on_its_device(function: Callable) -> Callable:
     """Triton launches on the current device, which need not be the tensors'."""
+
     @functools.wraps(function)
     def call(first, *rest):
         if first.device.index == torch.cuda.current_device():
             return function(first, *rest)
         with torch.cuda.device(first.device):
             return function(first, *rest)
+
     return call
 
 

@@ -19,8 +19,10 @@ _INFINITY = float("inf")
 def shape_error(name: str, value: Tensor, expected: str, **sizes: int) -> ValueError:
     """The error for a tensor whose shape is not `expected`, given what the letters stand for."""
     known = ", ".join(f"{letter}={size}" for letter, size in sizes.items())
-    return ValueError(f"argument '{name}': expected a tensor of shape {expected}"
-                      f"{' with ' + known if known else ''}, got {list(value.shape)}")
+    return ValueError(
+        f"argument '{name}': expected a tensor of shape {expected}"
+        f"{' with ' + known if known else ''}, got {list(value.shape)}"
+    )
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -31,8 +33,10 @@ def check_tensor(name: str, value: object) -> None:
 def check_dtype(name: str, dtype: object) -> None:
     """A floating type that the ops serve, or the references alone."""
     if dtype not in registry.KERNEL_DTYPES and dtype is not torch.float64:
-        raise TypeError(f"argument '{name}': expected torch.float32, torch.bfloat16, "
-                        f"torch.float16 or torch.float64, got {dtype}")
+        raise TypeError(
+            f"argument '{name}': expected torch.float32, torch.bfloat16, "
+            f"torch.float16 or torch.float64, got {dtype}"
+        )
 
 
 def check_device(name: str, device: object) -> torch.device:
@@ -42,15 +46,18 @@ def check_device(name: str, device: object) -> torch.device:
             return torch.device(device)
         except RuntimeError as error:
             raise ValueError(f"argument '{name}': expected a device, got {device!r}") from error
-    raise TypeError(f"argument '{name}': expected a torch.device or its name, "
-                    f"got {type(device).__name__}")
+    raise TypeError(
+        f"argument '{name}': expected a torch.device or its name, got {type(device).__name__}"
+    )
 
 
 def check_last_dim(name: str, value: Tensor) -> None:
     # Under vmap, how a slice lies is not the caller's choice, and the reference takes any layout.
     if value.stride(-1) != 1 and value.shape[-1] > 1 and not _transforms.active():
-        raise ValueError(f"argument '{name}': expected a tensor whose last dimension is "
-                         f"contiguous, got strides {list(value.stride())}")
+        raise ValueError(
+            f"argument '{name}': expected a tensor whose last dimension is "
+            f"contiguous, got strides {list(value.stride())}"
+        )
 
 
 def check_leading(name: str, value: object, layout: str) -> None:
@@ -66,11 +73,14 @@ def check_like(name: str, value: object, leading_name: str, leading: Tensor) -> 
     """Type and device of the leading tensor, last dimension contiguous; shapes are the op's."""
     check_tensor(name, value)
     if value.dtype != leading.dtype:
-        raise TypeError(f"argument '{name}': expected {leading.dtype} like '{leading_name}', "
-                        f"got {value.dtype}")
+        raise TypeError(
+            f"argument '{name}': expected {leading.dtype} like '{leading_name}', got {value.dtype}"
+        )
     if value.device != leading.device:
-        raise ValueError(f"argument '{name}': expected a tensor on {leading.device} like "
-                         f"'{leading_name}', got {value.device}")
+        raise ValueError(
+            f"argument '{name}': expected a tensor on {leading.device} like "
+            f"'{leading_name}', got {value.device}"
+        )
     if value.ndim:
         check_last_dim(name, value)
 
@@ -127,13 +137,15 @@ def check_inference(**tensors: Tensor | None) -> None:
             if value is not None and value.requires_grad:
                 raise ValueError(
                     f"argument '{name}': requires grad, but this op is for inference only; "
-                    "call it under torch.no_grad(), or use the unfused ops to train")
+                    "call it under torch.no_grad(), or use the unfused ops to train"
+                )
     if _transforms.active():
         for name, value in tensors.items():
             if value is not None and _transforms.has_tangent(value):
                 raise ValueError(
                     f"argument '{name}': has a tangent, but this op is for inference only; "
-                    "use the unfused ops")
+                    "use the unfused ops"
+                )
 
 
 def _autocast(op: Callable, widest: bool, kept: str | None = None) -> Callable:
@@ -152,22 +164,25 @@ def _autocast(op: Callable, widest: bool, kept: str | None = None) -> Callable:
             return op(*args, **kwargs)
         target = torch.get_autocast_dtype(device)
         if widest:
-            target = functools.reduce(torch.promote_types, (
-                value.dtype for value in values if _is_floating(value)))
+            target = functools.reduce(
+                torch.promote_types, (value.dtype for value in values if _is_floating(value))
+            )
 
         def convert(name, value):
             return value.to(target) if name != kept and _is_floating(value) else value
 
         with torch.autocast(device, enabled=False):
-            return op(*map(convert, names, args),
-                      **{name: convert(name, value) for name, value in kwargs.items()})
+            return op(
+                *map(convert, names, args),
+                **{name: convert(name, value) for name, value in kwargs.items()},
+            )
+
     return cast
 
 
 def _is_floating(value: object) -> bool:
     """What autocast converts: tensors of the ops' types, so not float64, nor a 0-dim number."""
-    return (isinstance(value, Tensor) and value.dtype in registry.KERNEL_DTYPES
-            and value.ndim > 0)
+    return isinstance(value, Tensor) and value.dtype in registry.KERNEL_DTYPES and value.ndim > 0
 
 
 def autocast_low(op: Callable, kept: str | None = None) -> Callable:

@@ -102,8 +102,10 @@ def _inherits(cls: type, kind: type[nn.Module]) -> bool:
     found = _inheriting.get((cls, kind))
     if found is None:
         found = _inheriting[cls, kind] = (
-            issubclass(cls, kind) and cls.__call__ is _call
-            and all(getattr(cls, name) is vars(kind)[name] for name in _methods(kind)))
+            issubclass(cls, kind)
+            and cls.__call__ is _call
+            and all(getattr(cls, name) is vars(kind)[name] for name in _methods(kind))
+        )
     return found
 
 

@@ -35,13 +35,20 @@ class Ops(NamedTuple):
     linear_gated_residual: Callable
 
 
-PUBLIC = Ops(stage_attention, adaln, gated_residual, gated_residual_adaln, adaln_linear,
-             linear_gated_residual)
+PUBLIC = Ops(
+    stage_attention,
+    adaln,
+    gated_residual,
+    gated_residual_adaln,
+    adaln_linear,
+    linear_gated_residual,
+)
 
 
 @functools.cache
-def _bound(backend: str, device_type: str, dtype: torch.dtype, width: int, head_dim: int,
-           recorded: bool) -> Ops:
+def _bound(
+    backend: str, device_type: str, dtype: torch.dtype, width: int, head_dim: int, recorded: bool
+) -> Ops:
     def resolve(op: str) -> Callable:
         size = head_dim if op == "stage_attention" else width
         try:
@@ -49,6 +56,7 @@ def _bound(backend: str, device_type: str, dtype: torch.dtype, width: int, head_
         except registry.BackendUnavailableError as error:
             return functools.partial(_refuse, str(error))  # a module need not use every op
         return registry.recorded(op, run) if recorded else run
+
     return Ops(*map(resolve, Ops._fields))
 
 
@@ -121,12 +129,23 @@ class Accelerated:
         if torch.compiler.is_compiling():
             packing.unpack_all()
             return PUBLIC
-        if (torch.is_grad_enabled() or not isinstance(x, Tensor) or x.is_meta
-                or _transforms.active() or torch.is_autocast_enabled(x.device.type)
-                or not self._takes(x, like)):
+        if (
+            torch.is_grad_enabled()
+            or not isinstance(x, Tensor)
+            or x.is_meta
+            or _transforms.active()
+            or torch.is_autocast_enabled(x.device.type)
+            or not self._takes(x, like)
+        ):
             return PUBLIC
-        return _bound(self._binding.backend, x.device.type, x.dtype, x.shape[-1], self.head_dim,
-                      registry.recording())
+        return _bound(
+            self._binding.backend,
+            x.device.type,
+            x.dtype,
+            x.shape[-1],
+            self.head_dim,
+            registry.recording(),
+        )
 
     def _takes(self, x: Tensor, like: tuple[Tensor | None, ...]) -> bool:
         """Is x [.., C] as wide as the module, or [.., D] as its heads, and are the others tokens
@@ -135,11 +154,18 @@ class Accelerated:
         if x.ndim < 2 or (self.width and shape[-1] not in (self.width, self.head_dim)):
             return False
         return all(
-            other is None or (
-                isinstance(other, Tensor) and other.ndim == x.ndim == 3 and other.dtype is dtype
-                and other.device == device and other.shape[2] == shape[2]
-                and other.shape[0] in (1, shape[0]) and other.shape[1] in (1, shape[1]))
-            for other in like)
+            other is None
+            or (
+                isinstance(other, Tensor)
+                and other.ndim == x.ndim == 3
+                and other.dtype is dtype
+                and other.device == device
+                and other.shape[2] == shape[2]
+                and other.shape[0] in (1, shape[0])
+                and other.shape[1] in (1, shape[1])
+            )
+            for other in like
+        )
 
     def extra_repr(self) -> str:
         """The module's own, and which backend serves what: "adaln_linear: native"."""
@@ -172,19 +198,29 @@ def accelerates(original: type[nn.Module]) -> Callable[[type[Module]], type[Modu
         raise TypeError(f"argument 'original': expected a class of modules, got {original!r}")
 
     def register(replacement: type[Module]) -> type[Module]:
-        if not (isinstance(replacement, type) and issubclass(replacement, original)
-                and issubclass(replacement, Accelerated)):
-            raise TypeError(f"accelerates({original.__name__}): expected a subclass of Accelerated "
-                            f"and of {original.__name__}, got {replacement!r}")
+        if not (
+            isinstance(replacement, type)
+            and issubclass(replacement, original)
+            and issubclass(replacement, Accelerated)
+        ):
+            raise TypeError(
+                f"accelerates({original.__name__}): expected a subclass of Accelerated "
+                f"and of {original.__name__}, got {replacement!r}"
+            )
         if own := {"__init__", "__new__", "__slots__"} & vars(replacement).keys():
-            raise TypeError(f"accelerates({original.__name__}): expected a class without a "
-                            f"constructor and state of its own, {replacement.__name__} defines "
-                            f"{min(own)}")
+            raise TypeError(
+                f"accelerates({original.__name__}): expected a class without a "
+                f"constructor and state of its own, {replacement.__name__} defines "
+                f"{min(own)}"
+            )
         if unknown := set(replacement.uses) - set(Ops._fields):
-            raise ValueError(f"{replacement.__name__}.uses: expected names out of "
-                             f"{', '.join(Ops._fields)}, got {min(unknown)!r}")
+            raise ValueError(
+                f"{replacement.__name__}.uses: expected names out of "
+                f"{', '.join(Ops._fields)}, got {min(unknown)!r}"
+            )
         _accelerated[original] = replacement
         return replacement
+
     return register
 
 
@@ -226,11 +262,15 @@ def accelerate(model: Model, *, backend: str | None = None, keep_weights: bool =
                 _resolve(replacement, module, backend)
             except registry.BackendUnavailableError as error:
                 raise registry.BackendUnavailableError(
-                    f"module '{name}' ({original.__name__}): {error}") from None
+                    f"module '{name}' ({original.__name__}): {error}"
+                ) from None
             found.append((module, replacement, Binding(backend, original, replacement)))
     if not found:
-        warnings.warn(f"accelerate: no module of {type(model).__name__} was swapped: none is a "
-                      f"{', '.join(kind.__name__ for kind in _accelerated)}", stacklevel=2)
+        warnings.warn(
+            f"accelerate: no module of {type(model).__name__} was swapped: none is a "
+            f"{', '.join(kind.__name__ for kind in _accelerated)}",
+            stacklevel=2,
+        )
     before = [(module, type(module), vars(module).get("_binding")) for module, *_ in found]
     try:
         for module, replacement, binding in found:
@@ -268,12 +308,20 @@ class Report(tuple[ReportRow, ...]):
 
     def __str__(self) -> str:
         lines = [("module", "class", "served", "left")]
-        lines += [(row.name or "(the model)", row.kind,
-                   ", ".join(f"{op}: {by}" for op, by in row.served.items()) or "-",
-                   "; ".join(row.left) or "-") for row in self]
+        lines += [
+            (
+                row.name or "(the model)",
+                row.kind,
+                ", ".join(f"{op}: {by}" for op, by in row.served.items()) or "-",
+                "; ".join(row.left) or "-",
+            )
+            for row in self
+        ]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(
-            line, widths, strict=True)).rstrip() for line in lines)
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
 
 
 def report(model: nn.Module) -> Report:
@@ -288,11 +336,13 @@ def report(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         original = _original(module)
         if original is not type(module):
-            rows.append(ReportRow(name, original.__name__, _serving(module),
-                                  tuple(_left(module))))
+            rows.append(ReportRow(name, original.__name__, _serving(module), tuple(_left(module))))
         elif isinstance(module, tuple(_accelerated)):
-            why = ("accelerate was not called since it is there" if type(module) in _accelerated
-                   else "a subclass, whose forward may be another")
+            why = (
+                "accelerate was not called since it is there"
+                if type(module) in _accelerated
+                else "a subclass, whose forward may be another"
+            )
             rows.append(ReportRow(name, type(module).__name__, {}, (why,)))
     return Report(rows)
 
@@ -309,8 +359,7 @@ def _left(module: Accelerated) -> Iterator[str]:
             yield f"{name}: it has no weight or no bias"
 
 
-def _layers(module: nn.Module,
-            kind: type[Accelerated]) -> Iterator[tuple[str, nn.Module | None]]:
+def _layers(module: nn.Module, kind: type[Accelerated]) -> Iterator[tuple[str, nn.Module | None]]:
     """Those whose weights the class reads, by name; None where there is nothing of that name."""
     for name in kind.weights:
         layer: nn.Module | None = module
@@ -352,12 +401,15 @@ def _restored(kind: type[nn.Module], binding: Binding) -> type[nn.Module]:
         return binding.original
     if binding.replacement not in kind.__bases__:
         return kind
-    bases = tuple(binding.original if base is binding.replacement else base
-                  for base in kind.__bases__)
-    own = {name: value for name, value in vars(kind).items()
-           if name not in ("__dict__", "__weakref__")}
-    return type(kind.__name__.replace(binding.replacement.__name__, binding.original.__name__),
-                bases, own)
+    bases = tuple(
+        binding.original if base is binding.replacement else base for base in kind.__bases__
+    )
+    own = {
+        name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")
+    }
+    return type(
+        kind.__name__.replace(binding.replacement.__name__, binding.original.__name__), bases, own
+    )
 
 
 def _place(module: nn.Module) -> tuple[str, torch.dtype]:
@@ -370,10 +422,16 @@ def _place(module: nn.Module) -> tuple[str, torch.dtype]:
 def _resolve(replacement: type[Accelerated], module: nn.Module, backend: str) -> dict:
     """The function of each op that it uses, for the place where its parameters are now."""
     device_type, dtype = _place(module)
-    return {op: registry.implementation(
-        op, device_type, dtype,
-        getattr(module, "head_dim" if op == "stage_attention" else "width", 0), backend=backend)
-        for op in replacement.uses}
+    return {
+        op: registry.implementation(
+            op,
+            device_type,
+            dtype,
+            getattr(module, "head_dim" if op == "stage_attention" else "width", 0),
+            backend=backend,
+        )
+        for op in replacement.uses
+    }
 
 
 def _serving(module: Accelerated) -> dict[str, str]:
@@ -386,8 +444,9 @@ def _prepare_weights(module: Accelerated, keep: bool) -> None:
     if not module.weights:
         return
     device_type, dtype = _place(module)
-    run = registry.implementation("adaln_linear", device_type, dtype,
-                                  backend=module._binding.backend)
+    run = registry.implementation(
+        "adaln_linear", device_type, dtype, backend=module._binding.backend
+    )
     prepare = getattr(sys.modules[run.__module__], "prepare_weight", None)
     if prepare is not None:
         for _, layer in _layers(module, type(module)):

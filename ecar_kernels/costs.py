@@ -43,8 +43,9 @@ class Rates:
 
 def floor_seconds(cost: Cost, rates: Rates) -> float:
     """The time that nothing can beat whose data comes from memory."""
-    return max(cost.bytes / rates.bytes_per_second,
-               cost.multiply_adds / rates.multiply_adds_per_second)
+    return max(
+        cost.bytes / rates.bytes_per_second, cost.multiply_adds / rates.multiply_adds_per_second
+    )
 
 
 def cost(op: str, arguments: Mapping[str, Any], outputs: Tensor | Sequence[Tensor]) -> Cost:
@@ -65,8 +66,9 @@ def cost(op: str, arguments: Mapping[str, Any], outputs: Tensor | Sequence[Tenso
     return Cost(_bytes((*arguments.values(), *_sequence(outputs))), _multiply_adds(op, arguments))
 
 
-def backward_cost(op: str, arguments: Mapping[str, Any],
-                  outputs: Tensor | Sequence[Tensor]) -> Cost:
+def backward_cost(
+    op: str, arguments: Mapping[str, Any], outputs: Tensor | Sequence[Tensor]
+) -> Cost:
     """The cost of the gradients of every floating tensor argument, given those of the outputs.
 
     Arguments as for `cost`. What the gradients need is read once, they are written once. A
@@ -80,12 +82,17 @@ def backward_cost(op: str, arguments: Mapping[str, Any],
     given = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     results = _sequence(outputs)
     read = [given[name] for name in BACKWARD_READS[op] if name in given]
-    written = [value for name, value in given.items()
-               if value.is_floating_point() and not _is_free(op, name, value, results)]
+    written = [
+        value
+        for name, value in given.items()
+        if value.is_floating_point() and not _is_free(op, name, value, results)
+    ]
     if op == "stage_attention" or op == "gated_residual_adaln":
         read.append(results[0])  # the softmax's output, and the stream that LN was taken of
-    return Cost(_bytes((*read, *results, *written)),
-                round(ATTENTION_BACKWARD * _multiply_adds(op, arguments)))
+    return Cost(
+        _bytes((*read, *results, *written)),
+        round(ATTENTION_BACKWARD * _multiply_adds(op, arguments)),
+    )
 
 
 # The arguments that a backward reads, beside the gradients of the outputs.
@@ -116,14 +123,17 @@ def _sequence(outputs: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _bytes(values: Iterable[Any]) -> int:
-    return sum(_elements(value) * value.element_size()
-               for value in values if isinstance(value, Tensor))
+    return sum(
+        _elements(value) * value.element_size() for value in values if isinstance(value, Tensor)
+    )
 
 
 def _elements(tensor: Tensor) -> int:
     """Those in memory: a dimension of stride 0 is one element expanded."""
-    return math.prod(size if stride else min(size, 1)
-                     for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return math.prod(
+        size if stride else min(size, 1)
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 def _multiply_adds(op: str, arguments: Mapping[str, Any]) -> int:
@@ -143,5 +153,4 @@ def _pairs(stage_lengths: Sequence[int], queries: int) -> int:
     """Visible pairs of the last `queries` of the stages' tokens and all keys."""
     ends = itertools.accumulate(stage_lengths)
     first = sum(stage_lengths) - queries
-    return sum(length * end for length, end in zip(stage_lengths, ends, strict=True)
-               if end > first)
+    return sum(length * end for length, end in zip(stage_lengths, ends, strict=True) if end > first)

@@ -10,8 +10,15 @@ from torch import Tensor, nn
 from ecar_kernels._written import as_written, has_affine
 from ecar_kernels.acceleration import PUBLIC, Ops, unit_gate
 
-__all__ = ["adaln_linear", "linear_gated_residual", "linear_residual", "mlp_gated_residual",
-           "norm_linear", "norm_mlp_residual", "rows"]
+__all__ = [
+    "adaln_linear",
+    "linear_gated_residual",
+    "linear_residual",
+    "mlp_gated_residual",
+    "norm_linear",
+    "norm_mlp_residual",
+    "rows",
+]
 
 
 def rows(x: Tensor) -> Tensor:
@@ -22,17 +29,33 @@ def rows(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def adaln_linear(ops: Ops, layer: nn.Module, x: Tensor, shift: Tensor, scale: Tensor, *,
-                 gelu: bool = False, **options: object) -> Tensor:
+def adaln_linear(
+    ops: Ops,
+    layer: nn.Module,
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    gelu: bool = False,
+    **options: object,
+) -> Tensor:
     """act(layer(adaln(x, shift, scale, **options)))."""
     if as_written(layer, nn.Linear):
-        return ops.adaln_linear(x, shift, scale, layer.weight, layer.bias,
-                                activation="gelu_tanh" if gelu else None, **options)
+        return ops.adaln_linear(
+            x,
+            shift,
+            scale,
+            layer.weight,
+            layer.bias,
+            activation="gelu_tanh" if gelu else None,
+            **options,
+        )
     return _act(layer(ops.adaln(x, shift, scale, **options)), gelu)
 
 
-def norm_linear(ops: Ops, norm: nn.Module, layer: nn.Module, x: Tensor, *,
-                gelu: bool = False) -> Tensor:
+def norm_linear(
+    ops: Ops, norm: nn.Module, layer: nn.Module, x: Tensor, *, gelu: bool = False
+) -> Tensor:
     """act(layer(norm(x))): LayerNorm's bias is the shift and its weight all of the factor."""
     if has_affine(norm) and as_written(layer, nn.Linear) and norm.bias.shape == x.shape[-1:]:
         shift, scale = (p.expand(len(x), 1, -1) for p in (norm.bias, norm.weight))
@@ -40,26 +63,44 @@ def norm_linear(ops: Ops, norm: nn.Module, layer: nn.Module, x: Tensor, *,
     return _act(layer(norm(x)), gelu)
 
 
-def linear_gated_residual(ops: Ops, layer: nn.Module, h: Tensor, gate: Tensor, residual: Tensor,
-                          *, step_gate: Tensor | None = None) -> Tensor:
+def linear_gated_residual(
+    ops: Ops,
+    layer: nn.Module,
+    h: Tensor,
+    gate: Tensor,
+    residual: Tensor,
+    *,
+    step_gate: Tensor | None = None,
+) -> Tensor:
     """residual + (gate + step_gate) layer(h)."""
     if as_written(layer, nn.Linear):
-        return ops.linear_gated_residual(h, layer.weight, layer.bias, gate, residual,
-                                         step_gate=step_gate)
+        return ops.linear_gated_residual(
+            h, layer.weight, layer.bias, gate, residual, step_gate=step_gate
+        )
     return _gated_residual(ops, residual, layer(h), gate, step_gate)
 
 
 def linear_residual(ops: Ops, layer: nn.Module, h: Tensor, residual: Tensor) -> Tensor:
     """residual + layer(h)."""
     if as_written(layer, nn.Linear):
-        return linear_gated_residual(ops, layer, h, unit_gate(residual, residual.shape[-1]),
-                                     residual)
+        return linear_gated_residual(
+            ops, layer, h, unit_gate(residual, residual.shape[-1]), residual
+        )
     return residual + layer(h)
 
 
-def mlp_gated_residual(ops: Ops, mlp: nn.Module, kind: type[nn.Module], x: Tensor, shift: Tensor,
-                       scale: Tensor, gate: Tensor, *, step_gate: Tensor | None,
-                       **options: object) -> Tensor:
+def mlp_gated_residual(
+    ops: Ops,
+    mlp: nn.Module,
+    kind: type[nn.Module],
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    gate: Tensor,
+    *,
+    step_gate: Tensor | None,
+    **options: object,
+) -> Tensor:
     """x + (gate + step_gate) mlp(adaln(x, shift, scale, **options)), for an MLP of class `kind`
     with the layers fc1 and fc2 and a GELU between them."""
     if not as_written(mlp, kind):
@@ -69,8 +110,9 @@ def mlp_gated_residual(ops: Ops, mlp: nn.Module, kind: type[nn.Module], x: Tenso
     return linear_gated_residual(ops, mlp.fc2, rows(hidden), gate, x, step_gate=step_gate)
 
 
-def norm_mlp_residual(ops: Ops, norm: nn.Module, mlp: nn.Module, kind: type[nn.Module],
-                      x: Tensor) -> Tensor:
+def norm_mlp_residual(
+    ops: Ops, norm: nn.Module, mlp: nn.Module, kind: type[nn.Module], x: Tensor
+) -> Tensor:
     """x + mlp(norm(x)), likewise."""
     if not as_written(mlp, kind):
         return x + mlp(norm(x))
@@ -81,8 +123,9 @@ def _act(y: Tensor, gelu: bool) -> Tensor:
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
-def _gated_residual(ops: Ops, x: Tensor, branch: Tensor, gate: Tensor,
-                    step_gate: Tensor | None) -> Tensor:
+def _gated_residual(
+    ops: Ops, x: Tensor, branch: Tensor, gate: Tensor, step_gate: Tensor | None
+) -> Tensor:
     """The branch is a foreign layer's: of another shape or dtype, the public op says so."""
     branch = rows(branch)
     if branch.shape != x.shape or branch.dtype is not x.dtype or branch.device != x.device:

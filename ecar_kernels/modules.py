@@ -51,13 +51,21 @@ class AdaLN(OpsModule):
         super().__init__()
         self.eps = eps
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, step_shift: Tensor | None = None,
-                step_scale: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        step_shift: Tensor | None = None,
+        step_scale: Tensor | None = None,
+    ) -> Tensor:
         """As `ecar_kernels.adaln`: x [B, N, C] -> [B, N, C]."""
         x, shift, scale, step_shift, step_scale = made = tuple(
-            map(rows, (x, shift, scale, step_shift, step_scale)))
-        return self.ops(*made).adaln(x, shift, scale, step_shift=step_shift,
-                                     step_scale=step_scale, eps=self.eps)
+            map(rows, (x, shift, scale, step_shift, step_scale))
+        )
+        return self.ops(*made).adaln(
+            x, shift, scale, step_shift=step_shift, step_scale=step_scale, eps=self.eps
+        )
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"
@@ -66,8 +74,9 @@ class AdaLN(OpsModule):
 class GatedResidual(OpsModule):
     """x + (gate + step_gate) branch; no parameters."""
 
-    def forward(self, x: Tensor, branch: Tensor, gate: Tensor,
-                step_gate: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, branch: Tensor, gate: Tensor, step_gate: Tensor | None = None
+    ) -> Tensor:
         """As `ecar_kernels.gated_residual`: [B, N, C]."""
         x, branch, gate, step_gate = made = tuple(map(rows, (x, branch, gate, step_gate)))
         return self.ops(*made).gated_residual(x, branch, gate, step_gate=step_gate)
@@ -111,8 +120,13 @@ class _Attention(OpsModule):
             raise ValueError(f"argument 'heads': expected a divisor of width={width}, got {heads}")
         self.width, self.heads, self.head_dim = width, heads, width // heads
 
-    def attend(self, qkv: Tensor, stage_lengths: Sequence[int] | None = None,
-               cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def attend(
+        self,
+        qkv: Tensor,
+        stage_lengths: Sequence[int] | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
         """[B, n, 3 C] -> [B, n, C]; without lengths, all tokens are one stage."""
         b, n = qkv.shape[:2]
         q, k, v = rows(qkv).view(b, n, 3, self.heads, self.head_dim).unbind(2)
@@ -151,8 +165,13 @@ class StageAttention(_Attention):
         self.qkv = Linear(width, 3 * width, bias=bias)
         self.proj = Linear(width, width, bias=bias)
 
-    def forward(self, x: Tensor, stage_lengths: Sequence[int] | None = None,
-                cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        stage_lengths: Sequence[int] | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
         """A token sees those of its own stage and of earlier ones: [B, N, C] -> [B, N, C].
 
         stage_lengths: tokens of each stage; None: all tokens are one stage. cache: x is the
@@ -172,8 +191,9 @@ class StageBlock(_Attention):
         eps: added to the variance.
     """
 
-    def __init__(self, width: int, heads: int, mlp_width: int | None = None, *,
-                 eps: float = 1e-6) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_width: int | None = None, *, eps: float = 1e-6
+    ) -> None:
         super().__init__(width, heads)
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.qkv = nn.Linear(width, 3 * width)
@@ -181,14 +201,24 @@ class StageBlock(_Attention):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(width, mlp_width)
 
-    def attention(self, x: Tensor, stage_lengths: Sequence[int] | None = None,
-                  cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def attention(
+        self,
+        x: Tensor,
+        stage_lengths: Sequence[int] | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
         """The attention's branch, which the residual stream adds."""
         qkv = recompute.linear(self.qkv, *recompute.layer_norm(self.norm1, x))
         return self.proj(self.attend(qkv, stage_lengths, cache, layer))
 
-    def forward(self, x: Tensor, stage_lengths: Sequence[int] | None = None,
-                cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        stage_lengths: Sequence[int] | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
         """[B, N, C] -> [B, N, C]; arguments as those of `StageAttention`."""
         x = x + self.attention(x, stage_lengths, cache, layer)
         return x + self.feed_forward(*recompute.layer_norm(self.norm2, x))
@@ -204,8 +234,9 @@ class FlowBlock(_Attention):
         eps: added to the variance.
     """
 
-    def __init__(self, width: int, heads: int, mlp_width: int | None = None, *,
-                 eps: float = 1e-6) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_width: int | None = None, *, eps: float = 1e-6
+    ) -> None:
         super().__init__(width, heads)
         self.eps = eps
         self.qkv = nn.Linear(width, 3 * width)
@@ -213,7 +244,11 @@ class FlowBlock(_Attention):
         self.mlp = MLP(width, mlp_width)
 
     def forward(
-        self, x: Tensor, y: Tensor, spatial: Sequence[Tensor], step: Sequence[Tensor],
+        self,
+        x: Tensor,
+        y: Tensor,
+        spatial: Sequence[Tensor],
+        step: Sequence[Tensor],
         begun: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The training path: the residual stream is touched twice.
@@ -236,13 +271,27 @@ class FlowBlock(_Attention):
         t_gate, t_shift, t_scale, t_mlp_gate, t_next_shift, t_next_scale = map(rows, step)
         run = PUBLIC.gated_residual_adaln
         x, y = run(
-            x, self.proj(self.attend(recompute.linear(self.qkv, *made))), gate, shift, scale,
-            step_gate=t_gate, step_shift=t_shift, step_scale=t_scale, eps=self.eps,
+            x,
+            self.proj(self.attend(recompute.linear(self.qkv, *made))),
+            gate,
+            shift,
+            scale,
+            step_gate=t_gate,
+            step_shift=t_shift,
+            step_scale=t_scale,
+            eps=self.eps,
         )
         made = recompute.adaln(y, x, shift, scale, t_shift, t_scale, self.eps)
         return run(
-            x, self.feed_forward(*made), mlp_gate, next_shift, next_scale,
-            step_gate=t_mlp_gate, step_shift=t_next_shift, step_scale=t_next_scale, eps=self.eps,
+            x,
+            self.feed_forward(*made),
+            mlp_gate,
+            next_shift,
+            next_scale,
+            step_gate=t_mlp_gate,
+            step_shift=t_next_shift,
+            step_scale=t_next_scale,
+            eps=self.eps,
         )
 
     def infer(self, x: Tensor, spatial: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
@@ -261,13 +310,23 @@ class FlowBlock(_Attention):
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts[:6]
         t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = parts[6:]
         ops = self.ops(x, *parts)
-        qkv = fused.adaln_linear(ops, self.qkv, x, shift, scale, step_shift=t_shift,
-                                 step_scale=t_scale, eps=self.eps)
-        x = fused.linear_gated_residual(ops, self.proj, self.attend(qkv), gate, x,
-                                        step_gate=t_gate)
+        qkv = fused.adaln_linear(
+            ops, self.qkv, x, shift, scale, step_shift=t_shift, step_scale=t_scale, eps=self.eps
+        )
+        x = fused.linear_gated_residual(ops, self.proj, self.attend(qkv), gate, x, step_gate=t_gate)
         return fused.mlp_gated_residual(
-            ops, self.mlp, MLP, x, mlp_shift, mlp_scale, mlp_gate, step_gate=t_mlp_gate,
-            step_shift=t_mlp_shift, step_scale=t_mlp_scale, eps=self.eps)
+            ops,
+            self.mlp,
+            MLP,
+            x,
+            mlp_shift,
+            mlp_scale,
+            mlp_gate,
+            step_gate=t_mlp_gate,
+            step_shift=t_mlp_shift,
+            step_scale=t_mlp_scale,
+            eps=self.eps,
+        )
 
 
 @accelerates(AdaLN)
@@ -308,8 +367,12 @@ class AcceleratedLinear(Accelerated, Linear):
 def _multiply(layer: Linear, x: Tensor, bias: Tensor | None, plain: Callable) -> Tensor:
     ops = layer.ops(x) if isinstance(layer, Accelerated) else PUBLIC  # restored, and still called
     # Elsewhere the libraries' own GEMM is the one to take.
-    if (ops is PUBLIC or not (x.ndim >= 2 and x.numel()) or not as_written(layer, nn.Linear)
-            or registry.server(ops.linear_gated_residual) != "native"):
+    if (
+        ops is PUBLIC
+        or not (x.ndim >= 2 and x.numel())
+        or not as_written(layer, nn.Linear)
+        or registry.server(ops.linear_gated_residual) != "native"
+    ):
         return plain(layer, x)
     tokens = rows(x.reshape(-1, *x.shape[-2:]))
     nothing = x.new_zeros(1, 1, layer.out_features).expand(*tokens.shape[:2], -1)

@@ -23,12 +23,21 @@ from ecar_kernels._written import as_written
 
 def active(x: Tensor) -> bool:
     """Is a linear layer that runs now to forget its input x?"""
-    return (torch.is_grad_enabled() and not torch.compiler.is_compiling() and not x.is_meta
-            and not _transforms.active() and registry.active_backend() != "reference")
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not x.is_meta
+        and not _transforms.active()
+        and registry.active_backend() != "reference"
+    )
 
 
-def linear(layer: nn.Module, z: Tensor, function: Callable[..., Tensor] | None = None,
-           *sources: Tensor | None) -> Tensor:
+def linear(
+    layer: nn.Module,
+    z: Tensor,
+    function: Callable[..., Tensor] | None = None,
+    *sources: Tensor | None,
+) -> Tensor:
     """layer(z), keeping `sources` in z's place.
 
     z: [.., C], the result of function(*sources), whose gradient goes its own way. function: makes
@@ -66,16 +75,29 @@ def layer_norm(norm: nn.Module, x: Tensor) -> tuple:
     return z, again, x, norm.weight, norm.bias
 
 
-def adaln(y: Tensor, x: Tensor, shift: Tensor, scale: Tensor, step_shift: Tensor | None,
-          step_scale: Tensor | None, eps: float) -> tuple:
+def adaln(
+    y: Tensor,
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    step_shift: Tensor | None,
+    step_scale: Tensor | None,
+    eps: float,
+) -> tuple:
     """y, which adaln(x, shift, ..) has made, or gated_residual_adaln with the new x."""
+
     def again(x: Tensor, *modulation: Tensor | None) -> Tensor:
         run = registry.implementation(
-            "adaln", x.device.type, dtype, x.shape[-1],
-            backend="reference" if _transforms.active() else backend)
+            "adaln",
+            x.device.type,
+            dtype,
+            x.shape[-1],
+            backend="reference" if _transforms.active() else backend,
+        )
         # Under torch.autocast y is of a lower type than x may be.
         x, shift, scale, step_shift, step_scale = (
-            None if source is None else source.to(dtype) for source in (x, *modulation))
+            None if source is None else source.to(dtype) for source in (x, *modulation)
+        )
         return run(x, shift, scale, step_shift=step_shift, step_scale=step_scale, eps=eps)
 
     backend, dtype = registry.active_backend(), y.dtype
@@ -97,9 +119,13 @@ class _Linear(torch.autograd.Function):
         weight, *sources = ctx.saved_tensors
         _, z_wanted, weight_wanted, bias_wanted, *_ = ctx.needs_input_grad
         with torch.autocast(**ctx.autocast):
-            return (None, grad @ weight if z_wanted else None,
-                    _weight(grad, ctx.function(*sources)) if weight_wanted else None,
-                    _bias(grad) if bias_wanted else None, *(None for _ in sources))
+            return (
+                None,
+                grad @ weight if z_wanted else None,
+                _weight(grad, ctx.function(*sources)) if weight_wanted else None,
+                _bias(grad) if bias_wanted else None,
+                *(None for _ in sources),
+            )
 
 
 class _GELULinear(torch.autograd.Function):
@@ -122,19 +148,28 @@ class _GELULinear(torch.autograd.Function):
                 grad_weight = _weight(grad, F.gelu(x, approximate="tanh"))
             if x_wanted:
                 grad_x = (grad @ weight).to(x.dtype)
-                plain = not (torch.is_grad_enabled() or _transforms.active()
-                             or _transforms.is_batched_gradient(grad))
+                plain = not (
+                    torch.is_grad_enabled()
+                    or _transforms.active()
+                    or _transforms.is_batched_gradient(grad)
+                )
                 place = {"grad_input": grad_x} if plain else {}
-                run = (torch.ops.aten.gelu_backward.grad_input if place
-                       else torch.ops.aten.gelu_backward.default)
+                run = (
+                    torch.ops.aten.gelu_backward.grad_input
+                    if place
+                    else torch.ops.aten.gelu_backward.default
+                )
                 grad_x = run(grad_x, x, approximate="tanh", **place)
             return grad_x, grad_weight, _bias(grad) if bias_wanted else None
 
 
 def _autocast_state(x: Tensor) -> dict:
     device = x.device.type
-    return {"device_type": device, "enabled": torch.is_autocast_enabled(device),
-            "dtype": torch.get_autocast_dtype(device)}
+    return {
+        "device_type": device,
+        "enabled": torch.is_autocast_enabled(device),
+        "dtype": torch.get_autocast_dtype(device),
+    }
 
 
 def _weight(grad: Tensor, z: Tensor) -> Tensor:

@@ -76,8 +76,11 @@ class Implementation:
             said.append(f"last dimension {', '.join(widths)}")
         if not set(KERNEL_DTYPES) <= set(self.dtypes):
             said.append(" and ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes))
-        said += [f"not {device}: {reason}" for device, missing in self.missing_on.items()
-                 if (reason := missing()) is not None]
+        said += [
+            f"not {device}: {reason}"
+            for device, missing in self.missing_on.items()
+            if (reason := missing()) is not None
+        ]
         return "; ".join(said)
 
     def load(self) -> None:
@@ -100,6 +103,7 @@ def _unless_transformed(function: Callable, op: str) -> Callable:
     @functools.wraps(function)
     def bound(*args, **kwargs):
         return reference(*args, **kwargs) if active() else function(*args, **kwargs)
+
     return bound
 
 
@@ -114,24 +118,36 @@ FAMILIES = {
 OPS = tuple(op for family in FAMILIES.values() for op in family)
 
 IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
-    op: {"reference": Implementation(f"ecar_kernels.{family}.reference:{op}",
-                                     dtypes=(*KERNEL_DTYPES, torch.float64))}
-    for family, ops in FAMILIES.items() for op in ops
+    op: {
+        "reference": Implementation(
+            f"ecar_kernels.{family}.reference:{op}", dtypes=(*KERNEL_DTYPES, torch.float64)
+        )
+    }
+    for family, ops in FAMILIES.items()
+    for op in ops
 }
 IMPLEMENTATIONS["stage_attention"]["native"] = Implementation(
-    "ecar_kernels.stage_attention.native:stage_attention",
-    missing_on={"cpu": _native.why_not})
+    "ecar_kernels.stage_attention.native:stage_attention", missing_on={"cpu": _native.why_not}
+)
 for op in FAMILIES["flow_step"]:
     IMPLEMENTATIONS[op]["native"] = Implementation(
-        f"ecar_kernels.flow_step.native:{op}", devices=("cpu", "cuda"), missing=_native.why_not,
-        missing_on={"cuda": _native.why_not_cuda})
+        f"ecar_kernels.flow_step.native:{op}",
+        devices=("cpu", "cuda"),
+        missing=_native.why_not,
+        missing_on={"cuda": _native.why_not_cuda},
+    )
 IMPLEMENTATIONS["flow_boundary"]["native"] = Implementation(
-    "ecar_kernels.flow_step.boundary:flow_boundary", devices=("cpu", "cuda"), max_width=8192,
-    missing=_native.why_not, missing_on={"cuda": _native.why_not_cuda})
+    "ecar_kernels.flow_step.boundary:flow_boundary",
+    devices=("cpu", "cuda"),
+    max_width=8192,
+    missing=_native.why_not,
+    missing_on={"cuda": _native.why_not_cuda},
+)
 for family in ("adaln", "flow_block"):
     for op in FAMILIES[family]:
         IMPLEMENTATIONS[op]["native"] = Implementation(
-            f"ecar_kernels.{family}.native:{op}", devices=("cpu",), missing=_native.why_not)
+            f"ecar_kernels.{family}.native:{op}", devices=("cpu",), missing=_native.why_not
+        )
 # Interpreted, Triton's kernels serve CPU tensors too, but so slowly that none gets them unasked.
 _TRITON_DEVICES = ("cuda", "cpu") if _triton.interpreting() else ("cuda",)
 _TRITON = {
@@ -140,13 +156,16 @@ _TRITON = {
     "missing": _triton.why_not,
 }
 IMPLEMENTATIONS["stage_attention"]["triton"] = Implementation(
-    "ecar_kernels.stage_attention.triton:stage_attention", max_width=256, width_step=8, **_TRITON)
+    "ecar_kernels.stage_attention.triton:stage_attention", max_width=256, width_step=8, **_TRITON
+)
 for op in FAMILIES["adaln"]:
     IMPLEMENTATIONS[op]["triton"] = Implementation(
-        f"ecar_kernels.adaln.triton:{op}", max_width=8192, **_TRITON)
+        f"ecar_kernels.adaln.triton:{op}", max_width=8192, **_TRITON
+    )
 for op in FAMILIES["flow_block"]:
     IMPLEMENTATIONS[op]["triton"] = Implementation(
-        f"ecar_kernels.flow_block.triton:{op}", **_TRITON)
+        f"ecar_kernels.flow_block.triton:{op}", **_TRITON
+    )
 
 for _implementations in IMPLEMENTATIONS.values():
     for _name, _implementation in _implementations.items():
@@ -264,6 +283,7 @@ def recorded(op: str, function: Callable) -> Callable:
     def call(*args, **kwargs):
         note(op, backend)
         return function(*args, **kwargs)
+
     _backends_of[call] = backend
     return call
 
@@ -284,8 +304,7 @@ def _search(op: str, backend: str, device_type: str, dtype: torch.dtype) -> tupl
         found = IMPLEMENTATIONS[op].get(name)
         if found is not None and backend == "auto" and device_type in found.named_only:
             continue
-        reason = (_not_implemented(op, name) if found is None
-                  else found.why_not(device_type, dtype))
+        reason = _not_implemented(op, name) if found is None else found.why_not(device_type, dtype)
         if reason is None:
             found.load()
             names.append(name)
@@ -309,8 +328,9 @@ def _candidates(op: str, backend: str, device_type: str, dtype: torch.dtype) -> 
 _candidates._dynamo_marked_constant = True
 
 
-def implementation(op: str, device_type: str, dtype: torch.dtype, width: int = 0, *,
-                   backend: str | None = None) -> Callable:
+def implementation(
+    op: str, device_type: str, dtype: torch.dtype, width: int = 0, *, backend: str | None = None
+) -> Callable:
     """The function for an op: a few look-ups a call, no search.
 
     That of the backend in force, or of the reference where a transform is active that kernels
@@ -325,8 +345,9 @@ def implementation(op: str, device_type: str, dtype: torch.dtype, width: int = 0
     return _find(op, device_type, dtype, width, backend).function
 
 
-def _find(op: str, device_type: str, dtype: torch.dtype, width: int,
-          backend: str) -> Implementation:
+def _find(
+    op: str, device_type: str, dtype: torch.dtype, width: int, backend: str
+) -> Implementation:
     for name in _candidates(op, backend, device_type, dtype):
         found = IMPLEMENTATIONS[op][name]
         if (reason := found.why_not_width(width)) is None:
@@ -334,8 +355,14 @@ def _find(op: str, device_type: str, dtype: torch.dtype, width: int,
     raise BackendUnavailableError(f"backend '{backend}' cannot serve {op}: {reason}")
 
 
-def resolve(op: str, *, device: torch.device | str, dtype: torch.dtype, width: int = 0,
-            backend: str | None = None) -> Callable:
+def resolve(
+    op: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    width: int = 0,
+    backend: str | None = None,
+) -> Callable:
     """Bind an op's implementation ahead of time.
 
     op: a name out of `OPS`. width: the last dimension's size (D of stage_attention, C of the

@@ -49,12 +49,17 @@ def ulp(oracle: Tensor, dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps * oracle.abs().max().item() if oracle.numel() else 0.0
 
 
-def run(function: Callable, arguments: dict, dtype: torch.dtype | None = None,
-        output_gradients: list[Tensor] | None = None) -> tuple[Tensor, ...]:
+def run(
+    function: Callable,
+    arguments: dict,
+    dtype: torch.dtype | None = None,
+    output_gradients: list[Tensor] | None = None,
+) -> tuple[Tensor, ...]:
     """The outputs; with `output_gradients`, then the gradients of the floating arguments.
 
     `dtype` converts the floating arguments first, and is a dtype argument's value.
     """
+
     def prepare(value):
         if isinstance(value, torch.dtype):
             return value if dtype is None else dtype
@@ -89,8 +94,12 @@ class Verdict:
         return f"{self.what} {self.found:.3g}, allowed {self.allowed:.3g}"
 
 
-def verdicts(values: Sequence[Tensor], usual: Sequence[Tensor], oracle: Sequence[Tensor],
-             dtype: torch.dtype | None = None) -> list[Verdict]:
+def verdicts(
+    values: Sequence[Tensor],
+    usual: Sequence[Tensor],
+    oracle: Sequence[Tensor],
+    dtype: torch.dtype | None = None,
+) -> list[Verdict]:
     """The rule, applied to results: the implementation's, the reference's in its dtype, and the
     reference's in float64. dtype: whose ulp counts, None for each result's own. Raises
     AssertionError where a result's shape or dtype is not the reference's.
@@ -101,15 +110,23 @@ def verdicts(values: Sequence[Tensor], usual: Sequence[Tensor], oracle: Sequence
         assert value.dtype == plain.dtype, f"result {index}: {value.dtype}, not {plain.dtype}"
         counted = dtype or value.dtype
         unit = ulp(exact, counted)
-        for kind, measure, ulps in (("error", error, 1), ("largest error", largest_error,
-                                                          WORST_ELEMENT_ULPS[counted])):
-            found.append(Verdict(f"result {index}: {kind}", measure(value, exact),
-                                 2 * measure(plain, exact) + ulps * unit))
+        for kind, measure, ulps in (
+            ("error", error, 1),
+            ("largest error", largest_error, WORST_ELEMENT_ULPS[counted]),
+        ):
+            found.append(
+                Verdict(
+                    f"result {index}: {kind}",
+                    measure(value, exact),
+                    2 * measure(plain, exact) + ulps * unit,
+                )
+            )
     return found
 
 
-def judge(candidate: Callable, reference: Callable, arguments: dict, *,
-          gradients: bool = False) -> list[Verdict]:
+def judge(
+    candidate: Callable, reference: Callable, arguments: dict, *, gradients: bool = False
+) -> list[Verdict]:
     """The rule, applied to each output and, with `gradients`, to each argument's gradient.
 
     candidate, reference: the op's signature. arguments: by name, in the candidate's dtype. Raises
@@ -118,24 +135,29 @@ def judge(candidate: Callable, reference: Callable, arguments: dict, *,
     weights = None
     if gradients:
         weights = [torch.randn_like(y) for y in run(reference, arguments)]
-    return verdicts(run(candidate, arguments, None, weights),
-                    run(reference, arguments, None, weights),
-                    run(reference, arguments, torch.float64, weights))
+    return verdicts(
+        run(candidate, arguments, None, weights),
+        run(reference, arguments, None, weights),
+        run(reference, arguments, torch.float64, weights),
+    )
 
 
-def assert_accurate(candidate: Callable, reference: Callable, arguments: dict, *,
-                    gradients: bool = False) -> None:
+def assert_accurate(
+    candidate: Callable, reference: Callable, arguments: dict, *, gradients: bool = False
+) -> None:
     """As `judge`; AssertionError names the first measure that does not pass."""
     for verdict in judge(candidate, reference, arguments, gradients=gradients):
         assert verdict.ok, str(verdict)
 
 
-def arguments(op: str, *, batch: int = 2, dtype: torch.dtype = torch.float32,
-              optional: bool = True) -> dict:
+def arguments(
+    op: str, *, batch: int = 2, dtype: torch.dtype = torch.float32, optional: bool = True
+) -> dict:
     """Random valid arguments of an op on torch's default device, views where users have views.
 
     optional: include the optional ones.
     """
+
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape).to(dtype)
 
@@ -149,9 +171,13 @@ def arguments(op: str, *, batch: int = 2, dtype: torch.dtype = torch.float32,
 
     x = {"x": normal(batch, TOKENS, CHANNELS)}
     branch = {"branch": normal(batch, TOKENS, CHANNELS)}
-    seeds = torch.randint(-2**63, 2**63 - 1, (batch,))
-    image = {"x": normal(batch, *IMAGE), "velocity": normal(2 * batch, *IMAGE), "dt": 0.125,
-             "guidance_scale": 1.5}
+    seeds = torch.randint(-(2**63), 2**63 - 1, (batch,))
+    image = {
+        "x": normal(batch, *IMAGE),
+        "velocity": normal(2 * batch, *IMAGE),
+        "dt": 0.125,
+        "guidance_scale": 1.5,
+    }
     if op == "stage_attention":
         packed = normal(batch, TOKENS, 3 * HEADS * HEAD_DIM).chunk(3, -1)
         q, k, v = (part.unflatten(-1, (HEADS, HEAD_DIM)) for part in packed)
@@ -161,35 +187,62 @@ def arguments(op: str, *, batch: int = 2, dtype: torch.dtype = torch.float32,
     if op == "gated_residual":
         return x | branch | modulation("gate") | steps("step_gate")
     if op == "gated_residual_adaln":
-        return (x | branch | modulation("gate", "shift", "scale")
-                | steps("step_gate", "step_shift", "step_scale"))
+        return (
+            x
+            | branch
+            | modulation("gate", "shift", "scale")
+            | steps("step_gate", "step_shift", "step_scale")
+        )
     if op == "adaln_linear":
-        return (x | modulation("shift", "scale")
-                | {"weight": normal(HIDDEN, CHANNELS), "bias": normal(HIDDEN)}
-                | steps("step_shift", "step_scale") | {"activation": "gelu_tanh"}
-                | ({"scale_offset": 0.5} if optional else {}))
+        return (
+            x
+            | modulation("shift", "scale")
+            | {"weight": normal(HIDDEN, CHANNELS), "bias": normal(HIDDEN)}
+            | steps("step_shift", "step_scale")
+            | {"activation": "gelu_tanh"}
+            | ({"scale_offset": 0.5} if optional else {})
+        )
     if op == "linear_gated_residual":
-        return ({"h": normal(batch, TOKENS, HIDDEN), "weight": normal(CHANNELS, HIDDEN),
-                 "bias": normal(CHANNELS), "residual": normal(batch, TOKENS, CHANNELS)}
-                | modulation("gate") | steps("step_gate"))
+        return (
+            {
+                "h": normal(batch, TOKENS, HIDDEN),
+                "weight": normal(CHANNELS, HIDDEN),
+                "bias": normal(CHANNELS),
+                "residual": normal(batch, TOKENS, CHANNELS),
+            }
+            | modulation("gate")
+            | steps("step_gate")
+        )
     if op == "flow_boundary":
-        return ({"x": normal(2 * batch, TOKENS, CHANNELS), "state": normal(batch, TOKENS, OUTPUTS)}
-                | modulation("shift", "scale", rows=2 * batch)
-                | {"weight": normal(OUTPUTS, CHANNELS), "bias": normal(OUTPUTS),
-                   "embed_weight": normal(CHANNELS, OUTPUTS), "embed_bias": normal(CHANNELS),
-                   "positions": normal(TOKENS, CHANNELS), "dt": 0.125, "guidance_scale": 1.5}
-                | steps("step_shift", "step_scale"))
+        return (
+            {"x": normal(2 * batch, TOKENS, CHANNELS), "state": normal(batch, TOKENS, OUTPUTS)}
+            | modulation("shift", "scale", rows=2 * batch)
+            | {
+                "weight": normal(OUTPUTS, CHANNELS),
+                "bias": normal(OUTPUTS),
+                "embed_weight": normal(CHANNELS, OUTPUTS),
+                "embed_bias": normal(CHANNELS),
+                "positions": normal(TOKENS, CHANNELS),
+                "dt": 0.125,
+                "guidance_scale": 1.5,
+            }
+            | steps("step_shift", "step_scale")
+        )
     if op == "euler_step":
         return image
     if op == "upsample_renoise_euler":
         channels, height, width = IMAGE
-        noise = ({"details": normal(batch, channels, 3, height, width)} if optional
-                 else {"seeds": seeds})
+        noise = (
+            {"details": normal(batch, channels, 3, height, width)} if optional else {"seeds": seeds}
+        )
         return image | {"time": 1 / 3, "stage": 2} | noise
     return {"seeds": seeds, "shape": IMAGE, "device": seeds.device.type, "dtype": dtype}
 
 
 def tensor_names(op: str) -> list[str]:
     """The floating tensor arguments, the one that sets type and device first."""
-    return [name for name, value in arguments(op).items()
-            if isinstance(value, Tensor) and value.is_floating_point()]
+    return [
+        name
+        for name, value in arguments(op).items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    ]

@@ -54,10 +54,14 @@ class Choice:
 
     def entry(self) -> dict:
         """As tuning.write takes it."""
-        return {"op": self.problem.op, "key": list(self.problem.key), "rows": self.problem.rows,
-                "settings": asdict(self.settings),
-                "microseconds": round(1e6 * self.seconds, 2),
-                "usual_microseconds": round(1e6 * self.usual_seconds, 2)}
+        return {
+            "op": self.problem.op,
+            "key": list(self.problem.key),
+            "rows": self.problem.rows,
+            "settings": asdict(self.settings),
+            "microseconds": round(1e6 * self.seconds, 2),
+            "usual_microseconds": round(1e6 * self.usual_seconds, 2),
+        }
 
 
 def why_not() -> str | None:
@@ -67,9 +71,15 @@ def why_not() -> str | None:
     return _triton.why_not()
 
 
-def problems(widths: Sequence[int], rows: Sequence[int], dtype: torch.dtype,
-             families: Sequence[str] = TUNED_FAMILIES, *, mlp_ratio: float = 4.0,
-             device: str = "cuda") -> list[Problem]:
+def problems(
+    widths: Sequence[int],
+    rows: Sequence[int],
+    dtype: torch.dtype,
+    families: Sequence[str] = TUNED_FAMILIES,
+    *,
+    mlp_ratio: float = 4.0,
+    device: str = "cuda",
+) -> list[Problem]:
     """Every op of the families, forward and backward, at each width and number of rows."""
     found: dict[tuple, Problem] = {}
     for family in families:
@@ -81,15 +91,24 @@ def problems(widths: Sequence[int], rows: Sequence[int], dtype: torch.dtype,
     return list(found.values())
 
 
-def attention_problems(stage_lengths: Sequence[int], queries: int, batch: int, heads: int,
-                       head_dim: int, dtype: torch.dtype, *,
-                       device: str = "cuda") -> list[Problem]:
+def attention_problems(
+    stage_lengths: Sequence[int],
+    queries: int,
+    batch: int,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    device: str = "cuda",
+) -> list[Problem]:
     """Stage attention of the newest `queries` tokens: forward, and both kernels of backward."""
-    function = resolve("stage_attention", device=device, dtype=dtype, width=head_dim,
-                       backend="triton")
-    q, k, v = (torch.randn(batch, tokens, heads, head_dim, dtype=dtype, device=device,
-                           requires_grad=True)
-               for tokens in (queries, sum(stage_lengths), sum(stage_lengths)))
+    function = resolve(
+        "stage_attention", device=device, dtype=dtype, width=head_dim, backend="triton"
+    )
+    q, k, v = (
+        torch.randn(batch, tokens, heads, head_dim, dtype=dtype, device=device, requires_grad=True)
+        for tokens in (queries, sum(stage_lengths), sum(stage_lengths))
+    )
     stage_lengths = list(stage_lengths)
 
     def forward():
@@ -109,9 +128,17 @@ def _asked(run: Callable[[], Sequence[Tensor]], device: str) -> list[Problem]:
     """The settings that the run asks for, each as a problem."""
     with tuning.recording() as asked:
         run()
-    return [Problem(op, key, rows, usual,
-                    tuple(dict.fromkeys((usual, *_candidates(op, key, rows, device)))), run)
-            for op, key, rows, usual in asked]
+    return [
+        Problem(
+            op,
+            key,
+            rows,
+            usual,
+            tuple(dict.fromkeys((usual, *_candidates(op, key, rows, device)))),
+            run,
+        )
+        for op, key, rows, usual in asked
+    ]
 
 
 def _candidates(op: str, key: tuple, rows: int, device: str) -> list:
@@ -126,8 +153,10 @@ def _candidates(op: str, key: tuple, rows: int, device: str) -> list:
 
 def _adaln_runs(channels: int, hidden: int, rows: int, dtype: torch.dtype, device: str):
     def tensors(count: int) -> list[Tensor]:
-        return [torch.randn(1, rows, channels, dtype=dtype, device=device, requires_grad=True)
-                for _ in range(count)]
+        return [
+            torch.randn(1, rows, channels, dtype=dtype, device=device, requires_grad=True)
+            for _ in range(count)
+        ]
 
     for op, count in (("adaln", 3), ("gated_residual", 3), ("gated_residual_adaln", 5)):
         function = resolve(op, device=device, dtype=dtype, width=channels, backend="triton")
@@ -154,15 +183,25 @@ def _flow_block_runs(channels: int, hidden: int, rows: int, dtype: torch.dtype, 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=dtype, device=device)
 
-    bound = {op: resolve(op, device=device, dtype=dtype, width=channels, backend="triton")
-             for op in FAMILIES["flow_block"]}
+    bound = {
+        op: resolve(op, device=device, dtype=dtype, width=channels, backend="triton")
+        for op in FAMILIES["flow_block"]
+    }
     for outputs in (3 * channels, hidden):
-        args = (*(normal(1, rows, channels) for _ in range(3)),
-                normal(outputs, channels) * channels ** -0.5, normal(outputs))
+        args = (
+            *(normal(1, rows, channels) for _ in range(3)),
+            normal(outputs, channels) * channels**-0.5,
+            normal(outputs),
+        )
         yield lambda args=args: _several(bound["adaln_linear"](*args, activation="gelu_tanh"))
     for inputs in (channels, hidden):
-        args = (normal(1, rows, inputs), normal(channels, inputs) * inputs ** -0.5,
-                normal(channels), normal(1, rows, channels), normal(1, rows, channels))
+        args = (
+            normal(1, rows, inputs),
+            normal(channels, inputs) * inputs**-0.5,
+            normal(channels),
+            normal(1, rows, channels),
+            normal(1, rows, channels),
+        )
         yield lambda args=args: _several(bound["linear_gated_residual"](*args))
 
 

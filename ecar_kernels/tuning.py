@@ -94,7 +94,7 @@ def forget() -> None:
 
 
 def file_name(device_name: str) -> str:
-    """"NVIDIA H100 80GB HBM3" -> "NVIDIA-H100-80GB-HBM3.json"."""
+    """Its file: "NVIDIA H100 80GB HBM3" -> "NVIDIA-H100-80GB-HBM3.json"."""
     return re.sub(r"[^A-Za-z0-9]+", "-", device_name).strip("-") + ".json"
 
 
@@ -183,8 +183,10 @@ def _problem(entry: object) -> str | None:
         if type(value) is bool:
             continue
         if type(value) is not int or not 1 <= value <= _MOST.get(name, 4096):
-            return (f"setting {name!r}: expected true, false or an integer from 1 to "
-                    f"{_MOST.get(name, 4096)}, got {value!r:.80}")
+            return (
+                f"setting {name!r}: expected true, false or an integer from 1 to "
+                f"{_MOST.get(name, 4096)}, got {value!r:.80}"
+            )
         if name not in _NO_POWER and value & (value - 1):
             return f"setting {name!r}: expected a power of two, got {value}"
     return None
@@ -197,15 +199,19 @@ def _search(op: str, key: tuple, rows: int, usual: Settings, device: int) -> Set
     by_rows = table.get((op, key))
     if not by_rows:
         if table:
-            _warn(device, f"the measured launch settings of this {_name(device)} have none for "
-                          f"{op} of {key}")
+            _warn(
+                device,
+                f"the measured launch settings of this {_name(device)} have none for {op} of {key}",
+            )
         return None
     nearest = min(by_rows, key=lambda measured: (abs(math.log(measured / max(rows, 1))), measured))
     settings = by_rows[nearest]
     fields = {field.name: type(getattr(usual, field.name)) for field in dataclasses.fields(usual)}
     if {name: type(value) for name, value in settings.items()} != fields:
-        _warn(device, f"the measured launch settings of {op} of {key} are of another version of "
-                      f"ecar_kernels")
+        _warn(
+            device,
+            f"the measured launch settings of {op} of {key} are of another version of ecar_kernels",
+        )
         return None
     return type(usual)(**settings)
 
@@ -232,5 +238,8 @@ def _name(device: int) -> str:
 def _warn(device: int, message: str) -> None:
     if device not in _warned:
         _warned.add(device)
-        warnings.warn(f"ecar_kernels: {message}; the usual settings are taken, `ecar tune` "
-                      f"measures (said once for each GPU)", stacklevel=2)
+        warnings.warn(
+            f"ecar_kernels: {message}; the usual settings are taken, `ecar tune` "
+            f"measures (said once for each GPU)",
+            stacklevel=2,
+        )

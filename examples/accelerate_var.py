@@ -76,8 +76,9 @@ class FastVARBlock(Accelerated, VARBlock):
         qkv = ops.adaln_linear(x, shift1, scale1, self.qkv.weight, self.qkv.bias)
         y = ops.stage_attention(*self.heads_of(qkv), STAGES, scale=1.0).flatten(2)
         x = ops.linear_gated_residual(y, self.proj.weight, self.proj.bias, gate1, x)
-        hidden = ops.adaln_linear(x, shift2, scale2, self.fc1.weight, self.fc1.bias,
-                                  activation="gelu_tanh")
+        hidden = ops.adaln_linear(
+            x, shift2, scale2, self.fc1.weight, self.fc1.bias, activation="gelu_tanh"
+        )
         return ops.linear_gated_residual(hidden, self.fc2.weight, self.fc2.bias, gate2, x)
 
 
@@ -97,10 +98,17 @@ class Blocks(nn.Module):
 def main(argv: list[str] | None = None) -> dict:
     chosen = options(__doc__, DEPTHS, "d16").parse_args(argv)
     depth = DEPTHS[chosen.size]
-    inputs = {"x": torch.randn(chosen.batch, sum(STAGES), 64 * depth),
-              "condition": torch.randn(chosen.batch, 64 * depth)}
-    return compare(f"VAR-{chosen.size}", Blocks(depth).eval(),
-                   lambda model, **inputs: model(**inputs), inputs, chosen)
+    inputs = {
+        "x": torch.randn(chosen.batch, sum(STAGES), 64 * depth),
+        "condition": torch.randn(chosen.batch, 64 * depth),
+    }
+    return compare(
+        f"VAR-{chosen.size}",
+        Blocks(depth).eval(),
+        lambda model, **inputs: model(**inputs),
+        inputs,
+        chosen,
+    )
 
 
 if __name__ == "__main__":

@@ -22,8 +22,13 @@ from ecar_kernels.registry import KERNEL_DTYPES, OPS
 from tests.support.accuracy import largest_error, run, tensors, ulp
 from tests.support.ops import DIFFERENTIABLE
 
-TOKEN_OPS = ("adaln", "gated_residual", "gated_residual_adaln", "adaln_linear",
-             "linear_gated_residual")
+TOKEN_OPS = (
+    "adaln",
+    "gated_residual",
+    "gated_residual_adaln",
+    "adaln_linear",
+    "linear_gated_residual",
+)
 IMAGE_OPS = ("euler_step", "upsample_renoise_euler")
 OF_TOKENS = (*TOKEN_OPS, "flow_boundary")
 DTYPES = (*KERNEL_DTYPES, torch.float64)  # the last one by the references alone
@@ -41,11 +46,15 @@ def in_memory(rng: random.Random, shape: list[int], dtype: torch.dtype) -> Tenso
         return torch.randn(shape[1], shape[0], *shape[2:]).to(dtype).transpose(0, 1)
     if kind == "sliced":
         whole = torch.randn([size + rng.randint(0, 3) for size in shape]).to(dtype)
-        return whole[tuple(slice(have - size, have)
-                           for have, size in zip(whole.shape, shape, strict=True))]
+        return whole[
+            tuple(slice(have - size, have) for have, size in zip(whole.shape, shape, strict=True))
+        ]
     if kind == "expanded" and len(shape) > 1:
-        return torch.randn([1 if rng.random() < 0.5 else size for size in shape[:-1]]
-                           + shape[-1:]).to(dtype).expand(shape)
+        return (
+            torch.randn([1 if rng.random() < 0.5 else size for size in shape[:-1]] + shape[-1:])
+            .to(dtype)
+            .expand(shape)
+        )
     return torch.randn(shape).to(dtype)
 
 
@@ -59,10 +68,13 @@ def valid_call(rng: random.Random, op: str) -> dict:
     if op == "stage_attention":
         stages = tuple(rng.randint(1, 9) for _ in range(rng.randint(1, 4)))
         heads, dim = rng.randint(1, 3), rng.choice([1, 5, 8, 40, 72])
-        queries = sum(stages[rng.randrange(len(stages)):])
-        return {"q": tensor(batch, queries, heads, dim),
-                **{name: tensor(batch, sum(stages), heads, dim) for name in "kv"},
-                "stage_lengths": stages, "scale": rng.choice([None, 0.5])}
+        queries = sum(stages[rng.randrange(len(stages)) :])
+        return {
+            "q": tensor(batch, queries, heads, dim),
+            **{name: tensor(batch, sum(stages), heads, dim) for name in "kv"},
+            "stage_lengths": stages,
+            "scale": rng.choice([None, 0.5]),
+        }
     if op in TOKEN_OPS:
         count, channels, hidden = rng.randint(0, 12), rng.randint(1, 70), rng.randint(1, 50)
 
@@ -74,8 +86,13 @@ def valid_call(rng: random.Random, op: str) -> dict:
 
         x, branch = (tensor(batch, count, channels) for _ in range(2))
         gate = {"gate": spatial(), "step_gate": step()}
-        norm = {"shift": spatial(), "scale": spatial(), "step_shift": step(),
-                "step_scale": step(), "eps": rng.choice([1e-6, 1e-3])}
+        norm = {
+            "shift": spatial(),
+            "scale": spatial(),
+            "step_shift": step(),
+            "step_scale": step(),
+            "eps": rng.choice([1e-6, 1e-3]),
+        }
         if op == "adaln":
             return {"x": x} | norm
         if op == "gated_residual":
@@ -83,24 +100,36 @@ def valid_call(rng: random.Random, op: str) -> dict:
         if op == "gated_residual_adaln":
             return {"x": x, "branch": branch} | gate | norm
         if op == "adaln_linear":
-            return {"x": x, "weight": tensor(hidden, channels), "activation": rng.choice(
-                [None, "gelu_tanh"]), "bias": rng.choice([None, tensor(hidden)]),
-                "scale_offset": rng.choice([1.0, 1, 0.0, -2.5])} | norm
-        return {"h": tensor(batch, count, hidden), "weight": tensor(channels, hidden),
-                "bias": rng.choice([None, tensor(channels)]), "residual": x} | gate
+            return {
+                "x": x,
+                "weight": tensor(hidden, channels),
+                "activation": rng.choice([None, "gelu_tanh"]),
+                "bias": rng.choice([None, tensor(hidden)]),
+                "scale_offset": rng.choice([1.0, 1, 0.0, -2.5]),
+            } | norm
+        return {
+            "h": tensor(batch, count, hidden),
+            "weight": tensor(channels, hidden),
+            "bias": rng.choice([None, tensor(channels)]),
+            "residual": x,
+        } | gate
     if op == "flow_boundary":
         return boundary_call(rng, tensor, batch)
     shape = (rng.randint(1, 4), rng.randint(1, 9), rng.randint(1, 35))
-    seeds = torch.randint(-2**63, 2**63 - 1, (batch,))
+    seeds = torch.randint(-(2**63), 2**63 - 1, (batch,))
     if op == "initial_noise":
         return {"seeds": seeds, "shape": shape, "device": "cpu", "dtype": dtype}
     guided = rng.random() < 0.5
-    call = {"x": tensor(batch, *shape), "velocity": tensor(batch * (1 + guided), *shape),
-            "dt": rng.choice([1.0, 0.1, 1]), "guidance_scale": rng.choice([1.5, 0.0]) if guided
-            else 1.0}
+    call = {
+        "x": tensor(batch, *shape),
+        "velocity": tensor(batch * (1 + guided), *shape),
+        "dt": rng.choice([1.0, 0.1, 1]),
+        "guidance_scale": rng.choice([1.5, 0.0]) if guided else 1.0,
+    }
     if op == "upsample_renoise_euler":
         call |= {"time": rng.choice([0.0, 1 / 3]), "stage": rng.randint(2, 4)} | rng.choice(
-            [{"seeds": seeds}, {"details": tensor(batch, shape[0], 3, *shape[1:])}])
+            [{"seeds": seeds}, {"details": tensor(batch, shape[0], 3, *shape[1:])}]
+        )
     return call
 
 
@@ -108,17 +137,25 @@ def boundary_call(rng: random.Random, tensor: Callable[..., Tensor], batch: int)
     guided, count, channels = rng.random() < 0.5, rng.randint(0, 12), rng.randint(1, 70)
     rows, outputs = batch * (1 + guided), rng.choice([1, 4, 16, 64])
     state = tensor(batch, count, outputs)
-    shapes = {"weight": (outputs, channels), "bias": (outputs,),
-              "embed_weight": (channels, outputs), "embed_bias": (channels,),
-              "positions": (count, channels)}
+    shapes = {
+        "weight": (outputs, channels),
+        "bias": (outputs,),
+        "embed_weight": (channels, outputs),
+        "embed_bias": (channels,),
+        "positions": (count, channels),
+    }
     return {
-        "x": tensor(rows, count, channels), "state": rng.choice([state, state.float()]),
+        "x": tensor(rows, count, channels),
+        "state": rng.choice([state, state.float()]),
         **{name: tensor(rows, rng.choice([1, count]), channels) for name in ("shift", "scale")},
         **{name: tensor(*shape).contiguous() for name, shape in shapes.items()},
-        "dt": rng.choice([1.0, 0.1, 1]), "guidance_scale": rng.choice([1.5, 0.0]) if guided
-        else 1.0, "eps": rng.choice([1e-6, 1e-3]),
-        **{name: rng.choice([None, tensor(1, 1, channels), tensor(rows, 1, channels)])
-           for name in ("step_shift", "step_scale")},
+        "dt": rng.choice([1.0, 0.1, 1]),
+        "guidance_scale": rng.choice([1.5, 0.0]) if guided else 1.0,
+        "eps": rng.choice([1e-6, 1e-3]),
+        **{
+            name: rng.choice([None, tensor(1, 1, channels), tensor(rows, 1, channels)])
+            for name in ("step_shift", "step_scale")
+        },
     }
 
 
@@ -126,8 +163,18 @@ def other_tensor(rng: random.Random, value: Tensor) -> object:
     """Something like `value`, mostly not what the op takes."""
     kind = rng.choice(["type", "device", "strides", "more", "fewer", "size", "size", "object"])
     if kind == "type":
-        return value.to(rng.choice([torch.float32, torch.bfloat16, torch.float16, torch.float64,
-                                    torch.int64, torch.bool]))
+        return value.to(
+            rng.choice(
+                [
+                    torch.float32,
+                    torch.bfloat16,
+                    torch.float16,
+                    torch.float64,
+                    torch.int64,
+                    torch.bool,
+                ]
+            )
+        )
     if kind == "device":
         return value.to("meta")
     if kind == "strides" and value.ndim:
@@ -151,13 +198,32 @@ def corrupted(rng: random.Random, call: dict) -> dict:
     elif name == "device":
         value = rng.choice([None, True, -1, 2.5, "gelu", "cpu:x", (), torch.float32])
     else:
-        value = rng.choice([None, True, -1, 0, 1, 2.5, float("nan"), float("inf"), "gelu", (), (2,),
-                            (0, 3, 4), (2, 3, 4.0), [3, 1, 2], torch.float64, torch.int32])
+        value = rng.choice(
+            [
+                None,
+                True,
+                -1,
+                0,
+                1,
+                2.5,
+                float("nan"),
+                float("inf"),
+                "gelu",
+                (),
+                (2,),
+                (0, 3, 4),
+                (2, 3, 4.0),
+                [3, 1, 2],
+                torch.float64,
+                torch.int32,
+            ]
+        )
     return call | {name: value}
 
 
 def is_valid(op: str, call: dict) -> bool:
     """The contract, restated: nothing here is shared with the checks in the package."""
+
     def number(value):
         return type(value) in (int, float) and abs(value) < float("inf")
 
@@ -165,9 +231,13 @@ def is_valid(op: str, call: dict) -> bool:
         return type(value) is int and value >= 1
 
     def good(value, like=None):
-        return (isinstance(value, Tensor) and value.dtype in DTYPES
-                and value.device.type == "cpu" and (like is None or value.dtype == like.dtype)
-                and (not value.ndim or value.shape[-1] <= 1 or value.stride(-1) == 1))
+        return (
+            isinstance(value, Tensor)
+            and value.dtype in DTYPES
+            and value.device.type == "cpu"
+            and (like is None or value.dtype == like.dtype)
+            and (not value.ndim or value.shape[-1] <= 1 or value.stride(-1) == 1)
+        )
 
     def shaped(name, *shapes):
         return good(call[name], leading) and tuple(call[name].shape) in shapes
@@ -182,8 +252,13 @@ def is_valid(op: str, call: dict) -> bool:
         return isinstance(value, Tensor) and value.dtype == torch.int64 and value.ndim == 1
 
     if op == "initial_noise":
-        return (seeds(call["seeds"]) and not call["seeds"].is_meta and triple(call["shape"])
-                and call["device"] == "cpu" and call["dtype"] in DTYPES)
+        return (
+            seeds(call["seeds"])
+            and not call["seeds"].is_meta
+            and triple(call["shape"])
+            and call["device"] == "cpu"
+            and call["dtype"] in DTYPES
+        )
     leading = next(iter(call.values()))
     if not good(leading) or leading.ndim != (3 if op in OF_TOKENS else 4):
         return False
@@ -192,19 +267,29 @@ def is_valid(op: str, call: dict) -> bool:
             return False
         lengths, (b, queries, h, d) = call["stage_lengths"], leading.shape
         suffixes = [sum(lengths[first:]) for first in range(len(lengths))]
-        return (queries in suffixes and (call["scale"] is None or number(call["scale"]))
-                and all(shaped(name, (b, suffixes[0], h, d)) for name in "kv"))
+        return (
+            queries in suffixes
+            and (call["scale"] is None or number(call["scale"]))
+            and all(shaped(name, (b, suffixes[0], h, d)) for name in "kv")
+        )
     if op in IMAGE_OPS:
         b, c, h, w = leading.shape
         if not shaped("velocity", (b, c, h, w), (2 * b, c, h, w)):
             return False
         plain = call["velocity"].shape[0] != 2 * b
-        fine = (number(call["dt"]) and number(call["guidance_scale"])
-                and not (plain and call["guidance_scale"] != 1))
+        fine = (
+            number(call["dt"])
+            and number(call["guidance_scale"])
+            and not (plain and call["guidance_scale"] != 1)
+        )
         if op == "euler_step" or not fine:
             return fine
-        fine = (number(call["time"]) and 0 <= call["time"] < 1 and count(call["stage"])
-                and call["stage"] >= 2)
+        fine = (
+            number(call["time"])
+            and 0 <= call["time"] < 1
+            and count(call["stage"])
+            and call["stage"] >= 2
+        )
         given = call.get("seeds")
         if (given is None) == (call.get("details") is None):
             return False
@@ -222,13 +307,20 @@ def is_valid(op: str, call: dict) -> bool:
         rows = len(state) if state.ndim == 3 else -1
         if state.shape[1:] != (n, p) or b not in (rows, 2 * rows):
             return False
-        flat = {"weight": (p, c), "bias": (p,), "embed_weight": (c, p), "embed_bias": (c,),
-                "positions": (n, c)}
-        if not all(shaped(name, shape) and call[name].is_contiguous()
-                   for name, shape in flat.items()):
+        flat = {
+            "weight": (p, c),
+            "bias": (p,),
+            "embed_weight": (c, p),
+            "embed_bias": (c,),
+            "positions": (n, c),
+        }
+        if not all(
+            shaped(name, shape) and call[name].is_contiguous() for name, shape in flat.items()
+        ):
             return False
         if not (number(call["dt"]) and number(call["guidance_scale"])) or (
-                b != 2 * rows and call["guidance_scale"] != 1):
+            b != 2 * rows and call["guidance_scale"] != 1
+        ):
             return False
     if op in ("adaln_linear", "linear_gated_residual"):
         weight = call["weight"]
@@ -255,8 +347,9 @@ def is_valid(op: str, call: dict) -> bool:
     return True
 
 
-def nearby(reference: Callable, call: dict, weights: list[Tensor] | None,
-           exact: tuple[Tensor, ...]) -> list[tuple[float, float]]:
+def nearby(
+    reference: Callable, call: dict, weights: list[Tensor] | None, exact: tuple[Tensor, ...]
+) -> list[tuple[float, float]]:
     """For each result, where every input is another within its rounding: how far the exact one
     moves, and the plain reference's error there, at most.
 
@@ -264,6 +357,7 @@ def nearby(reference: Callable, call: dict, weights: list[Tensor] | None,
     a row of two channels, a sum far out in a GELU's tail) is rounding, small only by luck.
     `initial_noise` has no inputs that are rounded.
     """
+
     def moved(value):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
@@ -276,10 +370,12 @@ def nearby(reference: Callable, call: dict, weights: list[Tensor] | None,
         towards = weights and [moved(weight) for weight in weights]
         oracles = run(reference, there, torch.float64, towards)
         plains = run(reference, there, None, towards)
-        found = [(max(move, largest_error(oracle, centre)),
-                  max(worst, largest_error(plain, oracle)))
-                 for (move, worst), plain, oracle, centre
-                 in zip(found, plains, oracles, exact, strict=True)]
+        found = [
+            (max(move, largest_error(oracle, centre)), max(worst, largest_error(plain, oracle)))
+            for (move, worst), plain, oracle, centre in zip(
+                found, plains, oracles, exact, strict=True
+            )
+        ]
     return found
 
 
@@ -293,8 +389,9 @@ def rounded(op: str, call: dict, weights: list[Tensor] | None) -> list[float]:
         return []
     dim = call["q"].shape[-1]
     scale = dim**-0.5 if call["scale"] is None else abs(call["scale"])
-    gradient, q, k, v = (x.abs().max().item()
-                         for x in (weights[0], call["q"], call["k"], call["v"]))
+    gradient, q, k, v = (
+        x.abs().max().item() for x in (weights[0], call["q"], call["k"], call["v"])
+    )
     size = torch.finfo(call["q"].dtype).eps * scale * dim * gradient * v
     return [0, size * k, size * q, 0]
 
@@ -302,8 +399,11 @@ def rounded(op: str, call: dict, weights: list[Tensor] | None) -> list[float]:
 def judge(op: str, call: dict, backend: str) -> None:
     """Raises AssertionError where the op does not do what the contract says."""
     public = getattr(ecar_kernels, op)
-    if backend != "auto" and is_valid(op, call) and torch.float64 in (
-            call[next(iter(call))].dtype, call.get("dtype")):
+    if (
+        backend != "auto"
+        and is_valid(op, call)
+        and torch.float64 in (call[next(iter(call))].dtype, call.get("dtype"))
+    ):
         try:
             with ecar_kernels.use_backend(backend):
                 public(**call)
@@ -326,18 +426,26 @@ def judge(op: str, call: dict, backend: str) -> None:
     with ecar_kernels.use_backend(backend), torch.set_grad_enabled(weights is not None):
         found = run(public, call, None, weights)
     plain = run(reference, call, None, weights)
-    exact = run(reference, call if op != "initial_noise" else call | {"dtype": torch.float64},
-                torch.float64, weights)
+    exact = run(
+        reference,
+        call if op != "initial_noise" else call | {"dtype": torch.float64},
+        torch.float64,
+        weights,
+    )
     around = nearby(reference, call, weights, exact)
     roundings = rounded(op, call, weights) or [0.0] * len(exact)
     for ours, usual, oracle, (move, plain_error), rounding in zip(
-            found, plain, exact, around, roundings, strict=True):
+        found, plain, exact, around, roundings, strict=True
+    ):
         assert ours.shape == oracle.shape and ours.dtype == usual.dtype
         if not oracle.numel():
             continue
         # Far out in a GELU's tail the oracle's own 1 + tanh is 0 where another way has 1e-17.
-        allowed = (2 * max(plain_error, largest_error(usual, oracle))
-                   + 16 * (ulp(oracle, ours.dtype) + move + rounding) + 1e-15)
+        allowed = (
+            2 * max(plain_error, largest_error(usual, oracle))
+            + 16 * (ulp(oracle, ours.dtype) + move + rounding)
+            + 1e-15
+        )
         worst = largest_error(ours, oracle)
         assert worst <= allowed, f"error {worst:.3g}, allowed {allowed:.3g}"
 
@@ -350,8 +458,15 @@ def unchecked(op: str, call: dict) -> None:
             function(**call)
         if op in DIFFERENTIABLE:
             run(function, call, None, [torch.randn_like(y) for y in tensors(function(**call))])
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError,
-            ZeroDivisionError):
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        NotImplementedError,
+        ZeroDivisionError,
+    ):
         pass
 
 
@@ -379,10 +494,16 @@ def main(argv: list[str] | None = None) -> int:
             if op in native and not valid:
                 unchecked(op, call)
         except Exception as error:
-            said = {name: (list(value.shape), value.stride(), value.dtype, str(value.device))
-                    if isinstance(value, Tensor) else value for name, value in call.items()}
-            print(f"case {case} of seed {seed}: {op} {'valid' if valid else 'invalid'}\n{said}\n"
-                  f"{type(error).__name__}: {error}")
+            said = {
+                name: (list(value.shape), value.stride(), value.dtype, str(value.device))
+                if isinstance(value, Tensor)
+                else value
+                for name, value in call.items()
+            }
+            print(
+                f"case {case} of seed {seed}: {op} {'valid' if valid else 'invalid'}\n{said}\n"
+                f"{type(error).__name__}: {error}"
+            )
             return 1
         counts[op][not valid] += 1
     for op, (valid, invalid) in counts.items():

@@ -73,23 +73,46 @@ def tree(tmp_path_factory) -> Path:
     for name, text in SOURCES.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text(text)
-    for name in ("setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE",
-                 "ecar_kernels/version.py"):
+    for name in (
+        "setup.py",
+        "CMakeLists.txt",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "ecar_kernels/version.py",
+    ):
         shutil.copy(ROOT / name, tree / name)
     (tree / "torch" / "lib").mkdir()
-    subprocess.run([compiler(), "-shared", "-fPIC", tree / "csrc" / "cpu" / "plain.cpp", "-o",
-                    tree / "torch" / "lib" / "libtorch_cpu.so"], check=True)
+    subprocess.run(
+        [
+            compiler(),
+            "-shared",
+            "-fPIC",
+            tree / "csrc" / "cpu" / "plain.cpp",
+            "-o",
+            tree / "torch" / "lib" / "libtorch_cpu.so",
+        ],
+        check=True,
+    )
     return tree
 
 
 def build(tree: Path, **environment: str) -> subprocess.CompletedProcess:
     """`setup.py build_ext --inplace`, none of the surroundings' own variables given."""
-    own = {name: value for name, value in os.environ.items()
-           if name not in ("CXX", "CMAKE_ARGS", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST")
-           and not name.endswith("FLAGS")}
+    own = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("CXX", "CMAKE_ARGS", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST")
+        and not name.endswith("FLAGS")
+    }
     environment = {"ECAR_TORCH_DIR": str(tree / "torch"), "ECAR_REQUIRE_NATIVE": "1"} | environment
-    return subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tree,
-                          env=own | environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=tree,
+        env=own | environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 def answers(library: Path) -> str:
@@ -100,13 +123,20 @@ def answers(library: Path) -> str:
 
 SURROUNDINGS = {
     "fast math": {"CXXFLAGS": "-ffast-math"},
-    "its parts": {"CXXFLAGS": "-funsafe-math-optimizations -ffinite-math-only -freciprocal-math "
-                              "-fno-signed-zeros -fassociative-math -fno-trapping-math"},
-    "fused products": {"CXXFLAGS": "-march=native -ffp-contract=fast",
-                       "CFLAGS": "-ffast-math", "CPPFLAGS": "-ffast-math"},
+    "its parts": {
+        "CXXFLAGS": "-funsafe-math-optimizations -ffinite-math-only -freciprocal-math "
+        "-fno-signed-zeros -fassociative-math -fno-trapping-math"
+    },
+    "fused products": {
+        "CXXFLAGS": "-march=native -ffp-contract=fast",
+        "CFLAGS": "-ffast-math",
+        "CPPFLAGS": "-ffast-math",
+    },
     "fast math at the link": {"LDFLAGS": "-Ofast -ffast-math -funsafe-math-optimizations"},
-    "CMake's own": {"CMAKE_ARGS": "'-DCMAKE_CXX_FLAGS=-Ofast -Wno-error' -DNOTE='a  note' "
-                                  "-DCMAKE_BUILD_TYPE=Debug"},
+    "CMake's own": {
+        "CMAKE_ARGS": "'-DCMAKE_CXX_FLAGS=-Ofast -Wno-error' -DNOTE='a  note' "
+        "-DCMAKE_BUILD_TYPE=Debug"
+    },
     "a launcher": {"CXX": "{launcher} {compiler} -ffast-math"},
     "a path with spaces": {"CXX": "{spaced}"},
     "a quoted path and arguments": {"CXX": "'{spaced}' -DQUOTED -Ofast"},
@@ -122,8 +152,10 @@ class TestSmallTree:
         spaced = tmp_path / "my tools" / "c++"
         script(spaced, f'exec {shlex.quote(compiler())} "$@"')
         launcher = script(tmp_path / "launcher", f'echo used >> "{tmp_path}/used"; exec "$@"')
-        given = {key: value.format(spaced=spaced, launcher=launcher, compiler=compiler())
-                 for key, value in SURROUNDINGS[name].items()}
+        given = {
+            key: value.format(spaced=spaced, launcher=launcher, compiler=compiler())
+            for key, value in SURROUNDINGS[name].items()
+        }
         done = build(tree, **given)
         assert done.returncode == 0, done.stdout + done.stderr
         said = answers(tree / "ecar_kernels" / "libecar_cpu.so")
@@ -135,12 +167,26 @@ class TestSmallTree:
 
     def test_the_probe_sees_wrong_flags(self, tree, tmp_path):
         """The same sources without what CMakeLists.txt adds."""
-        parts = [f'#define ECAR_ISA {isa}\n#include "{PROBE}"\n#undef ECAR_ISA\n'
-                 for isa in ("baseline", "avx2", "avx512")]
+        parts = [
+            f'#define ECAR_ISA {isa}\n#include "{PROBE}"\n#undef ECAR_ISA\n'
+            for isa in ("baseline", "avx2", "avx512")
+        ]
         source, library = tmp_path / "all.cpp", tmp_path / "wrong.so"
         source.write_text("".join((*parts, f'#include "{PROBE}"\n')))
-        subprocess.run([compiler(), "-std=c++17", "-shared", "-fPIC", "-O3", "-ffast-math", source,
-                        "-o", library], check=True)
+        subprocess.run(
+            [
+                compiler(),
+                "-std=c++17",
+                "-shared",
+                "-fPIC",
+                "-O3",
+                "-ffast-math",
+                source,
+                "-o",
+                library,
+            ],
+            check=True,
+        )
         assert "wrong: 0" in answers(library)
 
     def test_a_build_is_reused_in_the_same_surroundings_alone(self, tree):
@@ -158,19 +204,25 @@ class TestSmallTree:
         """By an nvcc that is the C++ compiler; without cudart_static, the CPU half alone."""
         toolkit, log, torch = tmp_path / "tool kit", tmp_path / "asked", tmp_path / "torch"
         source = tree / "csrc" / "cuda" / "flow_step.cu"
-        script(toolkit / "bin" / "nvcc", f"""
+        script(
+            toolkit / "bin" / "nvcc",
+            f"""
 case $1 in --list-gpu-code) echo sm_75 sm_80 sm_90; exit;; esac
 echo "$@" > {shlex.quote(str(log))}
 for last; do :; done
-exec {compiler()} -x c++ -fPIC -c {shlex.quote(str(source))} -o "$last" """)
+exec {compiler()} -x c++ -fPIC -c {shlex.quote(str(source))} -o "$last" """,
+        )
         shutil.copytree(tree / "torch", torch)
         version = SOURCES["torch/version.py"].replace("None", "'13.0'")
         (torch / "version.py").write_text(version)
         # Libraries are looked for in these folders alone: a toolkit of this machine has the file.
         places = f"'-DCMAKE_FIND_ROOT_PATH={torch};{toolkit}'"
-        given = {"ECAR_TORCH_DIR": str(torch), "CUDA_HOME": str(toolkit),
-                 "ECAR_REQUIRE_NATIVE": "cpu",
-                 "CMAKE_ARGS": f"{places} -DCMAKE_FIND_ROOT_PATH_MODE_LIBRARY=ONLY"}
+        given = {
+            "ECAR_TORCH_DIR": str(torch),
+            "CUDA_HOME": str(toolkit),
+            "ECAR_REQUIRE_NATIVE": "cpu",
+            "CMAKE_ARGS": f"{places} -DCMAKE_FIND_ROOT_PATH_MODE_LIBRARY=ONLY",
+        }
         package = tree / "ecar_kernels"
         done = build(tree, **given)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -213,8 +265,10 @@ TOOLS = {  # programs beside Python and in two folders of PATH, and the one take
     "a broken one": (["exit 3", "echo no version", says("3.30.0")], 2),
     "of another machine": (["\x7fELF", None, says("3.30.0")], 2),
     "one that asks": (["read answer; exit 1", says("3.30.0"), None], 1),
-    "old and broken": (["exit 1", says("2.8.12"), None],
-                       "cmake 3.18 or newer was not found ({0} does not run, {1} is 2.8.12)"),
+    "old and broken": (
+        ["exit 1", says("2.8.12"), None],
+        "cmake 3.18 or newer was not found ({0} does not run, {1} is 2.8.12)",
+    ),
 }
 
 
@@ -250,7 +304,11 @@ CODES = {  # TORCH_CUDA_ARCH_LIST: the values of -gencode, or the word refused
     "8.0;9.0+PTX": ["80,sm_80", "90,sm_90", "90,compute_90"],
     "7.5 12.0a": ["75,sm_75", "120a,sm_120a"],
     "8.0, 9.0": ["80,sm_80", "90,sm_90"],
-    "7.0": "7.0", "8.0;Hopper": "Hopper", "sm_90": "sm_90", "9": "9", "9.0+ptx": "9.0+ptx",
+    "7.0": "7.0",
+    "8.0;Hopper": "Hopper",
+    "sm_90": "sm_90",
+    "9": "9",
+    "9.0+ptx": "9.0+ptx",
 }
 
 
@@ -261,10 +319,13 @@ def test_chips(chips, module, tmp_path, monkeypatch):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", chips)
     if isinstance(CODES[chips], list):
         assert module["gencode"](nvcc) == [
-            f"arch=compute_{code.replace(',', ',code=')}" for code in CODES[chips]]
+            f"arch=compute_{code.replace(',', ',code=')}" for code in CODES[chips]
+        ]
     else:
-        with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: expected .* got "
-                                             f"{re.escape(repr(CODES[chips]))}$"):
+        with pytest.raises(
+            SystemExit,
+            match=f"TORCH_CUDA_ARCH_LIST: expected .* got {re.escape(repr(CODES[chips]))}$",
+        ):
             module["gencode"](nvcc)
 
 
@@ -277,8 +338,9 @@ class Builder:
         monkeypatch.setitem(module, "ROOT", package)
         monkeypatch.setitem(module, "find_tool", lambda name: name)
         monkeypatch.setitem(module, "find_torch", lambda: package)
-        monkeypatch.setitem(module, "torch_says",
-                            lambda _, name: torch_cuda if name == "cuda" else "2.10.0")
+        monkeypatch.setitem(
+            module, "torch_says", lambda _, name: torch_cuda if name == "cuda" else "2.10.0"
+        )
         monkeypatch.setitem(module, "find_nvcc", lambda: self.asked.append("nvcc") or "nvcc")
         monkeypatch.setitem(module, "gencode", lambda _: ["arch=compute_90,code=sm_90"])
         monkeypatch.setitem(module, "run", self.make)
@@ -302,13 +364,22 @@ class Builder:
 
 
 REQUIRED = [  # ECAR_REQUIRE_NATIVE, torch has CUDA, the half that fails; error, halves installed
-    *((value, cuda, None, False, ("cpu", "cuda") if cuda or value == "cuda" else ("cpu",))
-      for value in (None, "", "0", "1", "cpu", "cuda") for cuda in (False, True)),
-    *((value, True, "cuda", value in ("1", "cuda"), ("cpu",))
-      for value in ("", "0", "1", "cpu", "cuda")),
-    ("cuda", False, "cuda", True, ()), ("1", False, "cuda", False, ("cpu",)),
-    *((value, cuda, "cpu", value in ("1", "cpu", "cuda"), ())
-      for value in ("", "0", "1", "cpu", "cuda") for cuda in (False, True)),
+    *(
+        (value, cuda, None, False, ("cpu", "cuda") if cuda or value == "cuda" else ("cpu",))
+        for value in (None, "", "0", "1", "cpu", "cuda")
+        for cuda in (False, True)
+    ),
+    *(
+        (value, True, "cuda", value in ("1", "cuda"), ("cpu",))
+        for value in ("", "0", "1", "cpu", "cuda")
+    ),
+    ("cuda", False, "cuda", True, ()),
+    ("1", False, "cuda", False, ("cpu",)),
+    *(
+        (value, cuda, "cpu", value in ("1", "cpu", "cuda"), ())
+        for value in ("", "0", "1", "cpu", "cuda")
+        for cuda in (False, True)
+    ),
 ]
 
 
@@ -318,8 +389,11 @@ def test_required_halves(value, cuda, fails, error, halves, module, tmp_path, mo
         monkeypatch.setenv("ECAR_REQUIRE_NATIVE", value)
     builder = Builder(module, tmp_path, monkeypatch, "13.0" if cuda else None)
     failure = {fails: module["CannotBuildError"]("a reason")} if fails else {}
-    with (pytest.raises(SystemExit, match=r"cannot be built: .*a reason") if error
-          else contextlib.nullcontext()):
+    with (
+        pytest.raises(SystemExit, match=r"cannot be built: .*a reason")
+        if error
+        else contextlib.nullcontext()
+    ):
         builder.build(**failure)
     files = builder.files()
     assert not error or not files
@@ -337,8 +411,10 @@ def test_required_halves(value, cuda, fails, error, halves, module, tmp_path, mo
 @pytest.mark.parametrize("value", ["2", "yes", "true", "CPU", "cpu,cuda", " 1"])
 def test_what_is_required_is_no_other_word(value, module, tmp_path, monkeypatch):
     monkeypatch.setenv("ECAR_REQUIRE_NATIVE", value)
-    with pytest.raises(SystemExit, match="ECAR_REQUIRE_NATIVE: expected 1, cpu, cuda or 0, got "
-                                         + re.escape(repr(value))):
+    with pytest.raises(
+        SystemExit,
+        match="ECAR_REQUIRE_NATIVE: expected 1, cpu, cuda or 0, got " + re.escape(repr(value)),
+    ):
         Builder(module, tmp_path, monkeypatch).build()
 
 

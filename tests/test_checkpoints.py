@@ -32,8 +32,15 @@ def test_there_is_one():
 
 def test_it_is_complete_and_small(folder):
     names = {path.name for path in folder.iterdir()}
-    assert names >= {"README.md", "config.json", "evaluation.json", "log.csv", "model.safetensors",
-                     "pipeline.json", "train.json"}
+    assert names >= {
+        "README.md",
+        "config.json",
+        "evaluation.json",
+        "log.csv",
+        "model.safetensors",
+        "pipeline.json",
+        "train.json",
+    }
     assert (folder / "model.safetensors").stat().st_size <= 16 * 2**20
 
 

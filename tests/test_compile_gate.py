@@ -79,7 +79,7 @@ tried = {
 print(json.dumps({name: asdict(compile_case("test", *case)) for name, case in tried.items()}))
 '''
 
-LISTED = '''
+LISTED = """
 import importlib
 import json
 import triton
@@ -98,15 +98,21 @@ for family in FAMILIES:
                         case.max_registers]
                        for arch in ARCHITECTURES for case in cases(family, arch)]
 print(json.dumps(found))
-'''
+"""
 
 
 def python(*arguments: str, **more: str) -> subprocess.CompletedProcess:
     """In the repository's root, with Triton's compiler; `more`: environment variables."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", **more}
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, text=True,
-                          capture_output=True, check=False)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
 
 
 def printed(script: Path, source: str, *arguments: str) -> dict:
@@ -158,8 +164,9 @@ def test_serialised_wgmma_is_caught(compiled):
     serialised, grouped = compiled["serialised"], compiled["grouped"]
     count = serialised["instructions"]["HGMMA"]
     assert serialised["instructions"]["ARRIVE"] == count > 4
-    assert serialised["problem"] == (f"wgmma is serialised: {count} HGMMA, each waited for before "
-                                     "the next")
+    assert serialised["problem"] == (
+        f"wgmma is serialised: {count} HGMMA, each waited for before the next"
+    )
     assert grouped["instructions"]["HGMMA"] == count
     assert grouped["instructions"]["ARRIVE"] == 4
     assert grouped["problem"] == ""
@@ -186,8 +193,9 @@ def test_a_case_is_listed_once(listed):
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_committed_table_is_of_these_cases(listed, version):
     """`make compile-gate-changed GATE='--output docs/compile-gate.json'` brings it up to date."""
-    assert VERSIONS[version].keys() == {(family, name, chip)
-                                        for family, name, chip, *_ in listed["cases"]}
+    assert VERSIONS[version].keys() == {
+        (family, name, chip) for family, name, chip, *_ in listed["cases"]
+    }
     for family, name, chip, *settings in listed["cases"]:
         entry = VERSIONS[version][family, name, chip]
         assert [entry.num_warps, entry.num_stages, entry.max_registers] == settings, name
@@ -332,7 +340,7 @@ def kernel(x, y, OTHER: tl.constexpr):
     at = tl.arange(0, SIZE)
     tl.store(y + at, helper(tl.load(x + at)) + tl.max(at))
 '''
-DIGESTS = '''
+DIGESTS = """
 import importlib
 import json
 import sys
@@ -360,15 +368,19 @@ for name in sys.argv[2:]:
 gate.assembler = lambda chip: "V0"
 found["compiler"] = gate.digest(case, 80)
 print(json.dumps(found))
-'''
+"""
 
 
 def test_a_digest_is_of_what_the_machine_code_depends_on(tmp_path):
     plain = {"size": 64, "more": "", "words": "Doubles.", "factor": 2}
-    modules = {"plain": plain, "words": plain | {"words": "Twice it."},
-               "moved": plain | {"more": "\n# Lines\n# further down."},
-               "unread": plain | {"more": "UNREAD = 3"},
-               "callee": plain | {"factor": 3}, "read": plain | {"size": 128}}
+    modules = {
+        "plain": plain,
+        "words": plain | {"words": "Twice it."},
+        "moved": plain | {"more": "\n# Lines\n# further down."},
+        "unread": plain | {"more": "UNREAD = 3"},
+        "callee": plain | {"factor": 3},
+        "read": plain | {"size": 128},
+    }
     for name, its in modules.items():
         (tmp_path / f"{name}.py").write_text(MODULE.format(**its), "utf-8")
     found = printed(tmp_path / "script.py", DIGESTS, str(tmp_path), *modules)
@@ -380,12 +392,12 @@ def test_a_digest_is_of_what_the_machine_code_depends_on(tmp_path):
 
 def test_code_is_written_alike_in_every_python():
     """Known answer: that of Python 3.10 to 3.13."""
-    source = '''def f(x, *, y: int = -1, **z):
+    source = """def f(x, *, y: int = -1, **z):
     "A docstring."
     if x is None and 0 < y <= 2.5:
         return [i for i in range(3) if i] or (), {"a": True}, x[1:, None], f"{x:>3}"
     for _ in x: x += lambda: not y
-    '''
+    """
     text = gate_table.written(ast.parse(source))
     assert "docstring" not in text
     assert gate_table.digest(text) == "2ffe08edfe82"

@@ -6,8 +6,6 @@ import re
 import pytest
 import torch
 
-from benchmarks import pictures
-from benchmarks.pictures.__main__ import stray
 from ecar import ECAR, ECARConfig
 from ecar_kernels.registry import OPS
 from tools.update_docs import ROOT, contract, pages, updated
@@ -15,9 +13,11 @@ from tools.update_docs import ROOT, contract, pages, updated
 PAGES = {str(path.relative_to(ROOT)): path for path in pages()}
 EXAMPLES = [
     pytest.param(block, id=f"{name}-{index}")
-    for name, path in PAGES.items() if name.startswith("docs/")
-    for index, block in enumerate(re.findall(r"```python\n(.*?)```", path.read_text("utf-8"),
-                                             re.DOTALL))
+    for name, path in PAGES.items()
+    if name.startswith("docs/")
+    for index, block in enumerate(
+        re.findall(r"```python\n(.*?)```", path.read_text("utf-8"), re.DOTALL)
+    )
 ]
 
 
@@ -25,13 +25,6 @@ EXAMPLES = [
 def test_what_is_made_from_files_is_up_to_date(name):
     text = PAGES[name].read_text("utf-8")
     assert updated(text, PAGES[name]) == text, "run: python -m tools.update_docs"
-
-
-def test_pictures_are_of_the_present_results():
-    stale = [picture.name for picture in pictures.committed()
-             if not picture.is_in(pictures.FOLDER)]
-    assert not stale, "run: python -m tools.update_docs"
-    assert not stray(), "pictures of no results; run: python -m tools.update_docs"
 
 
 def test_a_stale_page_is_seen():
@@ -59,6 +52,7 @@ def test_every_page_is_in_the_index():
 
 def test_the_share_of_scores_that_a_mask_throws_away():
     """As the page of stage_attention has it, of E-CAR's stages and of VAR's."""
+
     def share(stages):
         seen = sum(n * end for n, end in zip(stages, itertools.accumulate(stages), strict=True))
         return f"{1 - seen / sum(stages) ** 2:.0%}".replace("%", " %")
@@ -66,7 +60,8 @@ def test_the_share_of_scores_that_a_mask_throws_away():
     text = PAGES["docs/ops/stage_attention.md"].read_text("utf-8")
     assert re.findall(r"\d+ %", text.partition("## How")[0]) == [
         share(ECARConfig.preset("S").stage_tokens),
-        share([side * side for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)])]
+        share([side * side for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)]),
+    ]
 
 
 @pytest.fixture
@@ -75,8 +70,15 @@ def somebodys_folder(tmp_path, monkeypatch):
     from diffusers import AutoencoderKL
     from PIL import Image
 
-    config = ECARConfig(stage_sides=(8, 16, 32), channels=1, num_classes=10, width=16, heads=2,
-                        ar_layers=1, flow_blocks=1)
+    config = ECARConfig(
+        stage_sides=(8, 16, 32),
+        channels=1,
+        num_classes=10,
+        width=16,
+        heads=2,
+        ar_layers=1,
+        flow_blocks=1,
+    )
     ECAR(config).save_pretrained(tmp_path / "checkpoints" / "digits")
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "sdxl-vae")
     for bird in ("robin", "wren"):

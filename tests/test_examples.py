@@ -7,13 +7,17 @@ import pytest
 from examples import accelerate_dit, accelerate_var
 
 
-@pytest.mark.parametrize(("example", "sizes"), [
-    (accelerate_dit, {"S": (1, 2, 72)}), (accelerate_var, {"d12": 2})], ids=["dit", "var"])
+@pytest.mark.parametrize(
+    ("example", "sizes"),
+    [(accelerate_dit, {"S": (1, 2, 72)}), (accelerate_var, {"d12": 2})],
+    ids=["dit", "var"],
+)
 def test_example(example, sizes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(example, "SIZES" if hasattr(example, "SIZES") else "DEPTHS", sizes)
     output = tmp_path / "result.json"
-    result = example.main(["--size", next(iter(sizes)), "--seconds", "0", "--batch", "2",
-                           "--output", str(output)])
+    result = example.main(
+        ["--size", next(iter(sizes)), "--seconds", "0", "--batch", "2", "--output", str(output)]
+    )
     assert "times as fast" in capsys.readouterr().out
     written = json.loads(output.read_text("utf-8"))
     assert written["kind"] == "example"

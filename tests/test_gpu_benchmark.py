@@ -22,13 +22,21 @@ from ecar_kernels.costs import Rates
 from ecar_kernels.registry import OPS
 
 ROOT = Path(__file__).parent.parent
-COMPILING = {"stage_attention-backward-S-16tokens-batch1, compiled",
-             "adaln-forward-S-16tokens-batch1, compiled"}
+COMPILING = {
+    "stage_attention-backward-S-16tokens-batch1, compiled",
+    "adaln-forward-S-16tokens-batch1, compiled",
+}
 
 
 def python(*arguments: str, **more: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=os.environ | more, text=True,
-                          capture_output=True, timeout=400)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | more,
+        text=True,
+        capture_output=True,
+        timeout=400,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -47,8 +55,10 @@ def dry_run(command: str, folder: Path, capsys) -> dict:
     printed = capsys.readouterr().out
     assert {file.name for file in folder.iterdir()} == {f"gpu-{command}.json", f"gpu-{command}.md"}
     record = json.loads((folder / f"gpu-{command}.json").read_text())
-    assert record["environment"]["dry_run"] and "A dry run" in (
-        folder / f"gpu-{command}.md").read_text()
+    assert (
+        record["environment"]["dry_run"]
+        and "A dry run" in (folder / f"gpu-{command}.md").read_text()
+    )
     assert list(record["parts"]) == list(gpu.COMMANDS[command])
     assert {part["status"] for part in record["parts"].values()} == {"done"}
     for name, part in record["parts"].items():
@@ -71,15 +81,21 @@ class TestDryRuns:
         assert all(row["found"] <= row["allowed"] and row["served"] == "native" for row in judged)
         images = rows_of(parts["images"], "allowed")
         assert set(images) == {"E-CAR-S bfloat16", "E-CAR-S float32"}
-        assert all(set(row["served"]) >= {"adaln_linear", "initial_noise"}
-                   for row in images.values())
+        assert all(
+            set(row["served"]) >= {"adaln_linear", "initial_noise"} for row in images.values()
+        )
         (backends,) = rows_of(parts["build"], "served").values()
         assert backends["served"].keys() == set(OPS)
 
     def test_image(self, tmp_path, capsys):
         parts = dry_run("image", tmp_path, capsys)
         assert set(rows_of(parts["images"], "unit")) == {
-            "copy", "launch", "bfloat16", "tf32", "float32"}
+            "copy",
+            "launch",
+            "bfloat16",
+            "tf32",
+            "float32",
+        }
         images = list(rows_of(parts["images"], "setting").values())
         assert [(row["batch"], row["way"]) for row in images] == [(1, "default"), (2, "plain")]
         assert all(row["fraction"] > 0 and row["served"] for row in images)
@@ -88,12 +104,17 @@ class TestDryRuns:
 
     def test_ops(self, tmp_path, capsys):
         parts = dry_run("ops", tmp_path, capsys)
-        timed = [*rows_of(parts["attention"], "group").values(),
-                 *rows_of(parts["others"], "group").values()]
+        timed = [
+            *rows_of(parts["attention"], "group").values(),
+            *rows_of(parts["others"], "group").values(),
+        ]
         assert {row["op"] for row in timed} == set(OPS)
         assert all(row["served"] == "native" and row["floor"] > 0 for row in timed)
-        assert all(row["variants"]["reference"]["median"] > 0 for row in timed
-                   if row["name"] not in COMPILING)
+        assert all(
+            row["variants"]["reference"]["median"] > 0
+            for row in timed
+            if row["name"] not in COMPILING
+        )
         assert {row["name"] for row in timed} >= COMPILING
         assert cases.VAR in {row["size"] for row in timed}
         whole = rows_of(parts["attention"], "group")["stage_attention-backward-S-16tokens-batch1"]
@@ -115,8 +136,9 @@ def test_nothing_runs_where_the_library_is_missing(tmp_path, monkeypatch, capsys
     """Of a machine with a GPU it is the CUDA half; the way to the stop is the same."""
     monkeypatch.setenv("ECAR_LIBRARY", "/no/such.so")
     assert gpu.main(["--dry-run", "--output", str(tmp_path)]) == gpu.STOPPED
-    assert ("error: make gpu-check stops here: environment variable ECAR_LIBRARY: no file "
-            "/no/such.so") in capsys.readouterr().err
+    assert (
+        "error: make gpu-check stops here: environment variable ECAR_LIBRARY: no file /no/such.so"
+    ) in capsys.readouterr().err
     assert [file.name for file in tmp_path.glob("*.json")] == ["gpu-check.json"]
     assert list(json.loads((tmp_path / "gpu-check.json").read_text())["parts"]) == ["build"]
 
@@ -143,8 +165,13 @@ def test_a_gpu_without_the_cuda_half_stops_it(tmp_path, monkeypatch):
 
 def begun(tmp_path: Path, command: str = "check") -> Path:
     file = tmp_path / f"gpu-{command}.json"
-    results.write(file, "gpu", {"gpu": {"name": "none"}, "dry_run": True, "versions": {}},
-                  command=command, parts={})
+    results.write(
+        file,
+        "gpu",
+        {"gpu": {"name": "none"}, "dry_run": True, "versions": {}},
+        command=command,
+        parts={},
+    )
     return file
 
 
@@ -155,9 +182,23 @@ def options(**given: object) -> object:
 def test_a_cut_loses_at_most_the_row_under_way(tmp_path):
     """The whole command is killed, as where a machine is taken back."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.gpu", "check", "--dry-run", "--output", str(tmp_path),
-         "--only", "accuracy"], cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"}, text=True,
-        stdout=subprocess.PIPE, start_new_session=True)
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu",
+            "check",
+            "--dry-run",
+            "--output",
+            str(tmp_path),
+            "--only",
+            "accuracy",
+        ],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
     printed = []
     for line in process.stdout:
         if line.startswith("accuracy: "):
@@ -180,8 +221,11 @@ def test_a_part_past_its_time_is_ended_with_its_rows(tmp_path, monkeypatch):
 
 
 def test_a_part_that_fails_says_why_and_the_others_go_on(tmp_path, monkeypatch):
-    monkeypatch.setitem(gpu.COMMANDS, "check", {"images": ("checks:images", 100.0),
-                                                "tests": ("checks:tests", 100.0)})
+    monkeypatch.setitem(
+        gpu.COMMANDS,
+        "check",
+        {"images": ("checks:images", 100.0), "tests": ("checks:tests", 100.0)},
+    )
     real = gpu._process
 
     def without_a_gpu(command, name, file, seconds, given):  # the first part fails at once
@@ -216,8 +260,14 @@ def test_a_wrong_op_is_a_row_that_fails(monkeypatch):
     def wrong(*arguments):
         for call in real(*arguments):
             if call.op == "euler_step":
-                yield calls.Call(call.op, call.backend, call.dtype, call.layout,
-                                 lambda f=call.function, **given: f(**given) + 1, call.given)
+                yield calls.Call(
+                    call.op,
+                    call.backend,
+                    call.dtype,
+                    call.layout,
+                    lambda f=call.function, **given: f(**given) + 1,
+                    call.given,
+                )
 
     monkeypatch.setattr(calls, "calls", wrong)
     found = work.Work("check", "accuracy", dry=True)
@@ -234,8 +284,13 @@ def test_without_a_gpu_it_says_so(capsys):
 def test_rows_are_those_asked_for():
     """S, B and L in bfloat16 and TF32 at batch 1, 8 and 64, as a user has them and plain."""
     rows = {(row.size, row.numbers, row.batch, row.way) for row in image.ROWS}
-    assert rows >= {(size, numbers, batch, way) for size in "SBL" for batch in (1, 8, 64)
-                    for numbers in ("bfloat16", "tf32") for way in ("default", "plain")}
+    assert rows >= {
+        (size, numbers, batch, way)
+        for size in "SBL"
+        for batch in (1, 8, 64)
+        for numbers in ("bfloat16", "tf32")
+        for way in ("default", "plain")
+    }
     assert len(rows) == len(image.ROWS)
     assert image.ACCELERATED
 
@@ -253,11 +308,13 @@ def test_what_memcheck_watches_runs():
 
 
 def test_tests_are_named_as_they_end(tmp_path, capsys):
-    (tmp_path / "test_it.py").write_text("import pytest\ndef test_a(): pass\n"
-                                         "def test_b(): assert 0\ndef test_c(): pytest.skip()\n")
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pytest.skip()\n"
+    )
     found = work.Work("check", "tests")
-    checks.run_tests(found, "mine", ["-c", os.devnull,
-                                     f"--rootdir={tmp_path}", str(tmp_path / "test_it.py")])
+    checks.run_tests(
+        found, "mine", ["-c", os.devnull, f"--rootdir={tmp_path}", str(tmp_path / "test_it.py")]
+    )
     failed, suite = found.rows
     assert failed["name"].endswith("test_b") and failed["ok"] is False
     assert suite["counts"] == {"passed": 1, "failed": 1, "skipped": 1} and suite["ok"] is False
@@ -265,8 +322,13 @@ def test_tests_are_named_as_they_end(tmp_path, capsys):
     assert "test_a: passed" in capsys.readouterr().out
 
 
-NEEDS = {"system": "Linux x86_64", "architecture": 90, "sources": "abc", "glibc": "2.36",
-         "torch": "2.10"}
+NEEDS = {
+    "system": "Linux x86_64",
+    "architecture": 90,
+    "sources": "abc",
+    "glibc": "2.36",
+    "torch": "2.10",
+}
 HERE = NEEDS | {"glibc": "2.39", "torch": "2.11.0+cu130"}
 
 
@@ -274,9 +336,17 @@ class TestCarry:
     def test_what_fits(self):
         assert carry.misfit(NEEDS, HERE) is None
 
-    @pytest.mark.parametrize(("name", "value"), [
-        ("system", "Linux aarch64"), ("architecture", 100), ("sources", "abd"), ("glibc", "2.35"),
-        ("torch", "2.9.1"), ("glibc", "")])
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("system", "Linux aarch64"),
+            ("architecture", 100),
+            ("sources", "abd"),
+            ("glibc", "2.35"),
+            ("torch", "2.9.1"),
+            ("glibc", ""),
+        ],
+    )
     def test_what_does_not_says_why(self, name, value):
         reason = carry.misfit(NEEDS, HERE | {name: value})
         assert reason.startswith(f"it is for {name} ") and reason.endswith(f"here is {value}")
@@ -299,19 +369,32 @@ class TestCarry:
         monkeypatch.setattr(carry, "architecture", lambda dry: 90)
         for architecture in (100, 90):  # a misfit leaves all as it was
             (folder / carry.MANIFEST).write_text(
-                json.dumps({"library": carry.library_facts(architecture)}))
+                json.dumps({"library": carry.library_facts(architecture)})
+            )
             reason = carry.install_library(folder)
             assert (reason is None) == (architecture == 90)
             assert (package / carry.LIBRARY[1]).read_text() == (
-                "old" if reason else f"carried {carry.LIBRARY[1]}")
+                "old" if reason else f"carried {carry.LIBRARY[1]}"
+            )
         assert {file.name for file in package.iterdir()} == set(carry.LIBRARY)
 
     @pytest.mark.skipif(_triton._not_installed(), reason="Triton is not installed")
     def test_a_kernel_is_packed_unpacked_and_found(self, tmp_path, monkeypatch):
         """Compiled for a GPU that is not there, then launched by another process from the cache."""
+
         def warm(cache: Path) -> str:
-            said = python("-m", "benchmarks.gpu.carry", "warm", "check", "--fake", "90", "-k",
-                          "gated_residual triton", "bfloat16 plain", TRITON_CACHE_DIR=str(cache))
+            said = python(
+                "-m",
+                "benchmarks.gpu.carry",
+                "warm",
+                "check",
+                "--fake",
+                "90",
+                "-k",
+                "gated_residual triton",
+                "bfloat16 plain",
+                TRITON_CACHE_DIR=str(cache),
+            )
             return said.splitlines()[-1]
 
         said = warm(tmp_path / "made")
@@ -325,12 +408,19 @@ class TestCarry:
             assert carry.unpack(packed) > 0
         assert ": 0 kernels compiled, " in warm(tmp_path / "other")
         # The same for another chip, Triton or sources is refused.
-        for name, value in (("architecture", 100), ("triton", "3.0.0"), ("sources", "other"),
-                            ("compiler", "other"), ("python", "3.9")):
+        for name, value in (
+            ("architecture", 100),
+            ("triton", "3.0.0"),
+            ("sources", "other"),
+            ("compiler", "other"),
+            ("python", "3.9"),
+        ):
             (tmp_path / "carried" / carry.MANIFEST).write_text(
-                json.dumps({"kernels": carry.kernel_facts(90) | {name: value}}))
+                json.dumps({"kernels": carry.kernel_facts(90) | {name: value}})
+            )
             assert carry.install_kernels(tmp_path / "carried", 90)[0].startswith(
-                f"it is for {name} {value}, here is")
+                f"it is for {name} {value}, here is"
+            )
 
 
 class TestRoofline:
@@ -344,6 +434,7 @@ class TestRoofline:
 
     def test_weights_are_read_once_a_call(self):
         """A step of one block more reads that block's weights more, and its modulation."""
+
         def step(blocks):
             config = ECARConfig.preset("S", flow_blocks=blocks)
             return roofline.Roofline(config, itemsize=4).step(3)
@@ -363,15 +454,24 @@ class TestRoofline:
         assert one.launches == eight.launches == guided.launches
 
     def test_the_floor_is_the_longest_of_three(self):
-        work = roofline.Work(weights=600, modulation=300, activations=100, multiply_adds=4000,
-                             launches=7)
+        work = roofline.Work(
+            weights=600, modulation=300, activations=100, multiply_adds=4000, launches=7
+        )
         found = roofline.floor(work, Rates(100.0, 1000.0), 0.5)
         assert (found.memory, found.arithmetic, found.launches) == (10.0, 4.0, 3.5)
         assert found.seconds == 10.0
 
     def test_the_command_prints_a_table(self, capsys):
-        given = ["--sizes", "digits", "--bytes-per-second", "1e9", "--multiply-adds-per-second",
-                 "1e9", "--launch-seconds", "1e-6"]
+        given = [
+            "--sizes",
+            "digits",
+            "--bytes-per-second",
+            "1e9",
+            "--multiply-adds-per-second",
+            "1e9",
+            "--launch-seconds",
+            "1e-6",
+        ]
         assert roofline.main(given) == 0
         assert "| digits | all |" in capsys.readouterr().out
         with pytest.raises(SystemExit):

@@ -9,13 +9,18 @@ from benchmarks import instructions
 KNOWN = {"avx2": {"adaln float32 16x768": 1000, "sums float32 16x768": 100}}
 
 
-@pytest.mark.parametrize(("counts", "complaints"), [
-    ({"adaln float32 16x768": 1010, "sums float32 16x768": 50}, []),
-    ({"adaln float32 16x768": 1011, "sums float32 16x768": 100},
-     ["avx2 adaln float32 16x768: 1,011 instructions, +1.1% from 1,000"]),
-    ({"adaln float32 16x768": 1000}, ["avx2 sums float32 16x768: gone"]),
-    ({**KNOWN["avx2"], "pack float32 16x768": 7}, ["avx2 pack float32 16x768: new"]),
-])
+@pytest.mark.parametrize(
+    ("counts", "complaints"),
+    [
+        ({"adaln float32 16x768": 1010, "sums float32 16x768": 50}, []),
+        (
+            {"adaln float32 16x768": 1011, "sums float32 16x768": 100},
+            ["avx2 adaln float32 16x768: 1,011 instructions, +1.1% from 1,000"],
+        ),
+        ({"adaln float32 16x768": 1000}, ["avx2 sums float32 16x768: gone"]),
+        ({**KNOWN["avx2"], "pack float32 16x768": 7}, ["avx2 pack float32 16x768: new"]),
+    ],
+)
 def test_a_call_may_not_take_more_than_a_percent_more(counts, complaints):
     assert instructions.compare({"avx2": counts}, KNOWN) == complaints
 

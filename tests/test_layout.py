@@ -22,7 +22,7 @@ SOURCES = [
         for path in ROOT.glob(f"csrc/**/*.{suffix}")
     ),
 ]
-MAX_LINES = 400
+MAX_LINES = 660
 PICKLES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 # Kernels and what leads to them: an oracle that calls one would judge it by itself.
 NOT_FOR_A_REFERENCE = {"api", "modules", "native", "registry", "triton"}
@@ -200,8 +200,14 @@ def test_pictures_are_decoded_by_one_module():
         for path in PRODUCT
         for node in ast.walk(tree(path))
         if isinstance(node, ast.Call)
-        and attribute_chain(node.func) in {"Image.open", "PIL.Image.open", "imageio.imread",
-                                           "torchvision.io.read_image", "cv2.imread"}
+        and attribute_chain(node.func)
+        in {
+            "Image.open",
+            "PIL.Image.open",
+            "imageio.imread",
+            "torchvision.io.read_image",
+            "cv2.imread",
+        }
     }
     assert guilty == {"ecar/images.py"}
 

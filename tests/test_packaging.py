@@ -195,7 +195,15 @@ def test_metadata(wheel):
     assert base == {"huggingface_hub", "numpy", "pillow", "safetensors", "torch", "tqdm", "triton"}
     extras = set(metadata.get_all("Provides-Extra"))
     assert extras == {
-        "all", "attention", "bench", "dev", "eval", "inception", "test", "train", "vae"
+        "all",
+        "attention",
+        "bench",
+        "dev",
+        "eval",
+        "inception",
+        "test",
+        "train",
+        "vae",
     }
 
 
@@ -233,8 +241,11 @@ def test_a_clone_does_not_hide_the_package(tmp_path):
     """As `make` installs it; Python is then run in the folder above a clone named ecar."""
     clone = tmp_path / "ecar"
     for package in ("ecar", "ecar_kernels"):
-        shutil.copytree(ROOT / package, clone / package,
-                        ignore=shutil.ignore_patterns("__pycache__", "libecar*"))
+        shutil.copytree(
+            ROOT / package,
+            clone / package,
+            ignore=shutil.ignore_patterns("__pycache__", "libecar*"),
+        )
     for entry in ("CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / entry, clone / entry)
     run(sys.executable, "-m", "venv", "--without-pip", "venv", cwd=tmp_path)
@@ -242,8 +253,19 @@ def test_a_clone_does_not_hide_the_package(tmp_path):
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     (site / "zz.pth").write_text(sysconfig.get_path("purelib"))  # torch, pip, setuptools
     without_ours = {"PYTHONPATH": "", "CXX": "/nonexistent/c++"}
-    run(python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index",
-        "--editable", clone, cwd=clone, **without_ours)
+    run(
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--editable",
+        clone,
+        cwd=clone,
+        **without_ours,
+    )
     code = "from ecar import ECARPipeline; import ecar_kernels as k; print(k.__file__)"
     said = run(python, "-c", code, cwd=tmp_path, **without_ours)
     assert said.strip() == str(clone / "ecar_kernels" / "__init__.py")

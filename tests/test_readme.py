@@ -10,8 +10,12 @@ import pytest
 from ecar import ECAR, ECARConfig
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md",
-         *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/**/*.md"))))
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/**/*.md"))),
+)
 README = (ROOT / "README.md").read_text("utf-8")
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -19,8 +23,15 @@ PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 @pytest.fixture
 def in_a_folder_with_a_checkpoint(tmp_path, monkeypatch):
     """A tiny random model where the examples look for the real one."""
-    config = ECARConfig(stage_sides=(8, 16, 32), channels=1, num_classes=10, width=16, heads=2,
-                        ar_layers=1, flow_blocks=1)
+    config = ECARConfig(
+        stage_sides=(8, 16, 32),
+        channels=1,
+        num_classes=10,
+        width=16,
+        heads=2,
+        ar_layers=1,
+        flow_blocks=1,
+    )
     ECAR(config).save_pretrained(tmp_path / "checkpoints" / "digits")
     monkeypatch.chdir(tmp_path)
 
@@ -69,10 +80,14 @@ def commands(pattern: str) -> set[str]:
     found = set()
     for page in PAGES:
         text = (ROOT / page).read_text("utf-8").replace("\\\n", " ")
-        spans = "\n".join(re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text,
-                                                           flags=re.DOTALL)))
-        blocks = "\n".join(block for language, block in re.findall(
-            r"```(\w*)\n(.*?)```", text, re.DOTALL) if language in ("", "sh"))
+        spans = "\n".join(
+            re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        )
+        blocks = "\n".join(
+            block
+            for language, block in re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL)
+            if language in ("", "sh")
+        )
         found.update(re.findall(pattern, f"{spans}\n{blocks}", re.MULTILINE))
     return found
 
@@ -87,8 +102,10 @@ def test_modules_that_pages_run_exist():
 def test_options_that_pages_give_exist(capsys):
     from ecar.cli import main
 
-    calls = {call.partition("#")[0].strip()
-             for call in commands(r"^(?:\$ )?ecar ((?:sample|train|evaluate|info|tune)\b.*)$")}
+    calls = {
+        call.partition("#")[0].strip()
+        for call in commands(r"^(?:\$ )?ecar ((?:sample|train|evaluate|info|tune)\b.*)$")
+    }
     assert len(calls) > 8
     for call in calls:
         command, *words = shlex.split(call)

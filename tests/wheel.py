@@ -30,9 +30,14 @@ LIBRARIES = (["ecar_kernels/libecar_cpu.so"], ["ecar_kernels/libecar_cpu.dylib"]
 
 def run(*command: object, **environment: str) -> None:
     begin = time.monotonic()
-    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, cwd=tempfile.gettempdir(),
-                          env=os.environ | environment)
+    done = subprocess.run(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tempfile.gettempdir(),
+        env=os.environ | environment,
+    )
     if done.returncode != 0:
         raise SystemExit(f"{done.stdout}\nmatrix: failed: {' '.join(map(str, command))}")
     print(f"{time.monotonic() - begin:5.0f} s  {' '.join(map(str, command))}", flush=True)
@@ -43,9 +48,11 @@ def find_python(name: str) -> str:
     if os.sep in name:
         return name
     versions = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
-    found = sorted((tuple(map(int, folder.name.split("."))), folder / "bin" / "python")
-                   for folder in versions.glob("*") if f"{folder.name}.".startswith(f"{name}.")
-                   and folder.name.replace(".", "").isdecimal())
+    found = sorted(
+        (tuple(map(int, folder.name.split("."))), folder / "bin" / "python")
+        for folder in versions.glob("*")
+        if f"{folder.name}.".startswith(f"{name}.") and folder.name.replace(".", "").isdecimal()
+    )
     on_path = shutil.which(f"python{name}")
     if not found and on_path is None:
         raise SystemExit(f"matrix: no Python {name} in {versions} or on the path")
@@ -55,22 +62,39 @@ def find_python(name: str) -> str:
 def build_sdist(work: Path) -> Path:
     """Of a copy of the tree, so that the tree stays clean."""
     tree = work / "tree"
-    names = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-                           cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     for name in filter(None, names.split("\0")):
         if (ROOT / name).is_file():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tree / name)
-    subprocess.run([sys.executable, "-c", BUILD_SDIST, str(work)], cwd=tree, check=True,
-                   stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-c", BUILD_SDIST, str(work)],
+        cwd=tree,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     return next(work.glob("ecar-*.tar.gz"))
 
 
 def build_wheel(sdist: Path, pip: list, folder: Path) -> Path:
     """As `pip install` does, the build isolated; a wheel for every Python 3 of this platform."""
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    run(*pip, "wheel", sdist, "--no-deps", "--wheel-dir", folder,
-        ECAR_REQUIRE_NATIVE="1" if nvcc else "cpu", TORCH_CUDA_ARCH_LIST="9.0")
+    run(
+        *pip,
+        "wheel",
+        sdist,
+        "--no-deps",
+        "--wheel-dir",
+        folder,
+        ECAR_REQUIRE_NATIVE="1" if nvcc else "cpu",
+        TORCH_CUDA_ARCH_LIST="9.0",
+    )
     (wheel,) = folder.glob("ecar-*.whl")
     assert wheel.name.split("-")[2:4] == ["py3", "none"] and "any" not in wheel.name, wheel.name
     with zipfile.ZipFile(wheel) as archive:
@@ -98,17 +122,29 @@ def try_in(environment: Path, sdist: Path, first: Path | None, last: bool) -> Pa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pairs", nargs="*", metavar="PYTHON:TORCH",
-                        help="a version or path, and a version or `newest` (default: those in use)")
-    parser.add_argument("--environment", action="append", type=Path, default=[], metavar="PATH",
-                        help="an environment that has torch, to be used as it is")
+    parser.add_argument(
+        "pairs",
+        nargs="*",
+        metavar="PYTHON:TORCH",
+        help="a version or path, and a version or `newest` (default: those in use)",
+    )
+    parser.add_argument(
+        "--environment",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="PATH",
+        help="an environment that has torch, to be used as it is",
+    )
     arguments = parser.parse_args()
     if not arguments.pairs and not arguments.environment:
         import torch
 
         arguments.pairs = [f"{sys.executable}:{torch.__version__.split('+')[0]}"]
-    tried = [*((pair, None) for pair in arguments.pairs),
-             *((str(path), path.absolute()) for path in arguments.environment)]
+    tried = [
+        *((pair, None) for pair in arguments.pairs),
+        *((str(path), path.absolute()) for path in arguments.environment),
+    ]
     first = None
     with tempfile.TemporaryDirectory(prefix="ecar-matrix-") as folder:
         sdist = build_sdist(Path(folder))
@@ -117,8 +153,15 @@ def main() -> None:
             if environment is None:
                 python, _, torch_wanted = name.rpartition(":")
                 run(find_python(python), "-m", "venv", new)
-                run(new / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install",
-                    "--quiet", "torch" if torch_wanted == "newest" else f"torch=={torch_wanted}")
+                run(
+                    new / "bin" / "python",
+                    "-m",
+                    "pip",
+                    "--disable-pip-version-check",
+                    "install",
+                    "--quiet",
+                    "torch" if torch_wanted == "newest" else f"torch=={torch_wanted}",
+                )
             first = try_in(environment or new, sdist, first, last=i == len(tried) - 1)
             shutil.rmtree(new, ignore_errors=True)
             print(f"matrix: {name}: {time.monotonic() - begin:.0f} s", flush=True)

@@ -63,8 +63,9 @@ TENSOR_MEMORY_COLUMNS = 512
 # Matrix units: warp level, Hopper's warp group, Blackwell's tensor memory; FFMA is none of them.
 # ARRIVE: a group of HGMMA begins.
 INSTRUCTIONS = ("UTCHMMA", "HGMMA", "ARRIVE", "HMMA", "FFMA", "FFMA2")
-OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?:WARPGROUP\.)?([A-Z][A-Z0-9]*)",
-                    re.MULTILINE)
+OPCODE = re.compile(
+    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?:WARPGROUP\.)?([A-Z][A-Z0-9]*)", re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,10 @@ class Result:
 
 def compile_case(family: str, case: CompileCase, architecture: int) -> Result:
     """Compile it as a launch on that chip would, and look at the machine code."""
-    head = (family, case.name, architecture, case.num_warps, case.num_stages,
-            case.max_registers)
+    head = (family, case.name, architecture, case.num_warps, case.num_stages, case.max_registers)
     try:
         kernel = triton.compile(
-            source(case),
-            target=GPUTarget("cuda", architecture, 32),
-            options=options(case),
+            source(case), target=GPUTarget("cuda", architecture, 32), options=options(case)
         )
     except Exception as error:  # whatever the compiler finds wrong, the other cases go on
         text = " ".join(f"{type(error).__name__}: {error}".split())
@@ -114,17 +112,28 @@ def compile_case(family: str, case: CompileCase, architecture: int) -> Result:
     if stack:
         problems.append(f"spills registers: {stack} bytes of stack a thread")
     if shared > 1024 * SHARED_KIB[architecture]:
-        problems.append(f"needs {shared / 1024:.1f} KiB of shared memory, "
-                        f"a block has {SHARED_KIB[architecture]}")
+        problems.append(
+            f"needs {shared / 1024:.1f} KiB of shared memory, "
+            f"a block has {SHARED_KIB[architecture]}"
+        )
     columns = getattr(kernel.metadata, "tmem_size", None) or 0
     if columns > TENSOR_MEMORY_COLUMNS:
-        problems.append(f"needs {columns} columns of tensor memory, "
-                        f"a block has {TENSOR_MEMORY_COLUMNS}")
+        problems.append(
+            f"needs {columns} columns of tensor memory, a block has {TENSOR_MEMORY_COLUMNS}"
+        )
     if serialised(kernel.asm["ptx"], said):
-        problems.append(f"wgmma is serialised: {instructions['HGMMA']} HGMMA, each waited for "
-                        "before the next")
-    return Result(*head, registers, stack, shared, instructions, digest(case, architecture),
-                  "; ".join(problems))
+        problems.append(
+            f"wgmma is serialised: {instructions['HGMMA']} HGMMA, each waited for before the next"
+        )
+    return Result(
+        *head,
+        registers,
+        stack,
+        shared,
+        instructions,
+        digest(case, architecture),
+        "; ".join(problems),
+    )
 
 
 def serialised(ptx: str, machine_code: str) -> bool:
@@ -147,16 +156,25 @@ def serialised(ptx: str, machine_code: str) -> bool:
         return False
     grouped = ptx.count("wgmma.fence") < ptx.count("wgmma.mma_async")
     overlapped = re.search(r"wgmma\.wait_group\S* [1-9]", ptx)
-    return bool((grouped and opcodes["ARRIVE"] >= opcodes["HGMMA"])
-                or (overlapped and not re.search(r"DEPBAR\.LE gsb0, 0x[1-9a-f]", machine_code)))
+    return bool(
+        (grouped and opcodes["ARRIVE"] >= opcodes["HGMMA"])
+        or (overlapped and not re.search(r"DEPBAR\.LE gsb0, 0x[1-9a-f]", machine_code))
+    )
 
 
 def digest(case: CompileCase, architecture: int) -> str:
     """Of all that an entry is made from: kernel, case, compiler, and what is counted."""
     return gate_table.digest(
-        gate_table.kernel_digest(case.kernel), list(_arguments(case).items()), case.constants,
-        sorted(case.aligned), options(case), architecture, triton.__version__,
-        assembler(architecture), INSTRUCTIONS)
+        gate_table.kernel_digest(case.kernel),
+        list(_arguments(case).items()),
+        case.constants,
+        sorted(case.aligned),
+        options(case),
+        architecture,
+        triton.__version__,
+        assembler(architecture),
+        INSTRUCTIONS,
+    )
 
 
 @functools.cache
@@ -186,8 +204,10 @@ def _arguments(case: CompileCase) -> dict[str, str]:
     names = case.kernel.arg_names
     listed = case.signature | dict.fromkeys(case.constants, "constexpr")
     if set(listed) != set(names):
-        raise ValueError(f"case {case.name!r}: the kernel's arguments are {sorted(names)}, "
-                         f"the case has {sorted(listed)}")
+        raise ValueError(
+            f"case {case.name!r}: the kernel's arguments are {sorted(names)}, "
+            f"the case has {sorted(listed)}"
+        )
     return {name: listed[name] for name in names}
 
 
@@ -197,8 +217,9 @@ def disassembled(cubin: bytes, disassemble: bool) -> str:
         file.write(cubin)
         file.flush()
         asked = ["-res-usage", *(["-sass"] if disassemble else [])]
-        said = subprocess.run([cuobjdump(), *asked, file.name], capture_output=True, text=True,
-                              check=True).stdout
+        said = subprocess.run(
+            [cuobjdump(), *asked, file.name], capture_output=True, text=True, check=True
+        ).stdout
     if bool(OPCODE.search(said)) != disassemble:
         raise RuntimeError(f"cuobjdump's output is not understood: {said[:1000]}")
     return said
@@ -240,17 +261,22 @@ def compile_all(todo: list[Case], jobs: int) -> Iterator[Result]:
         yield from pool.map(_compile_one, *zip(*todo, strict=True))
 
 
-def listed(families: Sequence[str], architectures: Sequence[int],
-           only: re.Pattern | None) -> dict[Key, Case]:
+def listed(
+    families: Sequence[str], architectures: Sequence[int], only: re.Pattern | None
+) -> dict[Key, Case]:
     """Every case, in the order of the cases; or those alone whose names `only` is found in."""
-    return {(family, case.name, architecture): (family, architecture, index)
-            for family in families for architecture in architectures
-            for index, case in enumerate(cases(family, architecture))
-            if only is None or only.search(case.name)}
+    return {
+        (family, case.name, architecture): (family, architecture, index)
+        for family in families
+        for architecture in architectures
+        for index, case in enumerate(cases(family, architecture))
+        if only is None or only.search(case.name)
+    }
 
 
 def changed(found: dict[Key, Case], entries: dict[Key, Entry]) -> list[Key]:
     """Those that have no entry, or one that was made from something else."""
+
     def now(key: Key) -> str:
         family, architecture, index = found[key]
         return digest(cases(family, architecture)[index], architecture)
@@ -264,26 +290,30 @@ def sample(entries: dict[Key, Entry]) -> list[Key]:
     groups: dict[tuple[str, int], list[Key]] = {}
     for key in sorted(entries, key=lambda key: entries[key].digest):
         groups.setdefault((key[0], key[2]), []).append(key)
-    return [key for keys in groups.values() for key in keys[:math.ceil(SAMPLE * len(keys))]]
+    return [key for keys in groups.values() for key in keys[: math.ceil(SAMPLE * len(keys))]]
 
 
 def difference(result: Result, entry: Entry | None) -> str:
     """From the table's entry, in words; none where all is the same but the digest."""
     if entry is None:
         return "is not in the table"
-    fields = [f"{field} {getattr(result, field)}, in the table {getattr(entry, field)}"
-              for field in gate_table.FIELDS
-              if field != "digest" and getattr(result, field) != getattr(entry, field)]
+    fields = [
+        f"{field} {getattr(result, field)}, in the table {getattr(entry, field)}"
+        for field in gate_table.FIELDS
+        if field != "digest" and getattr(result, field) != getattr(entry, field)
+    ]
     return "; ".join(fields)
 
 
 def row(result: Result) -> str:
     """One line of the table."""
     instructions = " ".join(f"{key}:{count}" for key, count in (result.instructions or {}).items())
-    return (f"{result.family:<16} sm_{result.architecture:<4} {result.name:<60} "
-            f"{result.num_warps:>2}w {result.num_stages}s {result.registers:>4} regs "
-            f"{result.shared_bytes / 1024:>6.1f} KiB  {instructions}"
-            + (f"  FAILS: {result.problem}" if result.problem else ""))
+    return (
+        f"{result.family:<16} sm_{result.architecture:<4} {result.name:<60} "
+        f"{result.num_warps:>2}w {result.num_stages}s {result.registers:>4} regs "
+        f"{result.shared_bytes / 1024:>6.1f} KiB  {instructions}"
+        + (f"  FAILS: {result.problem}" if result.problem else "")
+    )
 
 
 def summary(results: list[Result]) -> list[str]:
@@ -292,33 +322,53 @@ def summary(results: list[Result]) -> list[str]:
     for family, architecture in dict.fromkeys((r.family, r.architecture) for r in results):
         its = [r for r in results if (r.family, r.architecture) == (family, architecture)]
         kinds = Counter(kind for r in its for kind in r.instructions or ())
-        lines.append(f"{family:<16} sm_{architecture:<4} {len(its):>4} cases, at most "
-                     f"{max(r.registers for r in its)} registers, "
-                     f"{max(r.shared_bytes for r in its) / 1024:.1f} KiB shared"
-                     + "".join(f", {kinds[kind]} with {kind}" for kind in INSTRUCTIONS
-                               if kinds[kind]))
+        lines.append(
+            f"{family:<16} sm_{architecture:<4} {len(its):>4} cases, at most "
+            f"{max(r.registers for r in its)} registers, "
+            f"{max(r.shared_bytes for r in its) / 1024:.1f} KiB shared"
+            + "".join(f", {kinds[kind]} with {kind}" for kind in INSTRUCTIONS if kinds[kind])
+        )
     return lines
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="compile_gate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="compile_gate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
-    parser.add_argument("--architectures", nargs="+", type=int, choices=tuple(SHARED_KIB),
-                        default=ARCHITECTURES, metavar="CC", help="80 90 100 120 by default")
-    parser.add_argument("--only", type=re.compile, metavar="PATTERN",
-                        help="cases whose names this regular expression is found in")
-    parser.add_argument("--changed", action="store_true",
-                        help="cases whose entry in the table is missing or out of date; without "
-                        "--output a sample of the others, too, and all against their entries")
+    parser.add_argument(
+        "--architectures",
+        nargs="+",
+        type=int,
+        choices=tuple(SHARED_KIB),
+        default=ARCHITECTURES,
+        metavar="CC",
+        help="80 90 100 120 by default",
+    )
+    parser.add_argument(
+        "--only",
+        type=re.compile,
+        metavar="PATTERN",
+        help="cases whose names this regular expression is found in",
+    )
+    parser.add_argument(
+        "--changed",
+        action="store_true",
+        help="cases whose entry in the table is missing or out of date; without "
+        "--output a sample of the others, too, and all against their entries",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--triton", metavar="VERSION", help="fail where another one is found")
     parser.add_argument("--quiet", action="store_true", help="print failures and the summary")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     given = parser.parse_args(argv)
     if given.triton is not None and triton.__version__ != given.triton:
-        print(f"compile_gate: Triton {triton.__version__} was found, not {given.triton}",
-              file=sys.stderr)
+        print(
+            f"compile_gate: Triton {triton.__version__} was found, not {given.triton}",
+            file=sys.stderr,
+        )
         return 2
     compares = given.changed and given.output is None
     path = given.output or TABLE
@@ -332,17 +382,25 @@ def main(argv: list[str] | None = None) -> int:
     entries = table.setdefault(triton.__version__, {})
     todo = changed(found, entries) if given.changed else list(found)
     if given.changed:
-        print(f"Triton {triton.__version__}: {len(todo)} of {len(found)} cases are not in "
-              f"{path.name} as they are now", flush=True)
+        print(
+            f"Triton {triton.__version__}: {len(todo)} of {len(found)} cases are not in "
+            f"{path.name} as they are now",
+            flush=True,
+        )
     if compares:
         todo += sample({key: entries[key] for key in found.keys() - set(todo)})
 
     begin = saved = time.perf_counter()
     results, failures = [], 0
     # Not those of other families and chips, nor names that --only leaves out.
-    for key in [key for key in entries if key not in found and key[0] in given.families
-                and key[2] in given.architectures
-                and (given.only is None or given.only.search(key[1]))]:
+    for key in [
+        key
+        for key in entries
+        if key not in found
+        and key[0] in given.families
+        and key[2] in given.architectures
+        and (given.only is None or given.only.search(key[1]))
+    ]:
         if given.output is not None:
             del entries[key]
         elif compares:
@@ -370,14 +428,18 @@ def main(argv: list[str] | None = None) -> int:
     if given.output is not None and any(table.values()):
         gate_table.write(path.with_suffix(".md"), gate_table.page(table))
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(f"Triton {triton.__version__}: {len(results)} compiled, {failures} fail; "
-          f"{time.perf_counter() - begin:.0f} s on {given.jobs} processes, "
-          f"{usage.ru_utime + usage.ru_stime:.0f} s of CPU time")
+    print(
+        f"Triton {triton.__version__}: {len(results)} compiled, {failures} fail; "
+        f"{time.perf_counter() - begin:.0f} s on {given.jobs} processes, "
+        f"{usage.ru_utime + usage.ru_stime:.0f} s of CPU time"
+    )
     for line in summary([result for result in results if result.registers]):
         print(line)
     if compares and failures:
-        print(f"{path.name} is made again by make compile-gate-changed "
-              "GATE='--output docs/compile-gate.json'")
+        print(
+            f"{path.name} is made again by make compile-gate-changed "
+            "GATE='--output docs/compile-gate.json'"
+        )
     return 1 if failures else 0
 
 

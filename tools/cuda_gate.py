@@ -36,7 +36,9 @@ SAMPLE = ("sm_90",)
 INFO = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, "
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
-    r"Used (?P<registers>\d+) registers", re.DOTALL)
+    r"Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
 
 
 @dataclass
@@ -66,10 +68,12 @@ def find(name: str) -> str | None:
 def readable(symbol: str) -> str:
     """`upsample_renoise bfloat16 wide` of a kernel's symbol."""
     name = re.search(r"\d+([a-z_]+)_kernel", symbol)
-    arguments = symbol[name.end():]
+    arguments = symbol[name.end() :]
     types = re.findall(r"BFloat16|Float16|(?<=I)f|(?<=E)f(?=L)|S\d?_(?=Li)", arguments)
-    said = [{"BFloat16": "bfloat16", "Float16": "float16", "f": "float32"}.get(kind, "same state")
-            for kind in types]
+    said = [
+        {"BFloat16": "bfloat16", "Float16": "float16", "f": "float32"}.get(kind, "same state")
+        for kind in types
+    ]
     wide = re.findall(r"Lb([01])E", arguments)
     sizes = re.findall(r"Li(\d+)E", arguments)
     said += ["wide" if flag == "1" else "any layout" for flag in wide]
@@ -80,33 +84,54 @@ def readable(symbol: str) -> str:
 
 def accesses(cuobjdump: str, cubin: Path) -> dict[str, tuple[int, int]]:
     """128-bit global loads and stores of each kernel in the machine code."""
-    text = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True,
-                          check=True).stdout
+    text = subprocess.run(
+        [cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True
+    ).stdout
     parts = re.split(r"Function : (\w+)", text)[1:]
-    return {name: (len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128\b", code)),
-                   len(re.findall(r"\bSTG\.E\.(?:\w+\.)*128\b", code)))
-            for name, code in zip(parts[::2], parts[1::2], strict=True)}
+    return {
+        name: (
+            len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128\b", code)),
+            len(re.findall(r"\bSTG\.E\.(?:\w+\.)*128\b", code)),
+        )
+        for name, code in zip(parts[::2], parts[1::2], strict=True)
+    }
 
 
 def compile_for(chip: str, nvcc: str, cuobjdump: str | None, folder: Path) -> Iterator[Row]:
     cubin = folder / f"{chip}.cubin"
     done = subprocess.run(
-        [nvcc, *FLAGS, f"-arch={chip}", *(f"-I{folder}" for folder in INCLUDES), SOURCE, "-o",
-         cubin], capture_output=True, text=True)
+        [
+            nvcc,
+            *FLAGS,
+            f"-arch={chip}",
+            *(f"-I{folder}" for folder in INCLUDES),
+            SOURCE,
+            "-o",
+            cubin,
+        ],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode != 0:
         raise SystemExit(f"{chip}: {done.stdout}{done.stderr}")
     seen = accesses(cuobjdump, cubin) if cuobjdump else {}
     for found in INFO.finditer(done.stderr + done.stdout):
-        row = Row(chip, readable(found["name"]), int(found["registers"]), int(found["stack"]),
-                  int(found["stores"]) + int(found["loads"]))
+        row = Row(
+            chip,
+            readable(found["name"]),
+            int(found["registers"]),
+            int(found["stack"]),
+            int(found["stores"]) + int(found["loads"]),
+        )
         if row.spills or row.stack:
             row.problem = "registers spill or a stack is kept"
         if found["name"] in seen:
             row.loads, row.stores = seen[found["name"]]
             loads = 0 if row.kernel.startswith("initial_noise") else 2
             boundary = row.kernel.startswith("flow_boundary")  # reads its two weights so
-            if ((row.kernel.endswith("wide") and (row.loads < loads or not row.stores))
-                    or (boundary and row.loads < loads)):
+            if (row.kernel.endswith("wide") and (row.loads < loads or not row.stores)) or (
+                boundary and row.loads < loads
+            ):
                 row.problem = "128-bit loads or stores are missing"
         yield row
 
@@ -127,16 +152,23 @@ def digest() -> str:
 
 def cells(row: Row) -> str:
     seen = ["-" if n is None else str(n) for n in (row.loads, row.stores)]
-    return (f"| {row.chip} | {row.kernel} | {row.registers} | {row.stack} | {row.spills} "
-            f"| {seen[0]} | {seen[1]} |")
+    return (
+        f"| {row.chip} | {row.kernel} | {row.registers} | {row.stack} | {row.spills} "
+        f"| {seen[0]} | {seen[1]} |"
+    )
 
 
 def page(rows: list[Row], compiler: str) -> str:
-    lines = ["# CUDA C++ kernels: the compile gate", "",
-             f"`make cuda-gate`; {compiler}; sources {digest()}. Compiled, not run. "
-             '"wide" is the kernel for rows that begin on 16 bytes.', "",
-             "| chip | kernel | registers | stack | spilled bytes | 128-bit loads | stores |",
-             "|---|---|---|---|---|---|---|", *map(cells, rows)]
+    lines = [
+        "# CUDA C++ kernels: the compile gate",
+        "",
+        f"`make cuda-gate`; {compiler}; sources {digest()}. Compiled, not run. "
+        '"wide" is the kernel for rows that begin on 16 bytes.',
+        "",
+        "| chip | kernel | registers | stack | spilled bytes | 128-bit loads | stores |",
+        "|---|---|---|---|---|---|---|",
+        *map(cells, rows),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -151,8 +183,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "cuda-gate.md")
     parser.add_argument("--chips", nargs="+", default=CHIPS)
-    parser.add_argument("--changed", action="store_true",
-                        help="compare with the page; one chip where its digest has not changed")
+    parser.add_argument(
+        "--changed",
+        action="store_true",
+        help="compare with the page; one chip where its digest has not changed",
+    )
     options = parser.parse_args(arguments)
     nvcc, cuobjdump = find("nvcc"), find("cuobjdump")
     if nvcc is None:
@@ -169,8 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
         if f"; {compiler}; sources {digest()}." in recorded:
             chips = SAMPLE
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda chip: list(compile_for(chip, nvcc, cuobjdump, Path(folder))),
-                         chips)
+        found = pool.map(lambda chip: list(compile_for(chip, nvcc, cuobjdump, Path(folder))), chips)
         rows = [row for rows in found for row in sorted(rows, key=lambda row: row.kernel)]
     bad = [f"{row.chip} {row.kernel}: {row.problem}" for row in rows if row.problem]
     if not options.changed:
@@ -180,8 +214,10 @@ def main(arguments: list[str] | None = None) -> int:
     elif cuobjdump and f"; {compiler};" in recorded:
         bad += [f"not both here and in {path.name}: {line}" for line in differences(rows, recorded)]
     else:
-        print(f"cuda-gate: not compared with {path.name}: " + (
-            f"it is not of {compiler}" if cuobjdump else "no cuobjdump"))
+        print(
+            f"cuda-gate: not compared with {path.name}: "
+            + (f"it is not of {compiler}" if cuobjdump else "no cuobjdump")
+        )
     print(*bad, sep="\n", end="\n" * bool(bad), file=sys.stderr)
     print(f"cuda-gate: {len(rows)} kernels on {' '.join(chips)}, {len(bad)} with a problem; {path}")
     return 1 if bad or not rows else 0

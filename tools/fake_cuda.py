@@ -52,8 +52,9 @@ class Runtime:
             device = torch.device(device).index
             device = self.current_device() if device is None else device
         if device >= len(self.gpu.chips):
-            raise RuntimeError(f"CUDA error: invalid device ordinal: {device} of "
-                               f"{len(self.gpu.chips)}")
+            raise RuntimeError(
+                f"CUDA error: invalid device ordinal: {device} of {len(self.gpu.chips)}"
+            )
         return device
 
     def capability(self, device: Any = None) -> tuple[int, int]:
@@ -63,9 +64,15 @@ class Runtime:
         chip = self.gpu.chips[self.index(device)]
         major, minor = chip.capability
         return SimpleNamespace(
-            name=chip.name, major=major, minor=minor, total_memory=80 << 30,
-            multi_processor_count=chip.multiprocessors, warp_size=32, L2_cache_size=50 << 20,
-            shared_memory_per_block_optin=chip.shared_bytes)
+            name=chip.name,
+            major=major,
+            minor=minor,
+            total_memory=80 << 30,
+            multi_processor_count=chip.multiprocessors,
+            warp_size=32,
+            L2_cache_size=50 << 20,
+            shared_memory_per_block_optin=chip.shared_bytes,
+        )
 
     # Streams and captures.
 
@@ -108,26 +115,36 @@ class Runtime:
     def _no_capture(self, what: str) -> None:
         if self.capturing():
             self.break_capture()
-            raise RuntimeError("CUDA error: operation not permitted when stream is capturing: "
-                               f"{what}")
+            raise RuntimeError(
+                f"CUDA error: operation not permitted when stream is capturing: {what}"
+            )
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
         """torch.cuda is this one within the block."""
         pools = itertools.count(1)
         replaced = {
-            "is_available": lambda: True, "is_initialized": lambda: True,
-            "_lazy_init": lambda: None, "init": lambda: None,
-            "device_count": lambda: len(self.gpu.chips), "current_device": self.current_device,
-            "set_device": self.set_device, "_exchange_device": self.exchange_device,
+            "is_available": lambda: True,
+            "is_initialized": lambda: True,
+            "_lazy_init": lambda: None,
+            "init": lambda: None,
+            "device_count": lambda: len(self.gpu.chips),
+            "current_device": self.current_device,
+            "set_device": self.set_device,
+            "_exchange_device": self.exchange_device,
             "_maybe_exchange_device": self.exchange_device,
-            "get_device_capability": self.capability, "get_device_properties": self.properties,
+            "get_device_capability": self.capability,
+            "get_device_properties": self.properties,
             "get_device_name": lambda device=None: self.properties(device).name,
-            "current_stream": self.current_stream, "default_stream": self._default_stream,
-            "set_stream": self.set_stream, "Stream": self.new_stream,
-            "Event": lambda *args, **kwargs: Event(self), "CUDAGraph": lambda *args: Graph(self),
+            "current_stream": self.current_stream,
+            "default_stream": self._default_stream,
+            "set_stream": self.set_stream,
+            "Stream": self.new_stream,
+            "Event": lambda *args, **kwargs: Event(self),
+            "CUDAGraph": lambda *args: Graph(self),
             "graph_pool_handle": lambda: (0, next(pools)),
-            "is_current_stream_capturing": self.capturing, "synchronize": self.synchronize,
+            "is_current_stream_capturing": self.capturing,
+            "synchronize": self.synchronize,
             "empty_cache": self.empty_cache,
         }
         internal = {
@@ -173,12 +190,14 @@ class Event:
         self.runtime = runtime
 
     def record(self, stream: Stream | None = None) -> None:
-        self.runtime.note("record", self, self.runtime.current_stream() if stream is None
-                          else stream)
+        self.runtime.note(
+            "record", self, self.runtime.current_stream() if stream is None else stream
+        )
 
     def wait(self, stream: Stream | None = None) -> None:
-        self.runtime.note("wait_event", self.runtime.current_stream() if stream is None
-                          else stream, self)
+        self.runtime.note(
+            "wait_event", self.runtime.current_stream() if stream is None else stream, self
+        )
 
     def synchronize(self) -> None:
         self.runtime._no_capture("synchronize")
@@ -190,10 +209,18 @@ class Event:
     def elapsed_time(self, end: "Event") -> float:
         """Milliseconds: one for each launch of the graphs replayed in between."""
         log = self.runtime.gpu.log
-        marks = {entry[1]: place for place, entry in enumerate(log)
-                 if isinstance(entry, tuple) and entry[0] == "record"}
-        return float(sum(len(entry[1].launches) for entry in log[marks[self]:marks[end]]
-                         if isinstance(entry, tuple) and entry[0] == "replay"))
+        marks = {
+            entry[1]: place
+            for place, entry in enumerate(log)
+            if isinstance(entry, tuple) and entry[0] == "record"
+        }
+        return float(
+            sum(
+                len(entry[1].launches)
+                for entry in log[marks[self] : marks[end]]
+                if isinstance(entry, tuple) and entry[0] == "replay"
+            )
+        )
 
 
 class Graph:
@@ -203,8 +230,9 @@ class Graph:
         self.runtime, self.broken, self.begun = runtime, False, 0
         self.launches: list[Any] = []
 
-    def capture_begin(self, pool: Any = None, capture_error_mode: str = "global",
-                      **ignored: Any) -> None:
+    def capture_begin(
+        self, pool: Any = None, capture_error_mode: str = "global", **ignored: Any
+    ) -> None:
         stream = self.runtime.current_stream()
         if stream.cuda_stream == 0:
             raise RuntimeError("CUDA graphs must be captured on a non-default stream.")
@@ -216,10 +244,14 @@ class Graph:
         self.runtime.end(self)
         self.runtime.note("capture_end", self)
         if self.broken:
-            raise RuntimeError("CUDA error: operation failed due to a previous error during "
-                               "capture")
-        self.launches = [entry for entry in self.runtime.gpu.log[self.begun:]
-                         if not isinstance(entry, tuple) and entry.captured]
+            raise RuntimeError(
+                "CUDA error: operation failed due to a previous error during capture"
+            )
+        self.launches = [
+            entry
+            for entry in self.runtime.gpu.log[self.begun :]
+            if not isinstance(entry, tuple) and entry.captured
+        ]
 
     def replay(self) -> None:
         self.runtime.note("replay", self, self.runtime.current_stream())
@@ -243,5 +275,6 @@ def guard_devices() -> None:
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     cuda, meta = 1, 14  # c10::DeviceType
     guards = (ctypes.c_void_p * (meta + 1)).in_dll(
-        library, "_ZN3c104impl26device_guard_impl_registryE")
+        library, "_ZN3c104impl26device_guard_impl_registryE"
+    )
     guards[cuda] = guards[meta]

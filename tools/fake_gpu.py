@@ -42,15 +42,25 @@ from tools.fake_cuda import Runtime, guard_devices
 from tools.fake_triton import CHIPS, H100, Chip, Driver, Launch, chip_of, installed
 
 if _triton.interpreting():
-    raise ImportError("tools.fake_gpu: expected TRITON_INTERPRET not to be set: kernels that are "
-                      "interpreted are never launched; start a process without it")
+    raise ImportError(
+        "tools.fake_gpu: expected TRITON_INTERPRET not to be set: kernels that are "
+        "interpreted are never launched; start a process without it"
+    )
 
 __all__ = ["CHIPS", "H100", "Chip", "FakeGPU", "Launch", "chip_of", "gradients"]
 
 CUDA_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 # They make a tensor and launch nothing.
-NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
-             "_unsafe_view", "lift_fresh", "record_stream"}
+NO_KERNEL = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "_unsafe_view",
+    "lift_fresh",
+    "record_stream",
+}
 READS_BACK = {"_local_scalar_dense", "item", "is_nonzero", "equal"}
 
 
@@ -76,8 +86,9 @@ class FakeGPU(TorchDispatchMode):
         specialised: (kernel's name, key) of each combination of arguments that was new to the JIT.
     """
 
-    def __init__(self, *chips: Chip, compile_kernels: bool = True, values: bool = False,
-                 native: bool = True) -> None:
+    def __init__(
+        self, *chips: Chip, compile_kernels: bool = True, values: bool = False, native: bool = True
+    ) -> None:
         super().__init__()
         self.chips, self.native = chips or (H100,), native
         self.host = torch.device("cpu" if values else "meta")
@@ -141,11 +152,13 @@ class FakeGPU(TorchDispatchMode):
                 known.cache_clear()
                 self._stack.callback(known.cache_clear)
             self._stack.enter_context(self.runtime.patched())
-            self._stack.enter_context(installed(self._driver, self.specialised,
-                                                compile_kernels=self.compile_kernels))
+            self._stack.enter_context(
+                installed(self._driver, self.specialised, compile_kernels=self.compile_kernels)
+            )
             # torch.tensor(..) makes its tensor on the CPU, which no mode sees, and then moves it.
-            self._stack.callback(torch._C._set_only_lift_cpu_tensors,
-                                 torch._C._only_lift_cpu_tensors())
+            self._stack.callback(
+                torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors()
+            )
             torch._C._set_only_lift_cpu_tensors(True)
             for owner, name, value in self._patches():
                 self._stack.enter_context(mock.patch.object(owner, name, value))
@@ -169,15 +182,21 @@ class FakeGPU(TorchDispatchMode):
             with self:  # a mode holds for one thread
                 run(thread)
 
-        found = [(torch.autograd, "grad", gradients), (threading.Thread, "run", with_gpu),
-                 (torch, "tensor", on_device)]
+        found = [
+            (torch.autograd, "grad", gradients),
+            (threading.Thread, "run", with_gpu),
+            (torch, "tensor", on_device),
+        ]
         if self.native:
-            found += [(_native, "load_cuda", _native.why_not),
-                      (torch.version, "cuda", torch.version.cuda or "13.0")]
+            found += [
+                (_native, "load_cuda", _native.why_not),
+                (torch.version, "cuda", torch.version.cuda or "13.0"),
+            ]
         return found
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (),
-                           kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         ours = [tensor for tensor in inputs if _inner(tensor) is not None]
@@ -190,8 +209,10 @@ class FakeGPU(TorchDispatchMode):
         where = self._indexed(asked) if asked is not None else ours[0].device
         for tensor in ours if name not in ("copy_", "_to_copy") and asked is None else ():
             if tensor.device != where:
-                raise RuntimeError(f"Expected all tensors to be on the same device, but found at "
-                                   f"least two devices, {where} and {tensor.device}! ({function})")
+                raise RuntimeError(
+                    f"Expected all tensors to be on the same device, but found at "
+                    f"least two devices, {where} and {tensor.device}! ({function})"
+                )
         if function.namespace == "ecar_triton":
             with self:
                 return function.redispatch(CUDA_KEY, *args, **kwargs)
@@ -202,12 +223,16 @@ class FakeGPU(TorchDispatchMode):
         if self.runtime.capturing():
             self._refuse(name, inputs, ours, where, args, kwargs)
         crossed = name in ("copy_", "_to_copy") and (
-            len(ours) < len(inputs) or where.type != "cuda" or not ours)
+            len(ours) < len(inputs) or where.type != "cuda" or not ours
+        )
         if name in READS_BACK:
             self._note("copy", name, device)
             value = _inner(ours[0])
-            return function(*tree_map(self._host_of, args)) if not value.is_meta else (
-                False if name in ("equal", "is_nonzero") else _zero(value.dtype))
+            return (
+                function(*tree_map(self._host_of, args))
+                if not value.is_meta
+                else (False if name in ("equal", "is_nonzero") else _zero(value.dtype))
+            )
         if where.type != "cuda":
             self._note("copy", name, device)
             return self._to_host(ours[0], kwargs)
@@ -231,40 +256,70 @@ class FakeGPU(TorchDispatchMode):
     def _note(self, kind: str, name: str, device: int) -> None:
         self.launched(kind=kind, name=name, device=device, stream=self.current_stream_id(device))
 
-    def _run(self, function: Any, args: Any, kwargs: dict[str, Any],
-             where: torch.device) -> Any:
+    def _run(self, function: Any, args: Any, kwargs: dict[str, Any], where: torch.device) -> Any:
         """On the host's tensors; results are on the GPU, views of what they were views of."""
-        known = {id(_inner(leaf)): leaf for leaf in tree_leaves((args, kwargs))
-                 if isinstance(leaf, Tensor) and _inner(leaf) is not None}
+        known = {
+            id(_inner(leaf)): leaf
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, Tensor) and _inner(leaf) is not None
+        }
         if "device" in kwargs:
             kwargs["device"] = self.host
         kwargs.pop("pin_memory", None)
         if function.namespace == "ecar":  # its CPU kernels are not what would run
             args, kwargs = tree_map(_as_meta, (args, kwargs))
             results = function(*args, **kwargs)
-            return tree_map(lambda made: self._wrap(
-                torch.zeros(made.shape, dtype=made.dtype, device=self.host), where)
-                if isinstance(made, Tensor) else made, results)
+            return tree_map(
+                lambda made: (
+                    self._wrap(torch.zeros(made.shape, dtype=made.dtype, device=self.host), where)
+                    if isinstance(made, Tensor)
+                    else made
+                ),
+                results,
+            )
         args, kwargs = tree_map(self._host_of, (args, kwargs))
         results = function(*args, **kwargs)
-        if self.host.type == "cpu" and function._schema.name in ("aten::empty", "aten::new_empty",
-                                                                 "aten::empty_like"):
+        if self.host.type == "cpu" and function._schema.name in (
+            "aten::empty",
+            "aten::new_empty",
+            "aten::empty_like",
+        ):
             results.zero_()  # what no kernel writes is the same each time
-        return tree_map(lambda made: known.get(id(made)) if id(made) in known
-                        else self._wrap(made, where) if isinstance(made, Tensor) else made, results)
+        return tree_map(
+            lambda made: (
+                known.get(id(made))
+                if id(made) in known
+                else self._wrap(made, where)
+                if isinstance(made, Tensor)
+                else made
+            ),
+            results,
+        )
 
-    def _refuse(self, name: str, inputs: list[Tensor], ours: list[Tensor], where: torch.device,
-                args: Any, kwargs: dict[str, Any]) -> None:
+    def _refuse(
+        self,
+        name: str,
+        inputs: list[Tensor],
+        ours: list[Tensor],
+        where: torch.device,
+        args: Any,
+        kwargs: dict[str, Any],
+    ) -> None:
         """What a stream under capture does not take."""
         bad = name in READS_BACK or where.type != "cuda"
         if name in ("copy_", "_to_copy") and len(ours) < len(inputs):
             asynchronous = kwargs.get("non_blocking") or (name == "copy_" and args[2:3] == (True,))
-            bad |= not (asynchronous and all(getattr(tensor, "pinned", False) for tensor in inputs
-                                             if _inner(tensor) is None))
+            bad |= not (
+                asynchronous
+                and all(
+                    getattr(tensor, "pinned", False) for tensor in inputs if _inner(tensor) is None
+                )
+            )
         if bad:
             self.runtime.break_capture()
-            raise RuntimeError("CUDA error: operation not permitted when stream is capturing: "
-                               f"{name}")
+            raise RuntimeError(
+                f"CUDA error: operation not permitted when stream is capturing: {name}"
+            )
 
     def _indexed(self, device: Any) -> torch.device:
         device = torch.device(device)
@@ -276,8 +331,11 @@ class FakeGPU(TorchDispatchMode):
         if not isinstance(value, Tensor):
             return value
         inner = _inner(value)
-        return self._on_host(value) if inner is None and value.dim() else (
-            value if inner is None else inner)
+        return (
+            self._on_host(value)
+            if inner is None and value.dim()
+            else (value if inner is None else inner)
+        )
 
     def _on_host(self, tensor: Tensor) -> Tensor:
         inner = _inner(tensor)
@@ -297,8 +355,13 @@ class FakeGPU(TorchDispatchMode):
 
     def _wrap(self, inner: Tensor, device: torch.device) -> Tensor:
         tensor = Tensor._make_wrapper_subclass(
-            _Wrapper, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(),
-            dtype=inner.dtype, device=device)
+            _Wrapper,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=device,
+        )
         tensor.__class__ = Tensor  # the mode serves it: nothing can tell it from a plain one
         tensor.on_host = inner
         return tensor
@@ -321,16 +384,20 @@ def _zero(dtype: torch.dtype) -> Any:
 
 def _is_view(function: Any) -> bool:
     returns = function._schema.returns
-    return bool(returns) and all(found.alias_info is not None and not found.alias_info.is_write
-                                 for found in returns)
+    return bool(returns) and all(
+        found.alias_info is not None and not found.alias_info.is_write for found in returns
+    )
 
 
 def gradients(outputs: Any, inputs: Any, grad_outputs: Any = None, **options: Any) -> tuple:
     """As torch.autograd.grad, for leaves: node by node, on this thread."""
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    grads = [grad_outputs] if isinstance(grad_outputs, Tensor) or grad_outputs is None else list(
-        grad_outputs)
+    grads = (
+        [grad_outputs]
+        if isinstance(grad_outputs, Tensor) or grad_outputs is None
+        else list(grad_outputs)
+    )
     if grads == [None]:
         grads = [torch.ones_like(output) for output in outputs]
     waiting: Counter = Counter()  # edges into a node that have not come yet
@@ -354,8 +421,9 @@ def gradients(outputs: Any, inputs: Any, grad_outputs: Any = None, **options: An
     for output, grad in zip(outputs, grads, strict=True):
         add(output.grad_fn, output.output_nr, grad)
     found: dict[int, Tensor] = {}
-    ready = [node for node in dict.fromkeys(output.grad_fn for output in outputs)
-             if not waiting[node]]
+    ready = [
+        node for node in dict.fromkeys(output.grad_fn for output in outputs) if not waiting[node]
+    ]
     with torch.no_grad():
         while ready:
             node = ready.pop()
@@ -379,10 +447,15 @@ def _backward(node: Any, slots: dict[int, Tensor]) -> list[Tensor | None]:
     if not isinstance(node, torch.autograd.function.BackwardCFunction):
         made = node(*given)
         made = made if isinstance(made, tuple) else (made,)
-        return [grad for grad, (after, _) in zip(made, node.next_functions, strict=False)
-                if after is not None]
-    given = [torch.zeros(its.shape, dtype=its.dtype, device=its.device) if grad is None else grad
-             for grad, its in zip(given, node._input_metadata, strict=True)]
+        return [
+            grad
+            for grad, (after, _) in zip(made, node.next_functions, strict=False)
+            if after is not None
+        ]
+    given = [
+        torch.zeros(its.shape, dtype=its.dtype, device=its.device) if grad is None else grad
+        for grad, its in zip(given, node._input_metadata, strict=True)
+    ]
     made = node.apply(*given)
     made = made if isinstance(made, tuple) else (made,)
     return [grad for grad, needed in zip(made, node.needs_input_grad, strict=True) if needed]

@@ -47,12 +47,15 @@ class Chip:
         return divmod(self.architecture, 10)
 
 
-CHIPS = {chip.name: chip for chip in (
-    Chip("NVIDIA A100-SXM4-80GB", 80, 108, 163 << 10),
-    Chip("NVIDIA H100 80GB HBM3", 90, 132, 227 << 10),
-    Chip("NVIDIA B200", 100, 148, 227 << 10),
-    Chip("NVIDIA GeForce RTX 5090", 120, 170, 99 << 10),
-)}
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("NVIDIA A100-SXM4-80GB", 80, 108, 163 << 10),
+        Chip("NVIDIA H100 80GB HBM3", 90, 132, 227 << 10),
+        Chip("NVIDIA B200", 100, 148, 227 << 10),
+        Chip("NVIDIA GeForce RTX 5090", 120, 170, 99 << 10),
+    )
+}
 H100 = CHIPS["NVIDIA H100 80GB HBM3"]
 
 
@@ -103,8 +106,11 @@ class Driver:
         self.gpu = gpu
         self.first_number = next(self._numbers)
         self.utils = SimpleNamespace(
-            load_binary=self._load_binary, get_device_properties=self._properties,
-            unload_module=lambda module: None, set_printf_fifo_size=lambda size: None)
+            load_binary=self._load_binary,
+            get_device_properties=self._properties,
+            unload_module=lambda module: None,
+            set_printf_fifo_size=lambda size: None,
+        )
         self.launcher_cls = functools.partial(_Launcher, self)
 
     @property
@@ -134,14 +140,20 @@ class Driver:
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         from triton.backends.nvidia.driver import ty_to_cpp
+
         return ty_to_cpp(ty)
 
     def _properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": self.chip.shared_bytes, "max_num_regs": self.chip.registers,
-                "multiprocessor_count": self.chip.multiprocessors, "warpSize": WARP}
+        return {
+            "max_shared_mem": self.chip.shared_bytes,
+            "max_num_regs": self.chip.registers,
+            "multiprocessor_count": self.chip.multiprocessors,
+            "warpSize": WARP,
+        }
 
-    def _load_binary(self, name: str, cubin: bytes, shared: int,
-                     device: int) -> tuple[object, object, int, int, int]:
+    def _load_binary(
+        self, name: str, cubin: bytes, shared: int, device: int
+    ) -> tuple[object, object, int, int, int]:
         """module, function, registers, spilled bytes, threads that a block may have."""
         registers, stack = resources(cubin)
         # Warps are given registers in lots of 256.
@@ -157,24 +169,47 @@ class _Launcher:
         self.driver, self.metadata = driver, metadata
         self.name = src.fn.__name__
 
-    def __call__(self, x: int, y: int, z: int, stream: int, function: Any, kernel_metadata: Any,
-                 launch_metadata: Any, enter_hook: Any, exit_hook: Any, *arguments: Any) -> None:
+    def __call__(
+        self,
+        x: int,
+        y: int,
+        z: int,
+        stream: int,
+        function: Any,
+        kernel_metadata: Any,
+        launch_metadata: Any,
+        enter_hook: Any,
+        exit_hook: Any,
+        *arguments: Any,
+    ) -> None:
         for axis, size, limit in zip("xyz", (x, y, z), GRID_LIMITS, strict=True):
             if not 0 <= size <= limit:
-                raise RuntimeError(f"Triton Error [CUDA]: invalid argument: {self.name} has "
-                                   f"{size} programs in {axis}, at most {limit} can be")
+                raise RuntimeError(
+                    f"Triton Error [CUDA]: invalid argument: {self.name} has "
+                    f"{size} programs in {axis}, at most {limit} can be"
+                )
         device = self.driver.gpu.current_device()
         for argument in arguments:
             where = getattr(argument, "device", None)
             if where is not None and (where.type, where.index) != ("cuda", device):
-                raise RuntimeError(f"{self.name} is launched on cuda:{device}, where a tensor on "
-                                   f"{where} cannot be read")
+                raise RuntimeError(
+                    f"{self.name} is launched on cuda:{device}, where a tensor on "
+                    f"{where} cannot be read"
+                )
         its = self.metadata
         self.driver.gpu.launched(
-            kind="triton", name=self.name, device=device, stream=stream, grid=(x, y, z),
-            num_warps=its.num_warps, num_stages=its.num_stages, shared=its.shared, key=its.hash,
+            kind="triton",
+            name=self.name,
+            device=device,
+            stream=stream,
+            grid=(x, y, z),
+            num_warps=its.num_warps,
+            num_stages=its.num_stages,
+            shared=its.shared,
+            key=its.hash,
             registers=getattr(function, "registers", None),
-            stack=getattr(function, "stack", None))
+            stack=getattr(function, "stack", None),
+        )
 
 
 class _NotCompiled:
@@ -183,9 +218,12 @@ class _NotCompiled:
     function = packed_metadata = None
 
     def __init__(self, driver: Driver, src: Any, options: dict[str, Any]) -> None:
-        self.metadata = SimpleNamespace(num_warps=options["num_warps"], shared=None,
-                                        num_stages=options["num_stages"],
-                                        hash=_digest(_key(src, options)))
+        self.metadata = SimpleNamespace(
+            num_warps=options["num_warps"],
+            shared=None,
+            num_stages=options["num_stages"],
+            hash=_digest(_key(src, options)),
+        )
         self.run = driver.launcher_cls(src, self.metadata)
 
     def launch_metadata(self, *ignored: Any) -> None:
@@ -203,8 +241,9 @@ def _digest(text: str) -> str:
 
 
 @contextlib.contextmanager
-def installed(driver: Driver, specialised: list[tuple[str, str]], *,
-              compile_kernels: bool) -> Iterator[None]:
+def installed(
+    driver: Driver, specialised: list[tuple[str, str]], *, compile_kernels: bool
+) -> Iterator[None]:
     """Within the block `driver` is Triton's.
 
     specialised: gets (kernel's name, key) for each argument combination that is new to the JIT,
@@ -236,8 +275,9 @@ def resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True,
-                              check=True).stdout
+        said = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
     if usage.keys() != {"REG", "STACK", "LOCAL"}:
         raise RuntimeError(f"cuobjdump's output is not understood: {said[:1000]}")

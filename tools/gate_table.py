@@ -48,12 +48,19 @@ def load(path: Path) -> dict[str, dict[Key, Entry]]:
     except (ValueError, LookupError, TypeError, AttributeError):
         fields = None
     if fields != FIELDS:
-        raise ValueError(f"{path} is no table of the compile gate with the fields {FIELDS}; "
-                         "delete it to record all cases again")
-    return {version: {(family, case, int(chip)): Entry(*values)
-                      for family, cases in families.items() for case, chips in cases.items()
-                      for chip, values in chips.items()}
-            for version, families in table.items()}
+        raise ValueError(
+            f"{path} is no table of the compile gate with the fields {FIELDS}; "
+            "delete it to record all cases again"
+        )
+    return {
+        version: {
+            (family, case, int(chip)): Entry(*values)
+            for family, cases in families.items()
+            for case, chips in cases.items()
+            for chip, values in chips.items()
+        }
+        for version, families in table.items()
+    }
 
 
 def save(path: Path, table: dict[str, dict[Key, Entry]]) -> None:
@@ -62,9 +69,17 @@ def save(path: Path, table: dict[str, dict[Key, Entry]]) -> None:
     for version, entries in sorted(table.items(), key=lambda item: _natural(item[0])):
         families = []
         for family, cases in _grouped(entries).items():
-            lines = [json.dumps(case) + ": " + json.dumps(
-                {str(chip): [getattr(entry, field) for field in FIELDS]
-                 for chip, entry in chips.items()}) for case, chips in cases.items()]
+            lines = [
+                json.dumps(case)
+                + ": "
+                + json.dumps(
+                    {
+                        str(chip): [getattr(entry, field) for field in FIELDS]
+                        for chip, entry in chips.items()
+                    }
+                )
+                for case, chips in cases.items()
+            ]
             families.append(f"{json.dumps(family)}: {{\n" + ",\n".join(lines) + "}")
         parts.append(f"{json.dumps(version)}: {{" + ",\n".join(families) + "}")
     write(path, ",\n".join(parts) + "}\n")
@@ -81,8 +96,7 @@ def _grouped(entries: dict[Key, Entry]) -> dict[str, dict[str, dict[int, Entry]]
 
 def _natural(text: str) -> list[tuple[int, str]]:
     """Numbers in it sort as numbers."""
-    return [(int(part), "") if part.isdigit() else (-1, part)
-            for part in re.split(r"(\d+)", text)]
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
 def write(path: Path, text: str) -> None:
@@ -106,17 +120,25 @@ def page(table: dict[str, dict[Key, Entry]]) -> str:
         "Nothing on this page is a time.",
         "",
     ]
-    lines += [f"Triton {version}: {len(table[version])} compiled, most registers "
-              f"{max(entry.registers for entry in table[version].values())}, most shared memory "
-              f"{max(entry.shared_bytes for entry in table[version].values()) / 1024:.0f} KiB."
-              for version in versions]
+    lines += [
+        f"Triton {version}: {len(table[version])} compiled, most registers "
+        f"{max(entry.registers for entry in table[version].values())}, most shared memory "
+        f"{max(entry.shared_bytes for entry in table[version].values()) / 1024:.0f} KiB."
+        for version in versions
+    ]
     chips = sorted({chip for _, _, chip in table[newest]})
     for family, cases in _grouped(table[newest]).items():
-        lines += ["", f"## {family} (Triton {newest})", "",
-                  "| case | " + " | ".join(f"sm_{chip}" for chip in chips) + " |",
-                  "|---" * (1 + len(chips)) + "|"]
-        lines += [f"| {case} | " + " | ".join(_cell(its.get(chip)) for chip in chips) + " |"
-                  for case, its in cases.items()]
+        lines += [
+            "",
+            f"## {family} (Triton {newest})",
+            "",
+            "| case | " + " | ".join(f"sm_{chip}" for chip in chips) + " |",
+            "|---" * (1 + len(chips)) + "|",
+        ]
+        lines += [
+            f"| {case} | " + " | ".join(_cell(its.get(chip)) for chip in chips) + " |"
+            for case, its in cases.items()
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -154,8 +176,9 @@ def kernel_digest(kernel) -> str:
             elif isinstance(getattr(value, "value", value), bool | int | float | str | None):
                 read[used] = repr(value)
             else:
-                raise ValueError(f"{name} reads {used}, a {type(value).__name__}, "
-                                 "which has no digest")
+                raise ValueError(
+                    f"{name} reads {used}, a {type(value).__name__}, which has no digest"
+                )
         found[name] = [written(tree), bool(getattr(function, "noinline", False)), read]
     return digest(found)
 
@@ -166,13 +189,16 @@ def _globals(tree: ast.AST, function):
         raise ValueError(f"{function.__name__} has a closure, whose values have no digest")
     nodes = list(ast.walk(tree))
     local = {node.arg for node in nodes if isinstance(node, ast.arg)}
-    local |= {node.id for node in nodes
-              if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    at_hand = {name: value for name, value in function.fn.__globals__.items()
-               if name not in local}
+    local |= {
+        node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
+    at_hand = {name: value for name, value in function.fn.__globals__.items() if name not in local}
     for node in nodes:
-        if (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
-                and isinstance(at_hand.get(node.value.id), ModuleType)):
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and isinstance(at_hand.get(node.value.id), ModuleType)
+        ):
             module = at_hand[node.value.id]
             name, value = f"{node.value.id}.{node.attr}", getattr(module, node.attr, None)
         elif isinstance(node, ast.Name) and node.id in at_hand:
@@ -195,6 +221,9 @@ def written(node) -> str:
     fields = dict(ast.iter_fields(node))
     if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
         fields["body"] = node.body[1:]
-    given = (f"{name}={written(value)}" for name, value in fields.items()
-             if value is not None and value != [])
+    given = (
+        f"{name}={written(value)}"
+        for name, value in fields.items()
+        if value is not None and value != []
+    )
     return f"{type(node).__name__}({', '.join(given)})"

@@ -31,17 +31,30 @@ from ecar.files import atomic_path
 from ecar_kernels.registry import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
-PLACE = re.compile(r"<!-- (figures|pictures|contract): ([\w-]+) -->\n.*?<!-- end of \1 -->",
-                   re.DOTALL)
+PLACE = re.compile(
+    r"<!-- (figures|pictures|contract): ([\w-]+) -->\n.*?<!-- end of \1 -->", re.DOTALL
+)
 ACCURACY, RATIO = 0.99, 3  # the marks of a checkpoint: at least, at most
-COLUMNS = ("checkpoint", "read as the class asked for", "Fréchet distance, generated",
-           "the same, real", "ratio", "precision", "recall", "steps", "guidance")
+COLUMNS = (
+    "checkpoint",
+    "read as the class asked for",
+    "Fréchet distance, generated",
+    "the same, real",
+    "ratio",
+    "precision",
+    "recall",
+    "steps",
+    "guidance",
+)
 
 
 def pages(root: Path = ROOT) -> list[Path]:
     """The pages that may have places."""
-    return [root / "README.md", root / "benchmarks" / "README.md",
-            *sorted((root / "docs").rglob("*.md"))]
+    return [
+        root / "README.md",
+        root / "benchmarks" / "README.md",
+        *sorted((root / "docs").rglob("*.md")),
+    ]
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
@@ -57,18 +70,20 @@ def evaluation(root: Path = ROOT) -> str:
         report = json.loads(path.read_text("utf-8"))
         metrics, real, protocol = report["metrics"], report["real"], report["protocol"]
         sampling = protocol["sampling"]
-        rows.append((
-            f"[`{path.parent.name}`](checkpoints/{path.parent.name}/README.md)",
-            f"{metrics['label_accuracy']:.2%} of {protocol['generated_images']:,}"
-            f"{_mark(metrics['label_accuracy'] >= ACCURACY)}",
-            f"{metrics['frechet_distance_matched']:.3f}",
-            f"{real['frechet_distance']:.3f} ({protocol['real_train_images']:,} images)",
-            f"{metrics['frechet_ratio']:.2f}{_mark(metrics['frechet_ratio'] <= RATIO)}",
-            f"{metrics['precision']:.3f}",
-            f"{metrics['recall']:.3f}",
-            str(sampling["num_inference_steps"]),
-            f"{sampling['guidance_scale']:g}",
-        ))
+        rows.append(
+            (
+                f"[`{path.parent.name}`](checkpoints/{path.parent.name}/README.md)",
+                f"{metrics['label_accuracy']:.2%} of {protocol['generated_images']:,}"
+                f"{_mark(metrics['label_accuracy'] >= ACCURACY)}",
+                f"{metrics['frechet_distance_matched']:.3f}",
+                f"{real['frechet_distance']:.3f} ({protocol['real_train_images']:,} images)",
+                f"{metrics['frechet_ratio']:.2f}{_mark(metrics['frechet_ratio'] <= RATIO)}",
+                f"{metrics['precision']:.3f}",
+                f"{metrics['recall']:.3f}",
+                str(sampling["num_inference_steps"]),
+                f"{sampling['guidance_scale']:g}",
+            )
+        )
     return table(rows)
 
 
@@ -80,8 +95,9 @@ def contract(op: str) -> str:
     """The public function's signature and docstring."""
     function = getattr(ecar_kernels, op)
     signature = op + str(inspect.signature(function)).replace("torch.Tensor", "Tensor")
-    wrapped = textwrap.fill(signature, 100, subsequent_indent=" " * (len(op) + 1),
-                            break_long_words=False)
+    wrapped = textwrap.fill(
+        signature, 100, subsequent_indent=" " * (len(op) + 1), break_long_words=False
+    )
     return f"```text\n{wrapped}\n\n{inspect.getdoc(function)}\n```"
 
 
@@ -89,8 +105,10 @@ def measured(kind: str, root: Path = ROOT) -> str:
     """The tables of this kind of every device that it was measured on."""
     records = map(results.read, sorted(root.glob(f"benchmarks/results/*/{kind}*.json")))
     # A GPU's record has headings of its own, one level below the page's.
-    return "\n\n".join(report.below(render(record), 2) for record in records
-                       if record["kind"] == kind) or NOT_MEASURED
+    return (
+        "\n\n".join(report.below(render(record), 2) for record in records if record["kind"] == kind)
+        or NOT_MEASURED
+    )
 
 
 def counted(root: Path = ROOT) -> str:
@@ -104,8 +122,11 @@ def counted(root: Path = ROOT) -> str:
 def drawn(name: str, page: Path) -> str:
     """The pictures of this kind, or those with this name alone, linked from a page."""
     folder = os.path.relpath(pictures.FOLDER, page.parent)
-    found = [report.link(picture, folder) for picture in pictures.committed()
-             if name in (picture.kind, picture.name.rpartition("/")[2])]
+    found = [
+        report.link(picture, folder)
+        for picture in pictures.committed()
+        if name in (picture.kind, picture.name.rpartition("/")[2])
+    ]
     return "\n\n".join(found) or NOT_MEASURED
 
 
@@ -128,20 +149,28 @@ def op_targets(root: Path = ROOT) -> str:
 
 
 NOT_MEASURED = "Not measured yet."
-FIGURES = {"evaluation": evaluation, "instructions": counted, "targets": op_targets} | {
-    kind: functools.partial(measured, kind) for kind in RENDERERS} | {
-    op: functools.partial(measured_op, op) for op in OPS}
+FIGURES = (
+    {"evaluation": evaluation, "instructions": counted, "targets": op_targets}
+    | {kind: functools.partial(measured, kind) for kind in RENDERERS}
+    | {op: functools.partial(measured_op, op) for op in OPS}
+)
 PICTURES = {"stages", *(name for names in pictures.OF_KIND.values() for name in names)}
 
 
 def updated(text: str, page: Path = ROOT / "README.md") -> str:
     """A page with everything in its places. Raises KeyError where no such thing is known."""
+
     def fill(place: re.Match) -> str:
         kind, name = place.groups()
         if kind == "pictures" and name.rpartition("-")[2] not in PICTURES:
             raise KeyError(name)
-        made = (contract(name) if kind == "contract" else drawn(name, page) if kind == "pictures"
-                else FIGURES[name]())
+        made = (
+            contract(name)
+            if kind == "contract"
+            else drawn(name, page)
+            if kind == "pictures"
+            else FIGURES[name]()
+        )
         return f"<!-- {kind}: {name} -->\n{made}\n<!-- end of {kind} -->"
 
     return PLACE.sub(fill, text)

@@ -38,11 +38,19 @@ from benchmarks.gpu.work import Work
 BUILD = {"build": ("checks:build", 110.0)}
 # Command -> part -> (module:function, seconds at most).
 COMMANDS = {
-    "check": {**BUILD, "accuracy": ("checks:accuracy", 50.0), "images": ("checks:images", 45.0),
-              "tests": ("checks:tests", 200.0)},
+    "check": {
+        **BUILD,
+        "accuracy": ("checks:accuracy", 50.0),
+        "images": ("checks:images", 45.0),
+        "tests": ("checks:tests", 200.0),
+    },
     "image": {**BUILD, "images": ("image:run", 200.0)},
-    "ops": {**BUILD, "attention": ("ops:attention", 90.0), "others": ("ops:others", 60.0),
-            "memcheck": ("checks:memcheck", 60.0)},
+    "ops": {
+        **BUILD,
+        "attention": ("ops:attention", 90.0),
+        "others": ("ops:others", 60.0),
+        "memcheck": ("checks:memcheck", 60.0),
+    },
 }
 SECONDS = 190.0
 MARGIN = 3  # a part that ends by itself, having ended what it started, is better than one killed
@@ -52,35 +60,60 @@ STOPPED = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("commands", nargs="*", metavar="COMMAND", help="default: all three")
-    parser.add_argument("--output", type=Path, help="folder of the records; default: $OUT, or "
-                        "benchmarks/results/<device>")
-    parser.add_argument("--seconds", type=float, default=SECONDS,
-                        help="of each command (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="PART",
-                        help="these parts, after the build")
-    parser.add_argument("-k", nargs="+", default=[], metavar="WORD", dest="words",
-                        help="rows whose names have all of these")
-    parser.add_argument("--carried", type=Path, nargs="?", const=carry.FOLDER, metavar="FOLDER",
-                        help="take what `make gpu-pack` left there (build/gpu-carry), if it fits")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder of the records; default: $OUT, or benchmarks/results/<device>",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="of each command (default: %(default)s)"
+    )
+    parser.add_argument("--only", nargs="+", metavar="PART", help="these parts, after the build")
+    parser.add_argument(
+        "-k",
+        nargs="+",
+        default=[],
+        metavar="WORD",
+        dest="words",
+        help="rows whose names have all of these",
+    )
+    parser.add_argument(
+        "--carried",
+        type=Path,
+        nargs="?",
+        const=carry.FOLDER,
+        metavar="FOLDER",
+        help="take what `make gpu-pack` left there (build/gpu-carry), if it fits",
+    )
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     commands = options.commands or list(COMMANDS)
-    known = {"argument COMMAND": (commands, list(COMMANDS)), "argument --only": (
-        options.only or [], sorted({part for command in commands
-                                    for part in COMMANDS.get(command, ())}))}
+    known = {
+        "argument COMMAND": (commands, list(COMMANDS)),
+        "argument --only": (
+            options.only or [],
+            sorted({part for command in commands for part in COMMANDS.get(command, ())}),
+        ),
+    }
     for name, (given, expected) in known.items():
         if unknown := [word for word in given if word not in expected]:
             parser.error(f"{name}: expected {', '.join(expected)}, got {unknown[0]!r}")
     if options.part is not None:
         return _part(options, commands[0])
     if not options.dry_run and not torch.cuda.is_available():
-        print(f"error: torch {torch.__version__} sees no CUDA GPU here; --dry-run shows what "
-              "would run", file=sys.stderr)
+        print(
+            f"error: torch {torch.__version__} sees no CUDA GPU here; --dry-run shows what "
+            "would run",
+            file=sys.stderr,
+        )
         return STOPPED
     if options.carried is not None:
         os.environ["TRITON_CACHE_DIR"] = str(results.ROOT / "build" / "triton-cache")
@@ -101,8 +134,17 @@ def _part(options: argparse.Namespace, command: str) -> int:
     """One part, in this process."""
     module, name = COMMANDS[command][options.part][0].split(":")
     function = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), name)
-    function(Work(command, options.part, options.output, options.deadline, options.dry_run,
-                  tuple(options.words), options.carried))
+    function(
+        Work(
+            command,
+            options.part,
+            options.output,
+            options.deadline,
+            options.dry_run,
+            tuple(options.words),
+            options.carried,
+        )
+    )
     return 0
 
 
@@ -111,8 +153,11 @@ def _command(command: str, end: float, options: argparse.Namespace) -> int:
     folder = options.output or _folder(facts)
     file = folder / f"gpu-{command}.json"
     results.write(file, "gpu", facts, command=command, parts={})
-    parts = {name: limit for name, (_, limit) in COMMANDS[command].items()
-             if options.only is None or name in (*BUILD, *options.only)}
+    parts = {
+        name: limit
+        for name, (_, limit) in COMMANDS[command].items()
+        if options.only is None or name in (*BUILD, *options.only)
+    }
     status = 0
     for position, (name, limit) in enumerate(parts.items()):
         left = end - time.time()
@@ -137,23 +182,41 @@ def _command(command: str, end: float, options: argparse.Namespace) -> int:
     return status
 
 
-def _process(command: str, name: str, file: Path, seconds: float,
-             options: argparse.Namespace) -> dict[str, Any]:
+def _process(
+    command: str, name: str, file: Path, seconds: float, options: argparse.Namespace
+) -> dict[str, Any]:
     """The part's record: it has written the rows itself, one by one."""
     from benchmarks.gpu.checks import wait
 
     begin = time.perf_counter()
-    argv = [sys.executable, "-m", "benchmarks.gpu", command, "--part", name, "--output", str(file),
-            "--deadline", str(time.time() + seconds - MARGIN)]
+    argv = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        command,
+        "--part",
+        name,
+        "--output",
+        str(file),
+        "--deadline",
+        str(time.time() + seconds - MARGIN),
+    ]
     if options.dry_run:
         argv.append("--dry-run")
     if options.carried is not None:
         argv += ["--carried", str(options.carried)]
     if options.words:
         argv += ["-k", *options.words]
-    process = subprocess.Popen(argv, cwd=results.ROOT, stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                               errors="replace", start_new_session=True)
+    process = subprocess.Popen(
+        argv,
+        cwd=results.ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        errors="replace",
+        start_new_session=True,
+    )
     tail: deque[str] = deque(maxlen=TAIL)
 
     def follow() -> None:
@@ -165,13 +228,22 @@ def _process(command: str, name: str, file: Path, seconds: float,
     reader.start()
     code = wait(process, seconds)
     reader.join(1)
-    status = ("done" if code == 0 else f"cut off after {seconds:.0f} s" if code is None
-              else f"failed with status {code}")
+    status = (
+        "done"
+        if code == 0
+        else f"cut off after {seconds:.0f} s"
+        if code is None
+        else f"failed with status {code}"
+    )
     rows = results.read(file)["parts"].get(name, {}).get("rows", [])
     taken = time.perf_counter() - begin
     print(f"{name}: {status}, {len(rows)} rows, {taken:.0f} s", flush=True)
-    return {"status": status, "seconds": taken, "rows": rows,
-            "output": "" if status == "done" else "".join(tail)}
+    return {
+        "status": status,
+        "seconds": taken,
+        "rows": rows,
+        "output": "" if status == "done" else "".join(tail),
+    }
 
 
 def _gpu(dry: bool) -> dict[str, Any]:
@@ -181,12 +253,20 @@ def _gpu(dry: bool) -> dict[str, Any]:
     try:
         driver = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True, text=True).stdout.strip()
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
     except OSError:
         driver = None
-    return {"name": found.name, "capability": f"{found.major}.{found.minor}",
-            "multiprocessors": found.multi_processor_count, "memory": found.total_memory,
-            "L2": found.L2_cache_size, "CUDA": torch.version.cuda, "driver": driver}
+    return {
+        "name": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory": found.total_memory,
+        "L2": found.L2_cache_size,
+        "CUDA": torch.version.cuda,
+        "driver": driver,
+    }
 
 
 def _folder(facts: dict[str, Any]) -> Path:

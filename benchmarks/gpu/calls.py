@@ -1,6 +1,6 @@
 """Every op on every backend here, forward and backward, over dtypes and layouts.
 
-    python -m benchmarks.gpu.calls cuda     # each once, on small tensors: for the sanitizers
+python -m benchmarks.gpu.calls cuda     # each once, on small tensors: for the sanitizers
 """
 
 import sys
@@ -52,21 +52,27 @@ class Call:
         run(self.function, given, None, weights)
 
 
-def calls(device: torch.device | str, layouts: Sequence[str] = LAYOUTS,
-          dtypes: Sequence[torch.dtype] = KERNEL_DTYPES) -> Iterator[Call]:
+def calls(
+    device: torch.device | str,
+    layouts: Sequence[str] = LAYOUTS,
+    dtypes: Sequence[torch.dtype] = KERNEL_DTYPES,
+) -> Iterator[Call]:
     """Those that a backend serves here; bfloat16 first, the model's layout last."""
     for layout in layouts:
         for dtype in sorted(dtypes, key=lambda dtype: dtype is not torch.bfloat16):
             for op in OPS:
-                def given(op: str = op, dtype: torch.dtype = dtype, layout: str = layout
-                          ) -> dict[str, Any]:
+
+                def given(
+                    op: str = op, dtype: torch.dtype = dtype, layout: str = layout
+                ) -> dict[str, Any]:
                     return _given(op, device, dtype, layout)
 
                 width = _width(given()) if layout in SMALL else _model_width(op)
                 for backend in BACKENDS:
                     try:
-                        function = resolve(op, device=device, dtype=dtype, width=width,
-                                           backend=backend)
+                        function = resolve(
+                            op, device=device, dtype=dtype, width=width, backend=backend
+                        )
                     except BackendUnavailableError:
                         continue
                     yield Call(op, backend, dtype, layout, function, given)
@@ -76,9 +82,14 @@ def _given(op: str, device: torch.device | str, dtype: torch.dtype, layout: str)
     with torch.device(device):  # made there: a view's copy would be contiguous
         if layout in SMALL:
             found = arguments(op, dtype=dtype, optional=layout == "views")
-            return found if layout == "views" else {
-                name: value.contiguous() if isinstance(value, Tensor) else value
-                for name, value in found.items()}
+            return (
+                found
+                if layout == "views"
+                else {
+                    name: value.contiguous() if isinstance(value, Tensor) else value
+                    for name, value in found.items()
+                }
+            )
         widthless = op in cases.WIDTHLESS
         case = cases.Case(op, 256, 2, "-" if widthless else "L", whole=True)
         found = cases.inputs(case, cases.Arena(2**26, dtype))
@@ -86,8 +97,14 @@ def _given(op: str, device: torch.device | str, dtype: torch.dtype, layout: str)
 
 
 def _width(given: dict[str, Any]) -> int:
-    return next((value.shape[-1] for value in given.values()
-                 if isinstance(value, Tensor) and value.is_floating_point()), 0)
+    return next(
+        (
+            value.shape[-1]
+            for value in given.values()
+            if isinstance(value, Tensor) and value.is_floating_point()
+        ),
+        0,
+    )
 
 
 def _model_width(op: str) -> int:

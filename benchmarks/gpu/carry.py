@@ -49,9 +49,13 @@ def digest(*patterns: str) -> str:
 
 def library_facts(architecture: int) -> dict[str, Any]:
     """What the library must find on a machine."""
-    return {"system": f"{platform.system()} {platform.machine()}", "architecture": architecture,
-            "sources": digest("csrc/**/*", "CMakeLists.txt"), "glibc": platform.libc_ver()[1],
-            "torch": OLDEST_TORCH}
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "architecture": architecture,
+        "sources": digest("csrc/**/*", "CMakeLists.txt"),
+        "glibc": platform.libc_ver()[1],
+        "torch": OLDEST_TORCH,
+    }
 
 
 def kernel_facts(architecture: int) -> dict[str, Any]:
@@ -59,9 +63,13 @@ def kernel_facts(architecture: int) -> dict[str, Any]:
     import triton
     from triton.runtime.cache import triton_key
 
-    return {"triton": triton.__version__, "python": platform.python_version().rpartition(".")[0],
-            "architecture": architecture, "sources": digest("ecar_kernels/**/*.py"),
-            "compiler": hashlib.sha256(triton_key().encode()).hexdigest()[:16]}
+    return {
+        "triton": triton.__version__,
+        "python": platform.python_version().rpartition(".")[0],
+        "architecture": architecture,
+        "sources": digest("ecar_kernels/**/*.py"),
+        "compiler": hashlib.sha256(triton_key().encode()).hexdigest()[:16],
+    }
 
 
 AT_LEAST = ("glibc", "torch")  # the others must be equal
@@ -69,6 +77,7 @@ AT_LEAST = ("glibc", "torch")  # the others must be equal
 
 def misfit(needs: dict[str, Any], here: dict[str, Any]) -> str | None:
     """None where it fits, else the first reason."""
+
     def number(version: object) -> tuple[int, ...]:
         return tuple(int(part) for part in str(version).partition("+")[0].split(".")[:2])
 
@@ -130,8 +139,10 @@ def architecture(dry: bool = False) -> int:
 
 def build_variables(architecture: int) -> dict[str, str]:
     """Environment of a build that is for one architecture, and fails where a half is missing."""
-    return {"ECAR_REQUIRE_NATIVE": "1",
-            "TORCH_CUDA_ARCH_LIST": f"{architecture // 10}.{architecture % 10}"}
+    return {
+        "ECAR_REQUIRE_NATIVE": "1",
+        "TORCH_CUDA_ARCH_LIST": f"{architecture // 10}.{architecture % 10}",
+    }
 
 
 def cache_folder() -> Path:
@@ -174,8 +185,14 @@ def unpack(file: Path) -> int:
     return count
 
 
-def pack(output: Path, architecture: int = 90, processes: int = 2, *, only: Sequence[str] = (),
-         commands: Sequence[str] = COMMANDS) -> None:
+def pack(
+    output: Path,
+    architecture: int = 90,
+    processes: int = 2,
+    *,
+    only: Sequence[str] = (),
+    commands: Sequence[str] = COMMANDS,
+) -> None:
     """Library and kernels for a machine as this one, with a GPU of that architecture."""
     output.mkdir(parents=True, exist_ok=True)
     manifest: dict[str, Any] = {}
@@ -183,40 +200,71 @@ def pack(output: Path, architecture: int = 90, processes: int = 2, *, only: Sequ
         if not only or "library" in only:
             manifest["library"] = _pack_library(output, Path(scratch), architecture)
         if not only or "kernels" in only:
-            manifest["kernels"] = _pack_kernels(output, Path(scratch), architecture, processes,
-                                                commands)
+            manifest["kernels"] = _pack_kernels(
+                output, Path(scratch), architecture, processes, commands
+            )
     partial = output / f"{MANIFEST}.partial"
     partial.write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
     partial.replace(output / MANIFEST)
     for file in sorted(file for file in output.rglob("*") if file.is_file()):
         size = file.stat().st_size
-        print(f"{file.relative_to(output)}: {size / 2**20:.1f} MiB"
-              f"{', too large to be carried' if size > LARGEST else ''}")
+        print(
+            f"{file.relative_to(output)}: {size / 2**20:.1f} MiB"
+            f"{', too large to be carried' if size > LARGEST else ''}"
+        )
 
 
 def _pack_library(output: Path, scratch: Path, architecture: int) -> dict[str, Any]:
     if torch.version.cuda is None:
-        raise SystemExit(f"error: torch {torch.__version__} has no CUDA, and so would the library; "
-                         "pack by the Python of an environment like the machine's")
+        raise SystemExit(
+            f"error: torch {torch.__version__} has no CUDA, and so would the library; "
+            "pack by the Python of an environment like the machine's"
+        )
     subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(scratch / "lib"),
-         "--build-temp", str(scratch / "temp")], cwd=ROOT, check=True,
-        env={**os.environ, **build_variables(architecture)})
+        [
+            sys.executable,
+            "setup.py",
+            "-q",
+            "build_ext",
+            "--build-lib",
+            str(scratch / "lib"),
+            "--build-temp",
+            str(scratch / "temp"),
+        ],
+        cwd=ROOT,
+        check=True,
+        env={**os.environ, **build_variables(architecture)},
+    )
     (output / "library").mkdir(exist_ok=True)
     for name in LIBRARY:
         shutil.copyfile(scratch / "lib" / "ecar_kernels" / name, output / "library" / name)
     return library_facts(architecture)
 
 
-def _pack_kernels(output: Path, scratch: Path, architecture: int, processes: int,
-                  commands: Sequence[str]) -> dict[str, Any]:
+def _pack_kernels(
+    output: Path, scratch: Path, architecture: int, processes: int, commands: Sequence[str]
+) -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(scratch / "cache")
     for command in commands:
-        running = [subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu.carry", "warm", command, "--fake",
-             str(architecture), "--share", f"{i}/{processes}"], cwd=ROOT, env=environment)
-            for i in range(processes)]
+        running = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.gpu.carry",
+                    "warm",
+                    command,
+                    "--fake",
+                    str(architecture),
+                    "--share",
+                    f"{i}/{processes}",
+                ],
+                cwd=ROOT,
+                env=environment,
+            )
+            for i in range(processes)
+        ]
         if any([process.wait() for process in running]):
             raise SystemExit(f"error: the kernels of {command} could not be compiled")
     count = archive(scratch / "cache", output / KERNELS)
@@ -242,8 +290,11 @@ def warm(command: str, share: str, architecture: int | None, words: Sequence[str
         items = [(name, item) for name, item in warm_items(work) if work.chosen(name)]
         for name, item in items[index::processes]:
             item()
-            print(f"warm: {command}: {name}: {counted['compiled']} kernels compiled, "
-                  f"{counted['found']} found, {time.perf_counter() - begin:.0f} s", flush=True)
+            print(
+                f"warm: {command}: {name}: {counted['compiled']} kernels compiled, "
+                f"{counted['found']} found, {time.perf_counter() - begin:.0f} s",
+                flush=True,
+            )
 
 
 @contextlib.contextmanager
@@ -265,8 +316,11 @@ def compilations() -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.carry", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.carry",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     actions = parser.add_subparsers(dest="action", required=True)
     packing = actions.add_parser("pack")
     packing.add_argument("--output", type=Path, default=FOLDER)

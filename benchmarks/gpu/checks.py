@@ -25,8 +25,13 @@ ROOT = Path(__file__).parent.parent.parent
 TAIL = 2000  # characters kept of what failed
 PROCESSES = 12  # that compile at once
 # What is told of first, where a run is cut off: the sampler as it is used, then the ops.
-FIRST_TESTS = ("test_graphs_gpu", "test_flow_step_cuda", "test_flow_block_triton",
-               "test_stage_attention_triton", "test_adaln_triton")
+FIRST_TESTS = (
+    "test_graphs_gpu",
+    "test_flow_step_cuda",
+    "test_flow_block_triton",
+    "test_stage_attention_triton",
+    "test_adaln_triton",
+)
 OUTCOME = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)")
 
 
@@ -38,19 +43,25 @@ def build(work: Work) -> None:
         work.add("carried library", why_not or "used", used=why_not is None, why_not=why_not)
     reason = None
     if why_not is not None:
-        code, output = run(work, [sys.executable, "setup.py", "build_ext", "--inplace"],
-                           carry.build_variables(carry.architecture(work.dry)))
+        code, output = run(
+            work,
+            [sys.executable, "setup.py", "build_ext", "--inplace"],
+            carry.build_variables(carry.architecture(work.dry)),
+        )
         if code != 0:  # a library of an earlier build may load all the same
             reason = f"the build failed: {(output.strip().splitlines() or [str(code)])[-1]}"
         work.add("build", ok=code == 0, output=output[-TAIL:] if code else "")
     # This process has loaded nothing yet: what it finds is what the next parts will.
     reason = reason or (_native.why_not() if work.dry else _native.why_not_cuda())
-    work.add("C++ library" if work.dry else "CUDA half", reason or "loaded", ok=reason is None,
-             stop=reason)
+    work.add(
+        "C++ library" if work.dry else "CUDA half",
+        reason or "loaded",
+        ok=reason is None,
+        stop=reason,
+    )
     if reason is None:
         names = {op: served(op, work.device, torch.bfloat16) for op in OPS}
-        work.add("backends", ", ".join(f"{op}: {name}" for op, name in names.items()),
-                 served=names)
+        work.add("backends", ", ".join(f"{op}: {name}" for op, name in names.items()), served=names)
         compile_kernels(work)
 
 
@@ -70,12 +81,25 @@ def compile_kernels(work: Work) -> None:
         if why_not is None:
             return
     count = 1 if work.dry else min(PROCESSES, os.cpu_count() or 1)
-    commands = [[sys.executable, "-m", "benchmarks.gpu.carry", "warm", work.command,
-                 "--share", f"{i}/{count}"] for i in range(count)]
+    commands = [
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu.carry",
+            "warm",
+            work.command,
+            "--share",
+            f"{i}/{count}",
+        ]
+        for i in range(count)
+    ]
     with ThreadPoolExecutor(count) as pool:
         for i, (code, output) in enumerate(pool.map(lambda argv: run(work, argv), commands)):
-            work.add(f"kernels compiled, {i + 1} of {count}", ok=code in (0, 124),
-                     output=output[-TAIL:] if code else "")
+            work.add(
+                f"kernels compiled, {i + 1} of {count}",
+                ok=code in (0, 124),
+                output=output[-TAIL:] if code else "",
+            )
 
 
 def accuracy(work: Work) -> None:
@@ -87,8 +111,9 @@ def accuracy(work: Work) -> None:
         row = {"op": call.op, "served": call.backend, "gradients": call.gradients}
         try:
             with torch.set_grad_enabled(call.gradients):
-                found = testing.judge(call.function, reference, call.given(),
-                                      gradients=call.gradients)
+                found = testing.judge(
+                    call.function, reference, call.given(), gradients=call.gradients
+                )
         except Exception as error:  # one op's failure is its row, and the others go on
             said = f"{type(error).__name__}: {str(error)[:TAIL]}"
             work.add(call.name, said.splitlines()[0], ok=False, output=said, **row)
@@ -99,13 +124,18 @@ def accuracy(work: Work) -> None:
 
 def _worst(found: list[testing.Verdict]) -> testing.Verdict:
     """What failed, or came nearest to it."""
-    return max(found, key=lambda verdict: (not verdict.ok, verdict.found / max(verdict.allowed,
-                                                                               1e-300)))
+    return max(
+        found, key=lambda verdict: (not verdict.ok, verdict.found / max(verdict.allowed, 1e-300))
+    )
 
 
 def _judged(verdict: testing.Verdict) -> dict[str, object]:
-    return {"ok": verdict.ok, "what": verdict.what, "found": verdict.found,
-            "allowed": verdict.allowed}
+    return {
+        "ok": verdict.ok,
+        "what": verdict.what,
+        "found": verdict.found,
+        "allowed": verdict.allowed,
+    }
 
 
 def images(work: Work) -> None:
@@ -114,8 +144,11 @@ def images(work: Work) -> None:
     for size in "S" if work.dry else "SBL":
         pipe = image.pipeline(work, size)
         stages = pipe.model.config.num_stages
-        given = {"class_labels": torch.tensor([3]), "seeds": torch.tensor([7]),
-                 "steps": [2] * stages}
+        given = {
+            "class_labels": torch.tensor([3]),
+            "seeds": torch.tensor([7]),
+            "steps": [2] * stages,
+        }
         if not work.begins(f"E-CAR-{size}, the CPU's", 10):
             continue
         model = pipe.model
@@ -138,19 +171,31 @@ def images(work: Work) -> None:
                 output = sample(model, **given, graphs=not work.dry, tf32=False)
                 # The state is float32, whatever the network's dtype.
                 worst = _worst(testing.verdicts([output.latents.cpu()], [usual], [exact], dtype))
-                work.add(name, str(worst), graph=output.why_not_graph is None,
-                         served=output.served, **_judged(worst))
+                work.add(
+                    name,
+                    str(worst),
+                    graph=output.why_not_graph is None,
+                    served=output.served,
+                    **_judged(worst),
+                )
             except (RuntimeError, AssertionError) as error:
                 work.add(name, str(error).splitlines()[0], ok=False, output=str(error)[:TAIL])
 
 
 def suites() -> dict[str, list[str]]:
     """pytest's arguments; only files with a test for GPUs, others may need what is not here."""
-    files = sorted((file for file in (ROOT / "tests").rglob("test_*.py")
-                    if "mark.gpu" in file.read_text("utf-8")),
-                   key=lambda file: (_place(file.stem), str(file)))
-    return {"marked gpu": ["-m", "gpu", *(str(file.relative_to(ROOT)) for file in files)],
-            "Triton's kernels, compiled": ["tests/ecar_kernels/triton"]}
+    files = sorted(
+        (
+            file
+            for file in (ROOT / "tests").rglob("test_*.py")
+            if "mark.gpu" in file.read_text("utf-8")
+        ),
+        key=lambda file: (_place(file.stem), str(file)),
+    )
+    return {
+        "marked gpu": ["-m", "gpu", *(str(file.relative_to(ROOT)) for file in files)],
+        "Triton's kernels, compiled": ["tests/ecar_kernels/triton"],
+    }
 
 
 def _place(stem: str) -> int:
@@ -184,12 +229,20 @@ def run_tests(work: Work, suite: str, chosen: list[str]) -> None:
         else:
             print(f"{work.part}: {name}: {outcome[1].lower()}", flush=True)
 
-    code, output = run(work, [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p",
-                              "no:cacheprovider", *chosen], {"PYTEST_ADDOPTS": ""}, line)
-    work.add(suite, ", ".join(f"{count} {name}" for name, count in counts.items()),
-             ok=code in (0, 124), counts=counts,
-             skipped="cut off, no time left" if code == 124 else "",
-             output="" if code == 0 else output[-TAIL:])
+    code, output = run(
+        work,
+        [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *chosen],
+        {"PYTEST_ADDOPTS": ""},
+        line,
+    )
+    work.add(
+        suite,
+        ", ".join(f"{count} {name}" for name, count in counts.items()),
+        ok=code in (0, 124),
+        counts=counts,
+        skipped="cut off, no time left" if code == 124 else "",
+        output="" if code == 0 else output[-TAIL:],
+    )
 
 
 def memcheck(work: Work) -> None:
@@ -203,20 +256,39 @@ def memcheck(work: Work) -> None:
         return
     # An allocation each: what lies beyond a tensor is not another one's.
     code, output = run(
-        work, [program or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9",
-               sys.executable, "-m", "benchmarks.gpu.calls", work.device.type],
-        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        work,
+        [
+            program or "compute-sanitizer",
+            "--tool",
+            "memcheck",
+            "--error-exitcode",
+            "9",
+            sys.executable,
+            "-m",
+            "benchmarks.gpu.calls",
+            work.device.type,
+        ],
+        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )
     errors = re.search(r"ERROR SUMMARY: (\d+) error", output)
     done = len(re.findall(r"^\w+ (?:native|triton) \w+ \w+$", output, re.MULTILINE))
-    work.add("memcheck", f"{errors[1] if errors else '?'} errors in {done} calls" if done else "",
-             ok=code == 0 or (code == 124 and errors is None), calls=done,
-             errors=errors and int(errors[1]),
-             skipped="cut off, no time left" if code == 124 else "",
-             output="" if code == 0 else output[-TAIL:])
+    work.add(
+        "memcheck",
+        f"{errors[1] if errors else '?'} errors in {done} calls" if done else "",
+        ok=code == 0 or (code == 124 and errors is None),
+        calls=done,
+        errors=errors and int(errors[1]),
+        skipped="cut off, no time left" if code == 124 else "",
+        output="" if code == 0 else output[-TAIL:],
+    )
 
 
-def run(work: Work, command: list[str], environment: dict[str, str] | None = None,
-        line: Callable[[str], None] | None = None) -> tuple[int, str]:
+def run(
+    work: Work,
+    command: list[str],
+    environment: dict[str, str] | None = None,
+    line: Callable[[str], None] | None = None,
+) -> tuple[int, str]:
     """Exit status and output, each line given to `line` as it comes.
 
     A command cut off at the part's deadline has status 124. A dry run runs none.
@@ -224,9 +296,16 @@ def run(work: Work, command: list[str], environment: dict[str, str] | None = Non
     if work.dry:
         return 0, f"dry run, not run: {' '.join(command)}"
     process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **(environment or {}), "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
-        errors="replace", start_new_session=True)
+        command,
+        cwd=ROOT,
+        env={**os.environ, **(environment or {}), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     lines: list[str] = []
 
     def follow() -> None:

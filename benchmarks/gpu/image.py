@@ -34,9 +34,13 @@ ACCELERATED = inspect.signature(ECARPipeline.from_pretrained).parameters["accele
 WAYS = ("default", "plain", "reference")
 PROFILED = ([1, 1, 1], [1, 1, 9])  # steps; a step of the last stage is an eighth of the difference
 SDXL_VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
-    "norm_num_groups": 32, "sample_size": 256,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "sample_size": 256,
 }
 
 
@@ -78,8 +82,9 @@ ROWS = (
 DRY_ROWS = (Row("S", 1, "bfloat16", "default"), Row("S", 2, "tf32", "plain"))
 
 
-def pipeline(work: Work, size: str, way: str = "plain", dtype: torch.dtype = torch.float32
-             ) -> ECARPipeline:
+def pipeline(
+    work: Work, size: str, way: str = "plain", dtype: torch.dtype = torch.float32
+) -> ECARPipeline:
     """Random weights on the device, none of them zero."""
     with torch.device("meta" if work.place else work.device):
         model = ECAR(work.config(size))
@@ -106,8 +111,13 @@ def run(work: Work) -> None:
                 pipe = _ready(work, row)
                 for setting, given in _settings(work, pipe).items():
                     found = _measure(work, pipe, row, given)
-                    work.add(f"{row.name}, {setting}", found.pop("say"), **asdict(row),
-                             setting=setting, **found)
+                    work.add(
+                        f"{row.name}, {setting}",
+                        found.pop("say"),
+                        **asdict(row),
+                        setting=setting,
+                        **found,
+                    )
                 if row.batch == 1 and row.way == "default":
                     _profile(work, pipe, row)
                 release_graphs(pipe.model)
@@ -137,8 +147,13 @@ def _draw(pipe: ECARPipeline, batch: int, given: dict[str, Any]) -> Callable[[],
 
     def call() -> Any:
         first = batch * next(count)
-        return pipe([(first + i) % classes for i in range(batch)], **given,
-                    seeds=range(first, first + batch), output_type="latent", progress=False).images
+        return pipe(
+            [(first + i) % classes for i in range(batch)],
+            **given,
+            seeds=range(first, first + batch),
+            output_type="latent",
+            progress=False,
+        ).images
 
     return call
 
@@ -170,29 +185,45 @@ def _measure(work: Work, pipe: ECARPipeline, row: Row, given: dict[str, Any]) ->
         off()
     found |= wall({"eager": off}, 0.0, rounds=2)
     steps = given.get("num_inference_steps", pipe.defaults["num_inference_steps"])
-    roofline = Roofline(pipe.model.config, batch=row.batch, steps=steps,
-                        itemsize=pipe.dtype.itemsize).total()
-    result = found | {"why_no_graph": why_not, "first_call": first,
-                      "launches_at_least": roofline.launches, "bytes": roofline.bytes,
-                      "multiply_adds": roofline.multiply_adds,
-                      "served": _sampled(work, pipe, row).served}
+    roofline = Roofline(
+        pipe.model.config, batch=row.batch, steps=steps, itemsize=pipe.dtype.itemsize
+    ).total()
+    result = found | {
+        "why_no_graph": why_not,
+        "first_call": first,
+        "launches_at_least": roofline.launches,
+        "bytes": roofline.bytes,
+        "multiply_adds": roofline.multiply_adds,
+        "served": _sampled(work, pipe, row).served,
+    }
     if not work.dry:
         result["peak_bytes"] = torch.cuda.max_memory_allocated() - weights
     best = min(found[name]["median"] for name in found)
     result["say"] = ", ".join(f"{name} {1e3 * found[name]['median']:.1f} ms" for name in found)
     if {"copy", "launch", row.numbers} <= work.rates.keys():
-        least = floor(roofline, Rates(work.rates["copy"], work.rates[row.numbers]),
-                      work.rates["launch"])
-        result |= {"floor_memory": least.memory, "floor_arithmetic": least.arithmetic,
-                   "floor_launches": least.launches, "fraction": least.seconds / best}
+        least = floor(
+            roofline, Rates(work.rates["copy"], work.rates[row.numbers]), work.rates["launch"]
+        )
+        result |= {
+            "floor_memory": least.memory,
+            "floor_arithmetic": least.arithmetic,
+            "floor_launches": least.launches,
+            "fraction": least.seconds / best,
+        }
     return result
 
 
 def _sampled(work: Work, pipe: ECARPipeline, row: Row) -> SampleOutput:
     """A step a stage without a graph, of the model as the pipeline has made it."""
     labels = torch.zeros(row.batch, dtype=torch.int64)
-    return sample(pipe.model, labels, seeds=labels, steps=[1] * pipe.model.config.num_stages,
-                  graphs=False, tf32=pipe.tf32)
+    return sample(
+        pipe.model,
+        labels,
+        seeds=labels,
+        steps=[1] * pipe.model.config.num_stages,
+        graphs=False,
+        tf32=pipe.tf32,
+    )
 
 
 def warm_items(work: Work) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -214,7 +245,7 @@ def _profile(work: Work, pipe: ECARPipeline, row: Row) -> None:
     if not work.begins(name, 4):
         return
     counts, pipe.graphs = [], not work.dry
-    for steps in ([counts[:pipe.model.config.num_stages] for counts in PROFILED]):
+    for steps in [counts[: pipe.model.config.num_stages] for counts in PROFILED]:
         draw = _draw(pipe, 1, {"num_inference_steps": steps, "solver": "euler"})
         draw()
         try:
@@ -237,11 +268,16 @@ def _profile(work: Work, pipe: ECARPipeline, row: Row) -> None:
     span = end - events[0][1]
     slowest = sorted(by_kernel, key=lambda kernel: -sum(by_kernel[kernel]))[:20]
     a_step = (counts[1] - counts[0]) / (sum(PROFILED[1]) - sum(PROFILED[0]))
-    work.add(name, f"{len(events)} kernels in {1e3 * span:.2f} ms, {busy / span:.0%} busy",
-             kernels=len(events), span=span, busy=busy, median_gap=statistics.median(gaps),
-             launches_a_step=None if work.dry else a_step,
-             slowest={kernel: [len(by_kernel[kernel]), sum(by_kernel[kernel])]
-                      for kernel in slowest})
+    work.add(
+        name,
+        f"{len(events)} kernels in {1e3 * span:.2f} ms, {busy / span:.0%} busy",
+        kernels=len(events),
+        span=span,
+        busy=busy,
+        median_gap=statistics.median(gaps),
+        launches_a_step=None if work.dry else a_step,
+        slowest={kernel: [len(by_kernel[kernel]), sum(by_kernel[kernel])] for kernel in slowest},
+    )
 
 
 def _events(call: Callable[[], Any]) -> list[tuple[str, float, float]]:
@@ -249,20 +285,25 @@ def _events(call: Callable[[], Any]) -> list[tuple[str, float, float]]:
     on_gpu = torch.cuda.is_available()
     kind = "CUDA" if on_gpu else "CPU"
     with torch.profiler.profile(
-            activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profile:
+        activities=[getattr(torch.profiler.ProfilerActivity, kind)]
+    ) as profile:
         call()
         synchronize()
     wanted = getattr(torch.autograd.DeviceType, kind)
-    found = [(event.name, event.time_range.start / 1e6, event.time_range.elapsed_us() / 1e6)
-             for event in profile.events() if event.device_type == wanted]
+    found = [
+        (event.name, event.time_range.start / 1e6, event.time_range.elapsed_us() / 1e6)
+        for event in profile.events()
+        if event.device_type == wanted
+    ]
     return sorted(found, key=lambda event: event[1])
 
 
 def _decoder(work: Work) -> None:
     """Seconds to decode one image and eight by SDXL's VAE in bfloat16, where there is one."""
     if work.dry or importlib.util.find_spec("diffusers") is None:
-        work.add("VAE's decoder", skipped="a dry run" if work.dry
-                 else "diffusers is not installed here")
+        work.add(
+            "VAE's decoder", skipped="a dry run" if work.dry else "diffusers is not installed here"
+        )
         return
     from diffusers import AutoencoderKL
 

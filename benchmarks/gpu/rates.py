@@ -19,8 +19,11 @@ def run(work: Work) -> None:
     launch = interleave({"launch": timer}, work.span(0.5))["launch"]
     work.add(name="launch", value=launch["median"], unit="s", how=timer.how)
 
-    for name, dtype, tf32 in (("bfloat16", torch.bfloat16, False), ("tf32", torch.float32, True),
-                              ("float32", torch.float32, False)):
+    for name, dtype, tf32 in (
+        ("bfloat16", torch.bfloat16, False),
+        ("tf32", torch.float32, True),
+        ("float32", torch.float32, False),
+    ):
         torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
         a, b = (torch.randn(side, side, device=work.device).to(dtype) for _ in range(2))
         timer = Timer([lambda a=a, b=b: a @ b])

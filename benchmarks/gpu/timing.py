@@ -70,8 +70,9 @@ class Timer:
             call()
 
 
-def interleave(timers: Mapping[str, Timer], seconds: float, *, rounds: int = 5
-               ) -> dict[str, dict[str, Any]]:
+def interleave(
+    timers: Mapping[str, Timer], seconds: float, *, rounds: int = 5
+) -> dict[str, dict[str, Any]]:
     """Quartiles of each variant, one measurement a round, for `seconds` or at least `rounds`."""
     times: dict[str, list[float]] = {name: [] for name in timers}
     end = time.perf_counter() + seconds
@@ -86,8 +87,9 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     return {"median": median, "q1": q1, "q3": q3, "rounds": len(values)}
 
 
-def wall(calls: Mapping[str, Call], seconds: float, *, rounds: int = 5
-         ) -> dict[str, dict[str, Any]]:
+def wall(
+    calls: Mapping[str, Call], seconds: float, *, rounds: int = 5
+) -> dict[str, dict[str, Any]]:
     """Quartiles of each call's wall time, until the device has finished, one a round."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds

@@ -13,8 +13,14 @@ from benchmarks import results
 from ecar.config import ECARConfig
 from ecar_kernels.registry import AUTO_ORDER, BackendUnavailableError, resolve
 
-TINY = {"stage_sides": (4, 8), "num_classes": 10, "width": 32, "heads": 2, "ar_layers": 2,
-        "flow_blocks": 2}
+TINY = {
+    "stage_sides": (4, 8),
+    "num_classes": 10,
+    "width": 32,
+    "heads": 2,
+    "ar_layers": 2,
+    "flow_blocks": 2,
+}
 
 
 @dataclass
@@ -40,8 +46,12 @@ class Work:
     def __post_init__(self) -> None:
         self.record = {} if self.file is None else results.read(self.file)
         if self.record:
-            self.record["parts"][self.part] = {"status": "under way", "seconds": 0.0,
-                                               "rows": self.rows, "output": ""}
+            self.record["parts"][self.part] = {
+                "status": "under way",
+                "seconds": 0.0,
+                "rows": self.rows,
+                "output": "",
+            }
         self.on = on(self.record.get("environment", {}))
 
     @property
@@ -94,8 +104,12 @@ class Work:
 
 def rates(record: dict[str, Any]) -> dict[str, float]:
     """By name: "copy" bytes, "bfloat16" multiply-adds a second, "launch" seconds, ..."""
-    return {row["name"]: row["value"] for part in record.get("parts", {}).values()
-            for row in part["rows"] if "unit" in row}
+    return {
+        row["name"]: row["value"]
+        for part in record.get("parts", {}).values()
+        for row in part["rows"]
+        if "unit" in row
+    }
 
 
 def on(facts: dict[str, Any]) -> str:
@@ -103,8 +117,16 @@ def on(facts: dict[str, Any]) -> str:
     if not facts:
         return ""
     versions = {"CUDA": facts["gpu"].get("CUDA"), **facts["versions"]}
-    return ", ".join([facts["gpu"]["name"], *(f"{name} {versions[name]}" for name in (
-        "torch", "triton", "CUDA") if versions.get(name))])
+    return ", ".join(
+        [
+            facts["gpu"]["name"],
+            *(
+                f"{name} {versions[name]}"
+                for name in ("torch", "triton", "CUDA")
+                if versions.get(name)
+            ),
+        ]
+    )
 
 
 def served(op: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> str:

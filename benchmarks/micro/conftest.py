@@ -14,8 +14,9 @@ def pytest_addoption(parser):
     group = parser.getgroup("ecar benchmarks")
     group.addoption("--ecar-full", action="store_true", help="every size and batch")
     group.addoption("--ecar-seconds", type=float, default=1.0, help="of measuring for each row")
-    group.addoption("--ecar-minutes", type=float, default=None,
-                    help="rows that would begin later are left out")
+    group.addoption(
+        "--ecar-minutes", type=float, default=None, help="rows that would begin later are left out"
+    )
 
 
 def pytest_configure(config):

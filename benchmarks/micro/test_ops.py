@@ -52,9 +52,17 @@ def test_op(benchmark, case, in_time, measured_rates, seconds, arena):
         benchmark.pedantic(target, setup=setup, rounds=rounds)
     cost = variants.case_cost(case, sets[0])
     benchmark.extra_info.update(
-        op=case.op, size=case.size, tokens=case.tokens, batch=case.batch,
-        backward=case.backward, whole=case.whole, sets=len(sets),
+        op=case.op,
+        size=case.size,
+        tokens=case.tokens,
+        batch=case.batch,
+        backward=case.backward,
+        whole=case.whole,
+        sets=len(sets),
         backend=variants.backend(case, functions["ours"]),
-        bytes=cost.bytes, multiply_adds=cost.multiply_adds,
+        bytes=cost.bytes,
+        multiply_adds=cost.multiply_adds,
         floor_seconds=floor_seconds(cost, measured_rates[0]),
-        seconds=timing.summaries(times), failures=failures)
+        seconds=timing.summaries(times),
+        failures=failures,
+    )

@@ -20,6 +20,7 @@ CASES = [cases.Case(op, 16, 1, cases.SIZES[0]) for op in cases.OPS]
 
 def least(case: cases.Case, arguments: dict) -> dict:
     """The arguments cut down to one token of 8 channels, or one pixel."""
+
     def cut(name, value):
         if name == "shape":
             return (1, 1, 1)
@@ -36,6 +37,7 @@ def least(case: cases.Case, arguments: dict) -> dict:
         if name == "positions":
             return value[:1, :8]
         return value[:8, :8].clone() if value.ndim == 2 else value[:8]
+
     return {name: cut(name, value) for name, value in arguments.items()}
 
 
@@ -51,8 +53,11 @@ def test_overhead(benchmark, case, in_time, seconds, arena):
     arguments = cases.inputs(case, arena)
     small = least(case, arguments)
     ways = {
-        "api": (public, arguments), "eager": (eager, arguments), "least": (ours, small),
-        "api, least": (public, small), "eager, least": (eager, small),
+        "api": (public, arguments),
+        "eager": (eager, arguments),
+        "least": (ours, small),
+        "api, least": (public, small),
+        "eager, least": (eager, small),
     }
 
     def repeat(function, given):
@@ -77,5 +82,11 @@ def test_overhead(benchmark, case, in_time, seconds, arena):
     with timing.no_collection():
         benchmark.pedantic(repeat, args=(ours, arguments), setup=setup, rounds=rounds)
     benchmark.extra_info.update(
-        op=case.op, size=case.size, tokens=case.tokens, batch=case.batch, overhead=True,
-        calls=CALLS, seconds=timing.summaries(times))
+        op=case.op,
+        size=case.size,
+        tokens=case.tokens,
+        batch=case.batch,
+        overhead=True,
+        calls=CALLS,
+        seconds=timing.summaries(times),
+    )

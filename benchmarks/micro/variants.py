@@ -28,16 +28,17 @@ def functions(case: Case) -> dict[str, Callable]:
     torch._dynamo.reset()
     compiled = torch.compile(reference, fullgraph=True, dynamic=False)
     ours = resolve(case.op, device="cpu", dtype=DTYPE, width=_width(case))
-    return (dict(zip(NAMES, (reference, compiled, ours), strict=True))
-            | peers.functions(case.op))
+    return dict(zip(NAMES, (reference, compiled, ours), strict=True)) | peers.functions(case.op)
 
 
 def backend(case: Case, chosen: Callable) -> str:
     """The name of the backend whose function this is."""
     for name in AUTO_ORDER:
         try:
-            if resolve(case.op, device="cpu", dtype=DTYPE, width=_width(case),
-                       backend=name) is chosen:
+            if (
+                resolve(case.op, device="cpu", dtype=DTYPE, width=_width(case), backend=name)
+                is chosen
+            ):
                 return name
         except RuntimeError:
             continue
@@ -59,8 +60,9 @@ def calls(case: Case, function: Callable, sets: Sequence[dict[str, Any]]) -> Ite
             yield lambda arguments=arguments: _forward(function, arguments)
 
 
-def why_not(case: Case, name: str, function: Callable, sets: Sequence[dict[str, Any]]
-            ) -> str | None:
+def why_not(
+    case: Case, name: str, function: Callable, sets: Sequence[dict[str, Any]]
+) -> str | None:
     """Warms a way up; why it cannot serve the case, in a line, where it cannot.
 
     Graphs are compiled by one call. Ours packs each set's weights, where the op has weights.
@@ -99,11 +101,15 @@ def _forward(function: Callable, arguments: dict[str, Any]) -> Any:
 
 
 def _backward(function: Callable, arguments: dict[str, Any]) -> Call:
-    given = {name: value.detach().requires_grad_()
-             if isinstance(value, Tensor) and value.is_floating_point() else value
-             for name, value in arguments.items()}
-    wanted = [value for value in given.values()
-              if isinstance(value, Tensor) and value.requires_grad]
+    given = {
+        name: value.detach().requires_grad_()
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in arguments.items()
+    }
+    wanted = [
+        value for value in given.values() if isinstance(value, Tensor) and value.requires_grad
+    ]
     with torch.enable_grad():
         outputs = _sequence(function(**given))
     gradients = [torch.randn_like(output) for output in outputs]
@@ -113,11 +119,14 @@ def _backward(function: Callable, arguments: dict[str, Any]) -> Call:
 
 def case_cost(case: Case, arguments: dict[str, Any]) -> Cost:
     """Bytes and multiply-adds of one call, forward or backward."""
-    meta = {name: value.to("meta") if isinstance(value, Tensor) else value
-            for name, value in arguments.items()}
+    meta = {
+        name: value.to("meta") if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
     if case.op == "initial_noise":
-        outputs = torch.empty(len(arguments["seeds"]), *arguments["shape"], dtype=DTYPE,
-                              device="meta")
+        outputs = torch.empty(
+            len(arguments["seeds"]), *arguments["shape"], dtype=DTYPE, device="meta"
+        )
     elif case.op == "upsample_renoise_euler":
         x = meta["x"]
         outputs = (x, x.new_empty(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3]))

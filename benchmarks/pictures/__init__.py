@@ -57,8 +57,11 @@ class Picture:
     @property
     def alt(self) -> str:
         """What is to be seen, and of which device."""
-        return f"{self.module.ALT}: {self.data['device']}" if "device" in self.data else (
-            self.module.ALT)
+        return (
+            f"{self.module.ALT}: {self.data['device']}"
+            if "device" in self.data
+            else (self.module.ALT)
+        )
 
     @property
     def stamp(self) -> str:

@@ -27,17 +27,24 @@ def update(folder: Path = pictures.FOLDER, *, force: bool = False) -> list[Path]
 def stray(folder: Path = pictures.FOLDER) -> list[Path]:
     """Files below the folders of devices that are pictures of no results."""
     names = {picture.name for picture in pictures.committed()}
-    return [path for path in sorted(folder.glob("*/*"))
-            if str(path.relative_to(folder).with_suffix("")) not in names]
+    return [
+        path
+        for path in sorted(folder.glob("*/*"))
+        if str(path.relative_to(folder).with_suffix("")) not in names
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pictures",
-                                     description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.pictures", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--force", action="store_true", help="draw those too that are up to date")
     for path in update(force=parser.parse_args(arguments).force):
-        print(f"drew {path.relative_to(pictures.results.ROOT)}" if not path.suffix
-              else f"removed {path.relative_to(pictures.results.ROOT)}")
+        print(
+            f"drew {path.relative_to(pictures.results.ROOT)}"
+            if not path.suffix
+            else f"removed {path.relative_to(pictures.results.ROOT)}"
+        )
 
 
 if __name__ == "__main__":

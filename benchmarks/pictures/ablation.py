@@ -16,7 +16,8 @@ def data(record: dict[str, Any]) -> dict[str, Any] | None:
         whole = row["seconds"]["everything"]["median"]
         sizes[row["size"]] = {
             name: [values[key] / whole for key in ("median", "q1", "q3")]
-            for name, values in row["seconds"].items() if name != "everything"
+            for name, values in row["seconds"].items()
+            if name != "everything"
         } | row.get("left_out", {})
     return {"sizes": sizes, **style.origin(record["environment"])} if sizes else None
 
@@ -24,27 +25,43 @@ def data(record: dict[str, Any]) -> dict[str, Any] | None:
 def draw(data: dict[str, Any]) -> Figure:
     sizes = data["sizes"]
     longest = max(map(len, sizes.values()))
-    made = style.figure(1.3 + 0.36 * longest,
-                        "What one image costs with one design choice switched off", data["note"])
-    most = max(value[0] for choices in sizes.values() for value in choices.values()
-               if not isinstance(value, str))
-    for axes, (size, choices) in zip(made.subplots(1, len(sizes), squeeze=False)[0],
-                                     sizes.items(), strict=True):
+    made = style.figure(
+        1.3 + 0.36 * longest,
+        "What one image costs with one design choice switched off",
+        data["note"],
+    )
+    most = max(
+        value[0]
+        for choices in sizes.values()
+        for value in choices.values()
+        if not isinstance(value, str)
+    )
+    for axes, (size, choices) in zip(
+        made.subplots(1, len(sizes), squeeze=False)[0], sizes.items(), strict=True
+    ):
         for place, value in enumerate(choices.values()):
             if isinstance(value, str):
-                axes.text(1.02, place, f"not measured: {value}", va="center", fontsize=9,
-                          color="#444444")
+                axes.text(
+                    1.02, place, f"not measured: {value}", va="center", fontsize=9, color="#444444"
+                )
                 continue
             middle, low, high = value
             axes.barh(place, middle - 1, left=1, height=0.68, color=style.BLUE)
             axes.hlines(place, low, high, color="black", linewidth=1.4)
-            axes.annotate(style.times(middle), (max(middle, high, 1), place), (5, 0),
-                          textcoords="offset points", va="center")
+            axes.annotate(
+                style.times(middle),
+                (max(middle, high, 1), place),
+                (5, 0),
+                textcoords="offset points",
+                va="center",
+            )
         axes.axvline(1, color="black", linewidth=1)
         axes.set_yticks(range(len(choices)), choices)
         axes.set_ylim(longest - 0.5, -0.6)
-        axes.set_xlim(min(0.95, *(v[1] for v in choices.values() if not isinstance(v, str))),
-                      1 + 1.18 * (most - 1))
+        axes.set_xlim(
+            min(0.95, *(v[1] for v in choices.values() if not isinstance(v, str))),
+            1 + 1.18 * (most - 1),
+        )
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
         axes.set_title(f"E-CAR-{size}")

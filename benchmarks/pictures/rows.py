@@ -47,8 +47,10 @@ def rates(record: dict[str, Any]) -> dict[str, float] | None:
     """Bytes and multiply-adds a second that the device reached in that run."""
     if record["kind"] != "gpu":
         found = record.get("rates")
-        return found and {"bytes": found["bytes_per_second"],
-                          "multiply_adds": found["multiply_adds_per_second"]}
+        return found and {
+            "bytes": found["bytes_per_second"],
+            "multiply_adds": found["multiply_adds_per_second"],
+        }
     measured = {row["name"]: row["value"] for row in _gpu_rows(record) if "unit" in row}
     if not {"copy", "bfloat16"} <= measured.keys():
         return None
@@ -62,17 +64,27 @@ def batches(found: list[Row]) -> str:
 
 def medians(seconds: dict[str, Any]) -> dict[str, float]:
     """Of what was timed; a way that was not has a reason in its place, or nothing."""
-    return {NAMES.get(name, name): value["median"] for name, value in seconds.items()
-            if isinstance(value, dict) and "median" in value}
+    return {
+        NAMES.get(name, name): value["median"]
+        for name, value in seconds.items()
+        if isinstance(value, dict) and "median" in value
+    }
 
 
 def _micro(record: dict[str, Any]) -> Iterator[Row]:
     for row in record["rows"]:
         if not row.get("overhead"):
             op = f"{row['op']}, all stages" if row.get("whole") else row["op"]
-            yield Row(op, row["size"], row["tokens"], row["batch"],
-                      row.get("backward", False),
-                      row.get("bytes", 0), row.get("multiply_adds", 0), medians(row["seconds"]))
+            yield Row(
+                op,
+                row["size"],
+                row["tokens"],
+                row["batch"],
+                row.get("backward", False),
+                row.get("bytes", 0),
+                row.get("multiply_adds", 0),
+                medians(row["seconds"]),
+            )
 
 
 def _gpu(record: dict[str, Any]) -> Iterator[Row]:
@@ -81,13 +93,20 @@ def _gpu(record: dict[str, Any]) -> Iterator[Row]:
             continue
         timed = {name: value["median"] for name, value in row.get("variants", {}).items()}
         own = [name for name in BACKENDS[1:] if name in timed]
-        seconds = {NAMES.get(name, name): value for name, value in timed.items()
-                   if name not in own}
+        seconds = {NAMES.get(name, name): value for name, value in timed.items() if name not in own}
         if own:
             seconds[OURS] = timed[own[-1]]
         op = row["op"].removesuffix(", all stages") + GROUPS.get(row["group"], "")
-        yield Row(op, row["size"], row["tokens"], row["batch"], "backward" in row["group"],
-                  row.get("bytes", 0), row.get("multiply_adds", 0), seconds)
+        yield Row(
+            op,
+            row["size"],
+            row["tokens"],
+            row["batch"],
+            "backward" in row["group"],
+            row.get("bytes", 0),
+            row.get("multiply_adds", 0),
+            seconds,
+        )
 
 
 def _gpu_rows(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -19,24 +19,39 @@ def data(record: dict[str, Any]) -> dict[str, Any] | None:
     for varied in ("tokens", "batch", "steps"):
         fixed = [name for name in ("tokens", "batch", "steps") if name != varied]
         found[varied] = sorted(
-            [image[varied], image["seconds"]["median"], image.get("pixels")] for image in images
-            if all(image[name] == first[name] for name in fixed))
-    return {"preset": record["preset"], "curves": found,
-            "fixed": {name: first[name] for name in ("tokens", "batch", "steps")},
-            **style.origin(record["environment"])}
+            [image[varied], image["seconds"]["median"], image.get("pixels")]
+            for image in images
+            if all(image[name] == first[name] for name in fixed)
+        )
+    return {
+        "preset": record["preset"],
+        "curves": found,
+        "fixed": {name: first[name] for name in ("tokens", "batch", "steps")},
+        **style.origin(record["environment"]),
+    }
 
 
 def draw(data: dict[str, Any]) -> Figure:
-    made = style.figure(3.5, f"How the time of an image of E-CAR-{data['preset']} grows",
-                        data["note"])
+    made = style.figure(
+        3.5, f"How the time of an image of E-CAR-{data['preset']} grows", data["note"]
+    )
     fixed = data["fixed"]
     texts = {
-        "tokens": ("with its tokens", "tokens of the image",
-                   f"batch {fixed['batch']}, {fixed['steps']} steps"),
-        "batch": ("with the batch", "images in the batch",
-                  f"{fixed['tokens']} tokens, {fixed['steps']} steps"),
-        "steps": ("with the steps", "steps in all",
-                  f"{fixed['tokens']} tokens, batch {fixed['batch']}"),
+        "tokens": (
+            "with its tokens",
+            "tokens of the image",
+            f"batch {fixed['batch']}, {fixed['steps']} steps",
+        ),
+        "batch": (
+            "with the batch",
+            "images in the batch",
+            f"{fixed['tokens']} tokens, {fixed['steps']} steps",
+        ),
+        "steps": (
+            "with the steps",
+            "steps in all",
+            f"{fixed['tokens']} tokens, batch {fixed['batch']}",
+        ),
     }
     for axes, (varied, points) in zip(made.subplots(1, 3), data["curves"].items(), strict=True):
         title, label, rest = texts[varied]
@@ -48,8 +63,14 @@ def draw(data: dict[str, Any]) -> Figure:
             side = f"{side} px\n" if varied == "tokens" else ""
             text = f"{side}{duration(value)}"
             right = varied != "batch"
-            axes.annotate(text, (place, value), (-5 if right else 0, 6), fontsize=8.5,
-                          textcoords="offset points", ha="right" if right else "center")
+            axes.annotate(
+                text,
+                (place, value),
+                (-5 if right else 0, 6),
+                fontsize=8.5,
+                textcoords="offset points",
+                ha="right" if right else "center",
+            )
         axes.set_title(title)
         axes.set_xlabel(f"{label}\n({rest})")
         axes.set_ylabel("seconds an image" if varied == "batch" else "seconds")

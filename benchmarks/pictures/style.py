@@ -19,7 +19,14 @@ from ecar.files import atomic_path
 STAMP = "Identifier"  # the key in a PNG's metadata; an SVG's is Dublin Core's
 WIDTH = 8.6  # inches
 BLUE, ORANGE, GREEN, RED, SKY, PURPLE, GREY = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#777777")
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#56B4E9",
+    "#CC79A7",
+    "#777777",
+)
 COLOURS = (BLUE, ORANGE, GREEN, RED, SKY, PURPLE, GREY)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -85,8 +92,12 @@ def log_ticks(axis: Any, values: list[float], labels: list[str] | None = None) -
 def steps(low: float, high: float) -> list[float]:
     """Plain numbers within bounds to put ticks at: few, but not fewer than two where it can be."""
     for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)):
-        found = [factor * 10.0**power for power in range(-12, 13) for factor in factors
-                 if low <= factor * 10.0**power <= high]
+        found = [
+            factor * 10.0**power
+            for power in range(-12, 13)
+            for factor in factors
+            if low <= factor * 10.0**power <= high
+        ]
         if len(found) > 2:
             break
     return found
@@ -99,7 +110,10 @@ def bar_labels(axes: Axes, bars: Any, texts: list[str], **kwargs: Any) -> None:
 
 def write(made: Figure, path: Path, stamp: str) -> None:
     """Without a date or a version in it. path: its suffix says which format."""
-    fields = ({STAMP: stamp, "Software": None} if path.suffix == ".png" else
-              {STAMP: stamp, "Creator": "benchmarks.pictures", "Date": None})
+    fields = (
+        {STAMP: stamp, "Software": None}
+        if path.suffix == ".png"
+        else {STAMP: stamp, "Creator": "benchmarks.pictures", "Date": None}
+    )
     with atomic_path(path) as temporary:
         made.savefig(temporary, dpi=200, metadata=fields)

@@ -7,10 +7,16 @@ from matplotlib.figure import Figure
 from benchmarks.pictures import style
 from benchmarks.table3 import PAIRS, PAPER
 
-ALT = ("Bars: how many times as long as E-CAR's an image of DiT takes, measured here, in the paper "
-       "on an i9 and on a 4090, and by multiply-adds alone")
-BARS = (("measured here", style.BLUE), ("multiply-adds alone", style.GREY),
-        ("paper, i9-13900K", style.ORANGE), ("paper, RTX 4090", style.SKY))
+ALT = (
+    "Bars: how many times as long as E-CAR's an image of DiT takes, measured here, in the paper "
+    "on an i9 and on a 4090, and by multiply-adds alone"
+)
+BARS = (
+    ("measured here", style.BLUE),
+    ("multiply-adds alone", style.GREY),
+    ("paper, i9-13900K", style.ORANGE),
+    ("paper, RTX 4090", style.SKY),
+)
 
 
 def data(record: dict[str, Any]) -> dict[str, Any] | None:
@@ -31,16 +37,18 @@ def data(record: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def draw(data: dict[str, Any]) -> Figure:
-    made = style.figure(3.9, "One 256 x 256 image: how many times as long as E-CAR DiT takes",
-                        data["note"])
+    made = style.figure(
+        3.9, "One 256 x 256 image: how many times as long as E-CAR DiT takes", data["note"]
+    )
     axes = made.subplots()
     pairs, width = data["pairs"], 0.8 / len(BARS)
     for index, (bar, colour) in enumerate(BARS):
         places = [i + (index - (len(BARS) - 1) / 2) * width for i in range(len(pairs))]
         heights = [ratios[bar] for ratios in pairs.values()]
         drawn = axes.bar(places, heights, 0.92 * width, color=colour, label=bar)
-        style.bar_labels(axes, drawn, [style.times(height) for height in heights],
-                         padding=6 if index == 0 else 3)
+        style.bar_labels(
+            axes, drawn, [style.times(height) for height in heights], padding=6 if index == 0 else 3
+        )
         if index == 0:
             low, high = zip(*data["spread"].values(), strict=True)
             axes.vlines(places, low, high, color="black", linewidth=1.4)
@@ -49,6 +57,12 @@ def draw(data: dict[str, Any]) -> Figure:
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("DiT's time / E-CAR's time")
     axes.margins(y=0.12)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.13), ncols=len(BARS), fontsize=9,
-                handlelength=1.2, columnspacing=1.5)
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, 1.13),
+        ncols=len(BARS),
+        fontsize=9,
+        handlelength=1.2,
+        columnspacing=1.5,
+    )
     return made

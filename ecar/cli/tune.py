@@ -33,17 +33,33 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", nargs="+", choices=tuple(PRESETS), help="models (S B L)")
-    parser.add_argument("--batch", nargs="+", type=positive, default=[1, 8, 64], metavar="N",
-                        help="images at once (1 8 64); guidance doubles them")
-    parser.add_argument("--width", nargs="+", type=positive, metavar="C",
-                        help="channels instead of a preset's; needs --rows, leaves attention out")
-    parser.add_argument("--rows", nargs="+", type=positive, metavar="N",
-                        help="tokens of all images at once")
+    parser.add_argument(
+        "--batch",
+        nargs="+",
+        type=positive,
+        default=[1, 8, 64],
+        metavar="N",
+        help="images at once (1 8 64); guidance doubles them",
+    )
+    parser.add_argument(
+        "--width",
+        nargs="+",
+        type=positive,
+        metavar="C",
+        help="channels instead of a preset's; needs --rows, leaves attention out",
+    )
+    parser.add_argument(
+        "--rows", nargs="+", type=positive, metavar="N", help="tokens of all images at once"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--device", default="cuda", help="cuda (default), cuda:1, ..")
-    parser.add_argument("--output", type=Path, metavar="FILE.json",
-                        help="where to keep the choices, beside those that it has; by default "
-                        "where they are looked for: $ECAR_TUNED, else ~/.cache/ecar/tuned")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.json",
+        help="where to keep the choices, beside those that it has; by default "
+        "where they are looked for: $ECAR_TUNED, else ~/.cache/ecar/tuned",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -75,14 +91,19 @@ def _measure(arguments: argparse.Namespace, device: torch.device) -> None:
             kept[_place(entry)] = entry
             print(_line(choice), flush=True)
         # After each group, so that an interrupted run has not been in vain.
-        tuning.write(path, name, list(kept.values()), torch=torch.__version__,
-                     triton=_triton_version(), date=datetime.date.today().isoformat())
+        tuning.write(
+            path,
+            name,
+            list(kept.values()),
+            torch=torch.__version__,
+            triton=_triton_version(),
+            date=datetime.date.today().isoformat(),
+        )
     tuning.forget()
     print(f"{path}: {len(done)} choices measured, {len(kept)} in all")
 
 
-def _problems(arguments: argparse.Namespace,
-              device: torch.device) -> Iterator[list[tune.Problem]]:
+def _problems(arguments: argparse.Namespace, device: torch.device) -> Iterator[list[tune.Problem]]:
     """Groups of them, one at a time: each holds its tensors."""
     dtype, where = getattr(torch, arguments.dtype), str(device)
     if arguments.width is not None:
@@ -94,17 +115,23 @@ def _problems(arguments: argparse.Namespace,
         config = ECARConfig.preset(preset)
         for batch in arguments.batch:
             for tokens in (*config.stage_tokens, config.num_tokens):  # sampling, and training
-                yield tune.problems([config.width], [batch * tokens], dtype,
-                                    mlp_ratio=config.mlp_ratio, device=where)
+                yield tune.problems(
+                    [config.width],
+                    [batch * tokens],
+                    dtype,
+                    mlp_ratio=config.mlp_ratio,
+                    device=where,
+                )
             for stages, queries in _attention(config):
-                yield tune.attention_problems(stages, queries, batch, config.heads,
-                                              config.head_dim, dtype, device=where)
+                yield tune.attention_problems(
+                    stages, queries, batch, config.heads, config.head_dim, dtype, device=where
+                )
 
 
 def _attention(config: ECARConfig) -> list[tuple[tuple[int, ...], int]]:
     """(stages, queries): each stage's tokens after those before it, and training's all at once."""
     tokens = config.stage_tokens
-    calls = [(tokens[:stage + 1], count) for stage, count in enumerate(tokens)]
+    calls = [(tokens[: stage + 1], count) for stage, count in enumerate(tokens)]
     return [*calls, (tokens, config.num_tokens)]
 
 
@@ -114,9 +141,11 @@ def _place(entry: dict) -> str:
 
 def _line(choice: tune.Choice) -> str:
     problem = choice.problem
-    said = (f"{problem.op} {' '.join(map(str, problem.key))}, {problem.rows} rows: "
-            f"{1e6 * choice.seconds:.2f} us, usual {1e6 * choice.usual_seconds:.2f} us; "
-            f"{choice.tried} tried")
+    said = (
+        f"{problem.op} {' '.join(map(str, problem.key))}, {problem.rows} rows: "
+        f"{1e6 * choice.seconds:.2f} us, usual {1e6 * choice.usual_seconds:.2f} us; "
+        f"{choice.tried} tried"
+    )
     return f"{said}, {choice.wrong} left out" if choice.wrong else said
 
 

@@ -64,8 +64,9 @@ def _subfolders(folder: Path) -> list[str]:
 
 def _images(folder: Path) -> list[str]:
     """Paths of the folder's own images, also of links that lead nowhere."""
-    return [e.path for e in _visible(folder)
-            if e.name.lower().endswith(EXTENSIONS) and not e.is_dir()]
+    return [
+        e.path for e in _visible(folder) if e.name.lower().endswith(EXTENSIONS) and not e.is_dir()
+    ]
 
 
 def _images_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[str]:

@@ -84,9 +84,7 @@ def draw(seed: int, step: int, rows: range, shape: Sequence[int], stages: int) -
         generator.random(out=uniform[place], dtype=np.float32)
         generator.standard_normal(out=noise[place], dtype=np.float32)
     numbers = torch.from_numpy(uniform)
-    return Draws(
-        torch.from_numpy(noise), numbers[:, 2:].contiguous(), numbers[:, 0], numbers[:, 1]
-    )
+    return Draws(torch.from_numpy(noise), numbers[:, 2:].contiguous(), numbers[:, 0], numbers[:, 1])
 
 
 class Order:
@@ -139,9 +137,20 @@ class Batches:
     """
 
     def __init__(
-        self, dataset: Dataset, *, seed: int, batch_size: int, accumulation: int, stages: int,
-        shape: Sequence[int], label_dropout: float, null_class: int, flip: bool, workers: int,
-        rank: int = 0, world: int = 1,
+        self,
+        dataset: Dataset,
+        *,
+        seed: int,
+        batch_size: int,
+        accumulation: int,
+        stages: int,
+        shape: Sequence[int],
+        label_dropout: float,
+        null_class: int,
+        flip: bool,
+        workers: int,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         if batch_size % (world * accumulation):
             raise ValueError(
@@ -169,16 +178,16 @@ class Batches:
         Raises:
             TypeError, ValueError: for labels that are no classes.
         """
-        for step, (latents, labels) in zip(
-            range(begin, end), self._data(begin, end), strict=True
-        ):
+        for step, (latents, labels) in zip(range(begin, end), self._data(begin, end), strict=True):
             yield self._parts(step, latents, labels)
 
     def _data(self, begin: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
         if self._memory is None:
             # The null class's number would be learnt as if it were a class.
             for latents, labels in DataLoader(
-                self.dataset, batch_sampler=_Rows(self, begin, end), num_workers=self.workers,
+                self.dataset,
+                batch_sampler=_Rows(self, begin, end),
+                num_workers=self.workers,
                 pin_memory=torch.cuda.is_available(),
             ):
                 yield latents.float(), checked_labels(labels, self.null_class, name="dataset")

@@ -22,26 +22,54 @@ _CHOICES = {
 }
 # name: smallest value
 _INTEGERS = {
-    "steps": 1, "batch_size": 1, "gradient_accumulation": 1,
-    "warmup_steps": 0, "seed": 0, "log_every": 1,
-    "sample_every": 0, "save_every": 1, "num_workers": 0,
-    "sample_rows": 1, "sample_columns": 1, "sample_steps": 1,
+    "steps": 1,
+    "batch_size": 1,
+    "gradient_accumulation": 1,
+    "warmup_steps": 0,
+    "seed": 0,
+    "log_every": 1,
+    "sample_every": 0,
+    "save_every": 1,
+    "num_workers": 0,
+    "sample_rows": 1,
+    "sample_columns": 1,
+    "sample_steps": 1,
 }
 # name: (lowest, lowest allowed, highest or None)
 _NUMBERS = {
-    "learning_rate": (0.0, False, None), "weight_decay": (0.0, True, None),
-    "ema_decay": (0.0, True, 1.0), "gradnorm_alpha": (0.0, True, None),
-    "gradnorm_lr": (0.0, False, None), "grad_clip": (0.0, False, None),
-    "label_dropout": (0.0, True, 1.0), "sample_guidance": (0.0, True, None),
+    "learning_rate": (0.0, False, None),
+    "weight_decay": (0.0, True, None),
+    "ema_decay": (0.0, True, 1.0),
+    "gradnorm_alpha": (0.0, True, None),
+    "gradnorm_lr": (0.0, False, None),
+    "grad_clip": (0.0, False, None),
+    "label_dropout": (0.0, True, 1.0),
+    "sample_guidance": (0.0, True, None),
 }
 _FLAGS = ("flip", "skip_broken", "tf32", "gradient_checkpointing", "compile")
 # What a resumed training may change: none of these decides a weight, beyond rounding.
-FREE_ON_RESUME = frozenset({
-    "output_dir", "data_root", "skip_broken", "num_workers", "device", "log", "log_every",
-    "sample_every", "save_every", "sample_rows", "sample_columns", "sample_steps",
-    "sample_guidance", "gradient_accumulation", "gradient_checkpointing", "compile", "tf32",
-    "init_from",
-})
+FREE_ON_RESUME = frozenset(
+    {
+        "output_dir",
+        "data_root",
+        "skip_broken",
+        "num_workers",
+        "device",
+        "log",
+        "log_every",
+        "sample_every",
+        "save_every",
+        "sample_rows",
+        "sample_columns",
+        "sample_steps",
+        "sample_guidance",
+        "gradient_accumulation",
+        "gradient_checkpointing",
+        "compile",
+        "tf32",
+        "init_from",
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +208,11 @@ class TrainConfig:
         if self.schedule != "constant" and self.warmup_steps >= self.steps:
             raise _value("warmup_steps", f"fewer than steps {self.steps}", self.warmup_steps)
         if self.sample_every and self.sample_steps < self.model.num_stages:
-            raise _value("sample_steps", f"at least one per stage, {self.model.num_stages}",
-                         self.sample_steps)
+            raise _value(
+                "sample_steps",
+                f"at least one per stage, {self.model.num_stages}",
+                self.sample_steps,
+            )
 
     def _check_betas(self) -> None:
         if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
@@ -199,8 +230,9 @@ class TrainConfig:
         if isinstance(weights, str) or not isinstance(weights, (tuple, list)):
             raise _type("stage_weights", f"'gradnorm' or {stages} numbers", weights)
         if len(weights) != stages:
-            raise _value("stage_weights", f"'gradnorm' or {stages} numbers, one per stage",
-                         list(weights))
+            raise _value(
+                "stage_weights", f"'gradnorm' or {stages} numbers, one per stage", list(weights)
+            )
         for index, weight in enumerate(weights):
             _check_number(f"stage_weights[{index}]", weight, 0.0, True, None)
         if not any(weights):

@@ -58,8 +58,10 @@ class Log:
         """Append a row, whole or not at all; OSError naming the file."""
         line = io.StringIO(newline="")
         csv.writer(line).writerow(
-            [value if isinstance(value, int) else f"{value:.6g}"
-             for value in (row[name] for name in self.columns)]
+            [
+                value if isinstance(value, int) else f"{value:.6g}"
+                for value in (row[name] for name in self.columns)
+            ]
         )
         append(self.path, line.getvalue())
         if self._writer is not None:

@@ -36,7 +36,10 @@ def write_sheet(
     for begin in range(0, len(labels), _CHUNK):
         part = slice(begin, begin + _CHUNK)
         latents = sample(
-            model, labels[part], seeds=seeds[part], steps=config.sample_steps,
+            model,
+            labels[part],
+            seeds=seeds[part],
+            steps=config.sample_steps,
             guidance_scale=config.sample_guidance,
             graphs=False,  # they would hold memory that training needs
         ).latents

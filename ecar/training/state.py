@@ -19,8 +19,14 @@ from torch import Tensor
 from ecar.files import read_tensors, require_finite, write_tensors
 from ecar.training.config import FREE_ON_RESUME, TrainConfig
 
-__all__ = ["check_same_training", "check_tensors", "read_header", "read_state", "state_path",
-           "write_state"]
+__all__ = [
+    "check_same_training",
+    "check_tensors",
+    "read_header",
+    "read_state",
+    "state_path",
+    "write_state",
+]
 
 FORMAT = "ecar training state"
 VERSION = "1"
@@ -44,12 +50,16 @@ def write_state(
     """
     _require_finite(path, tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, tensors, {
-        "format": FORMAT,
-        "version": VERSION,
-        "train": json.dumps(config.to_dict()),
-        "header": json.dumps(header),
-    })
+    write_tensors(
+        path,
+        tensors,
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "train": json.dumps(config.to_dict()),
+            "header": json.dumps(header),
+        },
+    )
 
 
 def read_header(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
@@ -125,8 +135,10 @@ def _require_finite(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """ValueError naming the path and the tensor, where names, shapes or dtypes disagree."""
-    for kind, names in (("lacks", expected.keys() - tensors.keys()),
-                        ("has the unknown", tensors.keys() - expected.keys())):
+    for kind, names in (
+        ("lacks", expected.keys() - tensors.keys()),
+        ("has the unknown", tensors.keys() - expected.keys()),
+    ):
         if names:
             raise ValueError(f"{path}: of another configuration: {kind} tensor {min(names)!r}")
     for name, tensor in expected.items():
@@ -150,9 +162,7 @@ def adamw_tensors(optimizer: torch.optim.AdamW, names: list[str]) -> dict[str, T
         if state:
             step = state["step"]
         for key, moment in (("first", "exp_avg"), ("second", "exp_avg_sq")):
-            tensors[f"adamw/{key}/{name}"] = (
-                state[moment] if state else torch.zeros_like(parameter)
-            )
+            tensors[f"adamw/{key}/{name}"] = state[moment] if state else torch.zeros_like(parameter)
     return {**tensors, "adamw/step": step}
 
 
@@ -161,14 +171,16 @@ def load_adamw(optimizer: torch.optim.AdamW, names: list[str], tensors: dict[str
     step = tensors["adamw/step"]
     if step == 0:
         return
-    optimizer.load_state_dict({
-        "param_groups": optimizer.state_dict()["param_groups"],
-        "state": {
-            index: {
-                "step": step.clone(),
-                "exp_avg": tensors[f"adamw/first/{name}"].clone(),
-                "exp_avg_sq": tensors[f"adamw/second/{name}"].clone(),
-            }
-            for index, name in enumerate(names)
-        },
-    })
+    optimizer.load_state_dict(
+        {
+            "param_groups": optimizer.state_dict()["param_groups"],
+            "state": {
+                index: {
+                    "step": step.clone(),
+                    "exp_avg": tensors[f"adamw/first/{name}"].clone(),
+                    "exp_avg_sq": tensors[f"adamw/second/{name}"].clone(),
+                }
+                for index, name in enumerate(names)
+            },
+        }
+    )

@@ -74,8 +74,12 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, *, dataset: Dataset | None = None,
-        decode: Callable[[Tensor], Tensor] | None = None, resume: bool = False,
+        self,
+        config: TrainConfig,
+        *,
+        dataset: Dataset | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        resume: bool = False,
         progress: bool = True,
     ) -> None:
         if not isinstance(config, TrainConfig):
@@ -105,9 +109,15 @@ class Trainer:
             self._load(header)
 
     @classmethod
-    def resume(cls, output_dir: str, *, dataset: Dataset | None = None,
-               decode: Callable[[Tensor], Tensor] | None = None, progress: bool = True,
-               **changes: Any) -> Trainer:
+    def resume(
+        cls,
+        output_dir: str,
+        *,
+        dataset: Dataset | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        progress: bool = True,
+        **changes: Any,
+    ) -> Trainer:
         """The training in ``output_dir``, ready to go on; ``changes`` to its TrainConfig.
 
         ``steps`` may grow where the schedule is constant; nothing that decides weights may.
@@ -129,8 +139,13 @@ class Trainer:
             check_output_folder(self.output)
             config.to_json(self.output / "train.json")
             log = Log(self.output, self._columns(), kind=config.log, step=self.step)
-        bar = tqdm(total=config.steps, initial=self.step, unit="step", dynamic_ncols=True,
-                   disable=not (main and self.progress))
+        bar = tqdm(
+            total=config.steps,
+            initial=self.step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (main and self.progress),
+        )
         last: dict[str, float] = {}
         self._mark = time.perf_counter()
         with bar:
@@ -139,8 +154,10 @@ class Trainer:
                 self.step += 1
                 bar.update()
                 ended = self.step == config.steps
-                due = [ended or (bool(every) and self.step % every == 0) for every in
-                       (config.log_every, config.save_every, config.sample_every)]
+                due = [
+                    ended or (bool(every) and self.step % every == 0)
+                    for every in (config.log_every, config.save_every, config.sample_every)
+                ]
                 if not any(due):
                     continue
                 self._settle()
@@ -154,8 +171,12 @@ class Trainer:
                 if due[1]:
                     self._save()
                 if due[2] and config.sample_every and main:
-                    write_sheet(self.ema.module, config,
-                                self.output / "samples" / f"step_{self.step:07d}.png", self.decode)
+                    write_sheet(
+                        self.ema.module,
+                        config,
+                        self.output / "samples" / f"step_{self.step:07d}.png",
+                        self.decode,
+                    )
                 self.accelerator.wait_for_everyone()
                 self._mark = time.perf_counter()
         if log is not None:
@@ -166,12 +187,17 @@ class Trainer:
     def _batches(self, dataset: Dataset | None) -> Batches:
         config, model = self.config, self.config.model
         if dataset is None:
-            size = {} if config.dataset == "latents" else {
-                "image_size": model.latent_shape[1], "channels": model.channels
-            }
+            size = (
+                {}
+                if config.dataset == "latents"
+                else {"image_size": model.latent_shape[1], "channels": model.channels}
+            )
             dataset = load_dataset(
-                config.dataset, root=config.data_root, skip_broken=config.skip_broken,
-                background=config.background, **size,
+                config.dataset,
+                root=config.data_root,
+                skip_broken=config.skip_broken,
+                background=config.background,
+                **size,
             )
         classes = getattr(dataset, "num_classes", model.num_classes)
         if classes != model.num_classes:
@@ -182,20 +208,30 @@ class Trainer:
         # Where nothing decodes them, items of 1 or 3 channels are pictures.
         pixels = self.decode is None and model.channels in (1, 3)
         labels = check_dataset(
-            dataset, model.latent_shape, model.num_classes, name="dataset",
+            dataset,
+            model.latent_shape,
+            model.num_classes,
+            name="dataset",
             pixels=pixels and not isinstance(dataset, LatentDataset),
         )
         if labels is not None and len(unseen := set(range(classes)) - set(labels.tolist())):
             warnings.warn(
                 f"{len(unseen)} of {classes} classes have no image in the training data, such as "
-                f"class {min(unseen)}: the model will not learn them", stacklevel=4,
+                f"class {min(unseen)}: the model will not learn them",
+                stacklevel=4,
             )
         return Batches(
-            dataset, seed=config.seed, batch_size=config.batch_size,
-            accumulation=config.gradient_accumulation, stages=model.num_stages,
+            dataset,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            accumulation=config.gradient_accumulation,
+            stages=model.num_stages,
             shape=model.latent_shape,
-            label_dropout=config.label_dropout, null_class=model.null_class, flip=config.flip,
-            workers=config.num_workers, rank=self.accelerator.process_index,
+            label_dropout=config.label_dropout,
+            null_class=model.null_class,
+            flip=config.flip,
+            workers=config.num_workers,
+            rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
         )
 
@@ -223,16 +259,23 @@ class Trainer:
         names, parameters = zip(*model.named_parameters(), strict=True)
         self.names = list(names)
         optimizer = torch.optim.AdamW(
-            parameters, lr=config.learning_rate, betas=config.betas,
-            weight_decay=config.weight_decay, fused=self.device.type in ("cpu", "cuda"),
+            parameters,
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
         )
         self.raw_model, self.raw_optimizer = model, optimizer
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         stages = config.model.num_stages
         self.gradnorm = None
         if config.stage_weights == "gradnorm":
-            self.gradnorm = GradNorm(stages, alpha=config.gradnorm_alpha,
-                                     learning_rate=config.gradnorm_lr, device=self.device)
+            self.gradnorm = GradNorm(
+                stages,
+                alpha=config.gradnorm_alpha,
+                learning_rate=config.gradnorm_lr,
+                device=self.device,
+            )
         else:
             self.fixed_weights = torch.tensor(config.stage_weights, device=self.device)
         # Of each step since the last log row: losses [S], weights [S], gradient norm.
@@ -257,8 +300,8 @@ class Trainer:
             part = part.to(self.device)
             arguments = (part.latents, part.labels, part.noise, part.tau)
             # DDP averages gradients once, in the last part's backward.
-            with contextlib.nullcontext() if index == len(parts) else accelerator.no_sync(
-                self.model
+            with (
+                contextlib.nullcontext() if index == len(parts) else accelerator.no_sync(self.model)
             ):
                 if self.gradnorm is None:
                     stage_losses = self.model(*arguments)
@@ -304,8 +347,17 @@ class Trainer:
 
     def _columns(self) -> list[str]:
         stages = range(1, self.config.model.num_stages + 1)
-        return ["step", "images", "lr", "loss", *(f"loss_{s}" for s in stages),
-                *(f"weight_{s}" for s in stages), "grad_norm", "images_per_second", "seconds"]
+        return [
+            "step",
+            "images",
+            "lr",
+            "loss",
+            *(f"loss_{s}" for s in stages),
+            *(f"weight_{s}" for s in stages),
+            "grad_norm",
+            "images_per_second",
+            "seconds",
+        ]
 
     def _row(self) -> dict[str, float]:
         """The log row of the steps since the last one: means, but the weights as they stand."""
@@ -314,9 +366,14 @@ class Trainer:
         norms = self.history[:, -1]
         batch = self.config.batch_size
         values = [
-            self.step, self.step * batch, self.config.learning_rate_at(self.step - 1),
-            losses.mean().item(), *losses.tolist(), *self.weights.tolist(),
-            norms[torch.isfinite(norms)].mean().item(), count * batch / self._interval,
+            self.step,
+            self.step * batch,
+            self.config.learning_rate_at(self.step - 1),
+            losses.mean().item(),
+            *losses.tolist(),
+            *self.weights.tolist(),
+            norms[torch.isfinite(norms)].mean().item(),
+            count * batch / self._interval,
             self.seconds,
         ]
         self.history = self.history[:0]
@@ -336,8 +393,12 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         scaler = self.accelerator.scaler
-        header = {"step": self.step, "seconds": self.seconds, "interval": self._interval,
-                  "scaler": scaler.state_dict() if scaler else None}
+        header = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "interval": self._interval,
+            "scaler": scaler.state_dict() if scaler else None,
+        }
         states.write_state(self.state_path, self._tensors(), self.config, header)
         self.ema.module.save_pretrained(self.output)
 
@@ -347,7 +408,7 @@ class Trainer:
 
         def group(name: str) -> dict[str, Tensor]:
             prefix = f"{name}/"
-            return {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
+            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
         self.raw_model.load_state_dict(group("model"))
         self.ema.module.load_state_dict(group("ema"))
@@ -371,7 +432,8 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     alone = not PartialState._shared_state or PartialState().distributed_type == DistributedType.NO
     AcceleratorState._reset_state(reset_partial_state=alone)
     return Accelerator(
-        cpu=cpu, mixed_precision=config.mixed_precision,
+        cpu=cpu,
+        mixed_precision=config.mixed_precision,
         # Accumulation is the loop's: accelerate's would follow an environment variable.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],

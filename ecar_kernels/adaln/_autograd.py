@@ -57,7 +57,8 @@ def _of_adaln(ctx, grad_y, x, scale, step_scale):
 
     shift, step_shift = (
         None if shape is None else widen(grad_y).sum_to_size(shape).to(grad_y.dtype)
-        for shape in ctx.shapes)
+        for shape in ctx.shapes
+    )
     x, scale, step_scale = _transforms.gradients_of(function, (x, scale, step_scale), grad_y)
     return x, shift, scale, step_shift, step_scale
 

@@ -27,8 +27,15 @@ from ecar_kernels._validation import (
 
 
 @autocast_low
-def adaln(x: Tensor, shift: Tensor, scale: Tensor, *, step_shift: Tensor | None = None,
-          step_scale: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+def adaln(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    step_shift: Tensor | None = None,
+    step_scale: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
     """y = LN(x) (1 + scale + step_scale) + shift + step_shift.
 
     x: [B, N, C]. shift, scale: [B, N, C] or [B, 1, C]. step_shift, step_scale: [1, 1, C] or
@@ -41,8 +48,9 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, *, step_shift: Tensor | None 
 
 
 @autocast_low
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *,
-                   step_gate: Tensor | None = None) -> Tensor:
+def gated_residual(
+    x: Tensor, branch: Tensor, gate: Tensor, *, step_gate: Tensor | None = None
+) -> Tensor:
     """x + (gate + step_gate) branch.
 
     x, branch: [B, N, C]. gate: [B, N, C] or [B, 1, C]. step_gate: [1, 1, C] or [B, 1, C].
@@ -55,10 +63,18 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *,
 
 
 @autocast_low
-def gated_residual_adaln(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *,
-                         step_gate: Tensor | None = None, step_shift: Tensor | None = None,
-                         step_scale: Tensor | None = None,
-                         eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def gated_residual_adaln(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    step_gate: Tensor | None = None,
+    step_shift: Tensor | None = None,
+    step_scale: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
     """x' = gated_residual(x, branch, gate) and y = adaln(x', shift, scale), in one pass.
 
     Shapes as in the two ops. Returns x' and y, each [B, N, C].
@@ -67,8 +83,17 @@ def gated_residual_adaln(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor,
     _check_gated(x, branch, gate, step_gate)
     _check_modulation(x, shift, scale, step_shift, step_scale, eps)
     run = registry.implementation("gated_residual_adaln", x.device.type, x.dtype, x.shape[-1])
-    return run(x, branch, gate, shift, scale, step_gate=step_gate, step_shift=step_shift,
-               step_scale=step_scale, eps=eps)
+    return run(
+        x,
+        branch,
+        gate,
+        shift,
+        scale,
+        step_gate=step_gate,
+        step_shift=step_shift,
+        step_scale=step_scale,
+        eps=eps,
+    )
 
 
 def _check_gated(x: Tensor, branch: object, gate: object, step_gate: object) -> None:
@@ -79,8 +104,9 @@ def _check_gated(x: Tensor, branch: object, gate: object, step_gate: object) -> 
     check_step("step_gate", step_gate, "x", x)
 
 
-def _check_modulation(x: Tensor, shift: object, scale: object, step_shift: object,
-                      step_scale: object, eps: object) -> None:
+def _check_modulation(
+    x: Tensor, shift: object, scale: object, step_shift: object, step_scale: object, eps: object
+) -> None:
     check_spatial("shift", shift, "x", x)
     check_spatial("scale", scale, "x", x)
     check_step("step_shift", step_shift, "x", x)

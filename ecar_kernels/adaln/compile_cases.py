@@ -20,9 +20,25 @@ _ABSENT_BACKWARD = {
     "gated_residual": ("grad_y", "x", "scale", "step_scale", "grad_x", "grad_scale"),
     "gated_residual_adaln": (),
 }
-_POINTERS = ("x", "branch", "gate", "step_gate", "shift", "step_shift", "scale", "step_scale",
-             "new_x", "y", "grad_new_x", "grad_y", "grad_x", "grad_branch", "grad_gate",
-             "grad_scale", "sums")
+_POINTERS = (
+    "x",
+    "branch",
+    "gate",
+    "step_gate",
+    "shift",
+    "step_shift",
+    "scale",
+    "step_scale",
+    "new_x",
+    "y",
+    "grad_new_x",
+    "grad_y",
+    "grad_x",
+    "grad_branch",
+    "grad_gate",
+    "grad_scale",
+    "sums",
+)
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
@@ -43,8 +59,9 @@ def _op(op: str, dtype: str, channels: int, arch: int) -> Iterator[CompileCase]:
     settings = (launch.default(op, channels, rows, arch) for rows in ROWS)
     for its in dict.fromkeys(settings):
         constants = shape | dict.fromkeys(_ABSENT[op])
-        yield _case(f"{op} {dtype} C={channels} rows={its.rows}", kernels.forward, dtype,
-                    constants, its)
+        yield _case(
+            f"{op} {dtype} C={channels} rows={its.rows}", kernels.forward, dtype, constants, its
+        )
     # How many rows follow one another is no constant, so it makes no other kernel.
     settings = (launch.default(f"{op}_backward", channels, rows, arch) for rows in ROWS)
     for its in dict.fromkeys(replace(its, program_rows=0) for its in settings):
@@ -58,8 +75,13 @@ def _op(op: str, dtype: str, channels: int, arch: int) -> Iterator[CompileCase]:
                 constants[flag] = sums and needs not in absent
             if not sums:
                 constants["partial"] = None
-            yield _case(f"{op}_backward {dtype} C={channels} rows={its.rows} sums={sums}",
-                        kernels.backward, dtype, constants, its)
+            yield _case(
+                f"{op}_backward {dtype} C={channels} rows={its.rows} sums={sums}",
+                kernels.backward,
+                dtype,
+                constants,
+                its,
+            )
 
 
 def _case(name: str, kernel, dtype: str, constants: dict, settings) -> CompileCase:
@@ -77,8 +99,19 @@ def _case(name: str, kernel, dtype: str, constants: dict, settings) -> CompileCa
 
     signature = {argument: kind(argument) for argument in kernel.arg_names}
     # Rows of an odd width start at any address, and so would multiples of 16 be a lie.
-    aligned = tuple(argument for argument, its in signature.items()
-                    if constants["C"] % 16 == 0 and argument not in kernels.COUNTS
-                    and (its.startswith("*") or its == "i32"))
-    return CompileCase(name, kernel, signature, constants, settings.num_warps, aligned=aligned,
-                       max_registers=settings.max_registers)
+    aligned = tuple(
+        argument
+        for argument, its in signature.items()
+        if constants["C"] % 16 == 0
+        and argument not in kernels.COUNTS
+        and (its.startswith("*") or its == "i32")
+    )
+    return CompileCase(
+        name,
+        kernel,
+        signature,
+        constants,
+        settings.num_warps,
+        aligned=aligned,
+        max_registers=settings.max_registers,
+    )

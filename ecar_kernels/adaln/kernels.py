@@ -50,22 +50,81 @@ def _statistics(x, column, eps, C: tl.constexpr):
 
 
 @triton.jit
-def _modulation(shift, shift_image, shift_token, step_shift, step_shift_image,
-                scale, scale_image, scale_token, step_scale, step_scale_image,
-                image, token, column, mask):
-    return (_combined(shift, shift_image, shift_token, step_shift, step_shift_image,
-                      image, token, column, mask),
-            _combined(scale, scale_image, scale_token, step_scale, step_scale_image,
-                      image, token, column, mask))
+def _modulation(
+    shift,
+    shift_image,
+    shift_token,
+    step_shift,
+    step_shift_image,
+    scale,
+    scale_image,
+    scale_token,
+    step_scale,
+    step_scale_image,
+    image,
+    token,
+    column,
+    mask,
+):
+    return (
+        _combined(
+            shift,
+            shift_image,
+            shift_token,
+            step_shift,
+            step_shift_image,
+            image,
+            token,
+            column,
+            mask,
+        ),
+        _combined(
+            scale,
+            scale_image,
+            scale_token,
+            step_scale,
+            step_scale_image,
+            image,
+            token,
+            column,
+            mask,
+        ),
+    )
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def forward(x, x_image, x_token, branch, branch_image, branch_token,
-            gate, gate_image, gate_token, step_gate, step_gate_image,
-            shift, shift_image, shift_token, step_shift, step_shift_image,
-            scale, scale_image, scale_token, step_scale, step_scale_image,
-            new_x, y, tokens, image_programs, eps,
-            EARLY: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def forward(
+    x,
+    x_image,
+    x_token,
+    branch,
+    branch_image,
+    branch_token,
+    gate,
+    gate_image,
+    gate_token,
+    step_gate,
+    step_gate_image,
+    shift,
+    shift_image,
+    shift_token,
+    step_shift,
+    step_shift_image,
+    scale,
+    scale_image,
+    scale_token,
+    step_scale,
+    step_scale_image,
+    new_x,
+    y,
+    tokens,
+    image_programs,
+    eps,
+    EARLY: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """new_x = x + (gate + step_gate) branch, y = LN(new_x) (1 + scale + step_scale) + shift + ..
 
     Inputs [B, N, C] by strides, `tokens` = N; outputs contiguous. A program does ROWS rows, so
@@ -81,13 +140,26 @@ def forward(x, x_image, x_token, branch, branch_image, branch_token,
     value = _load(x, x_image, x_token, image, token, column, mask)
     if branch is not None:
         branch_value = _load(branch, branch_image, branch_token, image, token, column, mask)
-        gate_value = _combined(gate, gate_image, gate_token, step_gate, step_gate_image,
-                               image, token, column, mask)
+        gate_value = _combined(
+            gate, gate_image, gate_token, step_gate, step_gate_image, image, token, column, mask
+        )
     if EARLY and shift is not None:
         shift_value, scale_value = _modulation(
-            shift, shift_image, shift_token, step_shift, step_shift_image,
-            scale, scale_image, scale_token, step_scale, step_scale_image,
-            image, token, column, mask)
+            shift,
+            shift_image,
+            shift_token,
+            step_shift,
+            step_shift_image,
+            scale,
+            scale_image,
+            scale_token,
+            step_scale,
+            step_scale_image,
+            image,
+            token,
+            column,
+            mask,
+        )
     if branch is not None:
         value += gate_value * branch_value
         _store(new_x, row, column, value, mask)
@@ -97,17 +169,43 @@ def forward(x, x_image, x_token, branch, branch_image, branch_token,
         centred, inverse_deviation = _statistics(value, column, eps, C)
         if not EARLY:
             shift_value, scale_value = _modulation(
-                shift, shift_image, shift_token, step_shift, step_shift_image,
-                scale, scale_image, scale_token, step_scale, step_scale_image,
-                image, token, column, mask)
+                shift,
+                shift_image,
+                shift_token,
+                step_shift,
+                step_shift_image,
+                scale,
+                scale_image,
+                scale_token,
+                step_scale,
+                step_scale_image,
+                image,
+                token,
+                column,
+                mask,
+            )
         value = centred * inverse_deviation * (1.0 + scale_value) + shift_value
         _store(y, row, column, value, mask)
 
 
 @triton.jit
-def _residual(grad_new_x, grad_new_x_image, grad_new_x_token, branch, branch_image, branch_token,
-              gate, gate_image, gate_token, step_gate, step_gate_image,
-              image, token, column, mask):
+def _residual(
+    grad_new_x,
+    grad_new_x_image,
+    grad_new_x_token,
+    branch,
+    branch_image,
+    branch_token,
+    gate,
+    gate_image,
+    gate_token,
+    step_gate,
+    step_gate_image,
+    image,
+    token,
+    column,
+    mask,
+):
     """What the backward of the gated residual reads: of what is None, zeros that cost nothing."""
     grad = tl.zeros(mask.shape, tl.float32)
     branch_value, gate_value = grad, grad
@@ -115,20 +213,54 @@ def _residual(grad_new_x, grad_new_x_image, grad_new_x_token, branch, branch_ima
         grad = _load(grad_new_x, grad_new_x_image, grad_new_x_token, image, token, column, mask)
     if branch is not None:
         branch_value = _load(branch, branch_image, branch_token, image, token, column, mask)
-        gate_value = _combined(gate, gate_image, gate_token, step_gate, step_gate_image,
-                               image, token, column, mask)
+        gate_value = _combined(
+            gate, gate_image, gate_token, step_gate, step_gate_image, image, token, column, mask
+        )
     return grad, branch_value, gate_value
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def backward(grad_new_x, grad_new_x_image, grad_new_x_token, grad_y, grad_y_image, grad_y_token,
-             x, x_image, x_token, branch, branch_image, branch_token,
-             gate, gate_image, gate_token, step_gate, step_gate_image,
-             scale, scale_image, scale_token, step_scale, step_scale_image,
-             grad_x, grad_branch, grad_gate, grad_scale, partial,
-             tokens, program_rows, image_programs, slots, eps,
-             SUM_GATE: tl.constexpr, SUM_SHIFT: tl.constexpr, SUM_SCALE: tl.constexpr,
-             EARLY: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def backward(
+    grad_new_x,
+    grad_new_x_image,
+    grad_new_x_token,
+    grad_y,
+    grad_y_image,
+    grad_y_token,
+    x,
+    x_image,
+    x_token,
+    branch,
+    branch_image,
+    branch_token,
+    gate,
+    gate_image,
+    gate_token,
+    step_gate,
+    step_gate_image,
+    scale,
+    scale_image,
+    scale_token,
+    step_scale,
+    step_scale_image,
+    grad_x,
+    grad_branch,
+    grad_gate,
+    grad_scale,
+    partial,
+    tokens,
+    program_rows,
+    image_programs,
+    slots,
+    eps,
+    SUM_GATE: tl.constexpr,
+    SUM_SHIFT: tl.constexpr,
+    SUM_SCALE: tl.constexpr,
+    EARLY: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Gradients of the forward, contiguous, and sums over tokens of those that were broadcast.
 
     x is what the LayerNorm saw, new_x where there is a gate. A program does `program_rows` rows,
@@ -150,14 +282,36 @@ def backward(grad_new_x, grad_new_x_image, grad_new_x_token, grad_y, grad_y_imag
         row = (image * tokens + token) * C
         if EARLY:
             grad, branch_value, gate_value = _residual(
-                grad_new_x, grad_new_x_image, grad_new_x_token, branch, branch_image, branch_token,
-                gate, gate_image, gate_token, step_gate, step_gate_image,
-                image, token, column, mask)
+                grad_new_x,
+                grad_new_x_image,
+                grad_new_x_token,
+                branch,
+                branch_image,
+                branch_token,
+                gate,
+                gate_image,
+                gate_token,
+                step_gate,
+                step_gate_image,
+                image,
+                token,
+                column,
+                mask,
+            )
         if grad_y is not None:
             shift_gradient = _load(grad_y, grad_y_image, grad_y_token, image, token, column, mask)
             value = _load(x, x_image, x_token, image, token, column, mask)
-            scale_value = _combined(scale, scale_image, scale_token, step_scale, step_scale_image,
-                                    image, token, column, mask)
+            scale_value = _combined(
+                scale,
+                scale_image,
+                scale_token,
+                step_scale,
+                step_scale_image,
+                image,
+                token,
+                column,
+                mask,
+            )
             # dx = (g - mean(g) - n mean(g n)) / deviation, with g = dy (1 + scale), n = LN(x).
             centred, inverse_deviation = _statistics(value, column, eps, C)
             normal = centred * inverse_deviation
@@ -174,9 +328,22 @@ def backward(grad_new_x, grad_new_x_image, grad_new_x_token, grad_y, grad_y_imag
             norm_gradient = (modulated - mean - normal * slope) * inverse_deviation
         if not EARLY:
             grad, branch_value, gate_value = _residual(
-                grad_new_x, grad_new_x_image, grad_new_x_token, branch, branch_image, branch_token,
-                gate, gate_image, gate_token, step_gate, step_gate_image,
-                image, token, column, mask)
+                grad_new_x,
+                grad_new_x_image,
+                grad_new_x_token,
+                branch,
+                branch_image,
+                branch_token,
+                gate,
+                gate_image,
+                gate_token,
+                step_gate,
+                step_gate_image,
+                image,
+                token,
+                column,
+                mask,
+            )
         if grad_y is not None:
             grad += norm_gradient
             if grad_x is not None:
@@ -203,8 +370,17 @@ def backward(grad_new_x, grad_new_x_image, grad_new_x_token, grad_y, grad_y_imag
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def sum_partial(partial, sums, programs, image_programs, images, slots,
-                C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def sum_partial(
+    partial,
+    sums,
+    programs,
+    image_programs,
+    images,
+    slots,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """partial [programs, slots, C] into sums [slots, images (+ 1), C], in a fixed order.
 
     Program (i, .., ..) sums the `image_programs` rows of image i or, where i is `images`, all.

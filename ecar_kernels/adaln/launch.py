@@ -59,8 +59,9 @@ def _warps(values: int, per_thread: int) -> int:
     return min(16, max(1, values // (32 * per_thread)))
 
 
-def default(op: str, channels: int, rows: int, arch: int,
-            aligned: bool = True) -> ForwardSettings | BackwardSettings:
+def default(
+    op: str, channels: int, rows: int, arch: int, aligned: bool = True
+) -> ForwardSettings | BackwardSettings:
     """For `rows` tokens of all images; op: a name of the family, or that + "_backward".
 
     aligned: all rows begin at multiples of 16 bytes, as far as their strides say (those of an odd
@@ -84,12 +85,14 @@ def default(op: str, channels: int, rows: int, arch: int,
         # With 16 warps more registers in all go to addresses and the like: Triton 3.6 spills the
         # widest on sm_120, and both do where each value is loaded by itself, from 2049 columns on.
         num_warps = min(8, num_warps)
-    return BackwardSettings(at_once, num_warps, early=early,
-                            program_rows=max(at_once, program_rows), fused=not wide)
+    return BackwardSettings(
+        at_once, num_warps, early=early, program_rows=max(at_once, program_rows), fused=not wide
+    )
 
 
-def candidates(op: str, channels: int, rows: int,
-               arch: int) -> list[ForwardSettings | BackwardSettings]:
+def candidates(
+    op: str, channels: int, rows: int, arch: int
+) -> list[ForwardSettings | BackwardSettings]:
     """What is worth measuring: half to twice the values a thread, sums of 4 to 32 rows."""
     usual = default(op, channels, rows, arch)
     values = usual.rows * padded(channels)
@@ -97,5 +100,9 @@ def candidates(op: str, channels: int, rows: int,
     if not op.endswith("_backward"):
         return [replace(usual, num_warps=w) for w in warps]
     program_rows = sorted({max(usual.rows, n) for n in (4, 8, 16, 32)})
-    return [replace(usual, num_warps=w, program_rows=n, early=early)
-            for w in warps for n in program_rows for early in (False, True)]
+    return [
+        replace(usual, num_warps=w, program_rows=n, early=early)
+        for w in warps
+        for n in program_rows
+        for early in (False, True)
+    ]

@@ -89,8 +89,10 @@ def _steps(wanted: Sequence[bool], shared: Sequence[bool], sums: Tensor) -> list
     if not any(wanted):
         return [None] * len(wanted)
     of_all = sums[:, -1:, None].unbind(0)
-    return [None if not wanted[i] else of_all[i] if shared[i] else sums[i, :-1, None]
-            for i in range(len(wanted))]
+    return [
+        None if not wanted[i] else of_all[i] if shared[i] else sums[i, :-1, None]
+        for i in range(len(wanted))
+    ]
 
 
 def _is_shared(step: Tensor | None) -> bool:

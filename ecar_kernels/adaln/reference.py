@@ -7,8 +7,15 @@ from ecar_kernels._modulation import combine
 from ecar_kernels._precision import widen
 
 
-def adaln(x: Tensor, shift: Tensor, scale: Tensor, *, step_shift: Tensor | None = None,
-          step_scale: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+def adaln(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    step_shift: Tensor | None = None,
+    step_scale: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
     """y = LN(x) (1 + scale + step_scale) + shift + step_shift."""
     return modulated(x, combine(shift, step_shift), 1 + combine(scale, step_scale), eps)
 
@@ -18,16 +25,25 @@ def modulated(x: Tensor, shift: Tensor, factor: Tensor, eps: float) -> Tensor:
     return (F.layer_norm(widen(x), x.shape[-1:], eps=eps) * factor + shift).to(x.dtype)
 
 
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *,
-                   step_gate: Tensor | None = None) -> Tensor:
+def gated_residual(
+    x: Tensor, branch: Tensor, gate: Tensor, *, step_gate: Tensor | None = None
+) -> Tensor:
     """x + (gate + step_gate) branch."""
     return (widen(x) + combine(gate, step_gate) * widen(branch)).to(x.dtype)
 
 
-def gated_residual_adaln(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *,
-                         step_gate: Tensor | None = None, step_shift: Tensor | None = None,
-                         step_scale: Tensor | None = None,
-                         eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def gated_residual_adaln(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    step_gate: Tensor | None = None,
+    step_shift: Tensor | None = None,
+    step_scale: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
     """The new residual stream, and its adaLN: the two ops above in a row."""
     x = gated_residual(x, branch, gate, step_gate=step_gate)
     y = adaln(x, shift, scale, step_shift=step_shift, step_scale=step_scale, eps=eps)

@@ -20,26 +20,42 @@ from ecar_kernels.adaln._autograd import (
 )
 
 
-def adaln(x: Tensor, shift: Tensor, scale: Tensor, *, step_shift: Tensor | None = None,
-          step_scale: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+def adaln(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    step_shift: Tensor | None = None,
+    step_scale: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
     """y = LN(x) (1 + scale + step_scale) + shift + step_shift."""
     if torch.is_grad_enabled() and any_requires_grad(x, shift, scale, step_shift, step_scale):
         return _AdaLN.apply(x, shift, scale, step_shift, step_scale, eps)
     return _adaln(x, shift, scale, step_shift, step_scale, eps)
 
 
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *,
-                   step_gate: Tensor | None = None) -> Tensor:
+def gated_residual(
+    x: Tensor, branch: Tensor, gate: Tensor, *, step_gate: Tensor | None = None
+) -> Tensor:
     """x + (gate + step_gate) branch."""
     if torch.is_grad_enabled() and any_requires_grad(x, branch, gate, step_gate):
         return _GatedResidual.apply(x, branch, gate, step_gate)
     return _gated_residual(x, branch, gate, step_gate)
 
 
-def gated_residual_adaln(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *,
-                         step_gate: Tensor | None = None, step_shift: Tensor | None = None,
-                         step_scale: Tensor | None = None,
-                         eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def gated_residual_adaln(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    step_gate: Tensor | None = None,
+    step_shift: Tensor | None = None,
+    step_scale: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
     """The new residual stream, and its adaLN, in one pass."""
     tensors = (x, branch, gate, shift, scale, step_gate, step_shift, step_scale)
     if torch.is_grad_enabled() and any_requires_grad(*tensors):
@@ -47,29 +63,38 @@ def gated_residual_adaln(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor,
     return _both(*tensors, eps)
 
 
-def _sums_asked(x: Tensor, wanted: tuple, shapes: tuple, steps_wanted: tuple,
-                step_shapes: tuple) -> tuple[list[bool], bool, bool]:
+def _sums_asked(
+    x: Tensor, wanted: tuple, shapes: tuple, steps_wanted: tuple, step_shapes: tuple
+) -> tuple[list[bool], bool, bool]:
     """Which modulations' gradients are summed over tokens; whether for each image; over all."""
     broadcast = [want and shape != x.shape for want, shape in zip(wanted, shapes, strict=True)]
-    whole_batch = [want and shape[0] == 1
-                   for want, shape in zip(steps_wanted, step_shapes, strict=True)]
+    whole_batch = [
+        want and shape[0] == 1 for want, shape in zip(steps_wanted, step_shapes, strict=True)
+    ]
     summed = [a or b for a, b in zip(broadcast, steps_wanted, strict=True)]
     images = any(broadcast) or whole_batch != list(steps_wanted)
     return summed, images, any(whole_batch)
 
 
-def _modulation_gradients(x: Tensor, wanted: tuple, wholes: tuple, shapes: tuple,
-                          steps_wanted: tuple, step_shapes: tuple, summed: list[bool],
-                          sums: Tensor) -> list[Tensor | None]:
+def _modulation_gradients(
+    x: Tensor,
+    wanted: tuple,
+    wholes: tuple,
+    shapes: tuple,
+    steps_wanted: tuple,
+    step_shapes: tuple,
+    summed: list[bool],
+    sums: Tensor,
+) -> list[Tensor | None]:
     """Those of the tokens' parts, then those of the steps'; `wholes`: where nothing is summed."""
     parts, steps, slot = [], [], 0
     for i, whole in enumerate(wholes):
         part = step = None
         if wanted[i]:
-            part = whole if shapes[i] == x.shape else sums[slot, :x.shape[0], None]
+            part = whole if shapes[i] == x.shape else sums[slot, : x.shape[0], None]
         if steps_wanted[i]:
             # The sum over all images is the last row.
-            rows = sums[slot, -1:] if step_shapes[i][0] == 1 else sums[slot, :x.shape[0]]
+            rows = sums[slot, -1:] if step_shapes[i][0] == 1 else sums[slot, : x.shape[0]]
             step = rows[:, None]
         parts.append(part)
         steps.append(step)
@@ -90,15 +115,28 @@ class _AdaLN(torch.autograd.Function):
     def backward(ctx, grad_y):
         x, scale, step_scale = ctx.saved_tensors
         x_wanted, *wanted, _ = ctx.needs_input_grad
-        asked = ((wanted[0], wanted[1]), (ctx.shapes[0], scale.shape),
-                 (wanted[2], wanted[3]), (ctx.shapes[1], shape_of(step_scale)))
+        asked = (
+            (wanted[0], wanted[1]),
+            (ctx.shapes[0], scale.shape),
+            (wanted[2], wanted[3]),
+            (ctx.shapes[1], shape_of(step_scale)),
+        )
         summed, images, total = _sums_asked(x, *asked)
         grad_y = rows_of(grad_y)
         grad_x, grad_scale, sums = _adaln_backward(
-            grad_y, x, scale, step_scale, ctx.eps,
-            [x_wanted, wanted[1] and scale.shape == x.shape], summed, images, total)
-        gradients = _modulation_gradients(x, asked[0], (grad_y, grad_scale), *asked[1:], summed,
-                                          sums)
+            grad_y,
+            x,
+            scale,
+            step_scale,
+            ctx.eps,
+            [x_wanted, wanted[1] and scale.shape == x.shape],
+            summed,
+            images,
+            total,
+        )
+        gradients = _modulation_gradients(
+            x, asked[0], (grad_y, grad_scale), *asked[1:], summed, sums
+        )
         return grad_x if x_wanted else None, *gradients, None
 
 
@@ -119,8 +157,15 @@ class _GatedResidual(torch.autograd.Function):
         asked = (gate_wanted,), (gate.shape,), (step_wanted,), (shape_of(step_gate),)
         summed, images, total = _sums_asked(branch, *asked)
         grad_branch, grad_gate, sums = _gated_residual_backward(
-            rows_of(grad), branch, gate, step_gate,
-            [branch_wanted, gate_wanted and gate.shape == branch.shape], summed, images, total)
+            rows_of(grad),
+            branch,
+            gate,
+            step_gate,
+            [branch_wanted, gate_wanted and gate.shape == branch.shape],
+            summed,
+            images,
+            total,
+        )
         gradients = _modulation_gradients(branch, asked[0], (grad_gate,), *asked[1:], summed, sums)
         return grad_x, grad_branch if branch_wanted else None, *gradients
 
@@ -139,18 +184,43 @@ class _GatedResidualAdaLN(torch.autograd.Function):
     def backward(ctx, grad_new_x, grad_y):
         new_x, branch, gate, scale, step_gate, step_scale = ctx.saved_tensors
         x_wanted, branch_wanted, *wanted, _ = ctx.needs_input_grad
-        asked = (tuple(wanted[:3]), (gate.shape, ctx.shapes[0], scale.shape),
-                 tuple(wanted[3:]), (shape_of(step_gate), ctx.shapes[1], shape_of(step_scale)))
+        asked = (
+            tuple(wanted[:3]),
+            (gate.shape, ctx.shapes[0], scale.shape),
+            tuple(wanted[3:]),
+            (shape_of(step_gate), ctx.shapes[1], shape_of(step_scale)),
+        )
         summed, images, total = _sums_asked(new_x, *asked)
         grad_y = rows_of(grad_y)
         grad_x, grad_branch, grad_gate, grad_scale, sums = _both_backward(
-            rows_of(grad_new_x), grad_y, new_x, branch, gate, scale, step_gate, step_scale, ctx.eps,
-            [x_wanted, branch_wanted, wanted[0] and gate.shape == new_x.shape,
-             wanted[2] and scale.shape == new_x.shape], summed, images, total)
-        gradients = _modulation_gradients(new_x, asked[0], (grad_gate, grad_y, grad_scale),
-                                          *asked[1:], summed, sums)
-        return (grad_x if x_wanted else None, grad_branch if branch_wanted else None, *gradients,
-                None)
+            rows_of(grad_new_x),
+            grad_y,
+            new_x,
+            branch,
+            gate,
+            scale,
+            step_gate,
+            step_scale,
+            ctx.eps,
+            [
+                x_wanted,
+                branch_wanted,
+                wanted[0] and gate.shape == new_x.shape,
+                wanted[2] and scale.shape == new_x.shape,
+            ],
+            summed,
+            images,
+            total,
+        )
+        gradients = _modulation_gradients(
+            new_x, asked[0], (grad_gate, grad_y, grad_scale), *asked[1:], summed, sums
+        )
+        return (
+            grad_x if x_wanted else None,
+            grad_branch if branch_wanted else None,
+            *gradients,
+            None,
+        )
 
 
 def _run_adaln(x, shift, scale, step_shift, step_scale, eps):
@@ -167,8 +237,20 @@ def _run_gated_residual(x, branch, gate, step_gate):
 
 def _run_both(x, branch, gate, shift, scale, step_gate, step_shift, step_scale, eps):
     new_x, y = x.new_empty(x.shape), x.new_empty(x.shape)
-    _forward("gated_residual_adaln", x, branch, gate, step_gate, shift, scale, step_shift,
-             step_scale, new_x, y, eps)
+    _forward(
+        "gated_residual_adaln",
+        x,
+        branch,
+        gate,
+        step_gate,
+        shift,
+        scale,
+        step_shift,
+        step_scale,
+        new_x,
+        y,
+        eps,
+    )
     return new_x, y
 
 
@@ -176,8 +258,11 @@ def _settings(op: str, x: Tensor, *others: Tensor | None):
     """others: what backward reads beside x, whose settings of wide rows depend on how they lie."""
     arch = _triton.architecture(x.device.index)
     rows = x.shape[0] * x.shape[1]
-    aligned = (not others or launch.padded(x.shape[2]) <= 2048
-               or all(tensor is None or _aligned(tensor) for tensor in (x, *others)))
+    aligned = (
+        not others
+        or launch.padded(x.shape[2]) <= 2048
+        or all(tensor is None or _aligned(tensor) for tensor in (x, *others))
+    )
     usual = launch.default(op, x.shape[2], rows, arch, aligned)
     if not aligned and x.shape[2] % 16 == 0:
         return usual  # what was measured is for aligned rows of this width
@@ -203,58 +288,199 @@ def _step(tensor: Tensor | None) -> tuple[Tensor | None, int]:
     return tensor, tensor.stride(0) if tensor.shape[0] > 1 else 0
 
 
-def _forward(op, x, branch, gate, step_gate, shift, scale, step_shift, step_scale, new_x, y,
-             eps) -> None:
+def _forward(
+    op, x, branch, gate, step_gate, shift, scale, step_shift, step_scale, new_x, y, eps
+) -> None:
     if not x.numel():
         return
     batch, tokens, channels = x.shape
     its = _settings(op, x)
     image_programs = -(-tokens // its.rows)
     kernels.forward[(batch * image_programs,)](
-        *_view(x), *_view(branch), *_view(gate), *_step(step_gate), *_view(shift),
-        *_step(step_shift), *_view(scale), *_step(step_scale), new_x, y, tokens, image_programs,
-        eps, EARLY=its.early, C=channels, BLOCK=launch.padded(channels), ROWS=its.rows,
-        num_warps=its.num_warps, maxnreg=its.max_registers)
+        *_view(x),
+        *_view(branch),
+        *_view(gate),
+        *_step(step_gate),
+        *_view(shift),
+        *_step(step_shift),
+        *_view(scale),
+        *_step(step_scale),
+        new_x,
+        y,
+        tokens,
+        image_programs,
+        eps,
+        EARLY=its.early,
+        C=channels,
+        BLOCK=launch.padded(channels),
+        ROWS=its.rows,
+        num_warps=its.num_warps,
+        maxnreg=its.max_registers,
+    )
 
 
 def _run_adaln_backward(grad_y, x, scale, step_scale, eps, wanted, summed, images, total):
     grad_x, grad_scale, sums = results = _fake_adaln_backward(
-        grad_y, x, scale, step_scale, eps, wanted, summed, images, total)
+        grad_y, x, scale, step_scale, eps, wanted, summed, images, total
+    )
     its = _settings("adaln_backward", x, grad_y, scale, step_scale)
-    _backward(its, x, None, grad_y, x, None, None, None, scale,
-              step_scale, grad_x, None, None, grad_scale, (False, *summed), sums, images, eps)
+    _backward(
+        its,
+        x,
+        None,
+        grad_y,
+        x,
+        None,
+        None,
+        None,
+        scale,
+        step_scale,
+        grad_x,
+        None,
+        None,
+        grad_scale,
+        (False, *summed),
+        sums,
+        images,
+        eps,
+    )
     return results
 
 
 def _run_gated_residual_backward(grad, branch, gate, step_gate, wanted, summed, images, total):
     grad_branch, grad_gate, sums = results = _fake_gated_residual_backward(
-        grad, branch, gate, step_gate, wanted, summed, images, total)
+        grad, branch, gate, step_gate, wanted, summed, images, total
+    )
     its = _settings("gated_residual_backward", branch, grad, gate, step_gate)
-    _backward(its, branch, grad, None, None, branch, gate,
-              step_gate, None, None, None, grad_branch, grad_gate, None, (*summed, False, False),
-              sums, images, 0.0)
+    _backward(
+        its,
+        branch,
+        grad,
+        None,
+        None,
+        branch,
+        gate,
+        step_gate,
+        None,
+        None,
+        None,
+        grad_branch,
+        grad_gate,
+        None,
+        (*summed, False, False),
+        sums,
+        images,
+        0.0,
+    )
     return results
 
 
-def _run_both_backward(grad_new_x, grad_y, new_x, branch, gate, scale, step_gate, step_scale, eps,
-                       wanted, summed, images, total):
+def _run_both_backward(
+    grad_new_x,
+    grad_y,
+    new_x,
+    branch,
+    gate,
+    scale,
+    step_gate,
+    step_scale,
+    eps,
+    wanted,
+    summed,
+    images,
+    total,
+):
     grad_x, grad_branch, grad_gate, grad_scale, sums = results = _fake_both_backward(
-        grad_new_x, grad_y, new_x, branch, gate, scale, step_gate, step_scale, eps, wanted, summed,
-        images, total)
-    its = _settings("gated_residual_adaln_backward", new_x, grad_new_x, grad_y, branch, gate,
-                    scale, step_gate, step_scale)
+        grad_new_x,
+        grad_y,
+        new_x,
+        branch,
+        gate,
+        scale,
+        step_gate,
+        step_scale,
+        eps,
+        wanted,
+        summed,
+        images,
+        total,
+    )
+    its = _settings(
+        "gated_residual_adaln_backward",
+        new_x,
+        grad_new_x,
+        grad_y,
+        branch,
+        gate,
+        scale,
+        step_gate,
+        step_scale,
+    )
     if its.fused:
-        _backward(its, new_x, grad_new_x, grad_y, new_x, branch, gate, step_gate, scale,
-                  step_scale, grad_x, grad_branch, grad_gate, grad_scale, summed, sums, images, eps)
+        _backward(
+            its,
+            new_x,
+            grad_new_x,
+            grad_y,
+            new_x,
+            branch,
+            gate,
+            step_gate,
+            scale,
+            step_scale,
+            grad_x,
+            grad_branch,
+            grad_gate,
+            grad_scale,
+            summed,
+            sums,
+            images,
+            eps,
+        )
         return results
     gate_asked = wanted[1] or wanted[2] or summed[0]
     whole = grad_x if wanted[0] or not gate_asked else new_x.new_empty(new_x.shape)
-    _backward(its, new_x, grad_new_x, grad_y, new_x, None, None, None, scale, step_scale, whole,
-              None, None, grad_scale, (False, *summed[1:]), sums[summed[0]:], images, eps)
+    _backward(
+        its,
+        new_x,
+        grad_new_x,
+        grad_y,
+        new_x,
+        None,
+        None,
+        None,
+        scale,
+        step_scale,
+        whole,
+        None,
+        None,
+        grad_scale,
+        (False, *summed[1:]),
+        sums[summed[0] :],
+        images,
+        eps,
+    )
     if gate_asked:
-        _backward(its, new_x, whole, None, None, branch, gate, step_gate, None, None, None,
-                  grad_branch, grad_gate, None, (summed[0], False, False), sums[:summed[0]],
-                  images, 0.0)
+        _backward(
+            its,
+            new_x,
+            whole,
+            None,
+            None,
+            branch,
+            gate,
+            step_gate,
+            None,
+            None,
+            None,
+            grad_branch,
+            grad_gate,
+            None,
+            (summed[0], False, False),
+            sums[: summed[0]],
+            images,
+            0.0,
+        )
     return results
 
 
@@ -262,8 +488,26 @@ def _asked(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is not None and tensor.numel() else None
 
 
-def _backward(its, like, grad_new_x, grad_y, x, branch, gate, step_gate, scale, step_scale, grad_x,
-              grad_branch, grad_gate, grad_scale, summed, sums, images, eps) -> None:
+def _backward(
+    its,
+    like,
+    grad_new_x,
+    grad_y,
+    x,
+    branch,
+    gate,
+    step_gate,
+    scale,
+    step_scale,
+    grad_x,
+    grad_branch,
+    grad_gate,
+    grad_scale,
+    summed,
+    sums,
+    images,
+    eps,
+) -> None:
     """`like`: any of the tokens. Outputs without elements, or None, are not computed."""
     outputs = [_asked(tensor) for tensor in (grad_x, grad_branch, grad_gate, grad_scale)]
     batch, tokens, channels = like.shape
@@ -276,17 +520,44 @@ def _backward(its, like, grad_new_x, grad_y, x, branch, gate, step_gate, scale, 
         partial = like.new_empty((programs, slots, channels), dtype=torch.float32)
     if like.numel() and (slots or any(tensor is not None for tensor in outputs)):
         kernels.backward[(programs,)](
-            *_view(grad_new_x), *_view(grad_y), *_view(x), *_view(branch), *_view(gate),
-            *_step(step_gate), *_view(scale), *_step(step_scale), *outputs, partial, tokens,
-            program_rows, image_programs, slots, eps, *summed, EARLY=its.early, C=channels,
-            BLOCK=launch.padded(channels), ROWS=its.rows, num_warps=its.num_warps,
-            maxnreg=its.max_registers)
+            *_view(grad_new_x),
+            *_view(grad_y),
+            *_view(x),
+            *_view(branch),
+            *_view(gate),
+            *_step(step_gate),
+            *_view(scale),
+            *_step(step_scale),
+            *outputs,
+            partial,
+            tokens,
+            program_rows,
+            image_programs,
+            slots,
+            eps,
+            *summed,
+            EARLY=its.early,
+            C=channels,
+            BLOCK=launch.padded(channels),
+            ROWS=its.rows,
+            num_warps=its.num_warps,
+            maxnreg=its.max_registers,
+        )
     if sums.numel():
         grid = sums.shape[1], -(-channels // launch.SUM_COLUMNS), slots
         kernels.sum_partial[grid](
-            partial, sums, programs, image_programs, batch if images else 0, slots, C=channels,
-            BLOCK=launch.SUM_COLUMNS, ROWS=launch.SUM.rows, num_warps=launch.SUM.num_warps,
-            maxnreg=launch.SUM.max_registers)
+            partial,
+            sums,
+            programs,
+            image_programs,
+            batch if images else 0,
+            slots,
+            C=channels,
+            BLOCK=launch.SUM_COLUMNS,
+            ROWS=launch.SUM.rows,
+            num_warps=launch.SUM.num_warps,
+            maxnreg=launch.SUM.max_registers,
+        )
 
 
 def _fake_adaln(x, shift, scale, step_shift, step_scale, eps):
@@ -315,12 +586,28 @@ def _fake_adaln_backward(grad_y, x, scale, step_scale, eps, wanted, summed, imag
 
 
 def _fake_gated_residual_backward(grad, branch, gate, step_gate, wanted, summed, images, total):
-    return (_gradient(branch, wanted[0]), _gradient(branch, wanted[1]),
-            _sums(branch, summed, images, total))
+    return (
+        _gradient(branch, wanted[0]),
+        _gradient(branch, wanted[1]),
+        _sums(branch, summed, images, total),
+    )
 
 
-def _fake_both_backward(grad_new_x, grad_y, new_x, branch, gate, scale, step_gate, step_scale, eps,
-                        wanted, summed, images, total):
+def _fake_both_backward(
+    grad_new_x,
+    grad_y,
+    new_x,
+    branch,
+    gate,
+    scale,
+    step_gate,
+    step_scale,
+    eps,
+    wanted,
+    summed,
+    images,
+    total,
+):
     return (*(_gradient(new_x, asked) for asked in wanted), _sums(new_x, summed, images, total))
 
 
@@ -330,24 +617,38 @@ def _fake_both_backward(grad_new_x, grad_y, new_x, branch, gate, scale, step_gat
 # [sum(summed), images B + total, C].
 _adaln = _triton.register(
     "adaln(Tensor x, Tensor shift, Tensor scale, Tensor? step_shift, Tensor? step_scale, "
-    "float eps) -> Tensor", _run_adaln, _fake_adaln)
+    "float eps) -> Tensor",
+    _run_adaln,
+    _fake_adaln,
+)
 _adaln_backward = _triton.register(
     "adaln_backward(Tensor grad_y, Tensor x, Tensor scale, Tensor? step_scale, float eps, "
     "bool[] wanted, bool[] summed, bool images, bool total) -> (Tensor, Tensor, Tensor)",
-    _run_adaln_backward, _fake_adaln_backward)
+    _run_adaln_backward,
+    _fake_adaln_backward,
+)
 _gated_residual = _triton.register(
     "gated_residual(Tensor x, Tensor branch, Tensor gate, Tensor? step_gate) -> Tensor",
-    _run_gated_residual, _fake_gated_residual)
+    _run_gated_residual,
+    _fake_gated_residual,
+)
 _gated_residual_backward = _triton.register(
     "gated_residual_backward(Tensor grad, Tensor branch, Tensor gate, Tensor? step_gate, "
     "bool[] wanted, bool[] summed, bool images, bool total) -> (Tensor, Tensor, Tensor)",
-    _run_gated_residual_backward, _fake_gated_residual_backward)
+    _run_gated_residual_backward,
+    _fake_gated_residual_backward,
+)
 _both = _triton.register(
     "gated_residual_adaln(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, "
     "Tensor? step_gate, Tensor? step_shift, Tensor? step_scale, float eps) -> (Tensor, Tensor)",
-    _run_both, _fake_both)
+    _run_both,
+    _fake_both,
+)
 _both_backward = _triton.register(
     "gated_residual_adaln_backward(Tensor grad_new_x, Tensor grad_y, Tensor new_x, "
     "Tensor branch, Tensor gate, Tensor scale, Tensor? step_gate, Tensor? step_scale, float eps, "
     "bool[] wanted, bool[] summed, bool images, bool total) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)", _run_both_backward, _fake_both_backward)
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_both_backward,
+    _fake_both_backward,
+)

@@ -31,10 +31,19 @@ ACTIVATIONS = (None, "gelu_tanh")
 
 
 @autocast_low
-def adaln_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, *,
-                 step_shift: Tensor | None = None, step_scale: Tensor | None = None,
-                 activation: str | None = None, eps: float = 1e-6,
-                 scale_offset: float = 1.0) -> Tensor:
+def adaln_linear(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    step_shift: Tensor | None = None,
+    step_scale: Tensor | None = None,
+    activation: str | None = None,
+    eps: float = 1e-6,
+    scale_offset: float = 1.0,
+) -> Tensor:
     """act(adaln(x, shift, scale) weight^T + bias).
 
         adaln = LN(x) (scale_offset + scale + step_scale) + shift + step_shift
@@ -54,16 +63,40 @@ def adaln_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: 
         raise ValueError(f"argument 'activation': expected None or 'gelu_tanh', got {activation!r}")
     check_positive("eps", eps)
     check_number("scale_offset", scale_offset)
-    check_inference(x=x, shift=shift, scale=scale, weight=weight, bias=bias,
-                    step_shift=step_shift, step_scale=step_scale)
+    check_inference(
+        x=x,
+        shift=shift,
+        scale=scale,
+        weight=weight,
+        bias=bias,
+        step_shift=step_shift,
+        step_scale=step_scale,
+    )
     run = registry.implementation("adaln_linear", x.device.type, x.dtype, x.shape[-1])
-    return run(x, shift, scale, weight, bias, step_shift=step_shift, step_scale=step_scale,
-               activation=activation, eps=eps, scale_offset=scale_offset)
+    return run(
+        x,
+        shift,
+        scale,
+        weight,
+        bias,
+        step_shift=step_shift,
+        step_scale=step_scale,
+        activation=activation,
+        eps=eps,
+        scale_offset=scale_offset,
+    )
 
 
 @autocast_low
-def linear_gated_residual(h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor,
-                          residual: Tensor, *, step_gate: Tensor | None = None) -> Tensor:
+def linear_gated_residual(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    residual: Tensor,
+    *,
+    step_gate: Tensor | None = None,
+) -> Tensor:
     """residual + (gate + step_gate) (h weight^T + bias).
 
     h: [B, N, K]. weight: [C, K]. bias: [C] or None. residual: [B, N, C]. gate: [B, N, C] or
@@ -77,14 +110,16 @@ def linear_gated_residual(h: Tensor, weight: Tensor, bias: Tensor | None, gate: 
         raise shape_error("residual", residual, "[B, N, C]", B=batch, N=tokens, C=channels)
     check_spatial("gate", gate, "residual", residual)
     check_step("step_gate", step_gate, "residual", residual)
-    check_inference(h=h, weight=weight, bias=bias, gate=gate, residual=residual,
-                    step_gate=step_gate)
+    check_inference(
+        h=h, weight=weight, bias=bias, gate=gate, residual=residual, step_gate=step_gate
+    )
     run = registry.implementation("linear_gated_residual", h.device.type, h.dtype, channels)
     return run(h, weight, bias, gate, residual, step_gate=step_gate)
 
 
-def _check_linear(weight: object, bias: object, x_name: str, x: Tensor, rows: str = "K",
-                  columns: str = "C") -> None:
+def _check_linear(
+    weight: object, bias: object, x_name: str, x: Tensor, rows: str = "K", columns: str = "C"
+) -> None:
     check_like("weight", weight, x_name, x)
     if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
         raise shape_error("weight", weight, f"[{rows}, {columns}]", **{columns: x.shape[-1]})

@@ -39,10 +39,27 @@ def _add_step(value, step, row, tokens, image_stride, column, mask):
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def normalise_rows(x, x_image, x_token, shift, shift_image, shift_token,
-                   scale, scale_image, scale_token, step_shift, step_shift_image,
-                   step_scale, step_scale_image, out, tokens, channels, eps,
-                   scale_offset, BLOCK: tl.constexpr):
+def normalise_rows(
+    x,
+    x_image,
+    x_token,
+    shift,
+    shift_image,
+    shift_token,
+    scale,
+    scale_image,
+    scale_token,
+    step_shift,
+    step_shift_image,
+    step_scale,
+    step_scale_image,
+    out,
+    tokens,
+    channels,
+    eps,
+    scale_offset,
+    BLOCK: tl.constexpr,
+):
     """adaln(x) of one row a program, into out [rows, channels].
 
     Where `shift` is None, only the statistics, into out [rows, 3], float32: the mean, what its
@@ -116,9 +133,23 @@ def _share(inputs, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _product(x, x_image, x_token, weight, weight_row, rows, tokens, outputs, inputs, row, output,
-             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-             PRECISION: tl.constexpr):
+def _product(
+    x,
+    x_image,
+    x_token,
+    weight,
+    weight_row,
+    rows,
+    tokens,
+    outputs,
+    inputs,
+    row,
+    output,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """x weight^T of this program's rows, outputs and share of the inputs."""
     x += _place(tl.minimum(row, rows - 1), tokens, x_image, x_token)[:, None]
     weight += tl.minimum(output, outputs - 1).to(tl.int64)[None, :] * weight_row
@@ -133,11 +164,35 @@ def _product(x, x_image, x_token, weight, weight_row, rows, tokens, outputs, inp
 
 
 @triton.jit
-def _normalised_product(x, x_image, x_token, statistics, shift, shift_image, shift_token,
-                        scale, scale_image, scale_token, step_shift, step_shift_image,
-                        step_scale, step_scale_image, weight, weight_row, rows, tokens, outputs,
-                        inputs, scale_offset, row, output, BLOCK_M: tl.constexpr,
-                        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+def _normalised_product(
+    x,
+    x_image,
+    x_token,
+    statistics,
+    shift,
+    shift_image,
+    shift_token,
+    scale,
+    scale_image,
+    scale_token,
+    step_shift,
+    step_shift_image,
+    step_scale,
+    step_scale_image,
+    weight,
+    weight_row,
+    rows,
+    tokens,
+    outputs,
+    inputs,
+    scale_offset,
+    row,
+    output,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """adaln(x) weight^T, the normalised x made in registers and rounded to x's type."""
     row = tl.minimum(row, rows - 1)
     statistics += row.to(tl.int64) * 3
@@ -187,9 +242,24 @@ def _finish_adaln_linear(y, bias, out, rows, outputs, row, output, GELU: tl.cons
 
 
 @triton.jit
-def _finish_gated_residual(y, bias, gate, gate_image, gate_token, step_gate, step_gate_image,
-                           residual, residual_image, residual_token, out, rows, tokens, outputs,
-                           row, output):
+def _finish_gated_residual(
+    y,
+    bias,
+    gate,
+    gate_image,
+    gate_token,
+    step_gate,
+    step_gate_image,
+    residual,
+    residual_image,
+    residual_token,
+    out,
+    rows,
+    tokens,
+    outputs,
+    row,
+    output,
+):
     """Stores residual + (gate + step_gate) (y + bias): the epilogue of linear_gated_residual."""
     column = output[None, :]
     mask = (row < rows)[:, None] & (column < outputs)
@@ -205,24 +275,88 @@ def _finish_gated_residual(y, bias, gate, gate_image, gate_token, step_gate, ste
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def adaln_linear(x, x_image, x_token, statistics, shift, shift_image, shift_token,
-                 scale, scale_image, scale_token, step_shift, step_shift_image,
-                 step_scale, step_scale_image, weight, weight_row, bias, out, rows, tokens,
-                 outputs, inputs, scale_offset, GELU: tl.constexpr, SPLIT: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                 PRECISION: tl.constexpr):
+def adaln_linear(
+    x,
+    x_image,
+    x_token,
+    statistics,
+    shift,
+    shift_image,
+    shift_token,
+    scale,
+    scale_image,
+    scale_token,
+    step_shift,
+    step_shift_image,
+    step_scale,
+    step_scale_image,
+    weight,
+    weight_row,
+    bias,
+    out,
+    rows,
+    tokens,
+    outputs,
+    inputs,
+    scale_offset,
+    GELU: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """act(adaln(x) weight^T + bias), or a split's sums. x is already normalised where
     `statistics` is None, and then shift and scale are too."""
     row, output = _tile(rows, outputs, BLOCK_M, BLOCK_N)
     if statistics is None:
-        y = _product(x, x_image, x_token, weight, weight_row, rows, tokens, outputs, inputs,
-                     row, output, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+        y = _product(
+            x,
+            x_image,
+            x_token,
+            weight,
+            weight_row,
+            rows,
+            tokens,
+            outputs,
+            inputs,
+            row,
+            output,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            PRECISION,
+        )
     else:
-        y = _normalised_product(x, x_image, x_token, statistics, shift, shift_image, shift_token,
-                                scale, scale_image, scale_token, step_shift, step_shift_image,
-                                step_scale, step_scale_image, weight, weight_row, rows, tokens,
-                                outputs, inputs, scale_offset, row, output, BLOCK_M, BLOCK_N,
-                                BLOCK_K, PRECISION)
+        y = _normalised_product(
+            x,
+            x_image,
+            x_token,
+            statistics,
+            shift,
+            shift_image,
+            shift_token,
+            scale,
+            scale_image,
+            scale_token,
+            step_shift,
+            step_shift_image,
+            step_scale,
+            step_scale_image,
+            weight,
+            weight_row,
+            rows,
+            tokens,
+            outputs,
+            inputs,
+            scale_offset,
+            row,
+            output,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            PRECISION,
+        )
     if SPLIT:
         _store_split(y, out, rows, outputs, row, output)
     else:
@@ -230,21 +364,72 @@ def adaln_linear(x, x_image, x_token, statistics, shift, shift_image, shift_toke
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def linear_gated_residual(h, h_image, h_token, weight, weight_row, bias, gate, gate_image,
-                          gate_token, step_gate, step_gate_image, residual, residual_image,
-                          residual_token, out, rows, tokens, outputs, inputs,
-                          SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                          BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+def linear_gated_residual(
+    h,
+    h_image,
+    h_token,
+    weight,
+    weight_row,
+    bias,
+    gate,
+    gate_image,
+    gate_token,
+    step_gate,
+    step_gate_image,
+    residual,
+    residual_image,
+    residual_token,
+    out,
+    rows,
+    tokens,
+    outputs,
+    inputs,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """residual + (gate + step_gate) (h weight^T + bias), or a split's sums."""
     row, output = _tile(rows, outputs, BLOCK_M, BLOCK_N)
-    y = _product(h, h_image, h_token, weight, weight_row, rows, tokens, outputs, inputs,
-                 row, output, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+    y = _product(
+        h,
+        h_image,
+        h_token,
+        weight,
+        weight_row,
+        rows,
+        tokens,
+        outputs,
+        inputs,
+        row,
+        output,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        PRECISION,
+    )
     if SPLIT:
         _store_split(y, out, rows, outputs, row, output)
     else:
-        _finish_gated_residual(y, bias, gate, gate_image, gate_token, step_gate, step_gate_image,
-                               residual, residual_image, residual_token, out, rows, tokens,
-                               outputs, row, output)
+        _finish_gated_residual(
+            y,
+            bias,
+            gate,
+            gate_image,
+            gate_token,
+            step_gate,
+            step_gate_image,
+            residual,
+            residual_image,
+            residual_token,
+            out,
+            rows,
+            tokens,
+            outputs,
+            row,
+            output,
+        )
 
 
 @triton.jit
@@ -260,8 +445,9 @@ def _add_splits(sums, rows, outputs, row, output, SPLITS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def reduce_adaln_linear(sums, bias, out, rows, outputs, GELU: tl.constexpr,
-                        SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+def reduce_adaln_linear(
+    sums, bias, out, rows, outputs, GELU: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """act(the splits' sums, added up, + bias) of BLOCK_N outputs of one row."""
     row, output = _tile(rows, outputs, 1, BLOCK_N)
     y = _add_splits(sums, rows, outputs, row, output, SPLITS)
@@ -269,12 +455,42 @@ def reduce_adaln_linear(sums, bias, out, rows, outputs, GELU: tl.constexpr,
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def reduce_gated_residual(sums, bias, gate, gate_image, gate_token, step_gate, step_gate_image,
-                          residual, residual_image, residual_token, out, rows, tokens, outputs,
-                          SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+def reduce_gated_residual(
+    sums,
+    bias,
+    gate,
+    gate_image,
+    gate_token,
+    step_gate,
+    step_gate_image,
+    residual,
+    residual_image,
+    residual_token,
+    out,
+    rows,
+    tokens,
+    outputs,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """residual + (gate + step_gate) (the splits' sums, added up, + bias), likewise."""
     row, output = _tile(rows, outputs, 1, BLOCK_N)
     y = _add_splits(sums, rows, outputs, row, output, SPLITS)
-    _finish_gated_residual(y, bias, gate, gate_image, gate_token, step_gate, step_gate_image,
-                           residual, residual_image, residual_token, out, rows, tokens, outputs,
-                           row, output)
+    _finish_gated_residual(
+        y,
+        bias,
+        gate,
+        gate_image,
+        gate_token,
+        step_gate,
+        step_gate_image,
+        residual,
+        residual_image,
+        residual_token,
+        out,
+        rows,
+        tokens,
+        outputs,
+        row,
+        output,
+    )

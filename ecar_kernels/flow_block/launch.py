@@ -52,8 +52,12 @@ def tiles(itemsize: int, precision: str, arch: int) -> tuple[Settings, ...]:
         # No matrix unit: operands go through registers, 16 inputs of them at a time, and each
         # thread has 8 (up to 16 rows), 16 (up to 32) or 32 sums. With 8 of 32 rows, Triton 3.6
         # spills on sm_90.
-        return (Settings(16, 64, 32, 4, 4, prologue=True), Settings(32, 64, 16, 4, 3),
-                Settings(64, 64, 16, 4, 3), Settings(128, 64, 16, 8, 3))
+        return (
+            Settings(16, 64, 32, 4, 4, prologue=True),
+            Settings(32, 64, 16, 4, 3),
+            Settings(64, 64, 16, 4, 3),
+            Settings(128, 64, 16, 8, 3),
+        )
     depth = 128 // itemsize  # a cache line of each row
     # 112 KiB in flight hide memory's latency on one multiprocessor; sm_120 has 99 KiB.
     stages = 3 if arch >= 120 else 4
@@ -80,8 +84,9 @@ def odd_tiles() -> tuple[Settings, ...]:
     return (Settings(16, 64, 32, 8, 3), Settings(32, 64, 32, 8, 3), Settings(64, 64, 32, 8, 3))
 
 
-def _choices(outputs: int, inputs: int, itemsize: int, precision: str,
-             arch: int) -> tuple[Settings, ...]:
+def _choices(
+    outputs: int, inputs: int, itemsize: int, precision: str, arch: int
+) -> tuple[Settings, ...]:
     return odd_tiles() if outputs % 16 or inputs % 16 else tiles(itemsize, precision, arch)
 
 
@@ -113,8 +118,9 @@ def _most_splits(tile: Settings, inputs: int, itemsize: int) -> int:
 
 
 @functools.lru_cache(1024)
-def default(rows: int, outputs: int, inputs: int, itemsize: int, precision: str, sms: int,
-            arch: int) -> Settings:
+def default(
+    rows: int, outputs: int, inputs: int, itemsize: int, precision: str, sms: int, arch: int
+) -> Settings:
     """For [rows, inputs] times [inputs, outputs], either op.
 
     Splits double until three quarters of the `sms` multiprocessors have a program (another
@@ -135,8 +141,9 @@ def default(rows: int, outputs: int, inputs: int, itemsize: int, precision: str,
     return replace(tile, splits=splits)
 
 
-def candidates(rows: int, outputs: int, inputs: int, itemsize: int, precision: str, sms: int,
-               arch: int) -> list[Settings]:
+def candidates(
+    rows: int, outputs: int, inputs: int, itemsize: int, precision: str, sms: int, arch: int
+) -> list[Settings]:
     """What is worth measuring: tiles that are not mostly empty, their splits, both ways to
     normalise where there are both."""
     found = []
@@ -146,6 +153,8 @@ def candidates(rows: int, outputs: int, inputs: int, itemsize: int, precision: s
         most = min(_count(inputs, tile.block_k), 4 * sms // _programs(tile, rows, outputs))
         for splits in SPLITS if tile.splittable else SPLITS[:1]:
             if splits <= max(1, most):
-                found += [replace(tile, splits=splits, prologue=prologue)
-                          for prologue in sorted({tile.prologue, False})]
+                found += [
+                    replace(tile, splits=splits, prologue=prologue)
+                    for prologue in sorted({tile.prologue, False})
+                ]
     return found

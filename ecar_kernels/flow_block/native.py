@@ -17,15 +17,17 @@ import torch
 from torch import Tensor
 
 from ecar_kernels import _native
-from ecar_kernels.flow_block.packing import (
-    forget_packed,
-    pack_weight,
-    packed_size,
-    packed_weight,
-)
+from ecar_kernels.flow_block.packing import forget_packed, pack_weight, packed_size, packed_weight
 
-__all__ = ["adaln_linear", "flow_block_", "forget_packed", "linear_gated_residual",
-           "packed_weight", "prepare_weight", "workspace_size"]
+__all__ = [
+    "adaln_linear",
+    "flow_block_",
+    "forget_packed",
+    "linear_gated_residual",
+    "packed_weight",
+    "prepare_weight",
+    "workspace_size",
+]
 
 _native.require()
 
@@ -38,21 +40,46 @@ _packed_linear_gated_residual = torch.ops.ecar.packed_linear_gated_residual.defa
 flow_block_ = torch.ops.ecar.flow_block_.default
 
 
-def adaln_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, *,
-                 step_shift: Tensor | None = None, step_scale: Tensor | None = None,
-                 activation: str | None = None, eps: float = 1e-6,
-                 scale_offset: float = 1.0) -> Tensor:
+def adaln_linear(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    step_shift: Tensor | None = None,
+    step_scale: Tensor | None = None,
+    activation: str | None = None,
+    eps: float = 1e-6,
+    scale_offset: float = 1.0,
+) -> Tensor:
     """act(adaln(x) weight^T + bias)."""
     call = _adaln_linear if torch.compiler.is_compiling() else _run_adaln_linear
-    return call(x, shift, scale, weight, bias, step_shift, step_scale,
-                activation == "gelu_tanh", eps, scale_offset)
+    return call(
+        x,
+        shift,
+        scale,
+        weight,
+        bias,
+        step_shift,
+        step_scale,
+        activation == "gelu_tanh",
+        eps,
+        scale_offset,
+    )
 
 
-def linear_gated_residual(h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor,
-                          residual: Tensor, *, step_gate: Tensor | None = None) -> Tensor:
+def linear_gated_residual(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    residual: Tensor,
+    *,
+    step_gate: Tensor | None = None,
+) -> Tensor:
     """residual + (gate + step_gate) (h weight^T + bias)."""
-    call = (_linear_gated_residual if torch.compiler.is_compiling()
-            else _run_linear_gated_residual)
+    call = _linear_gated_residual if torch.compiler.is_compiling() else _run_linear_gated_residual
     return call(h, weight, bias, gate, residual, step_gate)
 
 
@@ -67,35 +94,52 @@ def prepare_weight(weight: Tensor, keep: bool) -> None:
         packed_weight(weight)
 
 
-def _run_adaln_linear(x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps,
-                      scale_offset):
+def _run_adaln_linear(
+    x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps, scale_offset
+):
     outputs = _outputs("x", x, weight)
-    return _packed_adaln_linear(x, shift, scale, packed_weight(weight), outputs, bias, step_shift,
-                                step_scale, gelu, eps, scale_offset)
+    return _packed_adaln_linear(
+        x,
+        shift,
+        scale,
+        packed_weight(weight),
+        outputs,
+        bias,
+        step_shift,
+        step_scale,
+        gelu,
+        eps,
+        scale_offset,
+    )
 
 
 def _run_linear_gated_residual(h, weight, bias, gate, residual, step_gate):
     _outputs("h", h, weight)
-    return _packed_linear_gated_residual(h, packed_weight(weight), bias, gate, residual,
-                                         step_gate)
+    return _packed_linear_gated_residual(h, packed_weight(weight), bias, gate, residual, step_gate)
 
 
 def _outputs(name: str, x: Tensor, weight: Tensor) -> int:
     """A packed weight does not tell an odd depth from the next even one."""
     outputs, depth = weight.shape
     if x.shape[-1] != depth:
-        raise ValueError(f"argument '{name}': expected a last dimension of {depth} like "
-                         f"'weight', got {list(x.shape)}")
+        raise ValueError(
+            f"argument '{name}': expected a last dimension of {depth} like "
+            f"'weight', got {list(x.shape)}"
+        )
     return outputs
 
 
 # What a compiled graph calls: the cache is looked into when it runs, not when it is traced.
 _library = torch.library.Library("ecar", "FRAGMENT")
-_library.define("adaln_linear(Tensor x, Tensor shift, Tensor scale, Tensor weight, Tensor? bias, "
-                "Tensor? step_shift, Tensor? step_scale, bool gelu, float eps, "
-                "float scale_offset) -> Tensor")
-_library.define("linear_gated_residual(Tensor h, Tensor weight, Tensor? bias, Tensor gate, "
-                "Tensor residual, Tensor? step_gate) -> Tensor")
+_library.define(
+    "adaln_linear(Tensor x, Tensor shift, Tensor scale, Tensor weight, Tensor? bias, "
+    "Tensor? step_shift, Tensor? step_scale, bool gelu, float eps, "
+    "float scale_offset) -> Tensor"
+)
+_library.define(
+    "linear_gated_residual(Tensor h, Tensor weight, Tensor? bias, Tensor gate, "
+    "Tensor residual, Tensor? step_gate) -> Tensor"
+)
 _library.impl("adaln_linear", _run_adaln_linear, "CPU")
 _library.impl("linear_gated_residual", _run_linear_gated_residual, "CPU")
 _adaln_linear = torch.ops.ecar.adaln_linear.default
@@ -123,8 +167,25 @@ def _(h, packed, bias, gate, residual, step_gate):
 
 
 @torch.library.register_fake("ecar::flow_block_", lib=_library)
-def _(x, spatial, step, part, qkv, qkv_bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias, heads,
-      hidden, eps, wide, workspace):
+def _(
+    x,
+    spatial,
+    step,
+    part,
+    qkv,
+    qkv_bias,
+    proj,
+    proj_bias,
+    fc1,
+    fc1_bias,
+    fc2,
+    fc2_bias,
+    heads,
+    hidden,
+    eps,
+    wide,
+    workspace,
+):
     return None
 
 

@@ -49,12 +49,12 @@ def unpack(packed: Tensor, outputs: int, depth: int) -> Tensor:
             continue
         width = min(PANEL, -(-(last - first) // GROUP) * GROUP)
         count = -(-(last - first) // width)
-        panels = packed[first * even:(first + count * width) * even]
+        panels = packed[first * even : (first + count * width) * even]
         if packed.dtype is torch.bfloat16:
             panels = panels.view(count, even // 2, width, 2).permute(0, 2, 1, 3)
         else:
             panels = panels.view(count, even, width).transpose(1, 2)
-        weight[first:last] = panels.reshape(-1, even)[:last - first, :depth]
+        weight[first:last] = panels.reshape(-1, even)[: last - first, :depth]
     return weight
 
 
@@ -145,12 +145,45 @@ def forget_packed() -> None:
 
 # What can be asked of a packed weight without its values. All else turns it back.
 _OWN = {
-    "__hash__", "__len__", "_backward_hooks", "_post_accumulate_grad_hooks", "device", "dim",
-    "dtype", "element_size", "get_device", "grad", "grad_fn", "is_complex", "is_cpu", "is_cuda",
-    "is_floating_point", "is_inference", "is_leaf", "is_meta", "is_nested", "is_quantized",
-    "is_sparse", "itemsize", "layout", "name", "names", "nbytes", "ndim", "ndimension",
-    "nelement", "numel", "output_nr", "register_hook", "register_post_accumulate_grad_hook",
-    "requires_grad", "requires_grad_", "retain_grad", "retains_grad", "shape", "size",
+    "__hash__",
+    "__len__",
+    "_backward_hooks",
+    "_post_accumulate_grad_hooks",
+    "device",
+    "dim",
+    "dtype",
+    "element_size",
+    "get_device",
+    "grad",
+    "grad_fn",
+    "is_complex",
+    "is_cpu",
+    "is_cuda",
+    "is_floating_point",
+    "is_inference",
+    "is_leaf",
+    "is_meta",
+    "is_nested",
+    "is_quantized",
+    "is_sparse",
+    "itemsize",
+    "layout",
+    "name",
+    "names",
+    "nbytes",
+    "ndim",
+    "ndimension",
+    "nelement",
+    "numel",
+    "output_nr",
+    "register_hook",
+    "register_post_accumulate_grad_hook",
+    "requires_grad",
+    "requires_grad_",
+    "retain_grad",
+    "retains_grad",
+    "shape",
+    "size",
 }
 _lock = threading.RLock()
 _held: dict[int, weakref.ref] = {}  # the weights held packed alone, by id
@@ -199,11 +232,17 @@ def _turn_back(value: object) -> None:
 
 def can_pack(weight: Tensor) -> bool:
     """Is it a plain parameter that a packed form can stand for, and that alone has its memory?"""
-    return (type(weight) is nn.Parameter and weight.ndim == 2 and weight.numel() > 0
-            and weight.device.type == "cpu" and weight.dtype in DTYPES
-            and weight.is_contiguous() and not weight.is_inference()
-            and weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
-            and _uses(weight) == 1)
+    return (
+        type(weight) is nn.Parameter
+        and weight.ndim == 2
+        and weight.numel() > 0
+        and weight.device.type == "cpu"
+        and weight.dtype in DTYPES
+        and weight.is_contiguous()
+        and not weight.is_inference()
+        and weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+        and _uses(weight) == 1
+    )
 
 
 def _uses(weight: Tensor) -> int:

@@ -12,39 +12,86 @@ from ecar_kernels import _triton, tuning
 from ecar_kernels.flow_block import kernels, launch
 
 
-def adaln_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, *,
-                 step_shift: Tensor | None = None, step_scale: Tensor | None = None,
-                 activation: str | None = None, eps: float = 1e-6,
-                 scale_offset: float = 1.0) -> Tensor:
+def adaln_linear(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    step_shift: Tensor | None = None,
+    step_scale: Tensor | None = None,
+    activation: str | None = None,
+    eps: float = 1e-6,
+    scale_offset: float = 1.0,
+) -> Tensor:
     """act(adaln(x) weight^T + bias)."""
-    return _adaln_linear(x, shift, scale, weight, bias, step_shift, step_scale,
-                         activation == "gelu_tanh", eps, scale_offset)
+    return _adaln_linear(
+        x,
+        shift,
+        scale,
+        weight,
+        bias,
+        step_shift,
+        step_scale,
+        activation == "gelu_tanh",
+        eps,
+        scale_offset,
+    )
 
 
-def linear_gated_residual(h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor,
-                          residual: Tensor, *, step_gate: Tensor | None = None) -> Tensor:
+def linear_gated_residual(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    residual: Tensor,
+    *,
+    step_gate: Tensor | None = None,
+) -> Tensor:
     """residual + (gate + step_gate) (h weight^T + bias)."""
     return _linear_gated_residual(h, weight, bias, gate, residual, step_gate)
 
 
-def _run_adaln_linear(x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps,
-                      scale_offset):
-    return launch_adaln_linear(_settings("adaln_linear", x, weight), x, shift, scale, weight,
-                               bias, step_shift, step_scale, gelu, eps, scale_offset)
+def _run_adaln_linear(
+    x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps, scale_offset
+):
+    return launch_adaln_linear(
+        _settings("adaln_linear", x, weight),
+        x,
+        shift,
+        scale,
+        weight,
+        bias,
+        step_shift,
+        step_scale,
+        gelu,
+        eps,
+        scale_offset,
+    )
 
 
 def _run_linear_gated_residual(h, weight, bias, gate, residual, step_gate):
-    return launch_linear_gated_residual(_settings("linear_gated_residual", h, weight), h, weight,
-                                        bias, gate, residual, step_gate)
+    return launch_linear_gated_residual(
+        _settings("linear_gated_residual", h, weight), h, weight, bias, gate, residual, step_gate
+    )
 
 
 def _settings(op: str, x: Tensor, weight: Tensor) -> launch.Settings:
     rows, (outputs, inputs) = x.shape[0] * x.shape[1], weight.shape
     arch, precision = _triton.architecture(x.device.index), _triton.product_precision(x.dtype)
-    usual = launch.default(rows, outputs, inputs, x.element_size(), precision,
-                           _triton.multiprocessors(x.device.index), arch)
-    return tuning.choose(op, (outputs, inputs, x.element_size(), precision), rows, usual,
-                         x.device.index)
+    usual = launch.default(
+        rows,
+        outputs,
+        inputs,
+        x.element_size(),
+        precision,
+        _triton.multiprocessors(x.device.index),
+        arch,
+    )
+    return tuning.choose(
+        op, (outputs, inputs, x.element_size(), precision), rows, usual, x.device.index
+    )
 
 
 def _view(tensor: Tensor) -> tuple[Tensor, int, int]:
@@ -59,10 +106,19 @@ def _step(tensor: Tensor | None) -> tuple[Tensor | None, int]:
     return tensor, tensor.stride(0) if tensor.shape[0] > 1 else 0
 
 
-def launch_adaln_linear(its: launch.Settings, x: Tensor, shift: Tensor, scale: Tensor,
-                        weight: Tensor, bias: Tensor | None, step_shift: Tensor | None,
-                        step_scale: Tensor | None, gelu: bool, eps: float,
-                        scale_offset: float) -> Tensor:
+def launch_adaln_linear(
+    its: launch.Settings,
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    step_shift: Tensor | None,
+    step_scale: Tensor | None,
+    gelu: bool,
+    eps: float,
+    scale_offset: float,
+) -> Tensor:
     """The op under the settings given."""
     (batch, tokens, channels), outputs = x.shape, weight.shape[0]
     out = x.new_empty((batch, tokens, outputs))
@@ -76,25 +132,61 @@ def launch_adaln_linear(its: launch.Settings, x: Tensor, shift: Tensor, scale: T
     else:
         statistics, first = None, x.new_empty((batch, tokens, channels))
     kernels.normalise_rows[(rows,)](
-        *_view(x), *(nothing if its.prologue else modulation), first, tokens, channels, eps,
-        scale_offset, BLOCK=launch.row_block(channels), num_warps=launch.ROW_WARPS)
+        *_view(x),
+        *(nothing if its.prologue else modulation),
+        first,
+        tokens,
+        channels,
+        eps,
+        scale_offset,
+        BLOCK=launch.row_block(channels),
+        num_warps=launch.ROW_WARPS,
+    )
     if not its.prologue:
         x, modulation = first, nothing
     split = its.splits > 1
     sums = x.new_empty((its.splits, rows, outputs), dtype=torch.float32) if split else out
     kernels.adaln_linear[_grid(its, rows, outputs)](
-        *_view(x), statistics, *modulation, weight, weight.stride(0), bias, sums, rows, tokens,
-        outputs, channels, scale_offset, GELU=gelu, SPLIT=split, **_tile(its, x))
+        *_view(x),
+        statistics,
+        *modulation,
+        weight,
+        weight.stride(0),
+        bias,
+        sums,
+        rows,
+        tokens,
+        outputs,
+        channels,
+        scale_offset,
+        GELU=gelu,
+        SPLIT=split,
+        **_tile(its, x),
+    )
     if split:
         kernels.reduce_adaln_linear[_sum_grid(rows, outputs)](
-            sums, bias, out, rows, outputs, GELU=gelu, SPLITS=its.splits,
-            BLOCK_N=launch.SUM_OUTPUTS, num_warps=launch.SUM_WARPS)
+            sums,
+            bias,
+            out,
+            rows,
+            outputs,
+            GELU=gelu,
+            SPLITS=its.splits,
+            BLOCK_N=launch.SUM_OUTPUTS,
+            num_warps=launch.SUM_WARPS,
+        )
     return out
 
 
-def launch_linear_gated_residual(its: launch.Settings, h: Tensor, weight: Tensor,
-                                 bias: Tensor | None, gate: Tensor, residual: Tensor,
-                                 step_gate: Tensor | None) -> Tensor:
+def launch_linear_gated_residual(
+    its: launch.Settings,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    residual: Tensor,
+    step_gate: Tensor | None,
+) -> Tensor:
     """The op under the settings given."""
     (batch, tokens, inputs), outputs = h.shape, weight.shape[0]
     out = h.new_empty((batch, tokens, outputs))
@@ -105,12 +197,30 @@ def launch_linear_gated_residual(its: launch.Settings, h: Tensor, weight: Tensor
     split = its.splits > 1
     sums = h.new_empty((its.splits, rows, outputs), dtype=torch.float32) if split else out
     kernels.linear_gated_residual[_grid(its, rows, outputs)](
-        *_view(h), weight, weight.stride(0), *epilogue, sums, rows, tokens, outputs, inputs,
-        SPLIT=split, **_tile(its, h))
+        *_view(h),
+        weight,
+        weight.stride(0),
+        *epilogue,
+        sums,
+        rows,
+        tokens,
+        outputs,
+        inputs,
+        SPLIT=split,
+        **_tile(its, h),
+    )
     if split:
         kernels.reduce_gated_residual[_sum_grid(rows, outputs)](
-            sums, *epilogue, out, rows, tokens, outputs, SPLITS=its.splits,
-            BLOCK_N=launch.SUM_OUTPUTS, num_warps=launch.SUM_WARPS)
+            sums,
+            *epilogue,
+            out,
+            rows,
+            tokens,
+            outputs,
+            SPLITS=its.splits,
+            BLOCK_N=launch.SUM_OUTPUTS,
+            num_warps=launch.SUM_WARPS,
+        )
     return out
 
 
@@ -123,13 +233,19 @@ def _sum_grid(rows: int, outputs: int) -> tuple[int]:
 
 
 def _tile(its: launch.Settings, x: Tensor) -> dict:
-    return {"BLOCK_M": its.block_m, "BLOCK_N": its.block_n, "BLOCK_K": its.block_k,
-            "PRECISION": _triton.product_precision(x.dtype), "num_warps": its.num_warps,
-            "num_stages": its.num_stages}
+    return {
+        "BLOCK_M": its.block_m,
+        "BLOCK_N": its.block_n,
+        "BLOCK_K": its.block_k,
+        "PRECISION": _triton.product_precision(x.dtype),
+        "num_warps": its.num_warps,
+        "num_stages": its.num_stages,
+    }
 
 
-def _fake_adaln_linear(x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps,
-                       scale_offset):
+def _fake_adaln_linear(
+    x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps, scale_offset
+):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -140,8 +256,12 @@ def _fake_linear_gated_residual(h, weight, bias, gate, residual, step_gate):
 _adaln_linear = _triton.register(
     "adaln_linear(Tensor x, Tensor shift, Tensor scale, Tensor weight, Tensor? bias, "
     "Tensor? step_shift, Tensor? step_scale, bool gelu, float eps, float scale_offset) -> Tensor",
-    _run_adaln_linear, _fake_adaln_linear)
+    _run_adaln_linear,
+    _fake_adaln_linear,
+)
 _linear_gated_residual = _triton.register(
     "linear_gated_residual(Tensor h, Tensor weight, Tensor? bias, Tensor gate, Tensor residual, "
     "Tensor? step_gate) -> Tensor",
-    _run_linear_gated_residual, _fake_linear_gated_residual)
+    _run_linear_gated_residual,
+    _fake_linear_gated_residual,
+)

@@ -28,8 +28,9 @@ from ecar_kernels._validation import (
 
 
 @autocast_widest
-def euler_step(x: Tensor, velocity: Tensor, dt: float, *,
-               guidance_scale: float | Tensor = 1.0) -> Tensor:
+def euler_step(
+    x: Tensor, velocity: Tensor, dt: float, *, guidance_scale: float | Tensor = 1.0
+) -> Tensor:
     """x + dt v.
 
     x: [B, C, h, w]. velocity: as x (v itself), or [2B, C, h, w], the conditional rows first,
@@ -45,9 +46,17 @@ def euler_step(x: Tensor, velocity: Tensor, dt: float, *,
 
 
 @autocast_widest
-def upsample_renoise_euler(x: Tensor, velocity: Tensor, dt: float, *, time: float, stage: int,
-                           seeds: Tensor | None = None, details: Tensor | None = None,
-                           guidance_scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+def upsample_renoise_euler(
+    x: Tensor,
+    velocity: Tensor,
+    dt: float,
+    *,
+    time: float,
+    stage: int,
+    seeds: Tensor | None = None,
+    details: Tensor | None = None,
+    guidance_scale: float | Tensor = 1.0,
+) -> tuple[Tensor, Tensor]:
     """A stage's last Euler step and the jump to the next stage, in one pass.
 
         end   = x + dt v                              as euler_step
@@ -66,31 +75,45 @@ def upsample_renoise_euler(x: Tensor, velocity: Tensor, dt: float, *, time: floa
         raise ValueError(f"argument 'time': expected a number in [0, 1), got {time}")
     check_count("stage", stage)
     if stage < 2:
-        raise ValueError("argument 'stage': expected at least 2, the stage that begins, "
-                         f"got {stage}")
+        raise ValueError(
+            f"argument 'stage': expected at least 2, the stage that begins, got {stage}"
+        )
     if (seeds is None) == (details is None):
-        raise ValueError("arguments 'seeds' and 'details': expected exactly one of them, got "
-                         f"{'none' if seeds is None else 'both'}")
+        raise ValueError(
+            "arguments 'seeds' and 'details': expected exactly one of them, got "
+            f"{'none' if seeds is None else 'both'}"
+        )
     if seeds is not None:
         _check_seeds(seeds)
         if seeds.shape != x.shape[:1]:
             raise shape_error("seeds", seeds, "[B]", B=x.shape[0])
         if seeds.device != x.device:
-            raise ValueError(f"argument 'seeds': expected a tensor on {x.device} like 'x', "
-                             f"got {seeds.device}")
+            raise ValueError(
+                f"argument 'seeds': expected a tensor on {x.device} like 'x', got {seeds.device}"
+            )
     else:
         check_like("details", details, "x", x)
         batch, channels, height, width = x.shape
         if details.shape != (batch, channels, 3, height, width):
-            raise shape_error("details", details, "[B, C, 3, h, w]", B=batch, C=channels,
-                              h=height, w=width)
+            raise shape_error(
+                "details", details, "[B, C, 3, h, w]", B=batch, C=channels, h=height, w=width
+            )
     run = registry.implementation("upsample_renoise_euler", x.device.type, x.dtype)
-    return run(x, velocity, dt, time=time, stage=stage, seeds=seeds, details=details,
-               guidance_scale=guidance_scale)
+    return run(
+        x,
+        velocity,
+        dt,
+        time=time,
+        stage=stage,
+        seeds=seeds,
+        details=details,
+        guidance_scale=guidance_scale,
+    )
 
 
-def initial_noise(seeds: Tensor, shape: Sequence[int], *, device: torch.device | str,
-                  dtype: torch.dtype) -> Tensor:
+def initial_noise(
+    seeds: Tensor, shape: Sequence[int], *, device: torch.device | str, dtype: torch.dtype
+) -> Tensor:
     """n_1 ~ N(0, I), each image's from its own seed alone: [B, C, h, w].
 
     seeds: int64 [B], on any device. shape: (C, h, w) of one image. The same seed gives the same
@@ -98,8 +121,10 @@ def initial_noise(seeds: Tensor, shape: Sequence[int], *, device: torch.device |
     """
     _check_seeds(seeds)
     if not isinstance(shape, (tuple, list)):
-        raise TypeError("argument 'shape': expected (C, h, w), a tuple or list of integers, "
-                        f"got {type(shape).__name__}")
+        raise TypeError(
+            "argument 'shape': expected (C, h, w), a tuple or list of integers, "
+            f"got {type(shape).__name__}"
+        )
     if len(shape) != 3:
         raise ValueError(f"argument 'shape': expected (C, h, w), got {list(shape)}")
     for index, size in enumerate(shape):
@@ -116,14 +141,19 @@ def _check_step(x: Tensor, velocity: object, dt: object, guidance_scale: object)
     check_like("velocity", velocity, "x", x)
     batch = x.shape[0]
     if velocity.shape[1:] != x.shape[1:] or velocity.shape[0] not in (batch, 2 * batch):
-        raise ValueError(f"argument 'velocity': expected a tensor of shape {list(x.shape)} or "
-                         f"{[2 * batch, *x.shape[1:]]}, got {list(velocity.shape)}")
+        raise ValueError(
+            f"argument 'velocity': expected a tensor of shape {list(x.shape)} or "
+            f"{[2 * batch, *x.shape[1:]]}, got {list(velocity.shape)}"
+        )
     check_number("dt", dt)
     _check_guidance(guidance_scale, x)
-    if velocity.shape[0] != 2 * batch and (isinstance(guidance_scale, Tensor)
-                                           or guidance_scale != 1):
-        raise ValueError("argument 'guidance_scale': expected 1.0 for a velocity without "
-                         f"unconditional rows, got {guidance_scale}")
+    if velocity.shape[0] != 2 * batch and (
+        isinstance(guidance_scale, Tensor) or guidance_scale != 1
+    ):
+        raise ValueError(
+            "argument 'guidance_scale': expected 1.0 for a velocity without "
+            f"unconditional rows, got {guidance_scale}"
+        )
 
 
 def _check_guidance(scale: object, x: Tensor) -> None:
@@ -131,14 +161,20 @@ def _check_guidance(scale: object, x: Tensor) -> None:
     if not isinstance(scale, Tensor) or scale.ndim != 0:
         check_number("guidance_scale", scale)
     elif scale.dtype != torch.float32:
-        raise TypeError("argument 'guidance_scale': expected a float or a 0-dim torch.float32 "
-                        f"tensor, got {scale.dtype}")
+        raise TypeError(
+            "argument 'guidance_scale': expected a float or a 0-dim torch.float32 "
+            f"tensor, got {scale.dtype}"
+        )
     elif scale.device != x.device:
-        raise ValueError(f"argument 'guidance_scale': expected a tensor on {x.device} like 'x', "
-                         f"got {scale.device}")
+        raise ValueError(
+            f"argument 'guidance_scale': expected a tensor on {x.device} like 'x', "
+            f"got {scale.device}"
+        )
     elif scale.requires_grad:
-        raise ValueError("argument 'guidance_scale': expected a tensor without a gradient, got "
-                         "one that requires grad")
+        raise ValueError(
+            "argument 'guidance_scale': expected a tensor without a gradient, got "
+            "one that requires grad"
+        )
 
 
 def _check_seeds(seeds: object) -> None:

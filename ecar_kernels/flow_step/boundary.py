@@ -15,24 +15,82 @@ _flow_boundary = torch.ops.ecar.flow_boundary.default
 flow_boundary_out = torch.ops.ecar.flow_boundary_out.default
 
 
-def flow_boundary(x: Tensor, state: Tensor, shift: Tensor, scale: Tensor, weight: Tensor,
-                  bias: Tensor, embed_weight: Tensor, embed_bias: Tensor, positions: Tensor,
-                  dt: float, *, step_shift: Tensor | None = None,
-                  step_scale: Tensor | None = None, guidance_scale: float | Tensor = 1.0,
-                  eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def flow_boundary(
+    x: Tensor,
+    state: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    embed_weight: Tensor,
+    embed_bias: Tensor,
+    positions: Tensor,
+    dt: float,
+    *,
+    step_shift: Tensor | None = None,
+    step_scale: Tensor | None = None,
+    guidance_scale: float | Tensor = 1.0,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
     """v = adaln(x) weight^T + bias;  state' = state + dt v;  state' embed^T + bias + positions."""
     number, on_device = _scale(x, guidance_scale)
-    return _flow_boundary(x, state, shift, scale, weight, bias, embed_weight, embed_bias,
-                          positions, dt, step_shift, step_scale, number, eps, on_device)
+    return _flow_boundary(
+        x,
+        state,
+        shift,
+        scale,
+        weight,
+        bias,
+        embed_weight,
+        embed_bias,
+        positions,
+        dt,
+        step_shift,
+        step_scale,
+        number,
+        eps,
+        on_device,
+    )
 
 
 @torch.library.register_fake("ecar::flow_boundary")
-def _(x, state, shift, scale, weight, bias, embed_weight, embed_bias, positions, dt, step_shift,
-      step_scale, guidance_scale, eps, guidance=None):
+def _(
+    x,
+    state,
+    shift,
+    scale,
+    weight,
+    bias,
+    embed_weight,
+    embed_bias,
+    positions,
+    dt,
+    step_shift,
+    step_scale,
+    guidance_scale,
+    eps,
+    guidance=None,
+):
     return state.new_empty(state.shape), x.new_empty(x.shape)
 
 
 @torch.library.register_fake("ecar::flow_boundary_out")
-def _(x, state, shift, scale, weight, bias, embed_weight, embed_bias, positions, dt, step_shift,
-      step_scale, guidance_scale, eps, new_state, embedded):
+def _(
+    x,
+    state,
+    shift,
+    scale,
+    weight,
+    bias,
+    embed_weight,
+    embed_bias,
+    positions,
+    dt,
+    step_shift,
+    step_scale,
+    guidance_scale,
+    eps,
+    new_state,
+    embedded,
+):
     return None

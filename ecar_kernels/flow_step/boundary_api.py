@@ -25,11 +25,23 @@ MAX_OUTPUTS = 64
 
 
 @functools.partial(autocast_low, kept="state")
-def flow_boundary(x: Tensor, state: Tensor, shift: Tensor, scale: Tensor, weight: Tensor,
-                  bias: Tensor, embed_weight: Tensor, embed_bias: Tensor, positions: Tensor,
-                  dt: float, *, step_shift: Tensor | None = None,
-                  step_scale: Tensor | None = None, guidance_scale: float | Tensor = 1.0,
-                  eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def flow_boundary(
+    x: Tensor,
+    state: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    embed_weight: Tensor,
+    embed_bias: Tensor,
+    positions: Tensor,
+    dt: float,
+    *,
+    step_shift: Tensor | None = None,
+    step_scale: Tensor | None = None,
+    guidance_scale: float | Tensor = 1.0,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
     """The final adaLN and linear, guidance, an Euler step, and the next step's embedding.
 
         v        = adaln(x, shift, scale) weight^T + bias      2B rows: v_u + g (v_c - v_u)
@@ -71,21 +83,48 @@ def flow_boundary(x: Tensor, state: Tensor, shift: Tensor, scale: Tensor, weight
         if value.shape != shape:
             raise shape_error(name, value, letters, P=outputs, C=channels, N=tokens)
         if not value.is_contiguous() and not _transforms.active():  # as for layouts in general
-            raise ValueError(f"argument '{name}': expected a contiguous tensor, got strides "
-                             f"{list(value.stride())}")
+            raise ValueError(
+                f"argument '{name}': expected a contiguous tensor, got strides "
+                f"{list(value.stride())}"
+            )
     check_number("dt", dt)
     _check_guidance(guidance_scale, x)
     if rows != 2 * batch and (isinstance(guidance_scale, Tensor) or guidance_scale != 1):
-        raise ValueError("argument 'guidance_scale': expected 1.0 for x without unconditional "
-                         f"rows, got {guidance_scale}")
+        raise ValueError(
+            "argument 'guidance_scale': expected 1.0 for x without unconditional "
+            f"rows, got {guidance_scale}"
+        )
     check_positive("eps", eps)
-    check_inference(x=x, state=state, shift=shift, scale=scale, weight=weight, bias=bias,
-                    embed_weight=embed_weight, embed_bias=embed_bias, positions=positions,
-                    step_shift=step_shift, step_scale=step_scale)
+    check_inference(
+        x=x,
+        state=state,
+        shift=shift,
+        scale=scale,
+        weight=weight,
+        bias=bias,
+        embed_weight=embed_weight,
+        embed_bias=embed_bias,
+        positions=positions,
+        step_shift=step_shift,
+        step_scale=step_scale,
+    )
     run = registry.implementation("flow_boundary", x.device.type, x.dtype, channels)
-    return run(x, state, shift, scale, weight, bias, embed_weight, embed_bias, positions, dt,
-               step_shift=step_shift, step_scale=step_scale, guidance_scale=guidance_scale,
-               eps=eps)
+    return run(
+        x,
+        state,
+        shift,
+        scale,
+        weight,
+        bias,
+        embed_weight,
+        embed_bias,
+        positions,
+        dt,
+        step_shift=step_shift,
+        step_scale=step_scale,
+        guidance_scale=guidance_scale,
+        eps=eps,
+    )
 
 
 def _check_state(state: object, x: Tensor, outputs: int) -> None:
@@ -94,12 +133,15 @@ def _check_state(state: object, x: Tensor, outputs: int) -> None:
     rows, tokens, _ = x.shape
     if state.dtype not in (torch.float32, x.dtype):
         either = "" if x.dtype == torch.float32 else "torch.float32 or "
-        raise TypeError(f"argument 'state': expected {either}{x.dtype} like 'x', "
-                        f"got {state.dtype}")
+        raise TypeError(f"argument 'state': expected {either}{x.dtype} like 'x', got {state.dtype}")
     if state.device != x.device:
-        raise ValueError(f"argument 'state': expected a tensor on {x.device} like 'x', "
-                         f"got {state.device}")
-    if (state.ndim != 3 or state.shape[1:] != (tokens, outputs)
-            or rows not in (state.shape[0], 2 * state.shape[0])):
+        raise ValueError(
+            f"argument 'state': expected a tensor on {x.device} like 'x', got {state.device}"
+        )
+    if (
+        state.ndim != 3
+        or state.shape[1:] != (tokens, outputs)
+        or rows not in (state.shape[0], 2 * state.shape[0])
+    ):
         raise shape_error("state", state, "[B, N, P], R = B or 2B,", R=rows, N=tokens, P=outputs)
     check_last_dim("state", state)

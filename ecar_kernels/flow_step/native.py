@@ -24,8 +24,9 @@ _from_details = torch.ops.ecar.upsample_renoise_euler_details.default
 _initial_noise = torch.ops.ecar.initial_noise.default
 
 
-def euler_step(x: Tensor, velocity: Tensor, dt: float, *,
-               guidance_scale: float | Tensor = 1.0) -> Tensor:
+def euler_step(
+    x: Tensor, velocity: Tensor, dt: float, *, guidance_scale: float | Tensor = 1.0
+) -> Tensor:
     """x + dt v, v = v_u + guidance_scale (v_c - v_u) for a velocity of 2B rows, v_c first."""
     if torch.compiler.is_compiling():
         # The same bits, and a graph for all values of dt: a number that goes into an op of ours
@@ -78,8 +79,9 @@ def _scale(x: Tensor, guidance_scale: float | Tensor) -> tuple[float, Tensor | N
     return (1.0, guidance_scale) if x.is_cuda else (float(guidance_scale), None)
 
 
-def _velocity_gradient(gradient: Tensor, guided: bool, dt: float,
-                       guidance_scale: float | Tensor) -> Tensor:
+def _velocity_gradient(
+    gradient: Tensor, guided: bool, dt: float, guidance_scale: float | Tensor
+) -> Tensor:
     """Of x + dt v, the gradient for v: in the type of `gradient`."""
     if not guided:
         return dt * gradient

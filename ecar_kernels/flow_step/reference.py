@@ -64,8 +64,15 @@ def normals(words: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     u0, u1, u2, u3 = uniforms(words).to(accumulation_dtype(dtype)).unbind(-1)
     radius0, radius1 = (-2 * u0.log()).sqrt(), (-2 * u2.log()).sqrt()
     angle0, angle1 = 2 * math.pi * u1, 2 * math.pi * u3
-    return torch.stack((radius0 * angle0.cos(), radius0 * angle0.sin(),
-                        radius1 * angle1.cos(), radius1 * angle1.sin()), dim=-1).to(dtype)
+    return torch.stack(
+        (
+            radius0 * angle0.cos(),
+            radius0 * angle0.sin(),
+            radius1 * angle1.cos(),
+            radius1 * angle1.sin(),
+        ),
+        dim=-1,
+    ).to(dtype)
 
 
 def _image_normals(seeds: Tensor, stage: int, calls: int, dtype: torch.dtype) -> Tensor:
@@ -77,16 +84,18 @@ def _image_normals(seeds: Tensor, stage: int, calls: int, dtype: torch.dtype) ->
     return normals(philox4x32_10(counter, key[:, None]), dtype)
 
 
-def initial_noise(seeds: Tensor, shape: Sequence[int], *, device: torch.device | str,
-                  dtype: torch.dtype) -> Tensor:
+def initial_noise(
+    seeds: Tensor, shape: Sequence[int], *, device: torch.device | str, dtype: torch.dtype
+) -> Tensor:
     """n_1: seeds int64 [B], shape (C, h, w) -> [B, C, h, w]. Call i yields elements 4i .. 4i+3."""
     count = math.prod(shape)
     noise = _image_normals(seeds.to(device), 1, (count + 3) // 4, dtype)
     return noise.flatten(1)[:, :count].unflatten(1, tuple(shape)).contiguous()
 
 
-def block_details(seeds: Tensor, stage: int, shape: Sequence[int],
-                  dtype: torch.dtype = torch.float32) -> Tensor:
+def block_details(
+    seeds: Tensor, stage: int, shape: Sequence[int], dtype: torch.dtype = torch.float32
+) -> Tensor:
     """d1, d2, d3 of each element of a low-resolution image.
 
     seeds int64 [B], shape (C, h, w) -> [B, C, 3, h, w]. Call i yields those of element i of
@@ -121,15 +130,24 @@ def _euler(x: Tensor, velocity: Tensor, dt: float, guidance_scale: float | Tenso
     return widen(x) + dt * v
 
 
-def euler_step(x: Tensor, velocity: Tensor, dt: float, *,
-               guidance_scale: float | Tensor = 1.0) -> Tensor:
+def euler_step(
+    x: Tensor, velocity: Tensor, dt: float, *, guidance_scale: float | Tensor = 1.0
+) -> Tensor:
     """x + dt v, v = v_u + guidance_scale (v_c - v_u) for a velocity of 2B rows, v_c first."""
     return _euler(x, velocity, dt, guidance_scale).to(x.dtype)
 
 
-def upsample_renoise_euler(x: Tensor, velocity: Tensor, dt: float, *, time: float, stage: int,
-                           seeds: Tensor | None = None, details: Tensor | None = None,
-                           guidance_scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+def upsample_renoise_euler(
+    x: Tensor,
+    velocity: Tensor,
+    dt: float,
+    *,
+    time: float,
+    stage: int,
+    seeds: Tensor | None = None,
+    details: Tensor | None = None,
+    guidance_scale: float | Tensor = 1.0,
+) -> tuple[Tensor, Tensor]:
     """end = x + dt v;  start = (1 + t)/2 up(end) + (1 - t) h, with t = time."""
     end = _euler(x, velocity, dt, guidance_scale)
     if details is None:
@@ -139,11 +157,23 @@ def upsample_renoise_euler(x: Tensor, velocity: Tensor, dt: float, *, time: floa
     return end.to(x.dtype), start.to(x.dtype)
 
 
-def flow_boundary(x: Tensor, state: Tensor, shift: Tensor, scale: Tensor, weight: Tensor,
-                  bias: Tensor, embed_weight: Tensor, embed_bias: Tensor, positions: Tensor,
-                  dt: float, *, step_shift: Tensor | None = None,
-                  step_scale: Tensor | None = None, guidance_scale: float | Tensor = 1.0,
-                  eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def flow_boundary(
+    x: Tensor,
+    state: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    embed_weight: Tensor,
+    embed_bias: Tensor,
+    positions: Tensor,
+    dt: float,
+    *,
+    step_shift: Tensor | None = None,
+    step_scale: Tensor | None = None,
+    guidance_scale: float | Tensor = 1.0,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
     """v = adaln(x) weight^T + bias;  state' = state + dt v;  state' embed^T + bias + positions."""
     y = adaln(x, shift, scale, step_shift=step_shift, step_scale=step_scale, eps=eps)
     velocity = F.linear(y, weight, bias)

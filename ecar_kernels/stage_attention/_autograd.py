@@ -14,6 +14,7 @@ def differentiable(forward: Callable, backward: Callable) -> type[torch.autograd
     forward: (q, k, v, stage_lengths, scale) -> (out, lse, ...). backward: (grad, q, k, v, out,
     lse, ..., stage_lengths, scale) -> the gradients of q, k and v.
     """
+
     class StageAttention(torch.autograd.Function):
         @staticmethod
         def forward(ctx, q, k, v, stage_lengths, scale):

@@ -16,8 +16,9 @@ from ecar_kernels._validation import (
 
 
 @autocast_low
-def stage_attention(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int], *,
-                    scale: float | None = None) -> Tensor:
+def stage_attention(
+    q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int], *, scale: float | None = None
+) -> Tensor:
     """softmax(scale q k^T) v, where a query of stage s sees the keys of stages 1 .. s.
 
     k, v: [B, N, H, D], N = sum(stage_lengths). q: [B, Nq, H, D], the queries of all stages
@@ -50,8 +51,10 @@ def stage_attention(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int
 
 def _check_stages(stage_lengths: object, queries: int) -> None:
     if not isinstance(stage_lengths, (tuple, list)):
-        raise TypeError("argument 'stage_lengths': expected a tuple or list of integers, "
-                        f"got {type(stage_lengths).__name__}")
+        raise TypeError(
+            "argument 'stage_lengths': expected a tuple or list of integers, "
+            f"got {type(stage_lengths).__name__}"
+        )
     if not stage_lengths:
         raise ValueError("argument 'stage_lengths': expected at least one stage, got none")
     for index, length in enumerate(stage_lengths):
@@ -61,5 +64,7 @@ def _check_stages(stage_lengths: object, queries: int) -> None:
         covered += length
         if covered == queries:
             return
-    raise ValueError("argument 'q': expected as many queries as a suffix of stage_lengths="
-                     f"{list(stage_lengths)} has tokens, got {queries}")
+    raise ValueError(
+        "argument 'q': expected as many queries as a suffix of stage_lengths="
+        f"{list(stage_lengths)} has tokens, got {queries}"
+    )

@@ -47,21 +47,32 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
     for dtype, head_dim in (("fp32", 256), ("bf16", 72)):
         its = launch.delta(head_dim)
         for unit in (8, 1):
-            constants = {"HEAD_DIM": head_dim, "WIDTH": its.width, "UNIT": unit,
-                         "BLOCK_M": its.rows, "ADD_REST": dtype != "fp32"}
+            constants = {
+                "HEAD_DIM": head_dim,
+                "WIDTH": its.width,
+                "UNIT": unit,
+                "BLOCK_M": its.rows,
+                "ADD_REST": dtype != "fp32",
+            }
             name = f"stage_attention_delta {dtype} D={head_dim}" + " unaligned" * (unit == 1)
-            yield _case(name, gradient_kernels.delta_kernel, dtype, constants, its,
-                        aligned=unit > 1)
+            yield _case(
+                name, gradient_kernels.delta_kernel, dtype, constants, its, aligned=unit > 1
+            )
 
 
-def _cases(op: str, head_dim: int, kind: str, arch: int, *, negative: bool = False,
-           training: bool = False) -> Iterator[CompileCase]:
+def _cases(
+    op: str, head_dim: int, kind: str, arch: int, *, negative: bool = False, training: bool = False
+) -> Iterator[CompileCase]:
     """training: of the forward, in a 16-bit type, with what gradients need of it."""
     part1, part2 = launch.parts(head_dim, op, kind)
     for its in launch.settings(op, head_dim, kind, arch):
         constants = {
-            "HEAD_DIM": head_dim, "PART1": part1, "PART2": part2, "PRECISION": _precision(kind),
-            "RELOAD": launch.reload(op, head_dim, kind), "BLOCK_M": its.block_m,
+            "HEAD_DIM": head_dim,
+            "PART1": part1,
+            "PART2": part2,
+            "PRECISION": _precision(kind),
+            "RELOAD": launch.reload(op, head_dim, kind),
+            "BLOCK_M": its.block_m,
             "BLOCK_N": its.block_n,
         }
         if op != "stage_attention_keys":
@@ -70,8 +81,14 @@ def _cases(op: str, head_dim: int, kind: str, arch: int, *, negative: bool = Fal
             constants |= {"NEGATIVE": negative, "LEAVE_REST": training}
         name = f"{op} {kind} D={head_dim} {its.block_m}x{its.block_n}" + " training" * training
         name += " scale<0" * negative
-        yield _case(name, _KERNELS[op], _TYPES[kind], constants, its,
-                    launch.max_registers(op, head_dim, kind))
+        yield _case(
+            name,
+            _KERNELS[op],
+            _TYPES[kind],
+            constants,
+            its,
+            launch.max_registers(op, head_dim, kind),
+        )
 
 
 def _unaligned(kind: str) -> Iterator[CompileCase]:
@@ -79,8 +96,13 @@ def _unaligned(kind: str) -> Iterator[CompileCase]:
     of it in 16-bit types."""
     for op, kernel in _UNALIGNED.items():
         its = launch.unaligned(op, kind)
-        constants = {"COLUMNS": its.columns, "STRIP": its.strip, "PRECISION": _precision(kind),
-                     "BLOCK_M": its.block_m, "BLOCK_N": its.block_n}
+        constants = {
+            "COLUMNS": its.columns,
+            "STRIP": its.strip,
+            "PRECISION": _precision(kind),
+            "BLOCK_M": its.block_m,
+            "BLOCK_N": its.block_n,
+        }
         name = f"{op} {kind} {its.block_m}x{its.block_n} unaligned"
         if op != "stage_attention":
             yield _case(name, kernel, _TYPES[kind], constants, its, 255, aligned=False)
@@ -88,30 +110,54 @@ def _unaligned(kind: str) -> Iterator[CompileCase]:
         for negative, training in itertools.product((False, True), repeat=2):
             if training and _TYPES[kind] == "fp32":
                 continue
-            yield _case(name + " training" * training + " scale<0" * negative, kernel,
-                        _TYPES[kind], constants | {"NEGATIVE": negative, "LEAVE_REST": training},
-                        its, 255, aligned=False)
+            yield _case(
+                name + " training" * training + " scale<0" * negative,
+                kernel,
+                _TYPES[kind],
+                constants | {"NEGATIVE": negative, "LEAVE_REST": training},
+                its,
+                255,
+                aligned=False,
+            )
 
 
 def _correction(kind: str, *, unit: int = 8) -> CompileCase:
     """Of delta, at any head dimension."""
     its = launch.correction(kind)
     constants = {
-        "STRIP": its.strip, "UNIT": unit, "PRECISION": _precision(kind),
-        "BLOCK_M": its.block_m, "BLOCK_N": its.block_n,
+        "STRIP": its.strip,
+        "UNIT": unit,
+        "PRECISION": _precision(kind),
+        "BLOCK_M": its.block_m,
+        "BLOCK_N": its.block_n,
     }
     name = f"stage_attention_correct_delta {kind} {its.block_m}x{its.block_n}"
     name += " unaligned" * (unit == 1)
-    return _case(name, gradient_kernels.correct_delta_kernel, _TYPES[kind], constants, its,
-                 max_registers=255, aligned=unit > 1)
+    return _case(
+        name,
+        gradient_kernels.correct_delta_kernel,
+        _TYPES[kind],
+        constants,
+        its,
+        max_registers=255,
+        aligned=unit > 1,
+    )
 
 
 def _precision(kind: str) -> str:
     return "tf32" if kind == "tf32" else "ieee"
 
 
-def _case(name: str, kernel, dtype: str, constants: dict, its,
-          max_registers: int | None = None, *, aligned: bool = True) -> CompileCase:
+def _case(
+    name: str,
+    kernel,
+    dtype: str,
+    constants: dict,
+    its,
+    max_registers: int | None = None,
+    *,
+    aligned: bool = True,
+) -> CompileCase:
     def kind(argument: str) -> str:
         if argument in constants:
             return "constexpr"
@@ -125,8 +171,19 @@ def _case(name: str, kernel, dtype: str, constants: dict, its,
 
     signature = {argument: kind(argument) for argument in kernel.arg_names}
     # Strides between heads are 64 / 8, say: no multiples of 16.
-    divisible = tuple(argument for argument, its_kind in signature.items()
-                      if (its_kind.startswith("*") and (aligned or argument not in _STRIDED))
-                      or (aligned and argument.endswith(("_image", "_row"))))
-    return CompileCase(name, kernel, signature, constants, its.num_warps,
-                       getattr(its, "num_stages", 1), divisible, max_registers)
+    divisible = tuple(
+        argument
+        for argument, its_kind in signature.items()
+        if (its_kind.startswith("*") and (aligned or argument not in _STRIDED))
+        or (aligned and argument.endswith(("_image", "_row")))
+    )
+    return CompileCase(
+        name,
+        kernel,
+        signature,
+        constants,
+        its.num_warps,
+        getattr(its, "num_stages", 1),
+        divisible,
+        max_registers,
+    )

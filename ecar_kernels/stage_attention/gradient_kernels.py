@@ -40,8 +40,19 @@ def delta_kernel(
 
 
 @triton.jit
-def _strips(own, own_row, length, loop, loop_row, left, head_dim, STRIP: tl.constexpr,
-            BLOCK_OWN: tl.constexpr, BLOCK_LOOP: tl.constexpr, PRECISION: tl.constexpr):
+def _strips(
+    own,
+    own_row,
+    length,
+    loop,
+    loop_row,
+    left,
+    head_dim,
+    STRIP: tl.constexpr,
+    BLOCK_OWN: tl.constexpr,
+    BLOCK_LOOP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """own loop^T, [BLOCK_OWN, BLOCK_LOOP], STRIP columns at a time: as few registers at any D.
 
     head_dim is no constant, which LLVM would unroll the loop for, and ptxas then spill.
@@ -88,10 +99,32 @@ def correct_delta_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     for at in range(0, end, BLOCK_N):
         left = end - at
-        scores = _strips(q, q_row, length, k + at * k_row, k_row, left, head_dim, STRIP, BLOCK_M,
-                         BLOCK_N, PRECISION)
-        grad_weights = _strips(grad, grad_row, length, v + at * v_row, v_row, left, head_dim,
-                               STRIP, BLOCK_M, BLOCK_N, PRECISION)
+        scores = _strips(
+            q,
+            q_row,
+            length,
+            k + at * k_row,
+            k_row,
+            left,
+            head_dim,
+            STRIP,
+            BLOCK_M,
+            BLOCK_N,
+            PRECISION,
+        )
+        grad_weights = _strips(
+            grad,
+            grad_row,
+            length,
+            v + at * v_row,
+            v_row,
+            left,
+            head_dim,
+            STRIP,
+            BLOCK_M,
+            BLOCK_N,
+            PRECISION,
+        )
         weights = tl.exp2(tl.fma(scores, scale_log2, -row_lse[:, None]))
         # 2^(0 - lse) of keys past the end may be infinite, and inf times zero is nan.
         weights = tl.where(tl.arange(0, BLOCK_N)[None, :] < left, weights, 0.0)
@@ -134,17 +167,40 @@ def key_gradients_kernel(
 
     STRIPS: tl.constexpr = RELOAD and RELOAD < PART1
     for BOUNDED in tl.static_range(2):
-        for at in tl.range(whole if BOUNDED else first, queries if BOUNDED else whole, BLOCK_M,
-                           disable_licm=RELOAD):
+        for at in tl.range(
+            whole if BOUNDED else first, queries if BOUNDED else whole, BLOCK_M, disable_licm=RELOAD
+        ):
             left = queries - at
             q_at = q + at * q_row
             grad_at = grad + at * grad_row
             rows = at + tl.arange(0, BLOCK_M)
             if STRIPS:
-                scores = _strips(k, k_row, length, q_at, q_row, left, head_dim, RELOAD, BLOCK_N,
-                                 BLOCK_M, PRECISION)
-                grad_weights = _strips(v, v_row, length, grad_at, grad_row, left, head_dim,
-                                       RELOAD, BLOCK_N, BLOCK_M, PRECISION)
+                scores = _strips(
+                    k,
+                    k_row,
+                    length,
+                    q_at,
+                    q_row,
+                    left,
+                    head_dim,
+                    RELOAD,
+                    BLOCK_N,
+                    BLOCK_M,
+                    PRECISION,
+                )
+                grad_weights = _strips(
+                    v,
+                    v_row,
+                    length,
+                    grad_at,
+                    grad_row,
+                    left,
+                    head_dim,
+                    RELOAD,
+                    BLOCK_N,
+                    BLOCK_M,
+                    PRECISION,
+                )
             q1 = _load(q_at, q_row, left, 0, PART1, BLOCK_M, BOUNDED, HEAD_DIM)
             if not STRIPS:
                 if RELOAD:
@@ -223,9 +279,13 @@ def query_gradients_kernel(
     whole = end // BLOCK_N * BLOCK_N
 
     for BOUNDED in tl.static_range(2):
-        for at in tl.range(whole if BOUNDED else 0, end if BOUNDED else whole, BLOCK_N,
-                           num_stages=None if PIPELINE_TAIL or not BOUNDED else 1,
-                           disable_licm=RELOAD):
+        for at in tl.range(
+            whole if BOUNDED else 0,
+            end if BOUNDED else whole,
+            BLOCK_N,
+            num_stages=None if PIPELINE_TAIL or not BOUNDED else 1,
+            disable_licm=RELOAD,
+        ):
             left = end - at
             k_at = k + at * k_row
             v_at = v + at * v_row

@@ -28,8 +28,16 @@ from ecar_kernels import _triton
 _INTERPRETED = tl.constexpr(_triton.interpreting())
 ALIGNED = tl.constexpr(8)
 # Of no use to the compiler, so no reason to compile anew.
-COUNTS = ["num_tiles", "num_heads", "batch_heads", "queries", "keys", "all_rows", "group",
-          "head_dim"]
+COUNTS = [
+    "num_tiles",
+    "num_heads",
+    "batch_heads",
+    "queries",
+    "keys",
+    "all_rows",
+    "group",
+    "head_dim",
+]
 
 
 @triton.jit
@@ -46,8 +54,7 @@ def _locate(table, num_tiles, num_heads, batch_heads, group):
     image_head = (first + pid % size).to(tl.int64)
     image = image_head // num_heads
     row = table + 3 * (pid // size)
-    return (image, image_head - image * num_heads, tl.load(row), tl.load(row + 1),
-            tl.load(row + 2))
+    return (image, image_head - image * num_heads, tl.load(row), tl.load(row + 1), tl.load(row + 2))
 
 
 @triton.jit
@@ -71,8 +78,14 @@ def _row_offsets(stride, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _inside(length, OFFSET: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-            BOUNDED: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _inside(
+    length,
+    OFFSET: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
     """Mask [BLOCK, WIDTH]: rows before `length` (where BOUNDED), columns of the head."""
     rows = tl.arange(0, BLOCK)[:, None] < length
     columns = OFFSET + tl.arange(0, WIDTH)[None, :] < HEAD_DIM
@@ -85,8 +98,16 @@ def _inside(length, OFFSET: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def _load(base, stride, length, OFFSET: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-          BOUNDED: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _load(
+    base,
+    stride,
+    length,
+    OFFSET: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
     """[BLOCK, WIDTH] from column OFFSET on, zero beyond `length` rows and HEAD_DIM columns."""
     pointers = base + _row_offsets(stride, BLOCK) + (OFFSET + tl.arange(0, WIDTH))[None, :]
     if BOUNDED or OFFSET + WIDTH > HEAD_DIM:
@@ -97,16 +118,31 @@ def _load(base, stride, length, OFFSET: tl.constexpr, WIDTH: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _store(base, stride, length, value, OFFSET: tl.constexpr, WIDTH: tl.constexpr,
-           BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _store(
+    base,
+    stride,
+    length,
+    value,
+    OFFSET: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
     pointers = base + _row_offsets(stride, BLOCK) + (OFFSET + tl.arange(0, WIDTH))[None, :]
     inside = _inside(length, OFFSET, WIDTH, BLOCK, True, HEAD_DIM)
     tl.store(pointers, value.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _softmax(scores, largest, left, scale_log2, BOUNDED: tl.constexpr, NEGATIVE: tl.constexpr,
-             BLOCK: tl.constexpr):
+def _softmax(
+    scores,
+    largest,
+    left,
+    scale_log2,
+    BOUNDED: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One step of the running softmax: weights [queries, BLOCK keys, of which `left` exist (where
     BOUNDED)], the factor for the sums before it, and the new largest exponent."""
     inside = tl.arange(0, BLOCK)[None, :] < left
@@ -122,8 +158,18 @@ def _softmax(scores, largest, left, scale_log2, BOUNDED: tl.constexpr, NEGATIVE:
 
 
 @triton.jit
-def _finish(out, rest, stride, length, value, OFFSET: tl.constexpr, WIDTH: tl.constexpr,
-            BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, LEAVE_REST: tl.constexpr):
+def _finish(
+    out,
+    rest,
+    stride,
+    length,
+    value,
+    OFFSET: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    LEAVE_REST: tl.constexpr,
+):
     _store(out, stride, length, value, OFFSET, WIDTH, BLOCK, HEAD_DIM)
     if LEAVE_REST:
         value -= value.to(out.dtype.element_ty).to(tl.float32)
@@ -160,9 +206,13 @@ def forward_kernel(
     whole = end // BLOCK_N * BLOCK_N
 
     for BOUNDED in tl.static_range(2):
-        for at in tl.range(whole if BOUNDED else 0, end if BOUNDED else whole, BLOCK_N,
-                           num_stages=None if PIPELINE_TAIL or not BOUNDED else 1,
-                           disable_licm=RELOAD):
+        for at in tl.range(
+            whole if BOUNDED else 0,
+            end if BOUNDED else whole,
+            BLOCK_N,
+            num_stages=None if PIPELINE_TAIL or not BOUNDED else 1,
+            disable_licm=RELOAD,
+        ):
             left = end - at
             k_at = k + at * k_row
             v_at = v + at * v_row
@@ -175,8 +225,9 @@ def forward_kernel(
                 if RELOAD:
                     q2 = _load(q, q_row, length, PART1, PART2, BLOCK_M, True, HEAD_DIM)
                 scores = _dot(q2, tl.trans(k2), scores, PRECISION)
-            weights, shrink, largest = _softmax(scores, largest, left, scale_log2, BOUNDED,
-                                                NEGATIVE, BLOCK_N)
+            weights, shrink, largest = _softmax(
+                scores, largest, left, scale_log2, BOUNDED, NEGATIVE, BLOCK_N
+            )
             total = total * shrink + tl.sum(weights, 1)
             weights = weights.to(v.dtype.element_ty)
             v1 = _load(v_at, v_row, left, 0, PART1, BLOCK_N, BOUNDED, HEAD_DIM)
@@ -187,11 +238,31 @@ def forward_kernel(
 
     at = ((image * queries + start) * num_heads + head) * HEAD_DIM
     row = num_heads * HEAD_DIM
-    _finish(out + at, rest + at, row, length, acc1 / total[:, None], 0, PART1, BLOCK_M, HEAD_DIM,
-            LEAVE_REST)
+    _finish(
+        out + at,
+        rest + at,
+        row,
+        length,
+        acc1 / total[:, None],
+        0,
+        PART1,
+        BLOCK_M,
+        HEAD_DIM,
+        LEAVE_REST,
+    )
     if PART2 > 0:
-        _finish(out + at, rest + at, row, length, acc2 / total[:, None], PART1, PART2, BLOCK_M,
-                HEAD_DIM, LEAVE_REST)
+        _finish(
+            out + at,
+            rest + at,
+            row,
+            length,
+            acc2 / total[:, None],
+            PART1,
+            PART2,
+            BLOCK_M,
+            HEAD_DIM,
+            LEAVE_REST,
+        )
     rows = tl.arange(0, BLOCK_M)
     lse += (image * num_heads + head) * queries + start
     tl.store(lse + rows, largest + tl.log2(total), mask=rows < length)

@@ -74,8 +74,10 @@ def parts(head_dim: int, op: str = "stage_attention", kind: str = "bfloat16") ->
     first = 1 << (head_dim.bit_length() - 1)
     one = whole == 256 and {
         "tf32": head_dim <= 160,
-        "exact": {"stage_attention": 160 < head_dim < 192,
-                  "stage_attention_keys": head_dim <= 160}.get(op, True),
+        "exact": {
+            "stage_attention": 160 < head_dim < 192,
+            "stage_attention_keys": head_dim <= 160,
+        }.get(op, True),
     }.get(kind, False)
     one |= whole == 64 and kind == "exact" and op != "stage_attention"
     if first < 16 or first == head_dim or one:
@@ -182,8 +184,9 @@ def _sums_in_registers(arch: int) -> bool:
     return 90 <= arch < 100
 
 
-def _sixteen_bits(op: str, width: int, masked: bool,
-                  arch: int) -> tuple[tuple[int, int, int, int], ...]:
+def _sixteen_bits(
+    op: str, width: int, masked: bool, arch: int
+) -> tuple[tuple[int, int, int, int], ...]:
     # (own, loop, warps, stages). A thread of a 64-row tile has width / 2 registers of each
     # sum, half of that for each of the tile's factors, and half the loop's block of scores:
     # what is left of 255 sets the loop's block. Parts with empty columns take masks, which cost a
@@ -262,8 +265,9 @@ def _tf32(op: str, width: int, masked: bool, arch: int) -> tuple[tuple[int, int,
     return ((own, 16, more, 1 if one_block else 2),)
 
 
-def _tiling(op: str, stage_lengths: tuple[int, ...], queries: int,
-            its: Settings) -> tuple[int, int]:
+def _tiling(
+    op: str, stage_lengths: tuple[int, ...], queries: int, its: Settings
+) -> tuple[int, int]:
     """Tiles, and pairs of a query and a key that they compute, unused rows included."""
     if op == "stage_attention_keys":
         rows = tiles.key_tiles(stage_lengths, queries, its.block_n)
@@ -273,8 +277,16 @@ def _tiling(op: str, stage_lengths: tuple[int, ...], queries: int,
 
 
 @functools.lru_cache(1024)
-def default(op: str, head_dim: int, kind: str, stage_lengths: tuple[int, ...], queries: int,
-            batch_heads: int, arch: int, sms: int) -> Settings:
+def default(
+    op: str,
+    head_dim: int,
+    kind: str,
+    stage_lengths: tuple[int, ...],
+    queries: int,
+    batch_heads: int,
+    arch: int,
+    sms: int,
+) -> Settings:
     """For the newest `queries` tokens of these stages, over all heads of all images.
 
     The tile of 64 rows, but
@@ -293,8 +305,7 @@ def default(op: str, head_dim: int, kind: str, stage_lengths: tuple[int, ...], q
     found = settings(op, head_dim, kind, arch)
     if len(found) == 1:
         return found[0]
-    (_, small), (count, usual), *large = (
-        _tiling(op, stage_lengths, queries, its) for its in found)
+    (_, small), (count, usual), *large = (_tiling(op, stage_lengths, queries, its) for its in found)
     few = 2 * count * batch_heads <= sms
     if not _has_warp_groups(arch) and (2 * usual >= 3 * small or few):
         return found[0]

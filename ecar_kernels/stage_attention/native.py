@@ -15,12 +15,15 @@ from ecar_kernels.stage_attention._autograd import differentiable
 
 if _native.why_not() is None:
     _forward = torch.ops.ecar.stage_attention.default
-    _StageAttention = differentiable(torch.ops.ecar.stage_attention_training.default,
-                                     torch.ops.ecar.stage_attention_backward.default)
+    _StageAttention = differentiable(
+        torch.ops.ecar.stage_attention_training.default,
+        torch.ops.ecar.stage_attention_backward.default,
+    )
 
 
-def stage_attention(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int], *,
-                    scale: float | None = None) -> Tensor:
+def stage_attention(
+    q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int], *, scale: float | None = None
+) -> Tensor:
     """q [B, Nq, H, D], k and v [B, N, H, D] -> [B, Nq, H, D]."""
     if not q.is_cpu:
         return _each_stage(q, k, v, stage_lengths, scale)
@@ -30,23 +33,30 @@ def stage_attention(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int
     return _forward(q, k, v, stage_lengths, scale)
 
 
-def _each_stage(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int],
-                scale: float | None) -> Tensor:
+def _each_stage(
+    q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int], scale: float | None
+) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     outputs, key_end = [], k.shape[2]
     query_end = q.shape[2]
     for length in reversed(stage_lengths):
         if query_end == 0:
             break
-        outputs.append(F.scaled_dot_product_attention(
-            q[:, :, query_end - length:query_end], k[:, :, :key_end], v[:, :, :key_end],
-            scale=scale).transpose(1, 2))
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q[:, :, query_end - length : query_end],
+                k[:, :, :key_end],
+                v[:, :, :key_end],
+                scale=scale,
+            ).transpose(1, 2)
+        )
         query_end -= length
         key_end -= length
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs[::-1], dim=1)
 
 
 if _native.why_not() is None:
+
     @torch.library.register_fake("ecar::stage_attention")
     def _(q, k, v, stage_lengths, scale):
         return q.new_empty(q.shape)

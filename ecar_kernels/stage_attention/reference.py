@@ -9,8 +9,9 @@ from torch import Tensor
 from ecar_kernels._precision import widen
 
 
-def block_causal_mask(stage_lengths: Sequence[int], num_queries: int, *,
-                      device: torch.device | None = None) -> Tensor:
+def block_causal_mask(
+    stage_lengths: Sequence[int], num_queries: int, *, device: torch.device | None = None
+) -> Tensor:
     """Boolean [num_queries, N], N = sum(stage_lengths): may the query see the key?
 
     A token of stage s sees every token of the stages up to s. The queries are the last
@@ -19,11 +20,12 @@ def block_causal_mask(stage_lengths: Sequence[int], num_queries: int, *,
     ends = torch.tensor(tuple(itertools.accumulate(stage_lengths)), device=device)
     tokens = torch.arange(sum(stage_lengths), device=device)
     stage = torch.bucketize(tokens, ends, right=True)
-    return stage[len(stage) - num_queries:, None] >= stage[None, :]
+    return stage[len(stage) - num_queries :, None] >= stage[None, :]
 
 
-def stage_attention(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int], *,
-                    scale: float | None = None) -> Tensor:
+def stage_attention(
+    q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int], *, scale: float | None = None
+) -> Tensor:
     """softmax(scale q k^T + mask) v over [B, N, H, D]."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = block_causal_mask(stage_lengths, q.shape[1], device=q.device)

@@ -50,8 +50,9 @@ KINDS = {"query": query_tiles, "few_keys": query_tiles_of_few_keys, "key": key_t
 _tables: dict[tuple, Tensor] = {}
 
 
-def table(kind: str, stage_lengths: tuple[int, ...], queries: int, block: int,
-          device: torch.device) -> Tensor:
+def table(
+    kind: str, stage_lengths: tuple[int, ...], queries: int, block: int, device: torch.device
+) -> Tensor:
     """Tiles of a kind out of KINDS as int32 [tiles, 3], made at the first call and then kept.
 
     Where that first call is under CUDA-graph capture, the copy to the device becomes part of the

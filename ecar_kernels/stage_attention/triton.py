@@ -19,15 +19,22 @@ LOG2_E = math.log2(math.e)
 # What a program owns tiles of; the kernel for aligned rows, and that for others.
 _KERNELS = {
     "stage_attention": ("query", kernels.forward_kernel, unaligned_forward_kernel),
-    "stage_attention_keys": ("key", gradient_kernels.key_gradients_kernel,
-                             unaligned_key_gradients_kernel),
-    "stage_attention_queries": ("query", gradient_kernels.query_gradients_kernel,
-                                unaligned_query_gradients_kernel),
+    "stage_attention_keys": (
+        "key",
+        gradient_kernels.key_gradients_kernel,
+        unaligned_key_gradients_kernel,
+    ),
+    "stage_attention_queries": (
+        "query",
+        gradient_kernels.query_gradients_kernel,
+        unaligned_query_gradients_kernel,
+    ),
 }
 
 
-def stage_attention(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int], *,
-                    scale: float | None = None) -> Tensor:
+def stage_attention(
+    q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int], *, scale: float | None = None
+) -> Tensor:
     """q [B, Nq, H, D], k and v [B, N, H, D] -> [B, Nq, H, D]."""
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -35,19 +42,18 @@ def stage_attention(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int
     return _forward(q, k, v, stage_lengths, scale)
 
 
-def _run_forward(q: Tensor, k: Tensor, v: Tensor, stage_lengths: list[int],
-                 scale: float) -> Tensor:
+def _run_forward(q: Tensor, k: Tensor, v: Tensor, stage_lengths: list[int], scale: float) -> Tensor:
     out, lse = _results(q)
     _launch_forward(q, k, v, out, out, lse, stage_lengths, scale, leave_rest=False)
     return out
 
 
-def _run_training(q: Tensor, k: Tensor, v: Tensor, stage_lengths: list[int],
-                  scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _run_training(
+    q: Tensor, k: Tensor, v: Tensor, stage_lengths: list[int], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """The output, the logsumexp in base 2, and what rounding to 16 bits took from the output."""
     out, lse, rest = _fake_training(q, k, v, stage_lengths, scale)
-    _launch_forward(q, k, v, out, rest, lse, stage_lengths, scale,
-                    leave_rest=rest.numel() > 0)
+    _launch_forward(q, k, v, out, rest, lse, stage_lengths, scale, leave_rest=rest.numel() > 0)
     return out, lse, rest
 
 
@@ -56,17 +62,44 @@ def _results(q: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=torch.float32)
 
 
-def _launch_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, rest: Tensor, lse: Tensor,
-                    stage_lengths: list[int], scale: float, *, leave_rest: bool) -> None:
+def _launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    rest: Tensor,
+    lse: Tensor,
+    stage_lengths: list[int],
+    scale: float,
+    *,
+    leave_rest: bool,
+) -> None:
     if out.numel():
-        _launch("stage_attention", q, k, stage_lengths, strided=(q, k, v),
-                tensors=(q, k, v, out, rest, lse), counts=(q.shape[1],),
-                scales=(scale * LOG2_E,), NEGATIVE=scale < 0, LEAVE_REST=leave_rest)
+        _launch(
+            "stage_attention",
+            q,
+            k,
+            stage_lengths,
+            strided=(q, k, v),
+            tensors=(q, k, v, out, rest, lse),
+            counts=(q.shape[1],),
+            scales=(scale * LOG2_E,),
+            NEGATIVE=scale < 0,
+            LEAVE_REST=leave_rest,
+        )
 
 
-def _run_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                  rest: Tensor, stage_lengths: list[int],
-                  scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _run_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rest: Tensor,
+    stage_lengths: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     grad_q, grad_k, grad_v = _fake_backward(grad, q, k, v, out, lse, rest, stage_lengths, scale)
     if not q.numel():
         return grad_q, grad_k, grad_v
@@ -75,11 +108,27 @@ def _run_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
     read = (q, k, v, grad, lse, delta)
     scale_log2 = scale * LOG2_E
     _correct_delta(*read, stage_lengths, scale_log2)
-    _launch("stage_attention_keys", q, k, stage_lengths, strided=read[:4],
-            tensors=(*read, grad_k, grad_v), counts=(q.shape[1], k.shape[1]),
-            scales=(scale, scale_log2), head_dim=q.shape[3])
-    _launch("stage_attention_queries", q, k, stage_lengths, strided=read[:4],
-            tensors=(*read, grad_q), counts=(q.shape[1],), scales=(scale, scale_log2))
+    _launch(
+        "stage_attention_keys",
+        q,
+        k,
+        stage_lengths,
+        strided=read[:4],
+        tensors=(*read, grad_k, grad_v),
+        counts=(q.shape[1], k.shape[1]),
+        scales=(scale, scale_log2),
+        head_dim=q.shape[3],
+    )
+    _launch(
+        "stage_attention_queries",
+        q,
+        k,
+        stage_lengths,
+        strided=read[:4],
+        tensors=(*read, grad_q),
+        counts=(q.shape[1],),
+        scales=(scale, scale_log2),
+    )
     return grad_q, grad_k, grad_v
 
 
@@ -89,13 +138,33 @@ def _run_delta(out: Tensor, rest: Tensor, grad: Tensor, delta: Tensor) -> None:
     unit, strides = _strides((grad,))
     its = launch.delta(head_dim)
     gradient_kernels.delta_kernel[(-(-rows // its.rows),)](
-        out, rest, grad, delta, *strides, heads, queries, rows, HEAD_DIM=head_dim,
-        WIDTH=its.width, UNIT=unit, BLOCK_M=its.rows, ADD_REST=rest.numel() > 0,
-        num_warps=its.num_warps)
+        out,
+        rest,
+        grad,
+        delta,
+        *strides,
+        heads,
+        queries,
+        rows,
+        HEAD_DIM=head_dim,
+        WIDTH=its.width,
+        UNIT=unit,
+        BLOCK_M=its.rows,
+        ADD_REST=rest.numel() > 0,
+        num_warps=its.num_warps,
+    )
 
 
-def _correct_delta(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tensor, delta: Tensor,
-                   stage_lengths: list[int], scale_log2: float) -> None:
+def _correct_delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    stage_lengths: list[int],
+    scale_log2: float,
+) -> None:
     """Where it is too inexact, which is where one key may have nearly all the weight.
 
     In float32, for two products more than the backward's seven. In 16-bit types a sum over the
@@ -107,14 +176,36 @@ def _correct_delta(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tensor, d
     its = launch.correction(launch.kind(q.dtype, _triton.product_precision(q.dtype)))
     read = q, k, v, grad
     unit, strides = _strides(read)
-    _start(gradient_kernels.correct_delta_kernel, which, its, q, k, stage_lengths,
-           tensors=(*read, lse, delta), strides=strides, counts=(q.shape[1],),
-           scales=(scale_log2,), head_dim=q.shape[3], STRIP=its.strip, UNIT=unit, maxnreg=255)
+    _start(
+        gradient_kernels.correct_delta_kernel,
+        which,
+        its,
+        q,
+        k,
+        stage_lengths,
+        tensors=(*read, lse, delta),
+        strides=strides,
+        counts=(q.shape[1],),
+        scales=(scale_log2,),
+        head_dim=q.shape[3],
+        STRIP=its.strip,
+        UNIT=unit,
+        maxnreg=255,
+    )
 
 
-def _launch(op: str, q: Tensor, k: Tensor, stage_lengths: list[int], *,
-            strided: tuple[Tensor, ...], tensors: tuple[Tensor, ...], counts: tuple[int, ...],
-            scales: tuple[float, ...], **constants: int) -> None:
+def _launch(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    stage_lengths: list[int],
+    *,
+    strided: tuple[Tensor, ...],
+    tensors: tuple[Tensor, ...],
+    counts: tuple[int, ...],
+    scales: tuple[float, ...],
+    **constants: int,
+) -> None:
     """A kernel that holds whole heads, in parts, under the settings of `op` (launch.OPS); or,
     where rows are not aligned, the one that holds some columns of them."""
     batch, queries, heads, head_dim = q.shape
@@ -125,27 +216,76 @@ def _launch(op: str, q: Tensor, k: Tensor, stage_lengths: list[int], *,
     unit, strides = _strides(strided)
     if unit == 1:
         its = launch.unaligned(op, kind)
-        _start(unaligned, tiles_of, its, q, k, stage_lengths, -(-head_dim // its.columns),
-               tensors=tensors, strides=strides, counts=counts, scales=scales, COLUMNS=its.columns,
-               STRIP=its.strip, maxnreg=255, **constants | {"head_dim": head_dim})
+        _start(
+            unaligned,
+            tiles_of,
+            its,
+            q,
+            k,
+            stage_lengths,
+            -(-head_dim // its.columns),
+            tensors=tensors,
+            strides=strides,
+            counts=counts,
+            scales=scales,
+            COLUMNS=its.columns,
+            STRIP=its.strip,
+            maxnreg=255,
+            **constants | {"head_dim": head_dim},
+        )
         return
-    usual = launch.default(op, head_dim, kind, stage_lengths, queries, batch * heads, arch,
-                           _triton.multiprocessors(q.device.index))
+    usual = launch.default(
+        op,
+        head_dim,
+        kind,
+        stage_lengths,
+        queries,
+        batch * heads,
+        arch,
+        _triton.multiprocessors(q.device.index),
+    )
     # The stages, for lists of equal totals have tiles of their own.
-    its = tuning.choose(op, (head_dim, kind, queries, *stage_lengths), batch * heads, usual,
-                        q.device.index)
+    its = tuning.choose(
+        op, (head_dim, kind, queries, *stage_lengths), batch * heads, usual, q.device.index
+    )
     part1, part2 = launch.parts(head_dim, op, kind)
     if tiles_of == "query":
         constants["PIPELINE_TAIL"] = launch.pipeline_tail(kind, arch, its)
-    _start(kernel, tiles_of, its, q, k, stage_lengths, tensors=tensors, strides=strides,
-           counts=counts, scales=scales, HEAD_DIM=head_dim, PART1=part1, PART2=part2,
-           RELOAD=launch.reload(op, head_dim, kind),
-           maxnreg=launch.max_registers(op, head_dim, kind), **constants)
+    _start(
+        kernel,
+        tiles_of,
+        its,
+        q,
+        k,
+        stage_lengths,
+        tensors=tensors,
+        strides=strides,
+        counts=counts,
+        scales=scales,
+        HEAD_DIM=head_dim,
+        PART1=part1,
+        PART2=part2,
+        RELOAD=launch.reload(op, head_dim, kind),
+        maxnreg=launch.max_registers(op, head_dim, kind),
+        **constants,
+    )
 
 
-def _start(kernel, tiles_of: str, its, q: Tensor, k: Tensor, stage_lengths: Sequence[int],
-           parts: int = 1, *, tensors: tuple[Tensor, ...], strides: list[int],
-           counts: tuple[int, ...], scales: tuple[float, ...], **constants: int | None) -> None:
+def _start(
+    kernel,
+    tiles_of: str,
+    its,
+    q: Tensor,
+    k: Tensor,
+    stage_lengths: Sequence[int],
+    parts: int = 1,
+    *,
+    tensors: tuple[Tensor, ...],
+    strides: list[int],
+    counts: tuple[int, ...],
+    scales: tuple[float, ...],
+    **constants: int | None,
+) -> None:
     """tiles_of: the kind of table (tiles.table) of what the kernel's programs own; parts: how
     many programs share one row of it."""
     batch, queries, heads, head_dim = q.shape
@@ -153,17 +293,31 @@ def _start(kernel, tiles_of: str, its, q: Tensor, k: Tensor, stage_lengths: Sequ
     table = tiles.table(tiles_of, tuple(stage_lengths), queries, own, q.device)
     group = launch.heads_in_cache(batch * heads, other, head_dim, q.element_size())
     kernel[len(table) * batch * heads, parts](
-        *tensors, table, *strides, len(table), heads, batch * heads, *counts, group, *scales,
-        PRECISION=_triton.product_precision(q.dtype), BLOCK_M=its.block_m, BLOCK_N=its.block_n,
-        num_warps=its.num_warps, num_stages=its.num_stages, **constants)
+        *tensors,
+        table,
+        *strides,
+        len(table),
+        heads,
+        batch * heads,
+        *counts,
+        group,
+        *scales,
+        PRECISION=_triton.product_precision(q.dtype),
+        BLOCK_M=its.block_m,
+        BLOCK_N=its.block_n,
+        num_warps=its.num_warps,
+        num_stages=its.num_stages,
+        **constants,
+    )
 
 
 def _strides(tensors: tuple[Tensor, ...]) -> tuple[int, list[int]]:
     """A unit, 1 where some rows are not aligned, and in it the strides of all dimensions but the
     last."""
     strides = [stride for x in tensors for stride in x.stride()[:-1]]
-    aligned = (all(stride % 8 == 0 for stride in strides)
-               and all(x.data_ptr() % 16 == 0 for x in tensors))
+    aligned = all(stride % 8 == 0 for stride in strides) and all(
+        x.data_ptr() % 16 == 0 for x in tensors
+    )
     unit = 8 if aligned else 1
     return unit, [stride // unit for stride in strides]
 
@@ -181,13 +335,16 @@ def _fake_backward(grad, q, k, v, out, lse, rest, stage_lengths, scale):
 
 
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, int[] stage_lengths, float scale"
-_forward = _triton.register(f"stage_attention({_ARGUMENTS}) -> Tensor", _run_forward,
-                            _fake_forward)
+_forward = _triton.register(f"stage_attention({_ARGUMENTS}) -> Tensor", _run_forward, _fake_forward)
 _training = _triton.register(
-    f"stage_attention_training({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _run_training,
-    _fake_training)
+    f"stage_attention_training({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    _run_training,
+    _fake_training,
+)
 _backward = _triton.register(
     "stage_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor rest, int[] stage_lengths, float scale) -> (Tensor, Tensor, Tensor)",
-    _run_backward, _fake_backward)
+    _run_backward,
+    _fake_backward,
+)
 _StageAttention = differentiable(_training, _backward)

@@ -35,8 +35,9 @@ def _load(base, stride, length, columns, head_dim, BLOCK: tl.constexpr):
 @triton.jit
 def _store(base, stride, length, value, columns, head_dim, BLOCK: tl.constexpr):
     inside = (tl.arange(0, BLOCK)[:, None] < length) & (columns < head_dim)
-    tl.store(base + _row_offsets(stride, BLOCK) + columns, value.to(base.dtype.element_ty),
-             mask=inside)
+    tl.store(
+        base + _row_offsets(stride, BLOCK) + columns, value.to(base.dtype.element_ty), mask=inside
+    )
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -59,10 +60,22 @@ def unaligned_forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     for at in range(0, end, BLOCK_N):
         left = end - at
-        scores = _strips(q, q_row, length, k + at * k_row, k_row, left, head_dim, STRIP, BLOCK_M,
-                         BLOCK_N, PRECISION)
-        weights, shrink, largest = _softmax(scores, largest, left, scale_log2, True, NEGATIVE,
-                                            BLOCK_N)
+        scores = _strips(
+            q,
+            q_row,
+            length,
+            k + at * k_row,
+            k_row,
+            left,
+            head_dim,
+            STRIP,
+            BLOCK_M,
+            BLOCK_N,
+            PRECISION,
+        )
+        weights, shrink, largest = _softmax(
+            scores, largest, left, scale_log2, True, NEGATIVE, BLOCK_N
+        )
         total = total * shrink + tl.sum(weights, 1)
         its_v = _load(v + at * v_row, v_row, left, columns, head_dim, BLOCK_N)
         acc = _dot(weights.to(its_v.dtype), its_v, acc * shrink[:, None], PRECISION)
@@ -105,10 +118,12 @@ def unaligned_key_gradients_kernel(
         left = queries - at
         q_at = q + at * q_row
         grad_at = grad + at * grad_row
-        scores = _strips(k, k_row, length, q_at, q_row, left, head_dim, STRIP, BLOCK_N, BLOCK_M,
-                         PRECISION)
-        grad_weights = _strips(v, v_row, length, grad_at, grad_row, left, head_dim, STRIP,
-                               BLOCK_N, BLOCK_M, PRECISION)
+        scores = _strips(
+            k, k_row, length, q_at, q_row, left, head_dim, STRIP, BLOCK_N, BLOCK_M, PRECISION
+        )
+        grad_weights = _strips(
+            v, v_row, length, grad_at, grad_row, left, head_dim, STRIP, BLOCK_N, BLOCK_M, PRECISION
+        )
         rows = at + tl.arange(0, BLOCK_M)
         # Queries past the end weigh nothing: 2^(0 - inf).
         row_lse = tl.load(lse + rows, mask=rows < queries, other=float("inf"))
@@ -151,10 +166,22 @@ def unaligned_query_gradients_kernel(
     for at in range(0, end, BLOCK_N):
         left = end - at
         k_at = k + at * k_row
-        scores = _strips(q, q_row, length, k_at, k_row, left, head_dim, STRIP, BLOCK_M, BLOCK_N,
-                         PRECISION)
-        grad_weights = _strips(grad, grad_row, length, v + at * v_row, v_row, left, head_dim,
-                               STRIP, BLOCK_M, BLOCK_N, PRECISION)
+        scores = _strips(
+            q, q_row, length, k_at, k_row, left, head_dim, STRIP, BLOCK_M, BLOCK_N, PRECISION
+        )
+        grad_weights = _strips(
+            grad,
+            grad_row,
+            length,
+            v + at * v_row,
+            v_row,
+            left,
+            head_dim,
+            STRIP,
+            BLOCK_M,
+            BLOCK_N,
+            PRECISION,
+        )
         weights = tl.exp2(tl.fma(scores, scale_log2, -row_lse[:, None]))
         # 2^(0 - lse) of keys past the end may be infinite, and inf times zero is nan.
         weights = tl.where(tl.arange(0, BLOCK_N)[None, :] < left, weights, 0.0)

@@ -15,7 +15,13 @@ def python(*arguments: str, status: int = 0, timeout: float = 300) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     # The benchmarks time what `auto` takes; interpreted kernels are no part of it.
     environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout if status == 0 else done.stdout + done.stderr

@@ -7,8 +7,9 @@ from benchmarks import ablation, models
 from ecar import ECARConfig
 from ecar.sampler import sample
 
-CONFIG = ECARConfig(stage_sides=(4, 8, 16), channels=2, num_classes=3, width=32, heads=2,
-                    ar_layers=2, flow_blocks=2)
+CONFIG = ECARConfig(
+    stage_sides=(4, 8, 16), channels=2, num_classes=3, width=32, heads=2, ar_layers=2, flow_blocks=2
+)
 
 
 @pytest.fixture
@@ -20,8 +21,9 @@ def test_all_variants_draw_the_same_image(ways):
     images = {}
     for name, way in ways.items():
         with way.backend_in_force():
-            images[name] = sample(way.model, torch.tensor([1]), seeds=torch.tensor([5]),
-                                  steps=7).latents
+            images[name] = sample(
+                way.model, torch.tensor([1]), seeds=torch.tensor([5]), steps=7
+            ).latents
     whole = images.pop(ablation.ALL)
     assert images
     for name, image in images.items():
@@ -33,12 +35,17 @@ def test_switches_do_what_they_say(ways):
     rows = {}
     for name, way in ways.items():
         seen = rows[name] = {"modulation": 0, "ar": 0}
-        for kind, module in (("modulation", way.model.heads[-1].modulation),
-                             ("ar", way.model.ar.blocks[0])):
+        for kind, module in (
+            ("modulation", way.model.heads[-1].modulation),
+            ("ar", way.model.ar.blocks[0]),
+        ):
             module.register_forward_hook(
-                lambda module, args, result, seen=seen, kind=kind:
-                seen.__setitem__(kind, seen[kind] + args[0].shape[1])
-                if args[0].ndim == 3 else None)  # of tokens, not of the steps' times
+                lambda module, args, result, seen=seen, kind=kind: (
+                    seen.__setitem__(kind, seen[kind] + args[0].shape[1])
+                    if args[0].ndim == 3
+                    else None
+                )
+            )  # of tokens, not of the steps' times
         sample(way.model, torch.tensor([1]), seeds=torch.tensor([5]), steps=[1, 1, 6])
     tokens = CONFIG.stage_tokens
     assert rows[ablation.ALL] == {"modulation": tokens[-1], "ar": sum(tokens)}

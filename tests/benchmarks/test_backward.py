@@ -21,8 +21,14 @@ def test_a_row_has_the_ways_and_the_time_in_ops_and_renders(op):
 
 
 def test_the_rest_of_a_call_is_what_is_not_in_ops():
-    row = {"op": "adaln", "size": "S", "tokens": 16, "batch": 8, "ops": 60e-6,
-           "floor_seconds": 30e-6, "seconds": {"ours": {"median": 100e-6},
-                                               "compiled": {"median": 90e-6}}}
+    row = {
+        "op": "adaln",
+        "size": "S",
+        "tokens": 16,
+        "batch": 8,
+        "ops": 60e-6,
+        "floor_seconds": 30e-6,
+        "seconds": {"ours": {"median": 100e-6}, "compiled": {"median": 90e-6}},
+    }
     cells = [cell.strip() for cell in backward.render({"rows": [row]}).splitlines()[2].split("|")]
     assert cells[5:-1] == ["90.0 us", "100 us", "60.0 us", "40.0 us", "30.0 us"]

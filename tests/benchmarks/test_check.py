@@ -13,11 +13,20 @@ NAME = "adaln S 256 tokens, batch 1"
 
 def row(eager=3e-3, compiled=2e-3, ours=1e-3, spread=0.02, **changes):
     """Medians, and the interquartile range as a share of each."""
-    seconds = {name: {"median": value, "q1": value * (1 - spread / 2),
-                      "q3": value * (1 + spread / 2)}
-               for name, value in (("eager", eager), ("compiled", compiled), ("ours", ours))}
-    return {"op": CASE.op, "size": CASE.size, "tokens": CASE.tokens, "batch": CASE.batch,
-            "backward": False, "whole": False, "seconds": seconds, **changes}
+    seconds = {
+        name: {"median": value, "q1": value * (1 - spread / 2), "q3": value * (1 + spread / 2)}
+        for name, value in (("eager", eager), ("compiled", compiled), ("ours", ours))
+    }
+    return {
+        "op": CASE.op,
+        "size": CASE.size,
+        "tokens": CASE.tokens,
+        "batch": CASE.batch,
+        "backward": False,
+        "whole": False,
+        "seconds": seconds,
+        **changes,
+    }
 
 
 def test_a_regression_is_a_loss_that_names_the_row_and_both_ratios():
@@ -93,8 +102,9 @@ def test_a_run_that_measured_nothing_is_no_success(monkeypatch, committed):
     assert not run(monkeypatch, committed, row(tokens=64))
 
 
-@pytest.mark.parametrize("change", [{"threads": 99}, {"device": "an abacus"},
-                                    {"versions": {"torch": "0.1"}}])
+@pytest.mark.parametrize(
+    "change", [{"threads": 99}, {"device": "an abacus"}, {"versions": {"torch": "0.1"}}]
+)
 def test_other_machines_results_are_not_compared(monkeypatch, tmp_path, capsys, change):
     facts, file = environment.describe() | change, tmp_path / "micro.json"
     results.write(file, "micro", facts, rows=[row()])
@@ -119,17 +129,37 @@ def test_what_is_checked_is_what_make_bench_times():
 
 def test_the_command_measures_and_compares(tmp_path, monkeypatch):
     """With results of its own run, then with such as no machine reaches."""
-    command = ("-m", "benchmarks", "--results", str(tmp_path), "--seconds", "0.01",
-               "-k", "[euler_step-forward---256tokens-batch1]")
+    command = (
+        "-m",
+        "benchmarks",
+        "--results",
+        str(tmp_path),
+        "--seconds",
+        "0.01",
+        "-k",
+        "[euler_step-forward---256tokens-batch1]",
+    )
     python(*command)
     (file,) = tmp_path.glob("*/micro.json")
     record = json.loads(file.read_text())
     (timed,) = record["rows"]
-    timed["seconds"]["eager"] = {name: 1000 * value for name, value in
-                                 timed["seconds"]["eager"].items()}
-    timed["seconds"]["ours"] |= {"q1": timed["seconds"]["ours"]["median"],
-                                 "q3": timed["seconds"]["ours"]["median"]}
+    timed["seconds"]["eager"] = {
+        name: 1000 * value for name, value in timed["seconds"]["eager"].items()
+    }
+    timed["seconds"]["ours"] |= {
+        "q1": timed["seconds"]["ours"]["median"],
+        "q3": timed["seconds"]["ours"]["median"],
+    }
     file.write_text(json.dumps(record))
-    out = python("-m", "benchmarks.check", "--only", "ratios", "--against", str(file),
-                 "--seconds", "0.05", status=1)
+    out = python(
+        "-m",
+        "benchmarks.check",
+        "--only",
+        "ratios",
+        "--against",
+        str(file),
+        "--seconds",
+        "0.05",
+        status=1,
+    )
     assert "LOST: euler_step - 256 tokens, batch 1: eager / ours" in out

@@ -11,8 +11,20 @@ from tests.support.native import needs_native
 
 @needs_native
 def test_a_run_writes_its_records(tmp_path):
-    out = python("-m", "benchmarks.gemm", "--threads", "1", "--widths", "16", "--rows", "3",
-                 "--seconds", "0.01", "--results", str(tmp_path))
+    out = python(
+        "-m",
+        "benchmarks.gemm",
+        "--threads",
+        "1",
+        "--widths",
+        "16",
+        "--rows",
+        "3",
+        "--seconds",
+        "0.01",
+        "--results",
+        str(tmp_path),
+    )
     (file,) = tmp_path.glob("*/gemm.json")
     record = results.read(file)
     records = record["records"]

@@ -38,8 +38,9 @@ def test_multiply_adds_are_those_of_the_modules():
     latents, order = torch.randn(1, TINY.tokens, mar.CHANNELS), torch.randperm(TINY.tokens)
     for drawn in mar.next_tokens(ar_steps, TINY.tokens):
         with counted() as counter:
-            z = model.condition(torch.tensor([3]), latents, order[:known],
-                                order[known:known + drawn])
+            z = model.condition(
+                torch.tensor([3]), latents, order[:known], order[known : known + drawn]
+            )
             total += counter.get_total_flops() // 2
         assert z.shape == (1, drawn, TINY.width)
         with counted() as counter:
@@ -58,13 +59,16 @@ def test_the_accelerated_model_computes_the_same():
     x, t = torch.randn(1, 3, mar.CHANNELS), torch.rand(3)
     with torch.no_grad():
         found = fast.model.condition(*given)
-        pairs = [(found, lambda m, kind: m.condition(given[0], latents.to(kind), *given[2:])),
-                 (fast.model.mlp(x, t, found), lambda m, kind: m.mlp(x.to(kind), t.to(kind),
-                                                                     found.to(kind)))]
+        pairs = [
+            (found, lambda m, kind: m.condition(given[0], latents.to(kind), *given[2:])),
+            (
+                fast.model.mlp(x, t, found),
+                lambda m, kind: m.mlp(x.to(kind), t.to(kind), found.to(kind)),
+            ),
+        ]
         for ours, run in pairs:
             with use_backend("reference"):
-                usual, exact = run(plain.float(), torch.float32), run(plain.double(),
-                                                                      torch.float64)
+                usual, exact = run(plain.float(), torch.float32), run(plain.double(), torch.float64)
             assert error(ours, exact) <= 2 * error(usual, exact) + ulp(exact, torch.float32)
 
 
@@ -75,8 +79,10 @@ def test_what_is_not_known_is_not_read():
     other[:, order[5:]] = torch.randn(1, TINY.tokens - 5, mar.CHANNELS)
     label = torch.tensor([3])
     with torch.no_grad():
-        one, two = (sampler.model.condition(label, values, order[:5], order[5:7])
-                    for values in (latents, other))
+        one, two = (
+            sampler.model.condition(label, values, order[:5], order[5:7])
+            for values in (latents, other)
+        )
     assert torch.equal(one, two)
 
 

@@ -22,8 +22,12 @@ def some(op: str, backward: bool = False) -> cases.Case:
     return cases.Case(op, 16, 2, "-" if op in cases.WIDTHLESS else "S", backward)
 
 
-WAYS = [some(op, backward) for op in OPS for backward in (False, True)
-        if not backward or op in BACKWARD_READS]
+WAYS = [
+    some(op, backward)
+    for op in OPS
+    for backward in (False, True)
+    if not backward or op in BACKWARD_READS
+]
 
 
 @pytest.mark.parametrize("case", WAYS, ids=lambda case: case.name)
@@ -64,8 +68,12 @@ def test_sets_of_inputs_are_larger_than_the_cache_or_many(op, monkeypatch):
     monkeypatch.setattr(cases, "last_level_cache", lambda: 2**20)
     case = some(op)
     sets = list(cases.input_sets(case, cases.Arena(2**20, cases.DTYPE)))
-    held = sum(value.numel() * value.element_size() for given in sets
-               for value in given.values() if isinstance(value, torch.Tensor))
+    held = sum(
+        value.numel() * value.element_size()
+        for given in sets
+        for value in given.values()
+        if isinstance(value, torch.Tensor)
+    )
     assert held >= cases.ROTATION * 2**20 or len(sets) == cases.MAX_SETS
     firsts = [given["x" if "x" in given else "h"] for given in sets[:2]]
     assert len(sets) == 1 or not torch.equal(*firsts)
@@ -85,8 +93,16 @@ def test_costs_are_those_of_the_sizes():
 
 
 def test_a_run_writes_its_record(tmp_path):
-    out = python("-m", "benchmarks", "--results", str(tmp_path), "--seconds", "0.01",
-                 "-k", "(euler_step-forward and 16tokens and batch1) or test_overhead[euler_step]")
+    out = python(
+        "-m",
+        "benchmarks",
+        "--results",
+        str(tmp_path),
+        "--seconds",
+        "0.01",
+        "-k",
+        "(euler_step-forward and 16tokens and batch1) or test_overhead[euler_step]",
+    )
     (file,) = tmp_path.glob("*/micro.json")
     assert f"wrote {file}" in out and "| euler_step" in out
     record = results.read(file)
@@ -99,57 +115,109 @@ def test_a_run_writes_its_record(tmp_path):
         assert 0 < seconds["min"] <= seconds["q1"] <= seconds["median"] <= seconds["q3"]
     assert row["bytes"] == 4 * 3 * 4 * 8 * 8 and row["multiply_adds"] == 0
     assert row["floor_seconds"] == row["bytes"] / record["rates"]["bytes_per_second"]
-    assert overhead["seconds"].keys() == {"ours", "api", "eager", "least", "api, least",
-                                          "eager, least"}
+    assert overhead["seconds"].keys() == {
+        "ours",
+        "api",
+        "eager",
+        "least",
+        "api, least",
+        "eager, least",
+    }
 
 
 def test_rows_without_time_are_left_out_and_said_so(tmp_path):
-    out = python("-m", "benchmarks", "--results", str(tmp_path), "--minutes", "1e-9",
-                 "-k", "euler_step-forward and 16tokens and batch1", status=1)
+    out = python(
+        "-m",
+        "benchmarks",
+        "--results",
+        str(tmp_path),
+        "--minutes",
+        "1e-9",
+        "-k",
+        "euler_step-forward and 16tokens and batch1",
+        status=1,
+    )
     assert "minutes are over" in out and "error: nothing was measured" in out
     assert "7 rows were left out" in micro_table.render({"rows": [row()], "left_out": 7})
 
 
 def row(**changes):
-    seconds = {name: {"median": value} for name, value in
-               (("eager", 4e-3), ("compiled", 3e-3), ("ours", 2e-3))}
-    return {"op": "adaln", "size": "S", "tokens": 16, "batch": 1, "backward": True,
-            "bytes": 2 * 10**6, "multiply_adds": 0, "floor_seconds": 1e-3, "seconds": seconds,
-            "failures": {}, **changes}
+    seconds = {
+        name: {"median": value}
+        for name, value in (("eager", 4e-3), ("compiled", 3e-3), ("ours", 2e-3))
+    }
+    return {
+        "op": "adaln",
+        "size": "S",
+        "tokens": 16,
+        "batch": 1,
+        "backward": True,
+        "bytes": 2 * 10**6,
+        "multiply_adds": 0,
+        "floor_seconds": 1e-3,
+        "seconds": seconds,
+        "failures": {},
+        **changes,
+    }
 
 
 def test_the_table_has_ratios_rates_and_the_fraction_of_the_floor():
-    record = {"kind": "micro", "rows": [row(), row(op="adaln_linear", multiply_adds=10**9)],
-              "environment": environment.describe()}
+    record = {
+        "kind": "micro",
+        "rows": [row(), row(op="adaln_linear", multiply_adds=10**9)],
+        "environment": environment.describe(),
+    }
     lines = table.render(record).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:4]]
-    assert cells[0] == ["adaln backward", "S", "16", "1", "2.00 ms", "2.00x", "1.50x", "1.0 GB/s",
-                        "50%"]
+    assert cells[0] == [
+        "adaln backward",
+        "S",
+        "16",
+        "1",
+        "2.00 ms",
+        "2.00x",
+        "1.50x",
+        "1.0 GB/s",
+        "50%",
+    ]
     assert cells[1][7] == "1000.0 GFLOP/s"
     without = row(failures={"compiled": "Unsupported: a reason"})
     del without["seconds"]["compiled"]
     lines = micro_table.render({"rows": [without, row()]}).splitlines()
     assert [cell.strip() for cell in lines[-1].strip("|").split("|")] == [
-        "adaln backward", "torch.compile", "1 of 2", "Unsupported: a reason"]
+        "adaln backward",
+        "torch.compile",
+        "1 of 2",
+        "Unsupported: a reason",
+    ]
 
 
 def test_the_table_has_a_row_for_each_peer_timed_or_not():
-    timed = row(op="stage_attention", backward=False, whole=True,
-                failures={"flash-attn": "ImportError: flash-attn is not installed"})
+    timed = row(
+        op="stage_attention",
+        backward=False,
+        whole=True,
+        failures={"flash-attn": "ImportError: flash-attn is not installed"},
+    )
     timed["seconds"]["SDPA math"] = {"median": 5e-3}
     lines = micro_table.render({"rows": [timed, timed]}).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     name = "stage_attention, all stages"
-    assert cells.count([name, "S", "16", "1", "SDPA math", "5.00 ms", "2.50x", "0.4 GB/s",
-                        "20%"]) == 2
+    assert (
+        cells.count([name, "S", "16", "1", "SDPA math", "5.00 ms", "2.50x", "0.4 GB/s", "20%"]) == 2
+    )
     assert [name, "flash-attn", "2 of 2", "ImportError: flash-attn is not installed"] in cells
 
 
-@pytest.mark.parametrize("case", [
-    cases.Case("stage_attention", 16, 1, "S"),
-    cases.Case("stage_attention", 9, 1, cases.VAR, whole=True),
-    cases.Case("stage_attention", 4, 2, cases.VAR, backward=True),
-], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        cases.Case("stage_attention", 16, 1, "S"),
+        cases.Case("stage_attention", 9, 1, cases.VAR, whole=True),
+        cases.Case("stage_attention", 4, 2, cases.VAR, backward=True),
+    ],
+    ids=lambda case: case.name,
+)
 def test_attentions_peers_compute_the_same_or_say_why_not(case):
     given = cases.inputs(case, SMALL)
     functions = variants.functions(case)
@@ -162,8 +230,13 @@ def test_attentions_peers_compute_the_same_or_say_why_not(case):
             assert_accurate(functions[name], functions["eager"], given, gradients=case.backward)
         right += 1
     assert right >= 2  # SDPA's math and flash serve every machine
-    assert set(reasons) <= {"FlexAttention", "SDPA efficient", "SDPA cudnn", "flash-attn",
-                            "xformers"}
+    assert set(reasons) <= {
+        "FlexAttention",
+        "SDPA efficient",
+        "SDPA cudnn",
+        "flash-attn",
+        "xformers",
+    }
     if case.backward and "FlexAttention" in reasons:
         assert "FlexAttention does not support backward" in reasons["FlexAttention"]
 
@@ -175,8 +248,12 @@ def test_a_call_by_stage_is_the_masked_one():
     reference = variants.functions(case)["eager"]
 
     def dense(q, k, v):
-        return reference(q, k, v, (k.shape[1] - q.shape[1], q.shape[1])
-                         if k.shape[1] > q.shape[1] else (k.shape[1],))
+        return reference(
+            q,
+            k,
+            v,
+            (k.shape[1] - q.shape[1], q.shape[1]) if k.shape[1] > q.shape[1] else (k.shape[1],),
+        )
 
     assert_accurate(functools.partial(peers._by_stage, dense), reference, given)
 
@@ -188,8 +265,15 @@ def test_scores_that_memory_does_not_hold_are_a_reason(monkeypatch):
     assert "its scores would take" in variants.why_not(case, "eager", None, given)
     ours = variants.functions(case)["ours"]
     assert variants.why_not(case, "ours", ours, given) is None
-    assert variants.why_not(some("adaln"), "eager", variants.functions(some("adaln"))["eager"],
-                            [cases.inputs(some("adaln"), SMALL)]) is None
+    assert (
+        variants.why_not(
+            some("adaln"),
+            "eager",
+            variants.functions(some("adaln"))["eager"],
+            [cases.inputs(some("adaln"), SMALL)],
+        )
+        is None
+    )
 
 
 def test_reasons_are_one_line():

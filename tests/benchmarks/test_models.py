@@ -15,8 +15,9 @@ from ecar_kernels import use_backend
 from ecar_kernels.costs import Rates
 from tests.support.native import needs_native
 
-TINY = ECARConfig(stage_sides=(4, 8), channels=1, num_classes=3, width=16, heads=2, ar_layers=1,
-                  flow_blocks=1)
+TINY = ECARConfig(
+    stage_sides=(4, 8), channels=1, num_classes=3, width=16, heads=2, ar_layers=1, flow_blocks=1
+)
 MASKED = mar.MARSize(layers=1, width=16, heads=2, mlp_blocks=1, mlp_width=24, tokens=16, buffer=4)
 PEER = dit.DiTSize(layers=1, width=16, heads=2, latent_side=8)
 
@@ -32,14 +33,18 @@ def test_a_twin_has_the_same_parameters_and_modules_of_its_own():
     assert twin is not model and twin.heads[0] is not model.heads[0]
     pairs = zip(model.parameters(), twin.parameters(), strict=True)
     assert all(a is b for a, b in pairs)
-    assert all(weight.abs().sum() > 0 for head in model.heads
-               for weight in (head.modulation.weight, head.output.weight))
+    assert all(
+        weight.abs().sum() > 0
+        for head in model.heads
+        for weight in (head.modulation.weight, head.output.weight)
+    )
 
 
 @needs_native
 def test_end_to_end_has_every_way_and_the_gemms():
-    row = end_to_end.measure("S", TINY, 0, steps=8, timed_steps=3, compile=None,
-                             rates_found=Rates(1e9, 1e9))
+    row = end_to_end.measure(
+        "S", TINY, 0, steps=8, timed_steps=3, compile=None, rates_found=Rates(1e9, 1e9)
+    )
     work = Roofline(TINY, steps=8, itemsize=4).total()
     assert row["floor"]["seconds"] == max(work.bytes, work.multiply_adds) / 1e9
     assert row["seconds"].keys() == {"eager", "ours", "linears", "attention"}
@@ -71,8 +76,10 @@ def test_a_compiled_image_is_the_eager_one_and_a_block_is_compiled_once_a_stage(
         patch.setattr(torch, "compile", compile)
         compiled = models.compiled(model, whole)
     with use_backend("reference"):
-        images = [sample(m, torch.tensor([1]), seeds=torch.tensor([7]), steps=[2, 2]).latents
-                  for m in (model, compiled)]
+        images = [
+            sample(m, torch.tensor([1]), seeds=torch.tensor([7]), steps=[2, 2]).latents
+            for m in (model, compiled)
+        ]
     assert torch.equal(*images)  # the backend runs the same ops
     attentions = [count for count in graphs if count]
     assert attentions == ([3, 3] if whole else [1, 1])  # of two stages with three blocks each
@@ -98,8 +105,11 @@ def test_table2_counts_what_the_paper_has_to_a_few_percent():
 
 def test_memory_needed_is_of_the_largest_stage():
     found = memory.needed(TINY, 8)
-    assert found == {"modulation": 4 * (16 + 4) * 8 * 16, "kv_cache": 4 * 2 * 20 * 16,
-                     "activations": 4 * 16 * 10 * 16}
+    assert found == {
+        "modulation": 4 * (16 + 4) * 8 * 16,
+        "kv_cache": 4 * 2 * 20 * 16,
+        "activations": 4 * 16 * 10 * 16,
+    }
 
 
 @pytest.mark.skipif(not memory.STATUS.exists(), reason="needs Linux's /proc")

@@ -15,27 +15,48 @@ FACTS = environment.describe()
 
 
 def summary(median):
-    return {"rounds": 5, "min": median, "q1": 0.9 * median, "median": median, "q3": 1.1 * median,
-            "max": median}
+    return {
+        "rounds": 5,
+        "min": median,
+        "q1": 0.9 * median,
+        "median": median,
+        "q3": 1.1 * median,
+        "max": median,
+    }
 
 
 def micro_row(op, batch=1, backward=False, multiply_adds=0, **seconds):
-    return {"op": op, "size": "S", "tokens": 16, "batch": batch, "backward": backward,
-            "bytes": 1000 * batch, "multiply_adds": multiply_adds, "failures": {}, "seconds": {
-                name: summary(value) if isinstance(value, float) else value
-                for name, value in seconds.items()}}
+    return {
+        "op": op,
+        "size": "S",
+        "tokens": 16,
+        "batch": batch,
+        "backward": backward,
+        "bytes": 1000 * batch,
+        "multiply_adds": multiply_adds,
+        "failures": {},
+        "seconds": {
+            name: summary(value) if isinstance(value, float) else value
+            for name, value in seconds.items()
+        },
+    }
 
 
 MICRO = {
-    "kind": "micro", "environment": FACTS,
+    "kind": "micro",
+    "environment": FACTS,
     "rates": {"bytes_per_second": 1e9, "multiply_adds_per_second": 1e10},
     "rows": [
         micro_row("adaln", ours=1e-6, eager=4e-6, compiled=2e-6),
         micro_row("adaln", batch=8, ours=1e-6, eager=6e-6, compiled=2e-6),
         micro_row("adaln", backward=True, ours=1e-6, eager=0.5e-6),
         # A peer may have a reason in the place of times, and names that no one thought of.
-        micro_row("stage_attention", multiply_adds=5000, ours=1e-6, **{
-            "flash-attn": "flash-attn: not installed", "SDPA math": 3e-6}),
+        micro_row(
+            "stage_attention",
+            multiply_adds=5000,
+            ours=1e-6,
+            **{"flash-attn": "flash-attn: not installed", "SDPA math": 3e-6},
+        ),
         {"op": "adaln", "overhead": True, "seconds": {"ours": summary(1e-6)}},
     ],
 }
@@ -43,16 +64,42 @@ GPU = {
     "kind": "gpu",
     "environment": FACTS | {"gpu": {"name": "NVIDIA H100", "CUDA": "13.0", "driver": "580"}},
     "parts": {
-        "rates": {"rows": [{"name": "copy", "value": 3e12, "unit": "bytes/s"},
-                           {"name": "bfloat16", "value": 4e14, "unit": "multiply-adds/s"}]},
-        "micro": {"rows": [
-            {"op": "adaln", "size": "S", "tokens": 256, "batch": 1, "group": "eager", "sets": 2,
-             "variants": {"reference": {"median": 9e-6, "how": "graph"},
-                          "triton": {"median": 3e-6, "how": "graph"}},
-             "failed": {}, "bytes": 1_000_000, "multiply_adds": 0},
-            {"op": "adaln", "size": "S", "tokens": 16, "batch": 1, "group": "eager", "sets": 2,
-             "failed": {"triton": "no"}, "bytes": 1_000_000, "multiply_adds": 0},
-        ]},
+        "rates": {
+            "rows": [
+                {"name": "copy", "value": 3e12, "unit": "bytes/s"},
+                {"name": "bfloat16", "value": 4e14, "unit": "multiply-adds/s"},
+            ]
+        },
+        "micro": {
+            "rows": [
+                {
+                    "op": "adaln",
+                    "size": "S",
+                    "tokens": 256,
+                    "batch": 1,
+                    "group": "eager",
+                    "sets": 2,
+                    "variants": {
+                        "reference": {"median": 9e-6, "how": "graph"},
+                        "triton": {"median": 3e-6, "how": "graph"},
+                    },
+                    "failed": {},
+                    "bytes": 1_000_000,
+                    "multiply_adds": 0,
+                },
+                {
+                    "op": "adaln",
+                    "size": "S",
+                    "tokens": 16,
+                    "batch": 1,
+                    "group": "eager",
+                    "sets": 2,
+                    "failed": {"triton": "no"},
+                    "bytes": 1_000_000,
+                    "multiply_adds": 0,
+                },
+            ]
+        },
     },
 }
 
@@ -60,11 +107,13 @@ GPU = {
 @pytest.fixture
 def record(tmp_path):
     """Writes a record as a file of results."""
+
     def write(content, name, device="some-device"):
         file = tmp_path / device / f"{name}.json"
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(content))
         return file
+
     return write
 
 
@@ -84,13 +133,17 @@ def test_what_auto_takes_is_ours_on_a_gpu():
     assert bars.data(GPU)["device"] == "NVIDIA H100"
 
 
-@pytest.mark.parametrize(("content", "names"), [
-    (MICRO, ["micro-bars", "micro-roofline"]),
-    (GPU, ["gpu-bars", "gpu-roofline"]),
-    (MICRO | {"rows": []}, []),
-    (GPU | {"parts": {}}, []),
-    (MICRO | {"kind": "saved"}, []),
-], ids=["micro", "gpu", "empty", "gpu cut off", "of another kind"])
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        (MICRO, ["micro-bars", "micro-roofline"]),
+        (GPU, ["gpu-bars", "gpu-roofline"]),
+        (MICRO | {"rows": []}, []),
+        (GPU | {"parts": {}}, []),
+        (MICRO | {"kind": "saved"}, []),
+    ],
+    ids=["micro", "gpu", "empty", "gpu cut off", "of another kind"],
+)
 def test_a_record_is_drawn_as_png_and_svg(content, names, record, tmp_path):
     found = list(pictures.of_file(record(content, content["kind"])))
     assert [picture.name for picture in found] == [f"some-device/{name}" for name in names]
@@ -130,7 +183,8 @@ def test_the_same_data_give_the_same_bytes(record, tmp_path):
 
 
 def test_updating_draws_what_is_missing_and_removes_what_is_of_nothing(
-        record, tmp_path, monkeypatch):
+    record, tmp_path, monkeypatch
+):
     file = record(MICRO, "micro")
     monkeypatch.setattr(pictures, "committed", lambda: pictures.of_file(file))
     folder = tmp_path / "images"
@@ -143,8 +197,9 @@ def test_updating_draws_what_is_missing_and_removes_what_is_of_nothing(
     assert stray(folder) == []
 
 
-@pytest.mark.skipif(not (stages.ROOT / "checkpoints").exists(),
-                    reason="an sdist has no checkpoints")
+@pytest.mark.skipif(
+    not (stages.ROOT / "checkpoints").exists(), reason="an sdist has no checkpoints"
+)
 def test_the_stages_are_of_the_checkpoints_as_they_are(tmp_path, monkeypatch):
     before = stages.data()
     for name in stages.CHECKPOINTS:
@@ -156,8 +211,15 @@ def test_the_stages_are_of_the_checkpoints_as_they_are(tmp_path, monkeypatch):
     assert stages.data() != before
 
 
-@pytest.mark.parametrize(("low", "high", "ticks"), [
-    (0.5, 200, [1, 10, 100]), (0.8, 45, [1, 3, 10, 30]), (0.9, 6, [1, 2, 5]),
-    (0.95, 1.6, [1, 1.2, 1.5]), (0.004, 0.2, [0.01, 0.03, 0.1])])
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.5, 200, [1, 10, 100]),
+        (0.8, 45, [1, 3, 10, 30]),
+        (0.9, 6, [1, 2, 5]),
+        (0.95, 1.6, [1, 1.2, 1.5]),
+        (0.004, 0.2, [0.01, 0.03, 0.1]),
+    ],
+)
 def test_ticks_are_few_and_plain(low, high, ticks):
     assert style.steps(low, high) == pytest.approx(ticks)

@@ -28,9 +28,17 @@ def test_summaries_are_quartiles_of_one_call():
     assert timing.summary([2.0])["q3"] == 2.0
 
 
-@pytest.mark.parametrize(("seconds", "text"), [
-    (1.234e-6, "1.23 us"), (45.6e-3, "45.6 ms"), (7.891, "7.89 s"), (0.0009996, "1.00 ms"),
-    (1234.5, "1234 s"), (None, "-")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (1.234e-6, "1.23 us"),
+        (45.6e-3, "45.6 ms"),
+        (7.891, "7.89 s"),
+        (0.0009996, "1.00 ms"),
+        (1234.5, "1234 s"),
+        (None, "-"),
+    ],
+)
 def test_durations_have_three_figures(seconds, text):
     assert results.duration(seconds) == text
 

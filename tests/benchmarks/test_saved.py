@@ -5,8 +5,9 @@ import torch
 from benchmarks import memory, saved
 from ecar import ECAR, ECARConfig
 
-CONFIG = ECARConfig(stage_sides=(4, 8), channels=1, num_classes=3, width=32, heads=2, ar_layers=2,
-                    flow_blocks=1)
+CONFIG = ECARConfig(
+    stage_sides=(4, 8), channels=1, num_classes=3, width=32, heads=2, ar_layers=2, flow_blocks=1
+)
 
 
 def test_ours_keeps_less_and_weights_are_left_out():
@@ -28,6 +29,8 @@ def test_a_step_of_s_keeps_three_quarters_of_the_eager_one():
     """When the backward begins: weights, AdamW's two averages, and what is kept of 16 images."""
     model = ECAR(ECARConfig.preset("S")).train()
     standing = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
-    eager, ours = (standing + 16 * sum(saved.saved(model, backend).values())
-                   for backend in ("reference", "auto"))
+    eager, ours = (
+        standing + 16 * sum(saved.saved(model, backend).values())
+        for backend in ("reference", "auto")
+    )
     assert ours <= memory.TRAINING * eager

@@ -15,10 +15,27 @@ from tests.csrc.test_headers import HERE, INCLUDE, ROOT, build, found
 from tests.support.cuda_host import Host
 
 TORCH = Path(torch.__file__).parent
-FLAGS = ("-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-I", ROOT / "csrc", "-I",
-         INCLUDE)
-KERNEL_FLAGS = ("-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas",
-                "-include", HERE / "cuda_host.h", "-x", "c++")
+FLAGS = (
+    "-O1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-I",
+    ROOT / "csrc",
+    "-I",
+    INCLUDE,
+)
+KERNEL_FLAGS = (
+    "-std=c++17",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-Wno-unknown-pragmas",
+    "-include",
+    HERE / "cuda_host.h",
+    "-x",
+    "c++",
+)
 
 
 @pytest.fixture(scope="session")
@@ -32,12 +49,43 @@ def library(tmp_path_factory) -> Path:
     kernels, bindings = folder / "kernels.o", folder / "bindings.o"
     # C++20 for torch's own headers; those of the bindings take C++17.
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda command: build(compiler, *FLAGS, *command), (
-            (*KERNEL_FLAGS, "-I", folder, "-c", ROOT / "csrc/cuda/flow_step.cu", "-o", kernels),
-            ("-std=c++20", "-isystem", TORCH / "include", "-c", HERE / "cuda_host.cpp", "-o",
-             bindings))))
-    build(compiler, "-shared", kernels, bindings, "-L", TORCH / "lib", "-ltorch_cpu", "-lc10",
-          "-o", folder / "host.so")
+        list(
+            pool.map(
+                lambda command: build(compiler, *FLAGS, *command),
+                (
+                    (
+                        *KERNEL_FLAGS,
+                        "-I",
+                        folder,
+                        "-c",
+                        ROOT / "csrc/cuda/flow_step.cu",
+                        "-o",
+                        kernels,
+                    ),
+                    (
+                        "-std=c++20",
+                        "-isystem",
+                        TORCH / "include",
+                        "-c",
+                        HERE / "cuda_host.cpp",
+                        "-o",
+                        bindings,
+                    ),
+                ),
+            )
+        )
+    build(
+        compiler,
+        "-shared",
+        kernels,
+        bindings,
+        "-L",
+        TORCH / "lib",
+        "-ltorch_cpu",
+        "-lc10",
+        "-o",
+        folder / "host.so",
+    )
     return folder / "host.so"
 
 

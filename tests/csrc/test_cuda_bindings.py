@@ -37,7 +37,7 @@ def test_the_tensors_device_and_its_stream_are_taken(host, op):
     for device, current in ((1, 0), (0, 1), (1, 1)):
         host.set(current=current)
         host.run(op, device=device)
-        launch, = host.launched
+        (launch,) = host.launched
         assert (launch.device, launch.stream) == (device, STREAM + 16 * device)
         assert host.current() == current
         host.set(current=current, fail=2)
@@ -63,8 +63,10 @@ def test_threads_in_another_order_give_the_same_bits(host, op):
 @pytest.mark.parametrize("op", [op for op in OPS if op != NOISE])
 def test_a_scale_on_the_device_is_its_number(host, op):
     name, call = sample_calls()[op]
-    results = [getattr(host, name)(**call | {"guidance_scale": value}) for value in (
-        1.5, torch.tensor(1.5), torch.full((1, 1), 1.5), torch.tensor(3.0))]
+    results = [
+        getattr(host, name)(**call | {"guidance_scale": value})
+        for value in (1.5, torch.tensor(1.5), torch.full((1, 1), 1.5), torch.tensor(3.0))
+    ]
     plain, *same_scale, other = [x if isinstance(x, tuple) else (x,) for x in results]
     assert all(same(plain, x) for x in same_scale) and not same(plain, other)
 
@@ -102,21 +104,28 @@ STEP = [
     ({"velocity": t(4, 3, 4, 8).half()}, "velocity", TYPE),
     ({"guidance_scale": t(2)}, "guidance", "one float32"),
     ({"guidance_scale": t(1).double()}, "guidance", "one float32"),
-    ({1: 1}, "velocity", DEVICE), ({1: -1}, "velocity", DEVICE), ({0: -1}, "x", CUDA),
+    ({1: 1}, "velocity", DEVICE),
+    ({1: -1}, "velocity", DEVICE),
+    ({0: -1}, "x", CUDA),
 ]
 GUIDANCE = {"guidance_scale": t(1)}
 WRONG = [
     *((op, *row) for op in (EULER, SEEDS, DETAILS) for row in STEP),
-    *((op, GUIDANCE | {at: where}, "guidance", DEVICE)
-      for op, at in ((EULER, 4), (SEEDS, 7), (DETAILS, 6), (BOUNDARY, 14)) for where in (1, -1)),
+    *(
+        (op, GUIDANCE | {at: where}, "guidance", DEVICE)
+        for op, at in ((EULER, 4), (SEEDS, 7), (DETAILS, 6), (BOUNDARY, 14))
+        for where in (1, -1)
+    ),
     (SEEDS, {"seeds": t(2, dtype=torch.int32)}, "seeds", "int64, got another type"),
     (SEEDS, {"seeds": t(2, 1, dtype=torch.int64)}, "seeds", "one dimension, got [2, 1]"),
     (SEEDS, {"seeds": t(3, dtype=torch.int64)}, "seeds", "one for each image, 2, got 3"),
-    (SEEDS, {6: 1}, "seeds", DEVICE), (SEEDS, {6: -1}, "seeds", DEVICE),
+    (SEEDS, {6: 1}, "seeds", DEVICE),
+    (SEEDS, {6: -1}, "seeds", DEVICE),
     (DETAILS, {"details": t(2, 3, 4, 8)}, "details", "[2, 3, 3, 4, 8], got [2, 3, 4, 8]"),
     (DETAILS, {"details": t(2, 3, 3, 8, 4).mT}, "details", LAST),
     (DETAILS, {"details": t(2, 3, 3, 4, 8).half()}, "details", TYPE),
-    (DETAILS, {5: 1}, "details", DEVICE), (DETAILS, {5: -1}, "details", DEVICE),
+    (DETAILS, {5: 1}, "details", DEVICE),
+    (DETAILS, {5: -1}, "details", DEVICE),
     (NOISE, {"seeds": t(2)}, "seeds", "int64, got another type"),
     (NOISE, {"seeds": t(2, 1, dtype=torch.int64)}, "seeds", "one dimension, got [2, 1]"),
     (NOISE, {"shape": (3, -1, 8)}, "shape", "sizes of at least 0, got -1"),
@@ -143,9 +152,27 @@ WRONG = [
     (BOUNDARY, {"embed_bias": t(71)}, "embed_bias", "[72], got [71]"),
     (BOUNDARY, {"positions": t(4, 72)}, "positions", "[5, 72], got [4, 72]"),
     (BOUNDARY, {"positions": t(5, 80)[:, :72]}, "positions", "a contiguous tensor"),
-    *((BOUNDARY, {at: where}, name, DEVICE) for where in (1, -1) for at, name in enumerate(
-        ("x", "state", "shift", "scale", "weight", "bias", "embed_weight", "embed_bias",
-         "positions", "", "step_shift", "step_scale")) if at > 0 and name),
+    *(
+        (BOUNDARY, {at: where}, name, DEVICE)
+        for where in (1, -1)
+        for at, name in enumerate(
+            (
+                "x",
+                "state",
+                "shift",
+                "scale",
+                "weight",
+                "bias",
+                "embed_weight",
+                "embed_bias",
+                "positions",
+                "",
+                "step_shift",
+                "step_scale",
+            )
+        )
+        if at > 0 and name
+    ),
     (BOUNDARY, {"channels": 8193}, "x", "1 to 8192 channels, got 8193"),
     (BOUNDARY, {"channels": 0}, "x", "1 to 8192 channels, got 0"),
     (BOUNDARY, {0: -1}, "x", CUDA),
@@ -153,8 +180,11 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("op, changes, argument, message", WRONG,
-                         ids=[f"{i}-{op}-{name}" for i, (op, _, name, _) in enumerate(WRONG)])
+@pytest.mark.parametrize(
+    "op, changes, argument, message",
+    WRONG,
+    ids=[f"{i}-{op}-{name}" for i, (op, _, name, _) in enumerate(WRONG)],
+)
 def test_refusals(host, op, changes, argument, message):
     """Each before a launch, with the device of before in place."""
     elsewhere = {at: device for at, device in changes.items() if isinstance(at, int)}
@@ -169,9 +199,17 @@ def test_refusals(host, op, changes, argument, message):
 
 
 def boundary_of(channels: int) -> dict:
-    return {"x": t(4, 5, channels), "shift": t(4, 1, channels), "scale_": t(4, 1, channels),
-            "weight": t(16, channels), "embed_weight": t(channels, 16), "embed_bias": t(channels),
-            "positions": t(5, channels), "step_shift": None, "step_scale": None}
+    return {
+        "x": t(4, 5, channels),
+        "shift": t(4, 1, channels),
+        "scale_": t(4, 1, channels),
+        "weight": t(16, channels),
+        "embed_weight": t(channels, 16),
+        "embed_bias": t(channels),
+        "positions": t(5, channels),
+        "step_shift": None,
+        "step_scale": None,
+    }
 
 
 def test_every_refusal_of_the_sources_is_in_the_table():
@@ -210,15 +248,27 @@ extern "C" HOST_EXPORT int careless(int kind, int blocks, int threads, int bytes
 def test_the_emulation_notices_what_a_gpu_would(tmp_path):
     """An error by its number in driver_types.h; and none where all is well."""
     (tmp_path / "careless.cu").write_text(CARELESS)
-    build(found("g++", "c++", "clang++"), "-shared", *FLAGS, *KERNEL_FLAGS,
-          tmp_path / "careless.cu", "-o", tmp_path / "careless.so")
+    build(
+        found("g++", "c++", "clang++"),
+        "-shared",
+        *FLAGS,
+        *KERNEL_FLAGS,
+        tmp_path / "careless.cu",
+        "-o",
+        tmp_path / "careless.so",
+    )
     careless = ctypes.CDLL(str(tmp_path / "careless.so")).careless
     usual = (2, 64, 32, STREAM)
     for kind, error in enumerate((0, 716, 716, 716, 719, 719, 700)):
         assert careless(kind, *usual) == error, kind
         assert careless(0, *usual) == 0
     for blocks, threads, shared, stream, error in (
-            (0, 64, 32, STREAM, 9), (-2**31, 64, 32, STREAM, 9), (2, 1025, 32, STREAM, 9),
-            (2, 0, 32, STREAM, 9), (2, 1024, 48 << 10, STREAM, 0),
-            (2, 64, (48 << 10) + 4, STREAM, 1), (2, 64, 32, STREAM + 16, 400)):
+        (0, 64, 32, STREAM, 9),
+        (-(2**31), 64, 32, STREAM, 9),
+        (2, 1025, 32, STREAM, 9),
+        (2, 0, 32, STREAM, 9),
+        (2, 1024, 48 << 10, STREAM, 0),
+        (2, 64, (48 << 10) + 4, STREAM, 1),
+        (2, 64, 32, STREAM + 16, 400),
+    ):
         assert careless(0, blocks, threads, shared, stream) == error

@@ -6,16 +6,7 @@ import torch
 from ecar_kernels.flow_step import reference
 from ecar_kernels.registry import KERNEL_DTYPES
 from tests.support.accuracy import assert_accurate
-from tests.support.cuda_host import (
-    BOUNDARY,
-    DETAILS,
-    EULER,
-    NOISE,
-    SEEDS,
-    STREAM,
-    boundary,
-    laid,
-)
+from tests.support.cuda_host import BOUNDARY, DETAILS, EULER, NOISE, SEEDS, STREAM, boundary, laid
 
 MOST_BLOCKS = 2**31 - 1
 KINDS = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
@@ -24,16 +15,19 @@ KINDS = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Flo
 # 16 bits: by euler_step plain and guided, by the jump from seeds, from details.
 LAYOUTS = [
     ((2, 3, 4, 16), "dense", "dense", "dense", "11 11 11 11"),
-    ((2, 3, 4, 4), "dense", "dense", "dense", "11 11 10 10"),   # merged into one row, or not
+    ((2, 3, 4, 4), "dense", "dense", "dense", "11 11 10 10"),  # merged into one row, or not
     ((2, 3, 4, 12), "aligned", "dense", "dense", "10 10 10 10"),
-    ((3, 2, 5, 7), "dense", "dense", "dense", "11 00 00 00"),   # the other half is unaligned
+    ((3, 2, 5, 7), "dense", "dense", "dense", "11 00 00 00"),  # the other half is unaligned
     ((1, 1, 1, 21), "dense", "dense", "dense", "11 00 00 00"),
     ((1, 2, 1, 24), "dense", "dense", "dense", "11 11 11 11"),
     ((2, 3, 4, 16), "padded", "dense", "dense", "00 00 00 00"),
     ((2, 3, 4, 16), "dense", "padded", "dense", "00 00 00 00"),
     ((2, 3, 4, 16), "dense", "dense", "padded", "11 11 11 00"),
-    *(((2, 3, 4, 16), x, velocity, "dense", "00 00 00 00") for odd in ("ragged", "apart")
-      for x, velocity in ((odd, "dense"), ("dense", odd))),
+    *(
+        ((2, 3, 4, 16), x, velocity, "dense", "00 00 00 00")
+        for odd in ("ragged", "apart")
+        for x, velocity in ((odd, "dense"), ("dense", odd))
+    ),
     ((2, 3, 4, 16), "dense", "dense", "ragged", "11 11 11 00"),
     ((1, 3, 4, 16), "apart", "dense", "apart", "11 11 11 11"),  # one image lies on its own
     ((2, 3, 4, 16), "offset", "dense", "dense", "00 00 00 00"),
@@ -43,8 +37,10 @@ LAYOUTS = [
     ((2, 3, 4, 16), "swapped", "aligned", "swapped", "11 11 11 11"),
     ((2, 3, 2, 5), "swapped", "swapped", "dense", "00 00 00 00"),
     ((2, 3, 4, 16), "expanded", "dense", "expanded", "11 11 11 11"),
-    ((0, 3, 4, 16), "dense", "dense", "dense", ""), ((2, 0, 4, 16), "dense", "dense", "dense", ""),
-    ((2, 3, 0, 16), "dense", "dense", "dense", ""), ((2, 3, 4, 0), "dense", "dense", "dense", ""),
+    ((0, 3, 4, 16), "dense", "dense", "dense", ""),
+    ((2, 0, 4, 16), "dense", "dense", "dense", ""),
+    ((2, 3, 0, 16), "dense", "dense", "dense", ""),
+    ((2, 3, 4, 0), "dense", "dense", "dense", ""),
 ]
 
 
@@ -61,7 +57,7 @@ def test_flow_step(host, shape, of_x, of_velocity, of_details, wide, guided, dty
         if not wide:
             assert host.launched == []
             return
-        launch, = host.launched
+        (launch,) = host.launched
         vector = ("false", "true")[int(wide.split()[entry][dtype != torch.float32])]
         assert launch.kernel == f"{name} {KINDS[dtype]} {vector}"
         assert (launch.threads, launch.shared, launch.device, launch.stream) == (128, 0, 0, STREAM)
@@ -69,10 +65,16 @@ def test_flow_step(host, shape, of_x, of_velocity, of_details, wide, guided, dty
     assert host.euler_step(**call).equal(reference.euler_step(**call))
     launched("euler", int(guided))
     for given in (False, True):
-        noise = ({"details": laid((*shape[:2], 3, *shape[2:]), dtype, of_details)} if given else
-                 {"seeds": torch.randint(-2**63, 2**63 - 1, (2 * shape[0],))[::2]})
-        assert_accurate(host.upsample_renoise_euler, reference.upsample_renoise_euler,
-                        call | noise | {"time": 1 / 3, "stage": 2})
+        noise = (
+            {"details": laid((*shape[:2], 3, *shape[2:]), dtype, of_details)}
+            if given
+            else {"seeds": torch.randint(-(2**63), 2**63 - 1, (2 * shape[0],))[::2]}
+        )
+        assert_accurate(
+            host.upsample_renoise_euler,
+            reference.upsample_renoise_euler,
+            call | noise | {"time": 1 / 3, "stage": 2},
+        )
         launched("upsample_renoise", 2 + given)
         if wide:
             units = shape[0] * shape[1] * shape[2] * -(-shape[3] * dtype.itemsize // 16)
@@ -81,12 +83,21 @@ def test_flow_step(host, shape, of_x, of_velocity, of_details, wide, guided, dty
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize("images, shape, wide", [
-    (3, (4, 8, 8), "11"), (3, (1, 2, 2), "10"), (3, (3, 5, 7), "00"), (1, (3, 5, 7), "11"),
-    (1, (1, 1, 1), "11"), (0, (4, 8, 8), ""), (2, (4, 0, 8), "")])
+@pytest.mark.parametrize(
+    "images, shape, wide",
+    [
+        (3, (4, 8, 8), "11"),
+        (3, (1, 2, 2), "10"),
+        (3, (3, 5, 7), "00"),
+        (1, (3, 5, 7), "11"),
+        (1, (1, 1, 1), "11"),
+        (0, (4, 8, 8), ""),
+        (2, (4, 0, 8), ""),
+    ],
+)
 def test_initial_noise(host, images, shape, wide, dtype):
     for step in (1, 2):
-        seeds = torch.randint(-2**63, 2**63 - 1, (step * images,))[::step]
+        seeds = torch.randint(-(2**63), 2**63 - 1, (step * images,))[::step]
         plain = reference.initial_noise(seeds, shape, device="cpu", dtype=dtype)
         found = host.initial_noise(seeds, shape, dtype)
         allowed = 2e-6 + torch.finfo(dtype).eps * plain.double().abs()
@@ -95,22 +106,33 @@ def test_initial_noise(host, images, shape, wide, dtype):
         vector = wide and ("false", "true")[int(wide[dtype != torch.float32])]
         units = images * -(-plain[:1].numel() * dtype.itemsize // 16)
         assert [(x.kernel, x.blocks) for x in host.launched] == (
-            [(f"initial_noise {KINDS[dtype]} {vector}", -(-units // 128))] if wide else [])
+            [(f"initial_noise {KINDS[dtype]} {vector}", -(-units // 128))] if wide else []
+        )
 
 
 def boundary_reference(scale_, **call):
     return reference.flow_boundary(scale=scale_, **call)
 
 
-@pytest.mark.parametrize("dtype, wide_state", [
-    (torch.float32, False), *((dtype, wide) for dtype in KERNEL_DTYPES[1:] for wide in (0, 1))])
+@pytest.mark.parametrize(
+    "dtype, wide_state",
+    [(torch.float32, False), *((dtype, wide) for dtype in KERNEL_DTYPES[1:] for wide in (0, 1))],
+)
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("group", [1, 4])
 def test_flow_boundary(host, group, guided, dtype, wide_state):
     """Both sizes of a block; weights of every alignment."""
     few = {"batch": 2, "tokens": 5}
-    cases = [few | {"channels": c, "outputs": p, "offset": offset} for c, p, offset in (
-        (520, 16, False), (72, 12, False), (70, 5, False), (72, 16, True), (1, 1, False))]
+    cases = [
+        few | {"channels": c, "outputs": p, "offset": offset}
+        for c, p, offset in (
+            (520, 16, False),
+            (72, 12, False),
+            (70, 5, False),
+            (72, 16, True),
+            (1, 1, False),
+        )
+    ]
     if group == 4:
         cases = [{"batch": 4, "tokens": 257, "channels": 72, "outputs": 12}]
     for case in cases:
@@ -123,13 +145,16 @@ def test_flow_boundary(host, group, guided, dtype, wide_state):
             return kept[0]
 
         assert_accurate(run, boundary_reference, call)
-        launch, = host.launched
+        (launch,) = host.launched
         state = "float" if wide_state else KINDS[dtype]
         assert launch.kernel == f"flow_boundary {KINDS[dtype]} {state} {group} {1 + guided}"
         assert launch.blocks == batch * -(-case["tokens"] // group) and launch.threads == 256
         # The order of a sum depends on neither the batch nor the group.
-        one = {name: value[1::batch] for name, value in call.items()
-               if name in ("x", "state", "shift", "scale_", "step_scale")}
+        one = {
+            name: value[1::batch]
+            for name, value in call.items()
+            if name in ("x", "state", "shift", "scale_", "step_scale")
+        }
         alone = host.flow_boundary(**call | one)
         assert host.launched[0].kernel.split()[3] == "1"
         assert all(a[1::batch].equal(b) for a, b in zip(kept[0], alone, strict=True))
@@ -138,8 +163,9 @@ def test_flow_boundary(host, group, guided, dtype, wide_state):
 @pytest.mark.parametrize("sizes", [(0, 5, 8, 4), (2, 0, 8, 4), (2, 5, 8, 0)])
 def test_flow_boundary_of_nothing(host, sizes):
     batch, tokens, channels, outputs = sizes
-    call = boundary(torch.float32, guided=True, batch=batch, tokens=tokens, channels=channels,
-                    outputs=outputs)
+    call = boundary(
+        torch.float32, guided=True, batch=batch, tokens=tokens, channels=channels, outputs=outputs
+    )
     assert_accurate(host.flow_boundary, boundary_reference, call)
     assert len(host.launched) == (1 if batch and tokens else 0)
 
@@ -151,10 +177,27 @@ def zeros(*shape, dtype=torch.bfloat16):
 
 def wide_boundary(images, tokens, channels, outputs, guided):
     rows = zeros(images * (1 + guided), tokens, channels)
-    weight, embed, positions = (torch.zeros(shape, dtype=torch.bfloat16) for shape in (
-        (outputs, channels), (channels, outputs), (tokens, channels)))
-    return (rows, zeros(images, tokens, outputs), rows, rows, weight, zeros(outputs), embed,
-            zeros(channels), positions, 0.1, None, None, 1.0, 1e-6, None)
+    weight, embed, positions = (
+        torch.zeros(shape, dtype=torch.bfloat16)
+        for shape in ((outputs, channels), (channels, outputs), (tokens, channels))
+    )
+    return (
+        rows,
+        zeros(images, tokens, outputs),
+        rows,
+        rows,
+        weight,
+        zeros(outputs),
+        embed,
+        zeros(channels),
+        positions,
+        0.1,
+        None,
+        None,
+        1.0,
+        1e-6,
+        None,
+    )
 
 
 # A call, then blocks, threads and bytes of shared memory of its launch; no blocks: it is refused.
@@ -169,7 +212,8 @@ EDGES = [
     (SEEDS, (zeros(128, MOST_BLOCKS, 1, 1),) * 2, MOST_BLOCKS, 128, 0),
     (SEEDS, (zeros(128, MOST_BLOCKS + 1, 1, 1),) * 2, None, 128, 0),
     (DETAILS, (zeros(128, MOST_BLOCKS, 1, 1),) * 2, MOST_BLOCKS, 128, 0),
-    (NOISE, (1, 128 * UNIT), 1, 128, 0), (NOISE, (1, 128 * UNIT + 1), 2, 128, 0),
+    (NOISE, (1, 128 * UNIT), 1, 128, 0),
+    (NOISE, (1, 128 * UNIT + 1), 2, 128, 0),
     (NOISE, (MOST_BLOCKS, 128 * UNIT), MOST_BLOCKS, 128, 0),
     (NOISE, (MOST_BLOCKS, 128 * UNIT + 1), None, 128, 0),
     # Four tokens a block from 1,024 on, where shared memory allows it.
@@ -189,8 +233,11 @@ EDGES = [
 ]
 
 
-@pytest.mark.parametrize("op, sizes, blocks, threads, shared", EDGES,
-                         ids=[f"{op}-{i}" for i, (op, *_) in enumerate(EDGES)])
+@pytest.mark.parametrize(
+    "op, sizes, blocks, threads, shared",
+    EDGES,
+    ids=[f"{op}-{i}" for i, (op, *_) in enumerate(EDGES)],
+)
 def test_launches_at_the_edges_of_each_choice(host, op, sizes, blocks, threads, shared):
     host.set(dry=True)
     if op == EULER:

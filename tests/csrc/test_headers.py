@@ -45,8 +45,19 @@ def compiler() -> str:
 @pytest.fixture(scope="module")
 def probe(compiler, tmp_path_factory) -> ctypes.CDLL:
     library = tmp_path_factory.mktemp("csrc") / "probe.so"
-    build(compiler, "-std=c++17", "-O2", *WARNINGS, "-shared", "-fPIC", "-I", INCLUDE,
-          HERE / "probe.cpp", "-o", library)
+    build(
+        compiler,
+        "-std=c++17",
+        "-O2",
+        *WARNINGS,
+        "-shared",
+        "-fPIC",
+        "-I",
+        INCLUDE,
+        HERE / "probe.cpp",
+        "-o",
+        library,
+    )
     return ctypes.CDLL(library)
 
 
@@ -65,8 +76,9 @@ def tensor(array: np.ndarray) -> torch.Tensor:
 
 def drawn(probe: ctypes.CDLL, seed: int, stage: int, calls: int) -> torch.Tensor:
     out = np.empty((calls, 4), np.float32)
-    probe.image_normals(ctypes.c_int64(seed), ctypes.c_uint32(stage), pointer(out),
-                        ctypes.c_int64(calls))
+    probe.image_normals(
+        ctypes.c_int64(seed), ctypes.c_uint32(stage), pointer(out), ctypes.c_int64(calls)
+    )
     return tensor(out)
 
 
@@ -78,8 +90,16 @@ def test_known_answers(tmp_path, compiler):
         build("ctest", "--test-dir", tmp_path, "--output-on-failure", "--no-tests=error")
     else:
         program = tmp_path / "known_answers"
-        build(compiler, "-std=c++17", *WARNINGS, "-I", INCLUDE,
-              ROOT / "csrc" / "tests" / "known_answers.cpp", "-o", program)
+        build(
+            compiler,
+            "-std=c++17",
+            *WARNINGS,
+            "-I",
+            INCLUDE,
+            ROOT / "csrc" / "tests" / "known_answers.cpp",
+            "-o",
+            program,
+        )
         build(program)
 
 
@@ -93,15 +113,25 @@ def test_philox_words_are_the_same_bits(probe):
 
 def test_uniforms_are_the_same_bits(probe):
     values = words(100_000)
-    edges = [0, 1, 2**23, 2**23 + 1, 2**24 + 1, 2**31 + 128, 2**31 + 384, 2**32 - 129,
-             2**32 - 128, 2**32 - 1]
-    values[:len(edges)] = edges
+    edges = [
+        0,
+        1,
+        2**23,
+        2**23 + 1,
+        2**24 + 1,
+        2**31 + 128,
+        2**31 + 384,
+        2**32 - 129,
+        2**32 - 128,
+        2**32 - 1,
+    ]
+    values[: len(edges)] = edges
     out = np.empty(len(values), np.float32)
     probe.uniforms(pointer(values), pointer(out), ctypes.c_int64(len(values)))
     assert tensor(out).equal(uniforms(tensor(values)))
 
 
-@pytest.mark.parametrize("image", [0, 7, -1, -2**63, 2**63 - 1, 2**32, -2**32 + 5])
+@pytest.mark.parametrize("image", [0, 7, -1, -(2**63), 2**63 - 1, 2**32, -(2**32) + 5])
 def test_an_image_s_noise_is_the_oracle_s(probe, image):
     """To two ulp of the largest normal there is, 6.8."""
     shape, count = (3, 5, 7), 105
@@ -130,8 +160,19 @@ def test_the_headers_compile_for_cuda(architecture, tmp_path):
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
     if architecture not in listed.split():
         pytest.skip(f"{nvcc} does not know {architecture}")
-    build(nvcc, "-std=c++17", f"-arch={architecture}", "-Werror", "all-warnings", "-I", INCLUDE,
-          "-c", HERE / "device_probe.cu", "-o", tmp_path / "probe.o")
+    build(
+        nvcc,
+        "-std=c++17",
+        f"-arch={architecture}",
+        "-Werror",
+        "all-warnings",
+        "-I",
+        INCLUDE,
+        "-c",
+        HERE / "device_probe.cu",
+        "-o",
+        tmp_path / "probe.o",
+    )
 
 
 def test_the_headers_know_nothing_of_torch():

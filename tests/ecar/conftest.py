@@ -11,8 +11,14 @@ from ecar.model import ECAR
 
 def tiny_config(**changes):
     sizes = {
-        "stage_sides": (4, 8), "channels": 1, "patch_size": 2, "num_classes": 10, "width": 32,
-        "heads": 2, "ar_layers": 2, "flow_blocks": 2,
+        "stage_sides": (4, 8),
+        "channels": 1,
+        "patch_size": 2,
+        "num_classes": 10,
+        "width": 32,
+        "heads": 2,
+        "ar_layers": 2,
+        "flow_blocks": 2,
     }
     return ECARConfig(**{**sizes, **changes})
 

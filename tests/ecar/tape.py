@@ -30,8 +30,11 @@ class Tape(TorchDispatchMode):
     @torch.no_grad()
     def replay(self):
         for function, args, kwargs, output in self.calls:
-            given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs))
-                     if isinstance(leaf, Tensor)}
+            given = {
+                leaf.untyped_storage().data_ptr()
+                for leaf in tree_leaves((args, kwargs))
+                if isinstance(leaf, Tensor)
+            }
             kept = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
             if function._schema.is_mutable:
                 function(*args, **kwargs)

@@ -20,7 +20,9 @@ from .test_sampler import draw
 pytestmark = needs_native
 
 PATTERNS = [
-    {}, {"guidance_scale": 2.5}, {"guidance_scale": 2.5, "guidance_interval": (0.1, 0.6)},
+    {},
+    {"guidance_scale": 2.5},
+    {"guidance_scale": 2.5, "guidance_interval": (0.1, 0.6)},
     {"guidance_scale": 2.5, "guidance_schedule": "linear"},
 ]
 
@@ -54,11 +56,18 @@ def test_it_is_the_plain_loop_s_image(model, options, accelerated):
         assert (ours - plain).abs().max() < 1e-5 * plain.abs().max()
 
 
-@pytest.mark.parametrize("changes", [{"patch_size": 1}, {"channels": 3, "heads": 4},
-                                     {"stage_sides": (8,)}, {"stage_sides": (4, 8, 16)}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"patch_size": 1},
+        {"channels": 3, "heads": 4},
+        {"stage_sides": (8,)},
+        {"stage_sides": (4, 8, 16)},
+    ],
+)
 def test_other_sizes(changes):
     model = tiny_model(**changes)
-    counts = [1, 3, 2][:model.config.num_stages]
+    counts = [1, 3, 2][: model.config.num_stages]
     found = draw(model, steps=counts, guidance_scale=2.0).latents
     with plain_loop():
         expected = draw(model, steps=counts, guidance_scale=2.0).latents
@@ -141,6 +150,7 @@ class TestWhenItServes:
 
     def test_a_head_of_another_class_is_called(self, model):
         """Unless all of its methods are ours."""
+
         class Renamed(FlowHead):
             pass
 
@@ -175,8 +185,11 @@ def allocations(work):
     """Allocations of tensor memory while `work` runs."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    return [event for event in profiler.profiler.kineto_results.events()
-            if event.name() == "[memory]" and event.nbytes() > 0]
+    return [
+        event
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.nbytes() > 0
+    ]
 
 
 @pytest.mark.parametrize("guided", [False, True])

@@ -10,8 +10,9 @@ import ecar_kernels
 from ecar import ECAR, ECARConfig
 from ecar.sampler import sample
 
-CONFIG = ECARConfig(stage_sides=(4, 8), channels=1, num_classes=10, width=64, heads=4,
-                    ar_layers=2, flow_blocks=1)
+CONFIG = ECARConfig(
+    stage_sides=(4, 8), channels=1, num_classes=10, width=64, heads=4, ar_layers=2, flow_blocks=1
+)
 
 
 def model(seed: int) -> ECAR:
@@ -23,8 +24,9 @@ def model(seed: int) -> ECAR:
 
 
 def draw(drawn: ECAR) -> torch.Tensor:
-    return sample(drawn, torch.tensor([1, 2]), seeds=torch.tensor([3, 4]), steps=6,
-                  guidance_scale=1.5).latents
+    return sample(
+        drawn, torch.tensor([1, 2]), seeds=torch.tensor([3, 4]), steps=6, guidance_scale=1.5
+    ).latents
 
 
 def pairs(old: ECAR, new: ECAR):
@@ -33,9 +35,11 @@ def pairs(old: ECAR, new: ECAR):
 
 def each(change):
     """`change` of each parameter and its new value."""
+
     def run(old: ECAR, new: ECAR) -> None:
         for parameter, value in pairs(old, new):
             change(parameter, value.detach())
+
     return run
 
 
@@ -78,16 +82,22 @@ CHANGES = {
     "set_": lambda old, new: torch.no_grad()(each(lambda p, v: p.set_(v.clone())))(old, new),
     "load_state_dict": lambda old, new: old.load_state_dict(new.state_dict()),
     "load_state_dict(assign)": lambda old, new: old.load_state_dict(
-        copy.deepcopy(new.state_dict()), assign=True),
-    "foreach": foreach, "an optimizer": optimizer, "an EMA swap": averaged,
+        copy.deepcopy(new.state_dict()), assign=True
+    ),
+    "foreach": foreach,
+    "an optimizer": optimizer,
+    "an EMA swap": averaged,
     "a merged adapter": merged,
 }
 WAYS = {
-    "plain": lambda made: made, "accelerated": ecar_kernels.accelerate,
+    "plain": lambda made: made,
+    "accelerated": ecar_kernels.accelerate,
     "accelerated, packed alone": lambda made: ecar_kernels.accelerate(made, keep_weights=False),
-    "native": lambda made: ecar_kernels.accelerate(made, backend="native")
-    if any(row.backend == "native" and row.available for row in ecar_kernels.backends())
-    else ecar_kernels.accelerate(made),
+    "native": lambda made: (
+        ecar_kernels.accelerate(made, backend="native")
+        if any(row.backend == "native" and row.available for row in ecar_kernels.backends())
+        else ecar_kernels.accelerate(made)
+    ),
 }
 
 

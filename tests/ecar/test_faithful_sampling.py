@@ -17,8 +17,9 @@ from ecar import ECAR, ECARConfig
 from ecar.sampler import sample
 from tests.support import situations
 
-CONFIG = ECARConfig(stage_sides=(4, 8), channels=1, num_classes=10, width=32, heads=2,
-                    ar_layers=2, flow_blocks=2)
+CONFIG = ECARConfig(
+    stage_sides=(4, 8), channels=1, num_classes=10, width=32, heads=2, ar_layers=2, flow_blocks=2
+)
 
 
 def model(seed: int = 0) -> ECAR:
@@ -30,15 +31,24 @@ def model(seed: int = 0) -> ECAR:
 
 
 def draw(drawn: ECAR, **options) -> torch.Tensor:
-    return sample(drawn, torch.tensor([1, 2]), seeds=torch.tensor([3, 4]), steps=4,
-                  guidance_scale=1.5, **options).latents
+    return sample(
+        drawn,
+        torch.tensor([1, 2]),
+        seeds=torch.tensor([3, 4]),
+        steps=4,
+        guidance_scale=1.5,
+        **options,
+    ).latents
 
 
 LAYERS = situations.linear_layers(model())
 # One of each kind, and of both stages and ends.
 CHOSEN = [name for name in LAYERS if ".1." not in name or name.startswith("heads.1.blocks.1")]
-WAYS = {"plain": lambda m: m, "accelerated": ecar_kernels.accelerate,
-        "packed alone": lambda m: ecar_kernels.accelerate(m, keep_weights=False)}
+WAYS = {
+    "plain": lambda m: m,
+    "accelerated": ecar_kernels.accelerate,
+    "packed alone": lambda m: ecar_kernels.accelerate(m, keep_weights=False),
+}
 
 
 def agree(got, right):
@@ -59,8 +69,14 @@ def untouched() -> torch.Tensor:
     return UNTOUCHED["latents"]
 
 
-CHANGES = [situations.an_adapter, situations.a_forward_hook, situations.a_wrapped_forward,
-           situations.a_parametrization, situations.pruning, situations.dynamic_quantization]
+CHANGES = [
+    situations.an_adapter,
+    situations.a_forward_hook,
+    situations.a_wrapped_forward,
+    situations.a_parametrization,
+    situations.pruning,
+    situations.dynamic_quantization,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -88,22 +104,36 @@ def test_what_comes_and_goes_between_two_images(name, way):
     assert agree(draw(drawn), first)
 
 
-MODULES = ["ar.blocks.0", "ar.blocks.0.mlp", "ar.blocks.0.norm1", "ar.norm", "ar.class_embedding",
-           "heads.0", "heads.0.condition", "heads.0.time", "heads.0.time.1", "heads.0.blocks.0",
-           "heads.1.blocks.1", "heads.1.blocks.1.mlp"]
+MODULES = [
+    "ar.blocks.0",
+    "ar.blocks.0.mlp",
+    "ar.blocks.0.norm1",
+    "ar.norm",
+    "ar.class_embedding",
+    "heads.0",
+    "heads.0.condition",
+    "heads.0.time",
+    "heads.0.time.1",
+    "heads.0.blocks.0",
+    "heads.1.blocks.1",
+    "heads.1.blocks.1.mlp",
+]
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", MODULES)
 def test_hooks_of_every_module(name, way):
     """What their hooks do is done, as often as the plain model calls them."""
+
     def counted(drawn):
         calls = []
 
         def hook(module, inputs, output):
             calls.append(1)
-            return (tuple(1.5 * part for part in output) if isinstance(output, tuple)
-                    else 1.5 * output)
+            return (
+                tuple(1.5 * part for part in output) if isinstance(output, tuple) else 1.5 * output
+            )
+
         drawn.get_submodule(name).register_forward_hook(hook)
         return calls
 
@@ -138,8 +168,11 @@ def lora(drawn: ECAR, targets) -> nn.Module:
 
 
 TARGETS = {
-    "attention": ["qkv", "proj"], "mlp": ["fc1", "fc2"], "ends": ["output", "embed", "modulation"],
-    "time": ["time.0", "time.2"], "all": "all-linear",
+    "attention": ["qkv", "proj"],
+    "mlp": ["fc1", "fc2"],
+    "ends": ["output", "embed", "modulation"],
+    "time": ["time.0", "time.2"],
+    "all": "all-linear",
 }
 
 
@@ -171,8 +204,9 @@ class TestPeft:
         assert agree(draw(drawn), right)
         merged = wrapped.merge_and_unload()
         assert agree(draw(merged), right)
-        assert all(type(module).__module__.startswith(("torch", "ecar"))
-                   for module in merged.modules())
+        assert all(
+            type(module).__module__.startswith(("torch", "ecar")) for module in merged.modules()
+        )
 
     def test_an_adapter_that_is_removed(self):
         drawn = ecar_kernels.accelerate(model())
@@ -197,8 +231,11 @@ def test_torchao(way, order):
         config = quantization.Int8WeightOnlyConfig(version=2)
         plain, drawn = model(), model()
         # torchao's own kernels refuse a layer of one input, as the AR's for one channel is.
-        options = {"filter_fn": lambda module, name: isinstance(module, nn.Linear)
-                   and module.in_features > 4}
+        options = {
+            "filter_fn": lambda module, name: (
+                isinstance(module, nn.Linear) and module.in_features > 4
+            )
+        }
         quantization.quantize_(plain, config, **options)
         right = under_reference(plain)
         if order == "after":
@@ -211,8 +248,9 @@ def test_torchao(way, order):
 
 
 def test_a_model_wrapped_for_data_parallel_training(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}",
-                                         rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
     try:
         drawn = ecar_kernels.accelerate(model().requires_grad_(True))
         wrapped = nn.parallel.DistributedDataParallel(drawn)
@@ -229,7 +267,8 @@ def test_a_model_wrapped_for_data_parallel_training(tmp_path):
 
 
 STATES = {
-    "inference_mode": torch.inference_mode, "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
     "enable_grad": torch.enable_grad,
     "a default dtype": lambda: default_dtype(torch.float64),
     "a default device": lambda: torch.device("meta"),
@@ -262,8 +301,9 @@ def test_global_states(state, way):
     """Drawn, and made ready for it, inside."""
     drawn, data = model(), (torch.tensor([1, 2]), torch.tensor([3, 4]))
     with STATES[state]():
-        inside = sample(WAYS[way](drawn), data[0], seeds=data[1], steps=4,
-                        guidance_scale=1.5).latents
+        inside = sample(
+            WAYS[way](drawn), data[0], seeds=data[1], steps=4, guidance_scale=1.5
+        ).latents
     assert inside.dtype is torch.float32 and inside.device.type == "cpu"
     assert agree(inside, untouched()) and agree(draw(drawn), untouched())
 
@@ -271,9 +311,11 @@ def test_global_states(state, way):
 def test_nan_of_a_later_stage_reaches_no_earlier_one():
     for way in WAYS.values():
         drawn = model()
-        right = sample(drawn, torch.tensor([1]), seeds=torch.tensor([2]), steps=4,
-                       return_stage_ends=True).stage_ends[0]
+        right = sample(
+            drawn, torch.tensor([1]), seeds=torch.tensor([2]), steps=4, return_stage_ends=True
+        ).stage_ends[0]
         drawn.heads[1].output.bias.fill_(float("nan"))
-        ends = sample(way(drawn), torch.tensor([1]), seeds=torch.tensor([2]), steps=4,
-                      return_stage_ends=True).stage_ends
+        ends = sample(
+            way(drawn), torch.tensor([1]), seeds=torch.tensor([2]), steps=4, return_stage_ends=True
+        ).stage_ends
         assert agree(ends[0], right) and ends[1].isnan().all()

@@ -65,8 +65,15 @@ class TestReplay:
             assert torch.equal(output.latents, plain(model, labels, seeds))
         assert tape.captured == 1
 
-    @pytest.mark.parametrize("options", [{}, {"solver": "heun"}, {"guidance_schedule": "linear"},
-                                         {"guidance_interval": (0.1, 0.6)}])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"solver": "heun"},
+            {"guidance_schedule": "linear"},
+            {"guidance_interval": (0.1, 0.6)},
+        ],
+    )
     def test_other_guidance_scales_are_other_data(self, model, tape, options):
         for scale in (2.0, 3.5, 1.25):
             found = draw(model, guidance_scale=scale, **options).latents
@@ -123,8 +130,13 @@ class TestReplay:
 class TestKeys:
     @pytest.mark.parametrize(
         "changed",
-        [{"labels": (3, 7), "seeds": (1, 2)}, {"steps": [2, 4]}, {"solver": "heun"},
-         {"guidance_scale": 2.0}, {"tf32": True}],
+        [
+            {"labels": (3, 7), "seeds": (1, 2)},
+            {"steps": [2, 4]},
+            {"solver": "heun"},
+            {"guidance_scale": 2.0},
+            {"tf32": True},
+        ],
     )
     def test_what_is_baked_in_is_captured_for_itself(self, model, tape, changed):
         draw(model)
@@ -165,12 +177,16 @@ class TestWeights:
         assert torch.equal(draw(model).latents, plain(model))
         assert tape.captured == 1
 
-    @pytest.mark.parametrize("change", [
-        lambda model: model.to(torch.float64).to(torch.float32),
-        lambda model: setattr(model.ar.norm, "weight", torch.nn.Parameter(torch.rand(32))),
-        lambda model: setattr(model.heads[0], "blocks", copy.deepcopy(model.heads[1].blocks)),
-        lambda model: accelerate(model),
-    ], ids=["to", "a parameter", "a module", "accelerate"])
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda model: model.to(torch.float64).to(torch.float32),
+            lambda model: setattr(model.ar.norm, "weight", torch.nn.Parameter(torch.rand(32))),
+            lambda model: setattr(model.heads[0], "blocks", copy.deepcopy(model.heads[1].blocks)),
+            lambda model: accelerate(model),
+        ],
+        ids=["to", "a parameter", "a module", "accelerate"],
+    )
     def test_other_storage_or_code_drops_the_graphs(self, model, tape, change):
         draw(model)
         change(model)
@@ -224,8 +240,10 @@ class TestFailures:
 
     def test_what_broke_the_capture_is_named_not_what_ended_it(self, model, tape):
         """torch.cuda.graph raises anew where the error has spoilt the capture."""
-        for cause, said in ((RuntimeError("the cause"), "the capture failed: the cause"),
-                            (torch.OutOfMemoryError("CUDA out of memory"), graphs.OUT_OF_MEMORY)):
+        for cause, said in (
+            (RuntimeError("the cause"), "the capture failed: the cause"),
+            (torch.OutOfMemoryError("CUDA out of memory"), graphs.OUT_OF_MEMORY),
+        ):
             error = RuntimeError("operation failed due to a previous error during capture")
             error.__context__ = cause
             tape.failures = [error] * 2
@@ -270,8 +288,12 @@ class TestFailures:
     def test_threads_take_turns(self, model, tape):
         expected = {seed: draw(model, (3,), (seed,)).latents for seed in range(4)}
         found = {}
-        threads = [threading.Thread(target=lambda seed=seed: found.update(
-            {seed: draw(model, (3,), (seed,)).latents})) for seed in expected]
+        threads = [
+            threading.Thread(
+                target=lambda seed=seed: found.update({seed: draw(model, (3,), (seed,)).latents})
+            )
+            for seed in expected
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -282,8 +304,14 @@ class TestFailures:
 @pytest.fixture
 def fake_cuda(monkeypatch):
     """torch.cuda, as far as the recorder needs it: nothing is captured, `run` runs."""
-    for name in ("Stream", "Event", "CUDAGraph", "graph_pool_handle", "current_stream",
-                 "set_stream"):
+    for name in (
+        "Stream",
+        "Event",
+        "CUDAGraph",
+        "graph_pool_handle",
+        "current_stream",
+        "set_stream",
+    ):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", MagicMock(), raising=False)
@@ -373,8 +401,11 @@ class TestReasons:
     @pytest.mark.parametrize("setting", [False, True])
     def test_tf32_is_set_for_the_call_alone(self, model, monkeypatch, setting):
         products, seen, run = torch.backends.cuda.matmul, [], plan.Plan.run
-        monkeypatch.setattr(plan.Plan, "run", lambda *given: (
-            seen.append(products.fp32_precision == "tf32"), run(*given))[1])
+        monkeypatch.setattr(
+            plan.Plan,
+            "run",
+            lambda *given: (seen.append(products.fp32_precision == "tf32"), run(*given))[1],
+        )
         before = products.fp32_precision
         try:
             products.fp32_precision = "tf32" if setting else "ieee"

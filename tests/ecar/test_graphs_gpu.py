@@ -72,8 +72,7 @@ class TestGraphs:
     def test_out_of_memory_and_on(self, gpu_model):
         expected = draw(gpu_model, graphs=True).latents
         total = torch.cuda.mem_get_info()[1]
-        torch.cuda.set_per_process_memory_fraction(
-            (torch.cuda.memory_reserved() + 2**26) / total)
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**26) / total)
         try:
             many = torch.arange(4096) % 10
             with pytest.raises(torch.OutOfMemoryError, match="draw fewer at a time"):

@@ -181,7 +181,9 @@ def test_saved_and_loaded(model, tmp_path):
     folder = tmp_path / "model"
     model.save_pretrained(folder)
     assert sorted(p.name for p in folder.iterdir()) == [
-        "README.md", "config.json", "model.safetensors"
+        "README.md",
+        "config.json",
+        "model.safetensors",
     ]
     loaded = ECAR.from_pretrained(folder)
     assert loaded.config == model.config
@@ -286,8 +288,9 @@ class TestAccelerated:
     @staticmethod
     def draw(model, **options):
         labels, seeds = torch.tensor([1, 7]), torch.tensor([5, -6])
-        return sample(model, labels, seeds=seeds, steps=[2, 3], guidance_scale=2.0,
-                      **options).latents
+        return sample(
+            model, labels, seeds=seeds, steps=[2, 3], guidance_scale=2.0, **options
+        ).latents
 
     @pytest.mark.parametrize("keep", [True, False])
     def test_it_draws_the_same(self, model, keep):

@@ -100,8 +100,14 @@ def test_labels_in_every_form(pipe, labels):
 def test_graphs_and_tf32_reach_the_sampler_and_moving_drops_the_graphs(monkeypatch):
     pipe = ECARPipeline(make_model(), defaults={"num_inference_steps": 4}, graphs=False, tf32=True)
     seen, released = [], []
-    monkeypatch.setattr(pipeline, "sample", lambda *given, **options: (
-        seen.append((options["graphs"], options["tf32"])), sample(*given, **options))[1])
+    monkeypatch.setattr(
+        pipeline,
+        "sample",
+        lambda *given, **options: (
+            seen.append((options["graphs"], options["tf32"])),
+            sample(*given, **options),
+        )[1],
+    )
     monkeypatch.setattr(pipeline, "release_graphs", released.append)
     draw(pipe, 1)
     pipe.graphs, pipe.tf32 = "auto", None

@@ -37,6 +37,7 @@ def over(rgb, alpha, background):
 
 def png(path, depth, colour_type, rows, *chunks):
     """A PNG by hand, for depths that Pillow does not write. rows: bytes of each."""
+
     def chunk(kind, data):
         body = kind + data
         return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
@@ -302,5 +303,3 @@ def test_errors_can_be_caught_either_way():
     error = BadImageError([("a.png", "the file is empty")])
     assert isinstance(error, OSError) and isinstance(error, ValueError)
     assert error.files == [("a.png", "the file is empty")]
-
-

@@ -112,11 +112,13 @@ class TestSteps:
         """N_s calls at tau = 0, 1/N_s .. (N_s - 1)/N_s: none on a last sliver."""
         seen = []
         monkeypatch.setattr(
-            type(model.heads[0]), "step_modulation",
+            type(model.heads[0]),
+            "step_modulation",
             lambda head, time: time[:, None, None].expand(-1, 1, head.parts * 32),
         )
         monkeypatch.setattr(
-            type(model.heads[0]), "velocity",
+            type(model.heads[0]),
+            "velocity",
             lambda head, x, spatial, step: seen.append(step[0].mean().item()) or 0 * x,
         )
         draw(model, steps=[2, 3])
@@ -169,7 +171,11 @@ class TestCallback:
         seen = []
         draw(model, steps=[2, 3], callback=seen.append)
         assert [(info.index, info.total, info.stage) for info in seen] == [
-            (0, 5, 1), (1, 5, 1), (2, 5, 2), (3, 5, 2), (4, 5, 2)
+            (0, 5, 1),
+            (1, 5, 1),
+            (2, 5, 2),
+            (3, 5, 2),
+            (4, 5, 2),
         ]
         assert [info.tau for info in seen] == pytest.approx([0, 1 / 2, 0, 1 / 3, 2 / 3])
         assert [info.latents.shape[-1] for info in seen] == [4, 4, 8, 8, 8]
@@ -202,11 +208,27 @@ def test_a_bfloat16_model_draws_much_the_same(model):
     assert (found - expected).norm() < 0.02 * expected.norm()
 
 
-def composed_boundary(x, state, shift, scale, weight, bias, embed_weight, embed_bias, positions,
-                      dt, *, step_shift, step_scale, guidance_scale, eps):
+def composed_boundary(
+    x,
+    state,
+    shift,
+    scale,
+    weight,
+    bias,
+    embed_weight,
+    embed_bias,
+    positions,
+    dt,
+    *,
+    step_shift,
+    step_scale,
+    guidance_scale,
+    eps,
+):
     """flow_boundary by its contract, out of plain ops."""
-    v = adaln_linear(x, shift, scale, weight, bias, step_shift=step_shift, step_scale=step_scale,
-                     eps=eps).to(state.dtype)
+    v = adaln_linear(
+        x, shift, scale, weight, bias, step_shift=step_shift, step_scale=step_scale, eps=eps
+    ).to(state.dtype)
     if len(v) != len(state):
         conditional, unconditional = v.chunk(2)
         v = unconditional + guidance_scale * (conditional - unconditional)
@@ -230,12 +252,15 @@ class TestTokenLayout:
         monkeypatch.setattr(bound, "can_bind", lambda *settings: False)
         return calls
 
-    @pytest.mark.parametrize(("options", "rows"), [
-        ({}, [3] * 7),
-        ({"guidance_scale": 2.5}, [6] * 7),
-        ({"guidance_scale": 2.5, "guidance_interval": (0.1, 0.6)}, [3, 6, 6, 6, 6, 3, 3]),
-        ({"guidance_scale": 2.5, "guidance_schedule": "linear"}, [3] * 3 + [6] * 4),
-    ])
+    @pytest.mark.parametrize(
+        ("options", "rows"),
+        [
+            ({}, [3] * 7),
+            ({"guidance_scale": 2.5}, [6] * 7),
+            ({"guidance_scale": 2.5, "guidance_interval": (0.1, 0.6)}, [3, 6, 6, 6, 6, 3, 3]),
+            ({"guidance_scale": 2.5, "guidance_schedule": "linear"}, [3] * 3 + [6] * 4),
+        ],
+    )
     def test_it_is_the_same_image(self, model, boundary, monkeypatch, options, rows):
         found = draw(model, steps=[4, 5], **options).latents
         assert boundary == rows  # each stage's last step ends in another way
@@ -282,8 +307,11 @@ def test_the_plan_is_the_plain_loop(model):
         both = torch.cat([labels, torch.full_like(labels, model.config.null_class)])
         x = initial_noise(seeds, (1, 4, 4), device="cpu", dtype=torch.float32)
         for stage, (head, count) in enumerate(zip(model.heads, counts, strict=True), start=1):
-            tokens = (model.ar.embed_class(both) if stage == 1
-                      else model.ar.embed_end(end.repeat(2, 1, 1, 1), stage))  # noqa: F821
+            tokens = (
+                model.ar.embed_class(both)
+                if stage == 1
+                else model.ar.embed_end(end.repeat(2, 1, 1, 1), stage)  # noqa: F821
+            )
             token_map = model.ar.stage(tokens, cache)
             for step in range(count):
                 time = torch.full((4,), (stage - 1 + step / count) / 2)
@@ -306,9 +334,11 @@ def test_memory_does_not_grow_from_step_to_step(model):
 
     def count(info):
         gc.collect()
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-                    for tensor in gc.get_objects()
-                    if type(tensor) is torch.Tensor and id(tensor) not in known}
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in gc.get_objects()
+            if type(tensor) is torch.Tensor and id(tensor) not in known
+        }
         held.append(sum(storages.values()))
 
     draw(model, steps=[2, 6], guidance_scale=2.0, callback=count)
@@ -366,6 +396,7 @@ def test_tf32_of_runs_that_overlap_and_end_in_any_order(wishes, setting):
 @pytest.mark.parametrize("edit", ["returned", "in place", "through data"])
 def test_a_callback_that_edits(model, edit, backend):
     """An edit in place and a returned tensor mean the same, with whatever backend."""
+
     def change(info):
         if info.index != 1:
             return None

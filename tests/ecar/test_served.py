@@ -33,18 +33,19 @@ STEP = ("euler_step", "flow_boundary", "initial_noise", "upsample_renoise_euler"
 
 
 def backends(attention, block, step):
-    return ({"stage_attention": attention} | dict.fromkeys(BLOCK, block)
-            | dict.fromkeys(STEP, step))
+    return {"stage_attention": attention} | dict.fromkeys(BLOCK, block) | dict.fromkeys(STEP, step)
 
 
 PLAIN = ("reference",)
 MACHINES = {  # the backends of each op, best first
     "cpu": backends(*[("native", "reference")] * 3),
     "cpu without C++": backends(PLAIN, PLAIN, PLAIN),
-    "cuda": backends(("triton", "native", "reference"), ("triton", "reference"),
-                     ("native", "reference")),
-    "cuda without its half": backends(("triton", "native", "reference"), ("triton", "reference"),
-                                      PLAIN),
+    "cuda": backends(
+        ("triton", "native", "reference"), ("triton", "reference"), ("native", "reference")
+    ),
+    "cuda without its half": backends(
+        ("triton", "native", "reference"), ("triton", "reference"), PLAIN
+    ),
     "cuda without Triton": backends(("native", "reference"), PLAIN, ("native", "reference")),
 }
 DIRECT = {  # what a bound step's C++ ops are
@@ -69,8 +70,13 @@ class Calls(TorchDispatchMode):
                 noting = self._noting(op, name, computes.function)
                 monkeypatch.setitem(registry._backends_of, noting, name)
                 own[name] = registry.Implementation(
-                    known.target, max_width=known.max_width, width_step=known.width_step,
-                    backend=name, function=noting, bound=noting)
+                    known.target,
+                    max_width=known.max_width,
+                    width_step=known.width_step,
+                    backend=name,
+                    function=noting,
+                    bound=noting,
+                )
             monkeypatch.setitem(registry.IMPLEMENTATIONS, op, own)
         monkeypatch.setattr(registry, "_servers", {})
 
@@ -79,6 +85,7 @@ class Calls(TorchDispatchMode):
         def noting(*args, **kwargs):
             self.found.add((op, name))
             return function(*args, **kwargs)
+
         return noting
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -90,8 +97,10 @@ class Calls(TorchDispatchMode):
         self.found.clear()
         with self:
             output = run()
-        return {op: ", ".join(sorted(name for of, name in self.found if of == op))
-                for op, _ in self.found}, output
+        return {
+            op: ", ".join(sorted(name for of, name in self.found if of == op))
+            for op, _ in self.found
+        }, output
 
 
 @pytest.fixture
@@ -129,16 +138,22 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
-@pytest.mark.parametrize("calls, backend", [
-    *((machine, backend) for machine in MACHINES for backend in ("auto", "reference")),
-    ("cpu", "native")], indirect=["calls"])
+@pytest.mark.parametrize(
+    "calls, backend",
+    [
+        *((machine, backend) for machine in MACHINES for backend in ("auto", "reference")),
+        ("cpu", "native"),
+    ],
+    indirect=["calls"],
+)
 @pytest.mark.parametrize("change", CHANGES)
 def test_served_is_what_was_called(model, calls, change, backend, solver):
     with use_backend(backend):
         CHANGES[change](model)
         for steps in ([1, 1], [3, 2]):
             truth, output = calls.of(
-                lambda steps=steps: draw(model, steps=steps, solver=solver, guidance_scale=2.0))
+                lambda steps=steps: draw(model, steps=steps, solver=solver, guidance_scale=2.0)
+            )
             assert output.served == truth
 
 
@@ -147,7 +162,8 @@ def test_an_accelerated_model_on_each_machine(model, calls):
     """As a reader expects it, not from what was called."""
     served = draw(accelerate(model)).served
     attention, block, step = {
-        "cpu": ("native",) * 3, "cpu without C++": PLAIN * 3,
+        "cpu": ("native",) * 3,
+        "cpu without C++": PLAIN * 3,
         "cuda": ("triton", "triton", "native"),
         "cuda without its half": ("triton", "triton", "reference"),
         "cuda without Triton": ("native", "reference", "native"),
@@ -200,8 +216,9 @@ class TestWarning:
         monkeypatch.setattr(sampler, "_said", set())
         monkeypatch.setattr(ECAR, "device", torch.device("cuda"))
         monkeypatch.setattr(graphs, "device_reason", lambda device: None)
-        monkeypatch.setattr(graphs.GraphCache, "draw",
-                            lambda self, *given: ([torch.zeros(3, 1, 8, 8)], {}))
+        monkeypatch.setattr(
+            graphs.GraphCache, "draw", lambda self, *given: ([torch.zeros(3, 1, 8, 8)], {})
+        )
 
         def draw_where(cuda, triton=None):
             monkeypatch.setattr(_native, "why_not_cuda", lambda: cuda)
@@ -211,12 +228,15 @@ class TestWarning:
                 draw(model)
             assert all(w.category is RuntimeWarning for w in caught)
             return [str(w.message) for w in caught]
+
         return draw_where
 
     def test_once_for_each_reason(self, warned):
         (said,) = warned("the CUDA C++ library is not built: no nvcc")
-        assert "samples on cuda without the CUDA half of the C++ library: the CUDA C++ library " \
-               "is not built: no nvcc. " in said
+        assert (
+            "samples on cuda without the CUDA half of the C++ library: the CUDA C++ library "
+            "is not built: no nvcc. " in said
+        )
         assert "the noise" in said and "slower" in said
         assert not warned("the CUDA C++ library is not built: no nvcc")
         assert len(warned("the CUDA C++ library does not load: undefined symbol")) == 1

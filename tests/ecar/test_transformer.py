@@ -15,8 +15,8 @@ def test_patches_go_there_and_back(patch, shape):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{}, {"stage_sides": (4, 8, 16)}, {"stage_sides": (8,)}, {"patch_size": 1},
-              {"patch_size": 4}]
+    "sizes",
+    [{}, {"stage_sides": (4, 8, 16)}, {"stage_sides": (8,)}, {"patch_size": 1}, {"patch_size": 4}],
 )
 def test_cached_stages_equal_the_whole_sequence(make_model, sizes):
     model = make_model(**sizes)

@@ -26,17 +26,27 @@ def of_tensors(model):
     return losses, [latents, noise, tau, *weights.values()]
 
 
-@pytest.mark.parametrize("transform", [
-    transforms.forward_derivative, transforms.dual_numbers_without_grad_mode, transforms.gradient,
-    transforms.gradient_of_each_row, transforms.rows, transforms.gradient_of_gradients,
-], ids=lambda transform: transform.__name__)
+@pytest.mark.parametrize(
+    "transform",
+    [
+        transforms.forward_derivative,
+        transforms.dual_numbers_without_grad_mode,
+        transforms.gradient,
+        transforms.gradient_of_each_row,
+        transforms.rows,
+        transforms.gradient_of_gradients,
+    ],
+    ids=lambda transform: transform.__name__,
+)
 def test_the_training_forward(transform):
     assert_as_the_reference(transform, *of_tensors(tiny_model(ar_layers=1, flow_blocks=1)))
 
 
-@pytest.mark.parametrize("transform", [
-    transforms.dual_numbers_without_grad_mode, transforms.gradient,
-], ids=lambda transform: transform.__name__)
+@pytest.mark.parametrize(
+    "transform",
+    [transforms.dual_numbers_without_grad_mode, transforms.gradient],
+    ids=lambda transform: transform.__name__,
+)
 def test_the_training_forward_of_an_accelerated_model(transform):
     model = accelerate(tiny_model(ar_layers=1, flow_blocks=1))
     assert_as_the_reference(transform, *of_tensors(model))
@@ -59,6 +69,7 @@ def test_no_graph_is_recorded_in_forward_mode(monkeypatch):
 def test_sampling_in_forward_mode(prepare):
     """The bound plan stands back, and a weight's tangent is refused, not lost."""
     model = prepare(tiny_model())
+
     def draw():
         return sample(model, torch.tensor([3, 4]), seeds=torch.tensor([1, 2]), steps=4).latents
 

@@ -258,6 +258,7 @@ def test_a_users_own_block():
             return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale)
 
     try:
+
         @accelerates(Norm)
         class FastNorm(Accelerated, Norm):
             uses = ("adaln",)
@@ -339,8 +340,9 @@ class TestHeldPackedAlone:
             assert packed(model) == [*expected, "modulation.weight"]
             assert not packing._packed
         with torch._C.DisableTorchFunctionSubclass():
-            left = [p.untyped_storage().nbytes() for p in model.parameters()
-                    if type(p) is PackedWeight]
+            left = [
+                p.untyped_storage().nbytes() for p in model.parameters() if type(p) is PackedWeight
+            ]
         assert set(left) == {4}
         whole = {name: p for name, p in model.named_parameters() if name in packed(model)}
         for weight in whole.values():

@@ -25,8 +25,9 @@ def test_adaln_is_its_formula():
     y = reference.adaln(x, shift, scale, step_shift=step_shift, step_scale=step_scale)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     plain = reference.adaln(x, shift, scale, eps=0.5)
-    torch.testing.assert_close(plain, normalise(x, 0.5) * (1 + scale) + shift,
-                               rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        plain, normalise(x, 0.5) * (1 + scale) + shift, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_gated_residual_is_its_formula():
@@ -35,15 +36,22 @@ def test_gated_residual_is_its_formula():
     torch.testing.assert_close(y, x + (gate + step_gate) * branch, rtol=1e-14, atol=1e-14)
 
 
-@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 90), st.sampled_from(KERNEL_DTYPES),
-       st.booleans(), st.integers(0, 2**32))
+@given(
+    st.integers(1, 3),
+    st.integers(1, 20),
+    st.integers(1, 90),
+    st.sampled_from(KERNEL_DTYPES),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
 def test_both_in_one_pass_are_the_two_in_a_row(batch, tokens, channels, dtype, steps, seed):
     torch.manual_seed(seed)
     x, branch = torch.randn(2, batch, tokens, channels).to(dtype)
     gate, shift, scale = torch.randn(batch, tokens, 3 * channels).to(dtype).chunk(3, -1)
     a, b, c = torch.randn(3, 1, 1, channels).to(dtype) if steps else (None, None, None)
-    new_x, y = gated_residual_adaln(x, branch, gate, shift, scale, step_gate=a, step_shift=b,
-                                    step_scale=c)
+    new_x, y = gated_residual_adaln(
+        x, branch, gate, shift, scale, step_gate=a, step_shift=b, step_scale=c
+    )
     assert new_x.equal(gated_residual(x, branch, gate, step_gate=a))
     assert y.equal(adaln(new_x, shift, scale, step_shift=b, step_scale=c))
 
@@ -53,8 +61,11 @@ def test_both_in_one_pass_are_the_two_in_a_row(batch, tokens, channels, dtype, s
 def test_broadcast_modulation_is_the_expanded_one(op, rows):
     """[B, 1, C] spatial parts; step parts of the batch or of each row."""
     call = arguments(op, dtype=torch.float64)
-    small = {name: torch.randn(rows if name.startswith("step_") else 2, 1, 24).double()
-             for name in call if name not in ("x", "branch")}
+    small = {
+        name: torch.randn(rows if name.startswith("step_") else 2, 1, 24).double()
+        for name in call
+        if name not in ("x", "branch")
+    }
     with use_backend("reference"):
         results = run(getattr(reference, op), call | small)
         expanded = {name: value.expand(2, 21, 24) for name, value in small.items()}
@@ -70,8 +81,14 @@ def test_arithmetic_is_in_float32(op, dtype):
     call = arguments(op, batch=4, dtype=dtype)
     results = run(getattr(reference, op), call)
     if op == "gated_residual_adaln":  # its y is of the rounded x
-        call = {"x": results[0], **{name: value for name, value in call.items() if name in
-                                    ("shift", "scale", "step_shift", "step_scale")}}
+        call = {
+            "x": results[0],
+            **{
+                name: value
+                for name, value in call.items()
+                if name in ("shift", "scale", "step_shift", "step_scale")
+            },
+        }
         results, op = results[1:], "adaln"
     oracles = run(getattr(reference, op), call, torch.float64)
     allowed = 8 if dtype == torch.float32 else 0.51

@@ -35,8 +35,9 @@ def calls(draw, op, channels):
 @given(st.data())
 def test_outputs(op, data):
     with torch.no_grad():
-        assert_accurate(native(op), getattr(reference, op),
-                        data.draw(calls(op, st.integers(1, 150))))
+        assert_accurate(
+            native(op), getattr(reference, op), data.draw(calls(op, st.integers(1, 150)))
+        )
 
 
 @pytest.mark.parametrize("op", MODULATION)
@@ -49,18 +50,30 @@ def test_gradients(op, data):
 
 @pytest.mark.parametrize("op", MODULATION)
 @given(st.integers(1, 4), st.integers(1, 70), st.integers(1, 24), st.integers(0, 2**32))
-def test_gradients_of_broadcast_parts_are_the_sums_of_whole_ones(
-        op, batch, count, channels, seed):
+def test_gradients_of_broadcast_parts_are_the_sums_of_whole_ones(op, batch, count, channels, seed):
     """To the error that a chain of 16 additions may have."""
     torch.manual_seed(seed)
-    small = call_of(op, batch, count, channels, torch.float32, ["contiguous"] * 8, [False] * 3,
-                    ["one", "rows", "one"])
-    whole = {name: value if name.startswith("step_") else value.expand(batch, count, channels)
-             for name, value in small.items()}
-    weights = [torch.randn(batch, count, channels)
-               for _ in range(2 if op == "gated_residual_adaln" else 1)]
-    found, terms = (dict(zip(small, run(native(op), call, None, weights)[len(weights):],
-                             strict=True)) for call in (small, whole))
+    small = call_of(
+        op,
+        batch,
+        count,
+        channels,
+        torch.float32,
+        ["contiguous"] * 8,
+        [False] * 3,
+        ["one", "rows", "one"],
+    )
+    whole = {
+        name: value if name.startswith("step_") else value.expand(batch, count, channels)
+        for name, value in small.items()
+    }
+    weights = [
+        torch.randn(batch, count, channels) for _ in range(2 if op == "gated_residual_adaln" else 1)
+    ]
+    found, terms = (
+        dict(zip(small, run(native(op), call, None, weights)[len(weights) :], strict=True))
+        for call in (small, whole)
+    )
     for name, value in small.items():
         term = terms[name.removeprefix("step_")].double()
         dims = [d for d in range(3) if value.shape[d] < term.shape[d]]
@@ -82,12 +95,14 @@ def test_the_models_widths(op, channels, dtype):
 def test_gradients_of_some_arguments_only(op, dtype):
     """Each tensor alone: what is not asked for is not made, what is asked for is the same."""
     for broadcast in (True, False):
-        call = call_of(op, 3, 21, 50, dtype, ["contiguous"] * 8, [broadcast] * 3,
-                       ["one", "rows", "one"])
+        call = call_of(
+            op, 3, 21, 50, dtype, ["contiguous"] * 8, [broadcast] * 3, ["one", "rows", "one"]
+        )
 
         def gradients(names, call=call):
-            inputs = {name: value.clone().requires_grad_(name in names)
-                      for name, value in call.items()}
+            inputs = {
+                name: value.clone().requires_grad_(name in names) for name, value in call.items()
+            }
             outputs = native(op)(**inputs)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             total = sum((y.float() * (i + 1)).sin().sum() for i, y in enumerate(outputs))
@@ -103,15 +118,20 @@ def test_gradients_of_some_arguments_only(op, dtype):
 
 
 def test_a_gradient_for_one_output_of_two():
-    call = call_of("gated_residual_adaln", 2, 9, 33, torch.float32, ["contiguous"] * 8,
-                   [True] * 3, ["one"] * 3)
-    assert_accurate(lambda **call: native("gated_residual_adaln")(**call)[1],
-                    lambda **call: reference.gated_residual_adaln(**call)[1],
-                    call, gradients=True)
+    call = call_of(
+        "gated_residual_adaln", 2, 9, 33, torch.float32, ["contiguous"] * 8, [True] * 3, ["one"] * 3
+    )
+    assert_accurate(
+        lambda **call: native("gated_residual_adaln")(**call)[1],
+        lambda **call: reference.gated_residual_adaln(**call)[1],
+        call,
+        gradients=True,
+    )
     inputs = {name: value.clone().requires_grad_() for name, value in call.items()}
     native("gated_residual_adaln")(**inputs)[0].sin().sum().backward()
-    gated = {name: call[name].clone().requires_grad_()
-             for name in ("x", "branch", "gate", "step_gate")}
+    gated = {
+        name: call[name].clone().requires_grad_() for name in ("x", "branch", "gate", "step_gate")
+    }
     native("gated_residual")(**gated).sin().sum().backward()
     for name, value in inputs.items():
         assert value.grad.equal(gated[name].grad if name in gated else torch.zeros_like(value))
@@ -161,9 +181,11 @@ def test_a_sixteen_bit_result_too_large_is_infinite():
 
 def gradient_of(op):
     """The gradient of x as a function of the arguments, for the rule to differentiate."""
+
     def gradient(x, **modulation):
         x = x if x.requires_grad else x.clone().requires_grad_()
         return torch.autograd.grad(op(x, **modulation).sin().sum(), x, create_graph=True)[0]
+
     return gradient
 
 
@@ -174,14 +196,16 @@ def test_second_derivatives_are_accurate(channels, dtype):
     the root mean square of a gradient is not a matter of chance."""
     x, shift, scale = torch.randn(3, 32, 24, channels).to(dtype)
     call = {"x": x, "shift": shift, "scale": scale[:, :1]}
-    assert_accurate(gradient_of(native("adaln")), gradient_of(reference.adaln), call,
-                    gradients=True)
+    assert_accurate(
+        gradient_of(native("adaln")), gradient_of(reference.adaln), call, gradients=True
+    )
 
 
 def test_gradients_of_sums_over_many_tokens_stay_accurate():
     """Blocks, then blocks in double: not one long chain of additions."""
-    call = call_of("adaln", 4, 3000, 17, torch.float32, ["contiguous"] * 8, [False] * 3,
-                   ["one"] * 3)
+    call = call_of(
+        "adaln", 4, 3000, 17, torch.float32, ["contiguous"] * 8, [False] * 3, ["one"] * 3
+    )
     assert_accurate(native("adaln"), reference.adaln, call, gradients=True)
 
 
@@ -202,6 +226,7 @@ def test_close_to_the_reference_in_plain_sight(op):
     """Not through the rule: a few ulp of float32."""
     call = call_of(op, 2, 16, 768, torch.float32, ["chunk"] * 8, [True] * 3, ["one"] * 3)
     results, expected = native(op)(**call), getattr(reference, op)(**call)
-    for result, wanted in zip(*((y if isinstance(y, tuple) else (y,))
-                                for y in (results, expected)), strict=True):
+    for result, wanted in zip(
+        *((y if isinstance(y, tuple) else (y,)) for y in (results, expected)), strict=True
+    ):
         assert largest_error(result, wanted.double()) <= 4 * ulp(wanted.double(), torch.float32)

@@ -54,8 +54,13 @@ def test_gradients_of_the_reference(op, optional):
         inputs = [call[name].requires_grad_() for name in names]
         assert torch.autograd.gradcheck(of_tensors, inputs)
         assert torch.autograd.gradcheck(
-            of_tensors, inputs, check_forward_ad=True, check_batched_grad=True,
-            check_batched_forward_grad=True, fast_mode=True)
+            of_tensors,
+            inputs,
+            check_forward_ad=True,
+            check_batched_grad=True,
+            check_batched_forward_grad=True,
+            fast_mode=True,
+        )
         assert torch.autograd.gradgradcheck(of_tensors, inputs, fast_mode=True)
 
 
@@ -123,8 +128,9 @@ def test_views_give_what_copies_give(op):
 @pytest.mark.parametrize("op", OPS)
 def test_same_inputs_same_bits(op):
     call = arguments(op)
-    for once, again in zip(tensors(function(op)(**call)), tensors(function(op)(**call)),
-                           strict=True):
+    for once, again in zip(
+        tensors(function(op)(**call)), tensors(function(op)(**call)), strict=True
+    ):
         assert once.equal(again)
 
 
@@ -138,11 +144,17 @@ def test_autocast(op):
     first = tensor_names(op)[0]
     mixed = call | {first: call[first].bfloat16()}
     target = torch.float32 if op in IMAGE_OPS else torch.bfloat16
-    expected = tensors(function(op)(**{
-        name: value.to(target) if name in tensor_names(op) and name != "state" else value
-        for name, value in mixed.items()}))
+    expected = tensors(
+        function(op)(
+            **{
+                name: value.to(target) if name in tensor_names(op) and name != "state" else value
+                for name, value in mixed.items()
+            }
+        )
+    )
     assert [result.dtype for result in expected] == (
-        [torch.float32, target] if op == "flow_boundary" else [target] * len(expected))
+        [torch.float32, target] if op == "flow_boundary" else [target] * len(expected)
+    )
     with torch.autocast("cpu", torch.bfloat16):
         results = tensors(function(op)(**mixed))
         keywords_in_another_order = tensors(function(op)(**dict(reversed(mixed.items()))))
@@ -162,8 +174,10 @@ def test_autocast_leaves_noise_alone():
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_gradients_flow_through_autocast_in_float32(op):
-    call = {name: value.detach().requires_grad_() if name in tensor_names(op) else value
-            for name, value in arguments(op).items()}
+    call = {
+        name: value.detach().requires_grad_() if name in tensor_names(op) else value
+        for name, value in arguments(op).items()
+    }
     with torch.autocast("cpu", torch.bfloat16):
         results = tensors(function(op)(**call))
     sum(result.float().square().sum() for result in results).backward()
@@ -176,12 +190,15 @@ def test_gradients_flow_through_autocast_in_float32(op):
 def test_on_the_meta_device(op):
     """Shapes without data, for counting a model's cost."""
     call = arguments(op, optional=False)
-    meta = {name: value.to("meta") if isinstance(value, torch.Tensor) else value
-            for name, value in call.items()}
+    meta = {
+        name: value.to("meta") if isinstance(value, torch.Tensor) else value
+        for name, value in call.items()
+    }
     if "device" in meta:
         meta["device"] = "meta"
-    for result, usual in zip(tensors(function(op)(**meta)), tensors(function(op)(**call)),
-                             strict=True):
+    for result, usual in zip(
+        tensors(function(op)(**meta)), tensors(function(op)(**call)), strict=True
+    ):
         assert result.device.type == "meta"
         assert result.shape == usual.shape
 
@@ -190,6 +207,5 @@ def test_on_the_meta_device(op):
 def test_a_bound_implementation_is_the_op(op):
     call = arguments(op)
     run_bound = registry.resolve(op, device="cpu", dtype=torch.float32)
-    for ours, public in zip(tensors(run_bound(**call)), tensors(function(op)(**call)),
-                            strict=True):
+    for ours, public in zip(tensors(run_bound(**call)), tensors(function(op)(**call)), strict=True):
         assert ours.equal(public)

@@ -50,8 +50,9 @@ def test_fullgraph_gradients_equal_eager(op):
     close(run(compiled, call, None, weights), run(function(op), call, None, weights))
 
 
-@pytest.mark.parametrize("op", ["stage_attention", "gated_residual_adaln",
-                                "upsample_renoise_euler", "flow_boundary"])
+@pytest.mark.parametrize(
+    "op", ["stage_attention", "gated_residual_adaln", "upsample_renoise_euler", "flow_boundary"]
+)
 def test_inductor_is_as_accurate_as_the_reference(op):
     compiled = torch.compile(function(op), fullgraph=True)
     with use_backend("reference"), torch.no_grad():
@@ -62,8 +63,9 @@ def test_inductor_draws_the_same_noise():
     """Its integer arithmetic must not be optimised as if it could not wrap."""
     call = arguments("initial_noise", batch=9)
     compiled = torch.compile(ecar_kernels.initial_noise, fullgraph=True)
-    torch.testing.assert_close(compiled(**call), ecar_kernels.initial_noise(**call),
-                               rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(
+        compiled(**call), ecar_kernels.initial_noise(**call), rtol=2e-6, atol=2e-6
+    )
 
 
 def test_fullgraph_under_autocast():
@@ -130,12 +132,18 @@ class Block(torch.nn.Module):
         y = ecar_kernels.adaln(ecar_kernels.gated_residual(x, y, gate), shift, scale)
         state = euler_step(state, velocity, 0.1, guidance_scale=2.0)
         return y, ecar_kernels.upsample_renoise_euler(
-            state, velocity, 0.1, time=0.5, stage=2, seeds=seeds, guidance_scale=2.0)
+            state, velocity, 0.1, time=0.5, stage=2, seeds=seeds, guidance_scale=2.0
+        )
 
 
 def block_inputs(batch: int) -> tuple:
-    return (torch.randn(batch, TOKENS, CHANNELS), torch.randn(batch, TOKENS, 3 * CHANNELS),
-            torch.arange(batch), torch.randn(batch, *IMAGE), torch.randn(2 * batch, *IMAGE))
+    return (
+        torch.randn(batch, TOKENS, CHANNELS),
+        torch.randn(batch, TOKENS, 3 * CHANNELS),
+        torch.arange(batch),
+        torch.randn(batch, *IMAGE),
+        torch.randn(2 * batch, *IMAGE),
+    )
 
 
 @torch.no_grad()
@@ -144,8 +152,10 @@ def test_export():
     block = Block().requires_grad_(False)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(
-        block, block_inputs(3),
-        dynamic_shapes=({0: batch}, {0: batch}, {0: batch}, {0: batch}, {0: 2 * batch}))
+        block,
+        block_inputs(3),
+        dynamic_shapes=({0: batch}, {0: batch}, {0: batch}, {0: batch}, {0: 2 * batch}),
+    )
     for size in (2, 5):
         inputs = block_inputs(size)
         y, (end, start) = program.module()(*inputs)
@@ -161,7 +171,8 @@ def modulated_chain(x, spatial, table):
     y = ecar_kernels.adaln(x, shift, scale, **steps)
     for _ in range(3):
         x, y = ecar_kernels.gated_residual_adaln(
-            x, torch.tanh(y), gate, shift, scale, step_gate=step_gate, **steps)
+            x, torch.tanh(y), gate, shift, scale, step_gate=step_gate, **steps
+        )
         y = ecar_kernels.adaln(y, shift, scale, **steps)
     return ecar_kernels.gated_residual(x, y, gate, step_gate=step_gate)
 
@@ -170,8 +181,11 @@ def modulated_chain(x, spatial, table):
 def test_gradients_of_chained_modulated_norms(device):
     """Inductor's own of such a chain were wrong in PyTorch 2.10 to 2.13 (pytorch #193061), where
     a shared modulation's slices met. It does not see into these ops."""
-    arguments = {"x": torch.randn(2, TOKENS, CHANNELS), "spatial": torch.randn(2, 1, 3 * CHANNELS),
-                 "table": torch.randn(1, 3, CHANNELS)}
+    arguments = {
+        "x": torch.randn(2, TOKENS, CHANNELS),
+        "spatial": torch.randn(2, 1, 3 * CHANNELS),
+        "table": torch.randn(1, 3, CHANNELS),
+    }
     arguments = {name: value.to(device) for name, value in arguments.items()}
     compiled = torch.compile(modulated_chain, fullgraph=True)
 

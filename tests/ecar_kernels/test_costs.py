@@ -24,8 +24,10 @@ FORWARD = {
     "upsample_renoise_euler": ((1 + 2 + 3 + 1 + 4) * IMAGE, 0),
     "initial_noise": (8 * B + IMAGE, 0),
     # x, shift, scale in and embedded out, of 2B rows; the state in and out; weights, positions
-    "flow_boundary": (8 * TOKENS + 4 * (2 * B * N * P + 2 * P * C + P + C + N * C) + 2 * STEP,
-                      (2 * B + B) * N * C * P),
+    "flow_boundary": (
+        8 * TOKENS + 4 * (2 * B * N * P + 2 * P * C + P + C + N * C) + 2 * STEP,
+        (2 * B + B) * N * C * P,
+    ),
 }
 BACKWARD = {
     # q, k, v, the output and its gradient in; dq, dk, dv out
@@ -94,7 +96,8 @@ def test_queries_of_the_newest_stages_see_all_before_them():
     q, kv = torch.empty(B, 20, H, D), torch.empty(B, N, H, D)
     given = {"q": q, "k": kv, "v": kv, "stage_lengths": (1, 4, 16)}
     assert costs.cost("stage_attention", given, q).multiply_adds == (
-        2 * B * H * D * (4 * 5 + 16 * 21))
+        2 * B * H * D * (4 * 5 + 16 * 21)
+    )
 
 
 def test_floor_is_the_longer_of_both():

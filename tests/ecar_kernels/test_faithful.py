@@ -13,14 +13,7 @@ from torch import nn
 
 import ecar_kernels
 from ecar_kernels import acceleration, modules
-from ecar_kernels.modules import (
-    AdaLN,
-    FlowBlock,
-    GatedResidual,
-    Linear,
-    StageAttention,
-    StageBlock,
-)
+from ecar_kernels.modules import AdaLN, FlowBlock, GatedResidual, Linear, StageAttention, StageBlock
 from tests.support import situations
 
 WIDTH, TOKENS, BATCH = 32, 10, 2
@@ -32,28 +25,71 @@ def six(*shape):
 
 # A module, and its calls: a name, the call of (module, arguments), and the arguments.
 MODULES = {
-    AdaLN: (AdaLN, {"forward": (lambda m, a: m(*a), lambda: [
-        torch.randn(BATCH, TOKENS, WIDTH), *six(BATCH, TOKENS)[:2], *six(1, 1)[:2]])}),
-    GatedResidual: (GatedResidual, {"forward": (lambda m, a: m(*a), lambda: [
-        *six(BATCH, TOKENS)[:3], *six(1, 1)[:1]])}),
-    Linear: (lambda: Linear(WIDTH, 48), {
-        "forward": (lambda m, a: m(*a), lambda: [torch.randn(BATCH, TOKENS, WIDTH)]),
-        "product": (lambda m, a: m.product(*a), lambda: [torch.randn(BATCH, TOKENS, WIDTH)])}),
-    StageAttention: (lambda: StageAttention(WIDTH, 4), {"forward": (
-        lambda m, a: m(*a, (2, TOKENS - 2)), lambda: [torch.randn(BATCH, TOKENS, WIDTH)])}),
-    StageBlock: (lambda: StageBlock(WIDTH, 4), {"forward": (
-        lambda m, a: m(*a, (2, TOKENS - 2)), lambda: [torch.randn(BATCH, TOKENS, WIDTH)])}),
-    FlowBlock: (lambda: FlowBlock(WIDTH, 4), {
-        "infer": (lambda m, a: m.infer(a[0], a[1:7], a[7:]), lambda: [
-            torch.randn(BATCH, TOKENS, WIDTH), *six(BATCH, TOKENS), *six(1, 1)]),
-        "forward": (lambda m, a: torch.stack(m(a[0], a[1], a[2:8], a[8:])), lambda: [
-            *six(BATCH, TOKENS)[:2], *six(BATCH, TOKENS), *six(BATCH, 1)])}),
+    AdaLN: (
+        AdaLN,
+        {
+            "forward": (
+                lambda m, a: m(*a),
+                lambda: [
+                    torch.randn(BATCH, TOKENS, WIDTH),
+                    *six(BATCH, TOKENS)[:2],
+                    *six(1, 1)[:2],
+                ],
+            )
+        },
+    ),
+    GatedResidual: (
+        GatedResidual,
+        {"forward": (lambda m, a: m(*a), lambda: [*six(BATCH, TOKENS)[:3], *six(1, 1)[:1]])},
+    ),
+    Linear: (
+        lambda: Linear(WIDTH, 48),
+        {
+            "forward": (lambda m, a: m(*a), lambda: [torch.randn(BATCH, TOKENS, WIDTH)]),
+            "product": (lambda m, a: m.product(*a), lambda: [torch.randn(BATCH, TOKENS, WIDTH)]),
+        },
+    ),
+    StageAttention: (
+        lambda: StageAttention(WIDTH, 4),
+        {
+            "forward": (
+                lambda m, a: m(*a, (2, TOKENS - 2)),
+                lambda: [torch.randn(BATCH, TOKENS, WIDTH)],
+            )
+        },
+    ),
+    StageBlock: (
+        lambda: StageBlock(WIDTH, 4),
+        {
+            "forward": (
+                lambda m, a: m(*a, (2, TOKENS - 2)),
+                lambda: [torch.randn(BATCH, TOKENS, WIDTH)],
+            )
+        },
+    ),
+    FlowBlock: (
+        lambda: FlowBlock(WIDTH, 4),
+        {
+            "infer": (
+                lambda m, a: m.infer(a[0], a[1:7], a[7:]),
+                lambda: [torch.randn(BATCH, TOKENS, WIDTH), *six(BATCH, TOKENS), *six(1, 1)],
+            ),
+            "forward": (
+                lambda m, a: torch.stack(m(a[0], a[1], a[2:8], a[8:])),
+                lambda: [*six(BATCH, TOKENS)[:2], *six(BATCH, TOKENS), *six(BATCH, 1)],
+            ),
+        },
+    ),
 }
 CALLS = [(kind, call) for kind, (_, calls) in MODULES.items() for call in calls]
-LAYER_CASES = [(kind, call, name) for kind, call in CALLS
-               for name in situations.linear_layers(MODULES[kind][0]())]
-NORM_CASES = [(kind, call, name) for kind, call in CALLS
-              for name in situations.norms(MODULES[kind][0]())]
+LAYER_CASES = [
+    (kind, call, name)
+    for kind, call in CALLS
+    for name in situations.linear_layers(MODULES[kind][0]())
+]
+NORM_CASES = [
+    (kind, call, name) for kind, call in CALLS for name in situations.norms(MODULES[kind][0]())
+]
 
 
 def made(kind: type, call: str):
@@ -104,8 +140,11 @@ def test_what_stands_in_a_layers_place_is_called(case, change, order):
     right = reference(plain, run, arguments)
     assert not agree(untouched, right) or change in (situations.a_tied_weight,)
     assert agree(run(module, arguments), right)
-    if change is not situations.no_bias and change is not situations.a_tied_weight and (
-            call == "infer" or kind is StageBlock):
+    if (
+        change is not situations.no_bias
+        and change is not situations.a_tied_weight
+        and (call == "infer" or kind is StageBlock)
+    ):
         assert name in str(ecar_kernels.report(module))
     ecar_kernels.restore(module)
     assert agree(run(module, arguments), right)
@@ -128,18 +167,23 @@ LAYOUTS = {
     "every other column": lambda x: torch.stack((x, x), -1).flatten(-2)[..., ::2],
     "expanded": lambda x: x[:1].expand_as(x),
     "one number": lambda x: x.flatten()[:1].expand(x.shape),
-    "rows of a wider one": lambda x: torch.cat((x, x), -1)[..., x.shape[-1]:],
+    "rows of a wider one": lambda x: torch.cat((x, x), -1)[..., x.shape[-1] :],
     "odd address": lambda x: torch.cat((x.flatten()[:1], x.flatten()))[1:].view(x.shape),
     "empty": lambda x: x[:0] if x.shape[0] > 1 else x,
     "no tokens": lambda x: x[:, :0] if x.shape[1] > 1 else x,
     "float64": lambda x: x.double(),
 }
 WRONG = {
-    "narrower": lambda x: x[..., :-1], "one channel": lambda x: x[..., :1],
-    "half": lambda x: x[..., :x.shape[-1] // 2], "wider": lambda x: torch.cat((x, x), -1),
-    "another dtype": lambda x: x.bfloat16(), "integers": lambda x: x.long(),
-    "no tensor": lambda x: x.tolist(), "a number": lambda x: 1.0,
-    "another device": lambda x: x.to("meta"), "more images": lambda x: torch.cat((x, x, x)),
+    "narrower": lambda x: x[..., :-1],
+    "one channel": lambda x: x[..., :1],
+    "half": lambda x: x[..., : x.shape[-1] // 2],
+    "wider": lambda x: torch.cat((x, x), -1),
+    "another dtype": lambda x: x.bfloat16(),
+    "integers": lambda x: x.long(),
+    "no tensor": lambda x: x.tolist(),
+    "a number": lambda x: 1.0,
+    "another device": lambda x: x.to("meta"),
+    "more images": lambda x: torch.cat((x, x, x)),
 }
 
 
@@ -177,7 +221,7 @@ def test_it_refuses_what_the_plain_module_refuses(case, wrong):
     module, run, arguments = made(kind, call)
     fast = ecar_kernels.accelerate(copy.deepcopy(module))
     for index, argument in enumerate(arguments):
-        changed = [*arguments[:index], WRONG[wrong](argument), *arguments[index + 1:]]
+        changed = [*arguments[:index], WRONG[wrong](argument), *arguments[index + 1 :]]
         right, refused = outcome(lambda a=changed: reference(module, run, a))
         got, error = outcome(lambda a=changed: run(fast, a))
         assert (error is None) == (refused is None), (index, error, refused)

@@ -47,8 +47,9 @@ def test_fused_is_unfused(dtype, optional):
     assert reference.adaln_linear(**call).equal(F.linear(y, call["weight"], call["bias"]))
     call = arguments("linear_gated_residual", dtype=dtype, optional=optional)
     branch = F.linear(call["h"], call["weight"], call["bias"])
-    expected = unfused.gated_residual(call["residual"], branch, call["gate"],
-                                      step_gate=call.get("step_gate"))
+    expected = unfused.gated_residual(
+        call["residual"], branch, call["gate"], step_gate=call.get("step_gate")
+    )
     assert reference.linear_gated_residual(**call).equal(expected)
 
 
@@ -70,6 +71,7 @@ def test_what_is_added_to_scale(backend):
 @pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
 def test_a_layer_norm_in_front_of_a_linear_layer(backend, dtype):
     """Its weight and bias, small and large, are scale and shift where scale_offset is 0."""
+
     def plain(x, shift, scale, weight, bias):
         return F.linear(F.layer_norm(x, x.shape[-1:], scale[0, 0], shift[0, 0], 1e-6), weight, bias)
 
@@ -78,9 +80,13 @@ def test_a_layer_norm_in_front_of_a_linear_layer(backend, dtype):
             return adaln_linear(**call, scale_offset=0.0)
 
     for factor in (1e-3, 50):
-        call = {"x": torch.randn(2, 21, 48), "shift": torch.randn(1, 1, 48).expand(2, 1, 48),
-                "scale": factor * torch.randn(1, 1, 48).expand(2, 1, 48),
-                "weight": torch.randn(70, 48), "bias": torch.randn(70)}
+        call = {
+            "x": torch.randn(2, 21, 48),
+            "shift": torch.randn(1, 1, 48).expand(2, 1, 48),
+            "scale": factor * torch.randn(1, 1, 48).expand(2, 1, 48),
+            "weight": torch.randn(70, 48),
+            "bias": torch.randn(70),
+        }
         assert_accurate(fused, plain, {name: value.to(dtype) for name, value in call.items()})
 
 

@@ -39,6 +39,7 @@ def kernel(op):
 
 def tokens(batch, count, channels, dtype=torch.float32, layout="contiguous"):
     """Random [batch, count, channels] in memory as asked."""
+
     def normal(*shape):
         return torch.randn(*shape).to(dtype)
 
@@ -57,16 +58,30 @@ def linear(outputs, depth, dtype=torch.float32, sliced=False, bias=True):
     """A weight of which the outputs keep the inputs' scale, and its bias."""
     rows = torch.randn(outputs, depth + 5) / max(depth, 1) ** 0.5
     weight = rows.to(dtype)[:, 2:-3]
-    return {"weight": weight if sliced else weight.contiguous(),
-            "bias": torch.randn(outputs).to(dtype) if bias else None}
+    return {
+        "weight": weight if sliced else weight.contiguous(),
+        "bias": torch.randn(outputs).to(dtype) if bias else None,
+    }
 
 
-def call_of(op, batch, count, depth, outputs, *, dtype=torch.float32, layouts=("contiguous",) * 7,
-            whole=(True, True), steps=("one", "one"), sliced=False, bias=True, gelu=True,
-            scale_offset=1.0):
+def call_of(
+    op,
+    batch,
+    count,
+    depth,
+    outputs,
+    *,
+    dtype=torch.float32,
+    layouts=("contiguous",) * 7,
+    whole=(True, True),
+    steps=("one", "one"),
+    sliced=False,
+    bias=True,
+    gelu=True,
+    scale_offset=1.0,
+):
     layout = iter(layouts)
-    first = {"x" if op == "adaln_linear" else "h":
-             tokens(batch, count, depth, dtype, next(layout))}
+    first = {"x" if op == "adaln_linear" else "h": tokens(batch, count, depth, dtype, next(layout))}
     call = first | linear(outputs, depth, dtype, sliced, bias)
     names, width = (("shift", "scale"), depth) if op == "adaln_linear" else (("gate",), outputs)
     for name, every, step in zip(names, whole, steps, strict=False):
@@ -82,14 +97,22 @@ def call_of(op, batch, count, depth, outputs, *, dtype=torch.float32, layouts=("
 @st.composite
 def calls(draw, op):
     two = {"min_size": 2, "max_size": 2}
-    shape = [draw(st.integers(0, 3)), draw(st.integers(0, 40)), draw(st.integers(1, 300)),
-             draw(st.integers(1, 120))]
-    kinds = {"dtype": draw(st.sampled_from(KERNEL_DTYPES)),
-             "layouts": draw(st.lists(st.sampled_from(LAYOUTS), min_size=7, max_size=7)),
-             "whole": draw(st.lists(st.booleans(), **two)),
-             "steps": draw(st.lists(st.sampled_from([None, "one", "rows"]), **two)),
-             "sliced": draw(st.booleans()), "bias": draw(st.booleans()),
-             "gelu": draw(st.booleans()), "scale_offset": draw(st.sampled_from(OFFSETS))}
+    shape = [
+        draw(st.integers(0, 3)),
+        draw(st.integers(0, 40)),
+        draw(st.integers(1, 300)),
+        draw(st.integers(1, 120)),
+    ]
+    kinds = {
+        "dtype": draw(st.sampled_from(KERNEL_DTYPES)),
+        "layouts": draw(st.lists(st.sampled_from(LAYOUTS), min_size=7, max_size=7)),
+        "whole": draw(st.lists(st.booleans(), **two)),
+        "steps": draw(st.lists(st.sampled_from([None, "one", "rows"]), **two)),
+        "sliced": draw(st.booleans()),
+        "bias": draw(st.booleans()),
+        "gelu": draw(st.booleans()),
+        "scale_offset": draw(st.sampled_from(OFFSETS)),
+    }
     torch.manual_seed(draw(st.integers(0, 2**32)))
     return call_of(op, *shape, **kinds)
 
@@ -104,16 +127,27 @@ def test_outputs(op, data):
     assert_accurate(kernel(op), getattr(reference, op), call)
 
 
-@pytest.mark.parametrize("width, dtype", [
-    (768, torch.float32), (1024, torch.float32), (1152, torch.float32),
-    (768, torch.bfloat16), (768, torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    "width, dtype",
+    [
+        (768, torch.float32),
+        (1024, torch.float32),
+        (1152, torch.float32),
+        (768, torch.bfloat16),
+        (768, torch.float16),
+    ],
+    ids=str,
+)
 def test_the_models_widths(width, dtype):
-    for op, depth, outputs in (("adaln_linear", width, 3 * width),
-                               ("adaln_linear", width, 4 * width),
-                               ("linear_gated_residual", width, width),
-                               ("linear_gated_residual", 4 * width, width)):
-        assert_accurate(kernel(op), getattr(reference, op),
-                        call_of(op, 1, 16, depth, outputs, dtype=dtype))
+    for op, depth, outputs in (
+        ("adaln_linear", width, 3 * width),
+        ("adaln_linear", width, 4 * width),
+        ("linear_gated_residual", width, width),
+        ("linear_gated_residual", 4 * width, width),
+    ):
+        assert_accurate(
+            kernel(op), getattr(reference, op), call_of(op, 1, 16, depth, outputs, dtype=dtype)
+        )
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -127,8 +161,9 @@ def test_no_inputs_or_no_outputs(op):
         if op == "adaln_linear" and depth == 0:
             continue  # a LayerNorm of nothing
         call = call_of(op, 2, 3, depth, outputs)
-        torch.testing.assert_close(kernel(op)(**call), getattr(reference, op)(**call),
-                                   rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            kernel(op)(**call), getattr(reference, op)(**call), rtol=1e-6, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
@@ -142,14 +177,21 @@ def gelu_of(values, dtype=torch.float32):
     """The kernel's GELU: of the bias, for the product is 0."""
     zeros = torch.zeros(1, 1, 8, dtype=dtype)
     weight = torch.zeros(len(values), 8, dtype=dtype)
-    return kernel("adaln_linear")(zeros, zeros, zeros, weight, values.to(dtype),
-                                  activation="gelu_tanh")[0, 0]
+    return kernel("adaln_linear")(
+        zeros, zeros, zeros, weight, values.to(dtype), activation="gelu_tanh"
+    )[0, 0]
 
 
 def test_gelu_is_exact_to_a_few_units():
     """Of the result where it does not vanish, else of 1: torch's own cancels for x < 0."""
-    values = torch.cat([torch.linspace(-20, 20, 40001), torch.logspace(-30, 4, 1000),
-                        -torch.logspace(-30, 4, 1000), torch.zeros(1)])
+    values = torch.cat(
+        [
+            torch.linspace(-20, 20, 40001),
+            torch.logspace(-30, 4, 1000),
+            -torch.logspace(-30, 4, 1000),
+            torch.zeros(1),
+        ]
+    )
     exact = F.gelu(values.double(), approximate="tanh")
     error = (gelu_of(values).double() - exact).abs()
     assert (error <= torch.where(values >= -1, 5 * exact.abs(), 1) * 2**-24).all()
@@ -175,9 +217,12 @@ def test_a_row_is_the_same_bits_in_every_batch(op, dtype):
     call = call_of(op, 1, 300, 200, 100, dtype=dtype, whole=(True, True))
     every = kernel(op)(**call)
     for begin, end in ((0, 1), (7, 9), (100, 103), (250, 257), (0, 16), (37, 290)):
-        part = {name: value[:, begin:end] if isinstance(value, torch.Tensor)
-                and value.ndim == 3 and value.shape[1] == 300 else value
-                for name, value in call.items()}
+        part = {
+            name: value[:, begin:end]
+            if isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[1] == 300
+            else value
+            for name, value in call.items()
+        }
         assert kernel(op)(**part).equal(every[:, begin:end])
 
 
@@ -212,8 +257,12 @@ for dtype in KERNEL_DTYPES:
         for shape in ((2, 40, 1, 1), (2, 19, 200, 53), (1, 64, 384, 96), (3, 50, 129, 200)):
             assert_accurate(kernel(op), getattr(reference, op), call_of(op, *shape, dtype=dtype))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                          env=os.environ | {"ECAR_CPU_ISA": isa, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ECAR_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     if done.stdout.strip() != isa:
         pytest.skip(f"this CPU has no {isa}")
@@ -289,9 +338,17 @@ def test_a_large_packed_weight_lies_on_large_pages(native):
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op, optional, dtype, native):
     steps = ("one", "rows") if optional else (None, None)
-    call = call_of(op, 2, 9, 24, 40, dtype=dtype, steps=steps, bias=optional,
-                   layouts=("transposed", "chunk", "sliced", "chunk", "expanded", "sliced",
-                            "sliced"))
+    call = call_of(
+        op,
+        2,
+        9,
+        24,
+        40,
+        dtype=dtype,
+        steps=steps,
+        bias=optional,
+        layouts=("transposed", "chunk", "sliced", "chunk", "expanded", "sliced", "sliced"),
+    )
     packed = native.packed_weight(call["weight"])
     if op == "adaln_linear":
         first = [call["x"], call["shift"], call["scale"]]
@@ -313,8 +370,9 @@ class Block(nn.Module):
         self.fc1, self.fc2 = nn.Linear(24, 96), nn.Linear(96, 24)
 
     def forward(self, x, shift, scale, gate):
-        hidden = adaln_linear(x, shift, scale, self.fc1.weight, self.fc1.bias,
-                              activation="gelu_tanh")
+        hidden = adaln_linear(
+            x, shift, scale, self.fc1.weight, self.fc1.bias, activation="gelu_tanh"
+        )
         return linear_gated_residual(hidden, self.fc2.weight, self.fc2.bias, gate, x)
 
 
@@ -343,10 +401,15 @@ def test_the_ops_refuse_what_would_leave_their_tensors(native):
     whole = [x, shift, scale, packed, 40, None, None, None, False, 1e-6, 1.0]
     op(*whole)
     for index, value, message in (
-            (0, x.transpose(1, 2), "argument 'x'"), (1, shift[:, :3], "argument 'shift'"),
-            (2, scale.double(), "argument 'scale'"), (3, packed[:-1], "argument 'packed'"),
-            (3, packed.half(), "argument 'packed'"), (4, 60, "argument 'packed'"),
-            (4, -1, "argument 'outputs'"), (5, torch.randn(39), "argument 'bias'"),
-            (6, shift, "argument 'step_shift'")):
+        (0, x.transpose(1, 2), "argument 'x'"),
+        (1, shift[:, :3], "argument 'shift'"),
+        (2, scale.double(), "argument 'scale'"),
+        (3, packed[:-1], "argument 'packed'"),
+        (3, packed.half(), "argument 'packed'"),
+        (4, 60, "argument 'packed'"),
+        (4, -1, "argument 'outputs'"),
+        (5, torch.randn(39), "argument 'bias'"),
+        (6, shift, "argument 'step_shift'"),
+    ):
         with pytest.raises(RuntimeError, match=message):
-            op(*whole[:index], value, *whole[index + 1:])
+            op(*whole[:index], value, *whole[index + 1 :])

@@ -34,13 +34,25 @@ def arguments(block, x, spatial, step, part):
     batch, tokens, width = x.shape
     hidden = block.mlp.fc1.out_features
     layers = (block.qkv, block.proj, block.mlp.fc1, block.mlp.fc2)
-    weights = [value for layer in layers
-               for value in (native.packed_weight(layer.weight), layer.bias)]
+    weights = [
+        value for layer in layers for value in (native.packed_weight(layer.weight), layer.bias)
+    ]
     wide = torch.empty(batch * tokens * max(4 * width, hidden), dtype=x.dtype)
-    workspace = torch.empty(max(native.workspace_size(batch * tokens, depth)
-                                for depth in (width, hidden)))
-    return [x.clone(), spatial, step, part, *weights, block.heads, hidden, block.eps, wide,
-            workspace]
+    workspace = torch.empty(
+        max(native.workspace_size(batch * tokens, depth) for depth in (width, hidden))
+    )
+    return [
+        x.clone(),
+        spatial,
+        step,
+        part,
+        *weights,
+        block.heads,
+        hidden,
+        block.eps,
+        wide,
+        workspace,
+    ]
 
 
 def whole(block, *call):
@@ -56,8 +68,14 @@ def by_ops(block, x, spatial, step, part):
     return block.infer(x, spatial.chunk(PARTS, -1)[own], step.chunk(PARTS, -1)[own])
 
 
-@given(st.integers(0, 3), st.integers(1, 70), st.sampled_from([(8, 1), (24, 3), (80, 2)]),
-       st.sampled_from([5, 40, 400]), st.sampled_from(KERNEL_DTYPES), st.integers(0, 2**32))
+@given(
+    st.integers(0, 3),
+    st.integers(1, 70),
+    st.sampled_from([(8, 1), (24, 3), (80, 2)]),
+    st.sampled_from([5, 40, 400]),
+    st.sampled_from(KERNEL_DTYPES),
+    st.integers(0, 2**32),
+)
 def test_it_has_the_bits_of_the_five_ops(batch, tokens, size, hidden, dtype, seed):
     torch.manual_seed(seed)
     width, heads = size
@@ -105,7 +123,8 @@ def test_fewer_rows_of_larger_modulations():
     """Conditional rows alone: a view of all rows."""
     block, (x, spatial, step, part) = made(4)
     assert whole(block, x[:2], spatial[:2], step, part).equal(
-        whole(block, x, spatial, step, part)[:2])
+        whole(block, x, spatial, step, part)[:2]
+    )
 
 
 def test_opcheck():
@@ -113,23 +132,26 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.ecar.flow_block_.default, tuple(arguments(block, *call)))
 
 
-@pytest.mark.parametrize("index, wrong, message", [
-    (0, lambda a: a[0].transpose(0, 1), "'x': expected a contiguous tensor"),
-    (0, lambda a: a[0].double(), "'x': expected float32"),
-    (1, lambda a: a[1][:1], "'spatial': expected"),
-    (1, lambda a: a[1].half(), "'spatial': expected the first argument's type"),
-    (2, lambda a: a[2][..., :200], "'step': expected six parts of 24 channels from part 6 on"),
-    (3, lambda a: 9, "'spatial': expected six parts"),
-    (3, lambda a: -1, "'spatial': expected six parts"),
-    (4, lambda a: a[4][:-1], "'packed': expected"),
-    (5, lambda a: a[5][:-1], "'bias': expected"),
-    (12, lambda a: 5, "'heads': expected a divisor of 24, got 5"),
-    (13, lambda a: 0, "'hidden': expected at least 1"),
-    (13, lambda a: 400, "'packed': expected"),
-    (15, lambda a: a[15][:-1], "'wide': expected 3072 elements or more, got 3071"),
-    (16, lambda a: a[16][:-1], "'workspace': expected"),
-    (15, lambda a: a[0].view(-1).repeat(4)[:3072].half(), "'wide': expected the first"),
-])
+@pytest.mark.parametrize(
+    "index, wrong, message",
+    [
+        (0, lambda a: a[0].transpose(0, 1), "'x': expected a contiguous tensor"),
+        (0, lambda a: a[0].double(), "'x': expected float32"),
+        (1, lambda a: a[1][:1], "'spatial': expected"),
+        (1, lambda a: a[1].half(), "'spatial': expected the first argument's type"),
+        (2, lambda a: a[2][..., :200], "'step': expected six parts of 24 channels from part 6 on"),
+        (3, lambda a: 9, "'spatial': expected six parts"),
+        (3, lambda a: -1, "'spatial': expected six parts"),
+        (4, lambda a: a[4][:-1], "'packed': expected"),
+        (5, lambda a: a[5][:-1], "'bias': expected"),
+        (12, lambda a: 5, "'heads': expected a divisor of 24, got 5"),
+        (13, lambda a: 0, "'hidden': expected at least 1"),
+        (13, lambda a: 400, "'packed': expected"),
+        (15, lambda a: a[15][:-1], "'wide': expected 3072 elements or more, got 3071"),
+        (16, lambda a: a[16][:-1], "'workspace': expected"),
+        (15, lambda a: a[0].view(-1).repeat(4)[:3072].half(), "'wide': expected the first"),
+    ],
+)
 def test_a_wrong_call_is_refused(index, wrong, message):
     block, call = made()
     given = arguments(block, *call)

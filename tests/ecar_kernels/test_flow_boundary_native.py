@@ -28,17 +28,29 @@ def in_place(call):
 
     x, state = call["x"].clone(), call["state"].contiguous().clone()
     names = ("shift", "scale", "weight", "bias", "embed_weight", "embed_bias", "positions", "dt")
-    flow_boundary_out(x, state, *(call[name] for name in names),
-                      *(call.get(name) for name in OPTIONAL), call["guidance_scale"], 1e-6,
-                      state, x)
+    flow_boundary_out(
+        x,
+        state,
+        *(call[name] for name in names),
+        *(call.get(name) for name in OPTIONAL),
+        call["guidance_scale"],
+        1e-6,
+        state,
+        x,
+    )
     return state, x
 
 
 @st.composite
 def calls(draw):
-    kinds = {"dtype": draw(st.sampled_from(KERNEL_DTYPES)), "guided": draw(st.booleans()),
-             "batch": draw(st.integers(0, 3)), "tokens": draw(st.integers(0, 70)),
-             "channels": draw(st.integers(1, 200)), "outputs": draw(st.integers(1, 64))}
+    kinds = {
+        "dtype": draw(st.sampled_from(KERNEL_DTYPES)),
+        "guided": draw(st.booleans()),
+        "batch": draw(st.integers(0, 3)),
+        "tokens": draw(st.integers(0, 70)),
+        "channels": draw(st.integers(1, 200)),
+        "outputs": draw(st.integers(1, 64)),
+    }
     torch.manual_seed(draw(st.integers(0, 2**32)))
     call = boundary(**kinds)
     if draw(st.booleans()):
@@ -83,9 +95,13 @@ def test_an_image_is_the_same_bits_in_every_batch_and_on_any_number_of_threads(d
     for other in results[1:]:
         assert all(map(Tensor.equal, results[0], other))
     for image in range(5):
-        alone = {name: value[[image, 5 + image]] if isinstance(value, Tensor) and len(value) == 10
-                 else value for name, value in call.items()}
-        state, embedded = kernel()(**alone | {"state": call["state"][image:image + 1]})
+        alone = {
+            name: value[[image, 5 + image]]
+            if isinstance(value, Tensor) and len(value) == 10
+            else value
+            for name, value in call.items()
+        }
+        state, embedded = kernel()(**alone | {"state": call["state"][image : image + 1]})
         assert state[0].equal(results[0][0][image])
         assert embedded.equal(results[0][1][[image, 5 + image]])
 
@@ -93,24 +109,46 @@ def test_an_image_is_the_same_bits_in_every_batch_and_on_any_number_of_threads(d
 def test_without_guidance_a_scale_changes_nothing():
     """Both halves alike: u + g (c - u) is c."""
     call = boundary(guided=False)
-    twice = {name: value.repeat(2, 1, 1) if name in ("x", "shift", "scale", "step_scale")
-             else value for name, value in call.items()}
+    twice = {
+        name: value.repeat(2, 1, 1) if name in ("x", "shift", "scale", "step_scale") else value
+        for name, value in call.items()
+    }
     alone, doubled = kernel()(**call), kernel()(**twice | {"guidance_scale": 3.0})
     assert doubled[0].equal(alone[0]) and doubled[1].equal(alone[1].repeat(2, 1, 1))
 
 
 def test_auto_takes_it():
-    assert resolve("flow_boundary", device="cpu", dtype=torch.float32, width=768,
-                   backend="auto") is kernel()
+    assert (
+        resolve("flow_boundary", device="cpu", dtype=torch.float32, width=768, backend="auto")
+        is kernel()
+    )
 
 
 def out_arguments():
     """Of the op itself, with outputs apart from its inputs."""
     call = boundary()
     out = torch.empty_like(call["state"]), torch.empty_like(call["x"])
-    return (*(call[name] for name in ("x", "state", "shift", "scale", "weight", "bias",
-                                      "embed_weight", "embed_bias", "positions", "dt",
-                                      *OPTIONAL)), 1.5, 1e-6, *out)
+    return (
+        *(
+            call[name]
+            for name in (
+                "x",
+                "state",
+                "shift",
+                "scale",
+                "weight",
+                "bias",
+                "embed_weight",
+                "embed_bias",
+                "positions",
+                "dt",
+                *OPTIONAL,
+            )
+        ),
+        1.5,
+        1e-6,
+        *out,
+    )
 
 
 def test_opcheck():
@@ -130,16 +168,23 @@ def test_inductor_equals_eager():
             assert all(map(Tensor.equal, compiled, flow_boundary(**call)))
 
 
-@pytest.mark.parametrize("index, wrong, message", [
-    (1, lambda a: a[1][:1], "'x': expected as many images as the state or twice as many"),
-    (1, lambda a: a[1].double(), "'state': expected float32 or the type of x"),
-    (1, lambda a: torch.randn(2, 16, 65), "'state': expected at most 64 outputs"),
-    (4, lambda a: a[4].T.contiguous().T, "'weight': expected a contiguous"),
-    (14, lambda a: a[14][:, :-1], "'new_state': expected"),
-    (14, lambda a: torch.empty(2, 16, 32)[..., :16], "'new_state': expected a contiguous tensor"),
-    (15, lambda a: a[15].half(), "'embedded': expected the first argument's type"),
-    (15, lambda a: a[0].flatten()[4:], "'embedded': expected"),
-])
+@pytest.mark.parametrize(
+    "index, wrong, message",
+    [
+        (1, lambda a: a[1][:1], "'x': expected as many images as the state or twice as many"),
+        (1, lambda a: a[1].double(), "'state': expected float32 or the type of x"),
+        (1, lambda a: torch.randn(2, 16, 65), "'state': expected at most 64 outputs"),
+        (4, lambda a: a[4].T.contiguous().T, "'weight': expected a contiguous"),
+        (14, lambda a: a[14][:, :-1], "'new_state': expected"),
+        (
+            14,
+            lambda a: torch.empty(2, 16, 32)[..., :16],
+            "'new_state': expected a contiguous tensor",
+        ),
+        (15, lambda a: a[15].half(), "'embedded': expected the first argument's type"),
+        (15, lambda a: a[0].flatten()[4:], "'embedded': expected"),
+    ],
+)
 def test_a_wrong_call_of_the_op_itself_is_refused(index, wrong, message):
     kernel()
     arguments = list(out_arguments())

@@ -70,7 +70,8 @@ def test_the_transition_identity():
         velocity = torch.randn_like(end)
         x = end - 0.1 * velocity
         found_end, found_start = reference.upsample_renoise_euler(
-            x, velocity, 0.1, time=time, stage=2, details=details)
+            x, velocity, 0.1, time=time, stage=2, details=details
+        )
         start = time * up(down(fine)) + (1 - time) * noise
         torch.testing.assert_close(found_end, end, **CLOSE)
         torch.testing.assert_close(found_start, start, **CLOSE)
@@ -83,8 +84,13 @@ def test_the_jump_s_noise_is_white():
     for time in (1 / 3, 2 / 3):
         end_time = 2 * time / (1 + time)
         _, start = reference.upsample_renoise_euler(
-            x * (1 - end_time), torch.zeros_like(x), 0.1, time=time, stage=2,
-            seeds=torch.randint(-2**63, 2**63 - 1, (images,)))
+            x * (1 - end_time),
+            torch.zeros_like(x),
+            0.1,
+            time=time,
+            stage=2,
+            seeds=torch.randint(-(2**63), 2**63 - 1, (images,)),
+        )
         flat = start.flatten(1) / (1 - time)
         covariance = flat.T @ flat / images
         deviation = (covariance - torch.eye(16).double()) * images**0.5
@@ -119,4 +125,5 @@ def test_integers_are_numbers_too():
     call = arguments("euler_step")
     with use_backend("reference"):
         assert euler_step(**call | {"dt": 1, "guidance_scale": 2}).equal(
-            euler_step(**call | {"dt": 1.0, "guidance_scale": 2.0}))
+            euler_step(**call | {"dt": 1.0, "guidance_scale": 2.0})
+        )

@@ -1,6 +1,5 @@
 """The flow step on CUDA: the accuracy rule, the CPU's noise, graphs, and wrong devices."""
 
-
 import pytest
 import torch
 
@@ -15,27 +14,36 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON
 OPS = ("euler_step", "upsample_renoise_euler")
 
 
-def boundary(dtype=torch.float32, guided=True, device="cpu", batch=2, tokens=16, channels=72,
-             outputs=16):
+def boundary(
+    dtype=torch.float32, guided=True, device="cpu", batch=2, tokens=16, channels=72, outputs=16
+):
     rows = batch * (1 + guided)
 
     def normal(*shape):
         return torch.randn(*shape, device=device).to(dtype)
 
     return {
-        "x": normal(rows, tokens, channels), "state": normal(batch, tokens, outputs),
+        "x": normal(rows, tokens, channels),
+        "state": normal(batch, tokens, outputs),
         "shift": normal(rows, tokens, 2 * channels)[..., :channels],
-        "scale": normal(rows, 1, channels), "weight": normal(outputs, channels) / channels**0.5,
-        "bias": normal(outputs), "embed_weight": normal(channels, outputs) / 4,
-        "embed_bias": normal(channels), "positions": normal(tokens, channels), "dt": 0.125,
-        "step_shift": normal(1, 1, channels), "step_scale": normal(rows, 1, channels),
+        "scale": normal(rows, 1, channels),
+        "weight": normal(outputs, channels) / channels**0.5,
+        "bias": normal(outputs),
+        "embed_weight": normal(channels, outputs) / 4,
+        "embed_bias": normal(channels),
+        "positions": normal(tokens, channels),
+        "dt": 0.125,
+        "step_shift": normal(1, 1, channels),
+        "step_scale": normal(rows, 1, channels),
         "guidance_scale": 1.5 if guided else 1.0,
     }
 
 
 def on_gpu(call):
-    return {name: value.cuda() if isinstance(value, torch.Tensor) else value
-            for name, value in call.items()}
+    return {
+        name: value.cuda() if isinstance(value, torch.Tensor) else value
+        for name, value in call.items()
+    }
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
@@ -43,8 +51,10 @@ def on_gpu(call):
 def test_the_boundary_is_its_formula(guided, dtype):
     """By hand in float64."""
     call = boundary(dtype, guided)
-    wide = {name: value.double() if isinstance(value, torch.Tensor) else value
-            for name, value in call.items()}
+    wide = {
+        name: value.double() if isinstance(value, torch.Tensor) else value
+        for name, value in call.items()
+    }
     x = torch.nn.functional.layer_norm(wide["x"], (72,), eps=1e-6)
     x = x * (1 + wide["scale"] + wide["step_scale"]) + wide["shift"] + wide["step_shift"]
     v = x @ wide["weight"].T + wide["bias"]
@@ -59,14 +69,20 @@ def test_the_boundary_is_its_formula(guided, dtype):
         assert_accurate(flow_boundary, reference.flow_boundary, call)
 
 
-@pytest.mark.parametrize("name, change", [
-    ("state", lambda c: c["state"][:, :-1]), ("weight", lambda c: c["weight"][:, :-1]),
-    ("positions", lambda c: c["positions"].to("meta")), ("bias", lambda c: c["bias"].double()),
-    ("embed_weight", lambda c: c["embed_weight"].T.contiguous().T),
-    ("guidance_scale", lambda c: torch.tensor(1.0, dtype=torch.float64)),
-    ("guidance_scale", lambda c: torch.tensor(1.0, device="meta")),
-    ("guidance_scale", lambda c: float("nan")), ("eps", lambda c: 0.0),
-])
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("state", lambda c: c["state"][:, :-1]),
+        ("weight", lambda c: c["weight"][:, :-1]),
+        ("positions", lambda c: c["positions"].to("meta")),
+        ("bias", lambda c: c["bias"].double()),
+        ("embed_weight", lambda c: c["embed_weight"].T.contiguous().T),
+        ("guidance_scale", lambda c: torch.tensor(1.0, dtype=torch.float64)),
+        ("guidance_scale", lambda c: torch.tensor(1.0, device="meta")),
+        ("guidance_scale", lambda c: float("nan")),
+        ("eps", lambda c: 0.0),
+    ],
+)
 def test_the_boundary_refuses(name, change):
     call = boundary()
     with pytest.raises((ValueError, TypeError), match=f"argument '{name}': expected"):
@@ -77,10 +93,12 @@ def test_the_boundary_refuses(name, change):
 def test_a_scale_in_a_tensor_is_its_number(op):
     call = arguments(op)
     run = resolve(op, device="cpu", dtype=torch.float32)
-    numbers, tensor = (run(**call | {"guidance_scale": scale})
-                       for scale in (1.5, torch.tensor(1.5)))
-    for a, b in zip(*((r if isinstance(r, tuple) else (r,)) for r in (numbers, tensor)),
-                    strict=True):
+    numbers, tensor = (
+        run(**call | {"guidance_scale": scale}) for scale in (1.5, torch.tensor(1.5))
+    )
+    for a, b in zip(
+        *((r if isinstance(r, tuple) else (r,)) for r in (numbers, tensor)), strict=True
+    ):
         assert a.equal(b)
 
 
@@ -90,8 +108,10 @@ def test_fakes_without_a_gpu(guided):
     """The library loads beside a CPU torch too; shapes and types need no device."""
     from ecar_kernels.flow_step import boundary as native
 
-    call = {name: value.to("meta") if isinstance(value, torch.Tensor) else value
-            for name, value in boundary(torch.bfloat16, guided).items()}
+    call = {
+        name: value.to("meta") if isinstance(value, torch.Tensor) else value
+        for name, value in boundary(torch.bfloat16, guided).items()
+    }
     state, embedded = native.flow_boundary(**call)
     assert state.shape == call["state"].shape and embedded.shape == call["x"].shape
 
@@ -116,10 +136,14 @@ class TestOnTheGPU:
         assert_accurate(native, reference.flow_boundary, call)
 
     def test_the_same_seed_gives_the_cpu_s_noise(self):
-        seeds = torch.randint(-2**63, 2**63 - 1, (5,))
+        seeds = torch.randint(-(2**63), 2**63 - 1, (5,))
         for shape in ((4, 8, 8), (3, 5, 7)):
-            ours, plain = (resolve("initial_noise", device=device, dtype=torch.float32)(
-                seeds, shape, device=device, dtype=torch.float32) for device in ("cuda", "cpu"))
+            ours, plain = (
+                resolve("initial_noise", device=device, dtype=torch.float32)(
+                    seeds, shape, device=device, dtype=torch.float32
+                )
+                for device in ("cuda", "cpu")
+            )
             assert (ours.cpu() - plain).abs().max() <= 4e-6
 
     def test_a_graph_replays_with_another_scale(self):

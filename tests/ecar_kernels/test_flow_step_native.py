@@ -57,8 +57,10 @@ def calls(draw, op):
         "guidance_scale": draw(st.sampled_from([1.0, 1.5, 4.0])) if guided else 1.0,
     }
     if op == "upsample_renoise_euler":
-        call |= {"time": draw(st.sampled_from([0.0, 1 / 3, 2 / 3])), "stage": draw(
-            st.integers(2, 5))}
+        call |= {
+            "time": draw(st.sampled_from([0.0, 1 / 3, 2 / 3])),
+            "stage": draw(st.integers(2, 5)),
+        }
         if draw(st.booleans()):
             details = [shape[0], shape[1], 3, *shape[2:]]
             call["details"] = images(details, dtype, layouts[2])
@@ -135,16 +137,20 @@ def test_a_jump_into_given_tensors_has_the_same_bits_and_may_replace_x(dtype):
     x, velocity = torch.randn(2, 3, 4, 5).to(dtype), torch.randn(4, 3, 4, 5).to(dtype)
     seeds = torch.tensor([3, -4])
     expected = native("upsample_renoise_euler", dtype)(
-        x, velocity, 0.1, time=0.5, stage=2, seeds=seeds, guidance_scale=1.5)
+        x, velocity, 0.1, time=0.5, stage=2, seeds=seeds, guidance_scale=1.5
+    )
     start = torch.empty(2, 3, 8, 10, dtype=dtype)
     jump_out(x, velocity, 0.1, 1.5, 0.5, 2, seeds, x, start)
     assert x.equal(expected[0]) and start.equal(expected[1])
-    for outputs, wrong in (((x[:1], start), "end"), ((x, start[..., :-1]), "start"),
-                           ((x, start.double()), "start")):
+    for outputs, wrong in (
+        ((x[:1], start), "end"),
+        ((x, start[..., :-1]), "start"),
+        ((x, start.double()), "start"),
+    ):
         with pytest.raises(RuntimeError, match=f"argument '{wrong}': expected"):
             jump_out(x, velocity, 0.1, 1.5, 0.5, 2, seeds, *outputs)
     room = torch.zeros(2, 3, 8, 10, dtype=dtype)
-    inside = room.view(-1)[:x.numel()].view(x.shape)
+    inside = room.view(-1)[: x.numel()].view(x.shape)
     with pytest.raises(RuntimeError, match="argument 'start': expected memory apart"):
         jump_out(inside, velocity, 0.1, 1.5, 0.5, 2, seeds, inside, room)
 

@@ -38,21 +38,37 @@ def flow_block(module, x, spatial, step):
 
 # For each class a module, how it is called, and its tensors.
 CASES = {
-    "AdaLN": (lambda: AdaLN(1e-5), lambda module, x, shift, scale: module(x, shift, scale),
-              {"x": (2, TOKENS, WIDTH), "shift": (2, 1, WIDTH), "scale": (2, TOKENS, WIDTH)}),
-    "GatedResidual": (GatedResidual, lambda module, x, branch, gate: module(x, branch, gate),
-                      {"x": (2, TOKENS, WIDTH), "branch": (2, TOKENS, WIDTH),
-                       "gate": (2, 1, WIDTH)}),
+    "AdaLN": (
+        lambda: AdaLN(1e-5),
+        lambda module, x, shift, scale: module(x, shift, scale),
+        {"x": (2, TOKENS, WIDTH), "shift": (2, 1, WIDTH), "scale": (2, TOKENS, WIDTH)},
+    ),
+    "GatedResidual": (
+        GatedResidual,
+        lambda module, x, branch, gate: module(x, branch, gate),
+        {"x": (2, TOKENS, WIDTH), "branch": (2, TOKENS, WIDTH), "gate": (2, 1, WIDTH)},
+    ),
     "Linear": (lambda: Linear(WIDTH, 70), lambda module, x: module(x), {"x": (3, 2, 5, WIDTH)}),
-    "Linear.product": (lambda: Linear(WIDTH, 70), lambda module, x: module.product(x),
-                       {"x": (5, WIDTH)}),
-    "StageAttention": (lambda: StageAttention(WIDTH, HEADS, bias=False),
-                       lambda module, x: module(x, STAGES), {"x": (2, TOKENS, WIDTH)}),
-    "StageBlock": (lambda: StageBlock(WIDTH, HEADS), lambda module, x: module(x, STAGES),
-                   {"x": (2, TOKENS, WIDTH)}),
-    "FlowBlock": (lambda: FlowBlock(WIDTH, HEADS, 100), flow_block,
-                  {"x": (2, TOKENS, WIDTH), "spatial": (6, 2, TOKENS, WIDTH),
-                   "step": (6, 1, 1, WIDTH)}),
+    "Linear.product": (
+        lambda: Linear(WIDTH, 70),
+        lambda module, x: module.product(x),
+        {"x": (5, WIDTH)},
+    ),
+    "StageAttention": (
+        lambda: StageAttention(WIDTH, HEADS, bias=False),
+        lambda module, x: module(x, STAGES),
+        {"x": (2, TOKENS, WIDTH)},
+    ),
+    "StageBlock": (
+        lambda: StageBlock(WIDTH, HEADS),
+        lambda module, x: module(x, STAGES),
+        {"x": (2, TOKENS, WIDTH)},
+    ),
+    "FlowBlock": (
+        lambda: FlowBlock(WIDTH, HEADS, 100),
+        flow_block,
+        {"x": (2, TOKENS, WIDTH), "spatial": (6, 2, TOKENS, WIDTH), "step": (6, 1, 1, WIDTH)},
+    ),
 }
 
 
@@ -76,8 +92,9 @@ def test_accelerated_modules_are_as_right_as_plain_ones(name, dtype):
 @torch.no_grad()
 def test_stage_attention_sees_its_own_and_earlier_stages():
     module, x = StageAttention(WIDTH, HEADS), torch.randn(2, TOKENS, WIDTH)
-    q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2)
-               for part in module.qkv(x).chunk(3, -1))
+    q, k, v = (
+        part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in module.qkv(x).chunk(3, -1)
+    )
     mask = block_causal_mask(STAGES, TOKENS)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     expected = module.proj(expected.transpose(1, 2).flatten(2))
@@ -153,9 +170,14 @@ def test_an_accelerated_block_is_five_calls():
     """No other is made but views and the writes to the cache: on a GPU each would be a launch."""
     block = accelerate(StageBlock(WIDTH, HEADS), backend="native")
     assert calls_of_a_block(block) == [
-        "ecar::packed_adaln_linear", "aten::copy_", "aten::copy_", "ecar::stage_attention",
-        "ecar::packed_linear_gated_residual", "ecar::packed_adaln_linear",
-        "ecar::packed_linear_gated_residual"]
+        "ecar::packed_adaln_linear",
+        "aten::copy_",
+        "aten::copy_",
+        "ecar::stage_attention",
+        "ecar::packed_linear_gated_residual",
+        "ecar::packed_adaln_linear",
+        "ecar::packed_linear_gated_residual",
+    ]
 
 
 class TestUnitGate:
@@ -223,14 +245,18 @@ def test_stage_by_stage_over_a_cache_equals_all_at_once(kind, fast):
 def test_a_flow_block_trains_on_what_it_infers():
     """Both paths of one block: the training path begins with its input already normalised."""
     block = FlowBlock(WIDTH, HEADS)
-    x, spatial, step = (torch.randn(2, 9, WIDTH), torch.randn(8, 2, 9, WIDTH),
-                        torch.randn(8, 2, 1, WIDTH))
+    x, spatial, step = (
+        torch.randn(2, 9, WIDTH),
+        torch.randn(8, 2, 9, WIDTH),
+        torch.randn(8, 2, 1, WIDTH),
+    )
     y = ecar_kernels.adaln(x, spatial[0], spatial[1], step_shift=step[0], step_scale=step[1])
     after, following = block(x, y, spatial[2:].unbind(), step[2:].unbind())
     expected = block.infer(x, spatial[:6].unbind(), step[:6].unbind())
     assert (after - expected).abs().max() < 1e-5
-    normalised = ecar_kernels.adaln(expected, spatial[6], spatial[7], step_shift=step[6],
-                                    step_scale=step[7])
+    normalised = ecar_kernels.adaln(
+        expected, spatial[6], spatial[7], step_shift=step[6], step_scale=step[7]
+    )
     assert (following - normalised).abs().max() < 1e-5
 
 
@@ -254,8 +280,10 @@ class PlainDiTBlock(nn.Module):
             return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
         parts = self.modulation(F.silu(condition)).unsqueeze(1).chunk(6, -1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for part in self.qkv(modulate(x, *parts[:2])).chunk(3, -1))
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.qkv(modulate(x, *parts[:2])).chunk(3, -1)
+        )
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + parts[2] * self.proj(attended)
         hidden = F.gelu(self.fc1(modulate(x, *parts[3:5])), approximate="tanh")
@@ -282,8 +310,12 @@ class DiTBlock(nn.Module):
 @pytest.mark.parametrize("fast", [False, True], ids=["plain", "accelerated"])
 def test_a_dit_block_of_drop_in_modules(fast):
     plain, block = PlainDiTBlock(WIDTH, HEADS), DiTBlock(WIDTH, HEADS)
-    block.load_state_dict({name.replace("qkv", "attention.qkv").replace("proj", "attention.proj"):
-                           value for name, value in plain.state_dict().items()})
+    block.load_state_dict(
+        {
+            name.replace("qkv", "attention.qkv").replace("proj", "attention.proj"): value
+            for name, value in plain.state_dict().items()
+        }
+    )
     if fast:
         accelerate(block)
     x, condition = torch.randn(2, 9, WIDTH), torch.randn(2, WIDTH)

@@ -46,30 +46,52 @@ def samples(op):
             (y, x, packed[0], one, 1e-6, True, True),
             (x, y, row, None, 1e-6, False, False),
         ],
-        "gated_residual_backward": [(y, x, packed[0], None, True, True),
-                                    (y, x, row, one, False, False)],
+        "gated_residual_backward": [
+            (y, x, packed[0], None, True, True),
+            (y, x, row, one, False, False),
+        ],
         "gated_residual_adaln_backward": [
             (x, y, packed[0], packed[1], row, packed[2], one, None, 1e-6, True, True, True),
             (x, y, y, packed[1], row, row, None, each, 1e-6, False, False, False),
         ],
-        "euler_step": [(image, velocity, 0.1, 1.5), (image.transpose(0, 1), image.transpose(
-            0, 1), 0.1, 1.0)],
+        "euler_step": [
+            (image, velocity, 0.1, 1.5),
+            (image.transpose(0, 1), image.transpose(0, 1), 0.1, 1.0),
+        ],
         "upsample_renoise_euler_seeds": [
-            (image, velocity, 0.1, 1.5, 0.5, 2, torch.tensor([1, -7])),
+            (image, velocity, 0.1, 1.5, 0.5, 2, torch.tensor([1, -7]))
         ],
         "upsample_renoise_euler_seeds_out": [
-            (image, velocity, 0.1, 1.5, 0.5, 2, torch.tensor([1, -7]), torch.empty(2, 3, 4, 5),
-             torch.empty(2, 3, 8, 10)),
+            (
+                image,
+                velocity,
+                0.1,
+                1.5,
+                0.5,
+                2,
+                torch.tensor([1, -7]),
+                torch.empty(2, 3, 4, 5),
+                torch.empty(2, 3, 8, 10),
+            )
         ],
         "upsample_renoise_euler_details": [(image, image, 0.1, 1.0, 0.5, details)],
         "initial_noise": [(torch.tensor([3, -3]), 3, 4, 5, torch.float16)],
     }[op]
 
 
-NAMES = ("adaln", "gated_residual", "gated_residual_adaln", "adaln_backward",
-         "gated_residual_backward", "gated_residual_adaln_backward", "euler_step",
-         "upsample_renoise_euler_seeds", "upsample_renoise_euler_seeds_out",
-         "upsample_renoise_euler_details", "initial_noise")
+NAMES = (
+    "adaln",
+    "gated_residual",
+    "gated_residual_adaln",
+    "adaln_backward",
+    "gated_residual_backward",
+    "gated_residual_adaln_backward",
+    "euler_step",
+    "upsample_renoise_euler_seeds",
+    "upsample_renoise_euler_seeds_out",
+    "upsample_renoise_euler_details",
+    "initial_noise",
+)
 
 
 @needs_native
@@ -108,8 +130,9 @@ def test_inductor_gradients_by_the_accuracy_rule(op, fresh_graphs):
     with use_backend("native"):
         weights = [torch.randn_like(y) for y in tensors(function(op)(**arguments(op)))]
         call = arguments(op)
-        for ours, eager in zip(run(compiled, call, None, weights),
-                               run(function(op), call, None, weights), strict=True):
+        for ours, eager in zip(
+            run(compiled, call, None, weights), run(function(op), call, None, weights), strict=True
+        ):
             torch.testing.assert_close(ours, eager, rtol=1e-6, atol=1e-6)
     assert_accurate(function(op), reference, call, gradients=True)
 
@@ -131,19 +154,36 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, threads):
     calls = {
         "adaln": {"x": x, "shift": row, "scale": scale, "step_shift": one, "step_scale": one},
         "gated_residual": {"x": x, "branch": branch, "gate": row, "step_gate": one},
-        "gated_residual_adaln": {"x": x, "branch": branch, "gate": gate, "shift": shift,
-                                 "scale": row, "step_gate": row, "step_scale": one},
+        "gated_residual_adaln": {
+            "x": x,
+            "branch": branch,
+            "gate": gate,
+            "shift": shift,
+            "scale": row,
+            "step_gate": row,
+            "step_scale": one,
+        },
         "euler_step": {"x": state, "velocity": velocity, "dt": 0.1, "guidance_scale": 2.0},
-        "upsample_renoise_euler": {"x": state, "velocity": velocity, "dt": 0.1, "time": 0.5,
-                                   "stage": 2, "seeds": seeds, "guidance_scale": 2.0},
+        "upsample_renoise_euler": {
+            "x": state,
+            "velocity": velocity,
+            "dt": 0.1,
+            "time": 0.5,
+            "stage": 2,
+            "seeds": seeds,
+            "guidance_scale": 2.0,
+        },
         "initial_noise": {"seeds": seeds, "shape": (4, 48, 48), "device": "cpu", "dtype": dtype},
     }
     assert set(calls) == set(ELEMENTWISE)
     for op, call in calls.items():
         results = {}
         with use_backend("native"):
-            weights = None if op == "initial_noise" else [
-                torch.randn_like(y) for y in tensors(function(op)(**call))]
+            weights = (
+                None
+                if op == "initial_noise"
+                else [torch.randn_like(y) for y in tensors(function(op)(**call))]
+            )
             for count in (1, 2, 3, 5):
                 threads(count)
                 results[count] = run(function(op), call, None, weights)
@@ -153,8 +193,11 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, threads):
 
 
 @needs_native
-@given(st.sampled_from([op for op in ELEMENTWISE if op in DIFFERENTIABLE]), st.integers(1, 4),
-       st.integers(0, 2**32))
+@given(
+    st.sampled_from([op for op in ELEMENTWISE if op in DIFFERENTIABLE]),
+    st.integers(1, 4),
+    st.integers(0, 2**32),
+)
 def test_an_image_does_not_depend_on_its_batch(op, batch, seed):
     torch.manual_seed(seed)
     call = arguments(op, batch=batch, optional=False)
@@ -162,9 +205,12 @@ def test_an_image_does_not_depend_on_its_batch(op, batch, seed):
         whole = tensors(function(op)(**call))
         for image in range(batch):
             rows = [image, batch + image]
-            alone = {name: value if not isinstance(value, torch.Tensor)
-                     else value[rows if len(value) == 2 * batch else [image]]
-                     for name, value in call.items()}
+            alone = {
+                name: value
+                if not isinstance(value, torch.Tensor)
+                else value[rows if len(value) == 2 * batch else [image]]
+                for name, value in call.items()
+            }
             for part, every in zip(tensors(function(op)(**alone)), whole, strict=True):
                 assert part[0].equal(every[image])
 
@@ -176,13 +222,16 @@ def test_outputs_too_large_for_a_cache_have_the_same_bits(dtype, channels):
     """They are written past the caches, rows aligned or not; halves of them are not."""
     count = (36 << 20) // (channels * dtype.itemsize)
     x, branch, gate, shift, scale = torch.randn(5, 2, count // 2, channels).to(dtype)
-    calls = {"adaln": (x, shift, scale), "gated_residual": (x, branch, gate),
-             "gated_residual_adaln": (x, branch, gate, shift, scale)}
+    calls = {
+        "adaln": (x, shift, scale),
+        "gated_residual": (x, branch, gate),
+        "gated_residual_adaln": (x, branch, gate, shift, scale),
+    }
     with use_backend("native"):
         for op, call in calls.items():
             whole = tensors(function(op)(*call))
             for half in (0, 1):
-                part = tensors(function(op)(*(value[half:half + 1] for value in call)))
+                part = tensors(function(op)(*(value[half : half + 1] for value in call)))
                 assert all(a[0].equal(b[half]) for a, b in zip(part, whole, strict=True)), op
         state, velocity = x.unflatten(1, (-1, 1)), branch.unflatten(1, (-1, 1))
         whole = function("euler_step")(state, velocity, 0.1)
@@ -196,23 +245,38 @@ def test_lesser_instruction_sets(isa):
     """The families' own tests again, in a process that may not use more."""
     if SETS.index(_native.instruction_set()) > SETS.index(isa):
         pytest.skip(f"this CPU has no {isa}")
-    files = [f"tests/ecar_kernels/test_{name}_native.py"
-             for name in ("adaln", "flow_step", "flow_boundary", "flow_block_whole")]
-    code = ("import sys, pytest; from ecar_kernels import _native; "
-            f"assert _native.instruction_set() == {isa!r}; "
-            f"sys.exit(pytest.main(['-q', '-p', 'no:xdist', '-p', 'no:cacheprovider', *{files}]))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"ECAR_CPU_ISA": isa, "OMP_NUM_THREADS": "1",
-                                            "PYTEST_ADDOPTS": ""})
+    files = [
+        f"tests/ecar_kernels/test_{name}_native.py"
+        for name in ("adaln", "flow_step", "flow_boundary", "flow_block_whole")
+    ]
+    code = (
+        "import sys, pytest; from ecar_kernels import _native; "
+        f"assert _native.instruction_set() == {isa!r}; "
+        f"sys.exit(pytest.main(['-q', '-p', 'no:xdist', '-p', 'no:cacheprovider', *{files}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ECAR_CPU_ISA": isa, "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""},
+    )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
 @needs_native
 def test_an_unknown_instruction_set_changes_nothing():
     code = "from ecar_kernels import _native; print(_native.instruction_set())"
-    found = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
-                            env=os.environ | {"ECAR_CPU_ISA": isa}).stdout
-             for isa in ("", "sse9")]
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"ECAR_CPU_ISA": isa},
+        ).stdout
+        for isa in ("", "sse9")
+    ]
     assert found[0] == found[1] != ""
 
 
@@ -247,8 +311,11 @@ def test_a_hundred_thousandth_too_much_is_found_among_random_calls(op, monkeypat
 
     def wrong(*args, **kwargs):
         result = right(*args, **kwargs)
-        return (result * (1 + 1e-5) if isinstance(result, torch.Tensor)
-                else tuple(y * (1 + 1e-5) for y in result))
+        return (
+            result * (1 + 1e-5)
+            if isinstance(result, torch.Tensor)
+            else tuple(y * (1 + 1e-5) for y in result)
+        )
 
     monkeypatch.setattr(ecar_kernels, op, wrong)
     assert fuzz.main(["--cases", "400", "--seed", "5"]) == 1
@@ -273,8 +340,9 @@ class TestAbsence:
 
     def test_could_not_be_built(self, package):
         (package / _native.WHY_NOT_BUILT).write_text("cmake was not found when ecar was installed")
-        assert self.why_not() == ("the C++ library is not built: cmake was not found when ecar "
-                                  "was installed")
+        assert self.why_not() == (
+            "the C++ library is not built: cmake was not found when ecar was installed"
+        )
 
     def test_does_not_load(self, package):
         (package / _native.NAMES[0]).write_bytes(b"not a library" * 1000)
@@ -297,8 +365,9 @@ class TestAbsence:
                 print(error)
             main()
         """
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                              cwd=ROOT)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+        )
         assert done.returncode == 0, done.stderr
         said = "the C++ library is not built: run pip install ."
         lines = done.stdout.splitlines()

@@ -21,8 +21,9 @@ pytestmark = needs_native
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (16, 33), (48, 32), (48, 7), (70, 9), (96, 64),
-                                   (112, 8)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (16, 33), (48, 32), (48, 7), (70, 9), (96, 64), (112, 8)], ids=str
+)
 def test_a_weight_there_and_back(shape, dtype):
     weight = nn.Parameter(torch.randn(shape).to(dtype))
     values = weight.detach().clone()
@@ -40,29 +41,36 @@ def test_a_model_s_weights_take_no_more_packed(width):
 
 
 WRITES = {
-    "detach": lambda w: w.detach().fill_(2), "data": lambda w: w.data.fill_(2),
+    "detach": lambda w: w.detach().fill_(2),
+    "data": lambda w: w.data.fill_(2),
     "data, one row of a view": lambda w: [row.fill_(2) for row in w.data],
     "data, an index": lambda w: w.data.__setitem__(slice(None), 2),
     "data.copy_": lambda w: w.data.copy_(torch.full_like(w, 2)),
     "set_": lambda w: w.set_(torch.full((50, 40), 2.0)),
-    "view": lambda w: w.view(-1).fill_(2), "transposed": lambda w: w.T.fill_(2),
-    "numpy": lambda w: w.numpy().fill(2), "dlpack": lambda w: torch.from_dlpack(w).fill_(2),
+    "view": lambda w: w.view(-1).fill_(2),
+    "transposed": lambda w: w.T.fill_(2),
+    "numpy": lambda w: w.numpy().fill(2),
+    "dlpack": lambda w: torch.from_dlpack(w).fill_(2),
     "storage": lambda w: w.untyped_storage().copy_(torch.full((50, 40), 2.0).untyped_storage()),
-    "copy_": lambda w: w.copy_(w.new_full((), 2)), "fill_": lambda w: w.fill_(2),
+    "copy_": lambda w: w.copy_(w.new_full((), 2)),
+    "fill_": lambda w: w.fill_(2),
     "index": lambda w: w.__setitem__(slice(None), 2),
     "out=": lambda w: torch.full(w.shape, 2.0, out=w),
     "foreach": lambda w: torch._foreach_mul_([w.fill_(1)], 2),
     "init": lambda w: nn.init.constant_(w, 2),
     "another tensor": lambda w: setattr(w, "data", torch.full((50, 40), 2.0)),
     "part of another one": lambda w: setattr(w, "data", torch.full((50, 80), 2.0)[:, 40:]),
-    "after a read": lambda w: torch.stack([w], out=w.new_empty(1, 50, 40)) is not None
-    and w.fill_(2),
+    "after a read": lambda w: (
+        torch.stack([w], out=w.new_empty(1, 50, 40)) is not None and w.fill_(2)
+    ),
     "an optimizer": lambda w: _step(w),
     "swa_utils": lambda w: torch.optim.swa_utils.get_ema_multi_avg_fn(0.0)(
-        [w], [torch.full((50, 40), 2.0)], None),
+        [w], [torch.full((50, 40), 2.0)], None
+    ),
     "vector_to_parameters": lambda w: nn.utils.vector_to_parameters(torch.full((2000,), 2.0), [w]),
     "load_state_dict": lambda w: nn.ParameterList([w]).load_state_dict(
-        {"0": torch.full((50, 40), 2.0)}),
+        {"0": torch.full((50, 40), 2.0)}
+    ),
     "lerp to the other": lambda w: w.data.lerp_(torch.full((50, 40), 2.0), 1.0),
 }
 
@@ -101,7 +109,8 @@ MEMORY = {
     "numpy's": lambda values: torch.from_numpy(values.numpy().copy()),
     "shared between processes": lambda values: values.clone().share_memory_(),
     "a buffer": lambda values: torch.frombuffer(
-        bytearray(values.numpy().tobytes()), dtype=torch.float32).view(50, 40),
+        bytearray(values.numpy().tobytes()), dtype=torch.float32
+    ).view(50, 40),
     "rows of a wider one": lambda values: torch.cat((values, values), 1)[:, 40:],
     "an inference tensor": lambda values: _inference(values),
 }
@@ -176,12 +185,25 @@ def test_threads_that_pack_read_and_turn_back():
     assert not wrong
 
 
-@pytest.mark.parametrize("read", [
-    lambda w: w.clone(), lambda w: w + 0, lambda w: 0 + w, lambda w: w.T.T, lambda w: w[:],
-    lambda w: torch.cat([w]), lambda w: torch.stack((w,))[0], lambda w: w.data,
-    lambda w: F.linear(torch.eye(40), w).T, lambda w: torch.tensor(w.tolist()),
-    lambda w: torch.from_numpy(w.numpy()), lambda w: torch.nn.utils.parameters_to_vector(
-        [w]).view(50, 40), lambda w: w.to(torch.float64).float(), lambda w: copy.copy(w)])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda w: w.clone(),
+        lambda w: w + 0,
+        lambda w: 0 + w,
+        lambda w: w.T.T,
+        lambda w: w[:],
+        lambda w: torch.cat([w]),
+        lambda w: torch.stack((w,))[0],
+        lambda w: w.data,
+        lambda w: F.linear(torch.eye(40), w).T,
+        lambda w: torch.tensor(w.tolist()),
+        lambda w: torch.from_numpy(w.numpy()),
+        lambda w: torch.nn.utils.parameters_to_vector([w]).view(50, 40),
+        lambda w: w.to(torch.float64).float(),
+        lambda w: copy.copy(w),
+    ],
+)
 @torch.no_grad()
 def test_every_read_gives_the_values(read):
     weight = nn.Parameter(torch.randn(50, 40), requires_grad=False)
@@ -195,8 +217,7 @@ def test_what_needs_no_values_leaves_it_packed():
     weight = nn.Parameter(torch.randn(50, 40))
     packing.pack_weight(weight)
     assert (weight.numel(), weight.dim(), len(weight), weight.ndim) == (2000, 2, 50, 2)
-    assert (weight.device.type, weight.is_floating_point(), weight.is_leaf) == (
-        "cpu", True, True)
+    assert (weight.device.type, weight.is_floating_point(), weight.is_leaf) == ("cpu", True, True)
     assert weight.requires_grad_(False).grad is None
     weight.grad = torch.ones(50, 40)
     assert weight.grad.sum() == 2000 and {weight: 1}[weight] == 1

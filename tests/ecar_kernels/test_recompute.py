@@ -35,24 +35,39 @@ def flow_block(module, x, spatial, step):
 
 # For each a module, how it is called, and its tensors.
 CASES = {
-    "StageBlock": (lambda: StageBlock(WIDTH, HEADS), lambda module, x: module(x, STAGES),
-                   {"x": (BATCH, TOKENS, WIDTH)}),
+    "StageBlock": (
+        lambda: StageBlock(WIDTH, HEADS),
+        lambda module, x: module(x, STAGES),
+        {"x": (BATCH, TOKENS, WIDTH)},
+    ),
     "StageBlock without biases": (
-        lambda: without_biases(StageBlock(WIDTH, HEADS)), lambda module, x: module(x, STAGES),
-        {"x": (BATCH, TOKENS, WIDTH)}),
+        lambda: without_biases(StageBlock(WIDTH, HEADS)),
+        lambda module, x: module(x, STAGES),
+        {"x": (BATCH, TOKENS, WIDTH)},
+    ),
     "MLP": (lambda: MLP(WIDTH, HIDDEN), lambda module, x: module(x), {"x": (3, WIDTH)}),
-    "FlowBlock": (lambda: FlowBlock(WIDTH, HEADS, HIDDEN), flow_block,
-                  {"x": (BATCH, TOKENS, WIDTH), "spatial": (8, BATCH, TOKENS, WIDTH),
-                   "step": (8, BATCH, 1, WIDTH)}),
+    "FlowBlock": (
+        lambda: FlowBlock(WIDTH, HEADS, HIDDEN),
+        flow_block,
+        {
+            "x": (BATCH, TOKENS, WIDTH),
+            "spatial": (8, BATCH, TOKENS, WIDTH),
+            "step": (8, BATCH, 1, WIDTH),
+        },
+    ),
     "FlowBlock, one modulation for all tokens": (
-        lambda: FlowBlock(WIDTH, HEADS), flow_block,
-        {"x": (BATCH, TOKENS, WIDTH), "spatial": (8, BATCH, 1, WIDTH), "step": (8, 1, 1, WIDTH)}),
+        lambda: FlowBlock(WIDTH, HEADS),
+        flow_block,
+        {"x": (BATCH, TOKENS, WIDTH), "spatial": (8, BATCH, 1, WIDTH), "step": (8, 1, 1, WIDTH)},
+    ),
 }
 
 
 def without_biases(block):
-    block.qkv, block.mlp.fc2 = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(
-        4 * WIDTH, WIDTH, bias=False)
+    block.qkv, block.mlp.fc2 = (
+        nn.Linear(WIDTH, 3 * WIDTH, bias=False),
+        nn.Linear(4 * WIDTH, WIDTH, bias=False),
+    )
     block.norm2 = nn.LayerNorm(WIDTH, elementwise_affine=False)
     return block
 
@@ -61,6 +76,7 @@ def on_the_reference(call):
     def run(**arguments):
         with use_backend("reference"):
             return call(**arguments)
+
     return run
 
 
@@ -101,8 +117,7 @@ def test_values_and_gradients_of_every_tensor(name, dtype):
     build, call, shapes = CASES[name]
     module = build()
     run = functional(module, call)
-    assert_accurate(run, on_the_reference(run), arguments_of(module, shapes, dtype),
-                    gradients=True)
+    assert_accurate(run, on_the_reference(run), arguments_of(module, shapes, dtype), gradients=True)
 
 
 @pytest.mark.parametrize("name", ["StageBlock", "FlowBlock"])
@@ -150,10 +165,12 @@ def test_only_the_gradients_that_are_wanted(wanted):
     tensors = {"x": x, "weight": layer.weight, "bias": layer.bias}
     for name, tensor in tensors.items():
         tensor.requires_grad_(name == wanted)
-    for run, plain in ((recompute.gelu_linear, lambda x: F.gelu(x, approximate="tanh")),
-                       (lambda layer, x: recompute.linear(layer, *recompute.silu(x)), F.silu)):
-        found, = torch.autograd.grad(run(layer, x).square().sum(), tensors[wanted])
-        expected, = torch.autograd.grad(layer(plain(x)).square().sum(), tensors[wanted])
+    for run, plain in (
+        (recompute.gelu_linear, lambda x: F.gelu(x, approximate="tanh")),
+        (lambda layer, x: recompute.linear(layer, *recompute.silu(x)), F.silu),
+    ):
+        (found,) = torch.autograd.grad(run(layer, x).square().sum(), tensors[wanted])
+        (expected,) = torch.autograd.grad(layer(plain(x)).square().sum(), tensors[wanted])
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -210,8 +227,11 @@ def test_a_block_trains_the_same(kind):
     assert recomputed == 3
     if kind != "checkpointed":
         accelerate(block, keep_weights=kind == "accelerated")
-    recomputed, found = gradients(block if kind != "checkpointed" else lambda *arguments:
-                                  checkpoint(block, *arguments, use_reentrant=False))
+    recomputed, found = gradients(
+        block
+        if kind != "checkpointed"
+        else lambda *arguments: checkpoint(block, *arguments, use_reentrant=False)
+    )
     assert recomputed == 3
     assert all(map(torch.equal, found, expected))
 

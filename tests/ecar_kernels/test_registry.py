@@ -25,8 +25,9 @@ from tests.support.ops import arguments, function
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env=os.environ | environment)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment
+    )
 
 
 def bound(op: str, **kwargs) -> object:
@@ -36,11 +37,13 @@ def bound(op: str, **kwargs) -> object:
 @pytest.fixture
 def fake(monkeypatch):
     """Gives adaln a native implementation with limits of the test's choosing."""
+
     def install(**limits) -> Implementation:
         implementation = Implementation("ecar_kernels.adaln.reference:gated_residual", **limits)
         monkeypatch.setitem(registry.IMPLEMENTATIONS["adaln"], "native", implementation)
         monkeypatch.setattr(registry, "_servers", {})
         return implementation
+
     return install
 
 
@@ -90,11 +93,13 @@ def test_a_named_backend_serves_or_says_why_not(op, backend):
 
 
 def test_auto_falls_back_where_a_named_backend_refuses(fake):
-    reasons = {"devices": (("cuda",), "it serves cuda tensors, not cpu"),
-               "dtypes": ((torch.float16,), "it does not serve torch.float32"),
-               "missing": (lambda: "no compiler was found", "no compiler was found"),
-               "max_width": (8, "it serves a last dimension of at most 8, not 9"),
-               "width_step": (8, "it serves a last dimension in steps of 8, not 9")}
+    reasons = {
+        "devices": (("cuda",), "it serves cuda tensors, not cpu"),
+        "dtypes": ((torch.float16,), "it does not serve torch.float32"),
+        "missing": (lambda: "no compiler was found", "no compiler was found"),
+        "max_width": (8, "it serves a last dimension of at most 8, not 9"),
+        "width_step": (8, "it serves a last dimension in steps of 8, not 9"),
+    }
     for limit, (value, reason) in reasons.items():
         fake(**{limit: value})
         assert bound("adaln", width=9).__name__ == "adaln", limit
@@ -139,11 +144,14 @@ def test_what_this_machine_lacks_is_in_the_table(fake):
 
 def test_what_a_backend_serves_is_in_the_table(fake):
     for limits, said in (
-            ({}, ""),
-            ({"devices": ("cuda", "cpu")}, "cuda and cpu tensors"),
-            ({"max_width": 256, "width_step": 8}, "last dimension at most 256, in steps of 8"),
-            ({"devices": ("cuda",), "dtypes": (torch.float32, torch.float16), "width_step": 8},
-             "cuda tensors; last dimension in steps of 8; float32 and float16")):
+        ({}, ""),
+        ({"devices": ("cuda", "cpu")}, "cuda and cpu tensors"),
+        ({"max_width": 256, "width_step": 8}, "last dimension at most 256, in steps of 8"),
+        (
+            {"devices": ("cuda",), "dtypes": (torch.float32, torch.float16), "width_step": 8},
+            "cuda tensors; last dimension in steps of 8; float32 and float16",
+        ),
+    ):
         fake(**limits)
         row = next(row for row in backends() if (row.op, row.backend) == ("adaln", "native"))
         assert row.limits == said
@@ -157,11 +165,18 @@ def test_triton_says_what_it_lacks(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.version, "hip", None)
     for capabilities, reason in (
-            (((7, 5), (7, 0)), "needs GPUs of compute capability 8.0 or newer, cuda:1 is 7.0; "
-                               "CUDA_VISIBLE_DEVICES can leave it out"),
-            (((7, 5), (8, 6)), "needs GPUs of compute capability 8.0 or newer, cuda:0 is 7.5; "
-                               "CUDA_VISIBLE_DEVICES can leave it out"),
-            (((8, 0), (12, 0)), None)):
+        (
+            ((7, 5), (7, 0)),
+            "needs GPUs of compute capability 8.0 or newer, cuda:1 is 7.0; "
+            "CUDA_VISIBLE_DEVICES can leave it out",
+        ),
+        (
+            ((7, 5), (8, 6)),
+            "needs GPUs of compute capability 8.0 or newer, cuda:0 is 7.5; "
+            "CUDA_VISIBLE_DEVICES can leave it out",
+        ),
+        (((8, 0), (12, 0)), None),
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
         assert _triton.why_not() == reason
     monkeypatch.setattr(torch.version, "hip", "7.0")
@@ -194,7 +209,10 @@ def test_the_environment_variable_sets_the_backend():
     """
     # Not interpreted, Triton's kernels cannot serve CPU tensors, on any machine.
     assert python(code, ECAR_BACKEND="triton", TRITON_INTERPRET="0").stdout.split() == [
-        "triton", "auto", "BackendUnavailableError"]
+        "triton",
+        "auto",
+        "BackendUnavailableError",
+    ]
 
 
 def test_a_wrong_environment_variable_is_named_on_use_not_on_import():
@@ -208,8 +226,10 @@ def test_a_wrong_environment_variable_is_named_on_use_not_on_import():
                 print(error)
     """
     result = python(code, ECAR_BACKEND="fast")
-    expected = ("environment variable ECAR_BACKEND: expected one of 'reference', 'native', "
-                "'triton', 'auto', got 'fast'")
+    expected = (
+        "environment variable ECAR_BACKEND: expected one of 'reference', 'native', "
+        "'triton', 'auto', got 'fast'"
+    )
     assert result.stdout.splitlines() == [expected] * 2, result.stderr
 
 
@@ -242,12 +262,18 @@ def test_the_command_prints_the_table():
     assert head.startswith(f"ecar_kernels {ecar_kernels.__version__}, ")
     assert re.split("  +", columns) == ["op", "backend", "available", "serves", "why not"]
     for row, line in zip(backends(), rows, strict=True):
-        said = [row.op, row.backend, "yes" if row.available else "no", row.limits or "-",
-                row.why_not]
+        said = [
+            row.op,
+            row.backend,
+            "yes" if row.available else "no",
+            row.limits or "-",
+            row.why_not,
+        ]
         assert re.split("  +", line) == [cell for cell in said if cell]
 
-    result = subprocess.run(command, capture_output=True, text=True,
-                            env=os.environ | {"ECAR_BACKEND": "fast"})
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"ECAR_BACKEND": "fast"}
+    )
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: environment variable ECAR_BACKEND")
 

@@ -22,7 +22,7 @@ def packed(stages, *, queries=None, batch=2, heads=2, head_dim=8, dtype=torch.fl
     x = torch.randn(batch, sum(stages), 3, heads, head_dim, generator=generator).to(dtype)
     q, k, v = x.unbind(2)
     queries = sum(stages) if queries is None else queries
-    return {"q": q[:, sum(stages) - queries:], "k": k, "v": v, "stage_lengths": stages}
+    return {"q": q[:, sum(stages) - queries :], "k": k, "v": v, "stage_lengths": stages}
 
 
 def test_the_oracle_is_a_softmax_over_the_stages_so_far():
@@ -33,11 +33,12 @@ def test_the_oracle_is_a_softmax_over_the_stages_so_far():
     q, k, v = call["q"][0], call["k"][0], call["v"][0]
     token = 0
     for stage, length in enumerate(stages):
-        seen = sum(stages[:stage + 1])
+        seen = sum(stages[: stage + 1])
         for _ in range(length):
             for head in range(2):
-                scores = [q[token, head].dot(k[key, head]).item() / math.sqrt(8)
-                          for key in range(seen)]
+                scores = [
+                    q[token, head].dot(k[key, head]).item() / math.sqrt(8) for key in range(seen)
+                ]
                 weights = [math.exp(score) for score in scores]
                 expected = sum(w * v[key, head] for key, w in enumerate(weights)) / sum(weights)
                 torch.testing.assert_close(out[0, token, head], expected, rtol=1e-12, atol=1e-12)
@@ -55,8 +56,13 @@ def test_the_mask_is_block_causal():
 def shapes(draw):
     stages = tuple(draw(st.lists(st.integers(1, 24), min_size=1, max_size=5)))
     newest = draw(st.integers(1, len(stages)))
-    return {"stages": stages, "queries": sum(stages[-newest:]), "batch": draw(st.integers(0, 3)),
-            "heads": draw(st.integers(1, 3)), "head_dim": draw(st.sampled_from(HEAD_DIMS))}
+    return {
+        "stages": stages,
+        "queries": sum(stages[-newest:]),
+        "batch": draw(st.integers(0, 3)),
+        "heads": draw(st.integers(1, 3)),
+        "head_dim": draw(st.sampled_from(HEAD_DIMS)),
+    }
 
 
 ONE_TOKEN = {"stages": (1,), "queries": 1, "batch": 1, "heads": 1, "head_dim": 8}
@@ -92,7 +98,7 @@ def test_suffix_queries_are_the_end_of_all_queries(backend, seed):
     with use_backend(backend):
         whole = stage_attention(**packed(VAR_STAGES[:6], seed=seed))
         for newest in range(1, 7):
-            queries = sum(VAR_STAGES[6 - newest:6])
+            queries = sum(VAR_STAGES[6 - newest : 6])
             part = stage_attention(**packed(VAR_STAGES[:6], queries=queries, seed=seed))
             torch.testing.assert_close(part, whole[:, -queries:], rtol=1e-5, atol=1e-6)
 
@@ -102,8 +108,10 @@ def test_a_stage_does_not_see_later_stages(backend, seed):
     call = packed((4, 9, 16), seed=seed)
     with use_backend(backend):
         before = stage_attention(**call)
-        changed = call | {name: torch.cat((call[name][:, :13], torch.randn(2, 16, 2, 8)), 1)
-                          for name in ("k", "v")}
+        changed = call | {
+            name: torch.cat((call[name][:, :13], torch.randn(2, 16, 2, 8)), 1)
+            for name in ("k", "v")
+        }
         after = stage_attention(**changed)
     assert after[:, :13].equal(before[:, :13])
     assert largest_error(after[:, 13:], before[:, 13:].double()) > 0.1

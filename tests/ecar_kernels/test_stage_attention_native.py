@@ -25,6 +25,7 @@ HEAD_DIMS = (1, 3, 8, 13, 16, 33, 40, 64, 72, 80, 100, 128, 200, 256)
 
 def tensor(batch, tokens, heads, head_dim, dtype=torch.float32, layout="contiguous"):
     """Random [batch, tokens, heads, head_dim] in memory as asked."""
+
     def normal(*shape):
         return torch.randn(*shape).to(dtype)
 
@@ -43,16 +44,26 @@ def tensor(batch, tokens, heads, head_dim, dtype=torch.float32, layout="contiguo
     return normal(batch, tokens, heads, head_dim)
 
 
-LAYOUTS = ("contiguous", "packed", "heads first", "tokens first", "sliced", "one head",
-           "one image")
+LAYOUTS = ("contiguous", "packed", "heads first", "tokens first", "sliced", "one head", "one image")
 
 
-def call_of(stages, newest=None, *, batch=1, heads=2, head_dim=8, dtype=torch.float32,
-            layouts=("contiguous",) * 3):
+def call_of(
+    stages,
+    newest=None,
+    *,
+    batch=1,
+    heads=2,
+    head_dim=8,
+    dtype=torch.float32,
+    layouts=("contiguous",) * 3,
+):
     queries = sum(stages if newest is None else stages[-newest:])
-    return {name: tensor(batch, tokens, heads, head_dim, dtype, layout)
-            for name, tokens, layout in zip("qkv", (queries, sum(stages), sum(stages)), layouts,
-                                            strict=True)} | {"stage_lengths": stages}
+    return {
+        name: tensor(batch, tokens, heads, head_dim, dtype, layout)
+        for name, tokens, layout in zip(
+            "qkv", (queries, sum(stages), sum(stages)), layouts, strict=True
+        )
+    } | {"stage_lengths": stages}
 
 
 def check(call, *, gradients=True):
@@ -72,10 +83,15 @@ def backward(call, *, scale=None):
 def calls(draw):
     stages = tuple(draw(st.lists(st.integers(1, 70), min_size=1, max_size=5)))
     torch.manual_seed(draw(st.integers(0, 2**32)))
-    call = call_of(stages, draw(st.integers(1, len(stages))), batch=draw(st.integers(0, 3)),
-                   heads=draw(st.integers(1, 3)), head_dim=draw(st.sampled_from(HEAD_DIMS)),
-                   dtype=draw(st.sampled_from(KERNEL_DTYPES)),
-                   layouts=[draw(st.sampled_from(LAYOUTS)) for _ in range(3)])
+    call = call_of(
+        stages,
+        draw(st.integers(1, len(stages))),
+        batch=draw(st.integers(0, 3)),
+        heads=draw(st.integers(1, 3)),
+        head_dim=draw(st.sampled_from(HEAD_DIMS)),
+        dtype=draw(st.sampled_from(KERNEL_DTYPES)),
+        layouts=[draw(st.sampled_from(LAYOUTS)) for _ in range(3)],
+    )
     # About the usual one: where one of a few keys has all the weight, only rounding is left. Of
     # equal weights all queries have the same result: too few numbers to judge in narrow heads.
     equal = [0.0] if call["q"].shape[-1] >= 8 else []
@@ -104,7 +120,7 @@ def test_queries_that_resemble_a_key(stages, dtype):
     """Which has nearly all the weight then: a gradient is small beside the terms of its sum."""
     for _ in range(10):
         call = call_of(stages, 1, batch=2, head_dim=64, dtype=dtype)
-        check(call | {"q": call["k"][:, -stages[-1]:], "scale": 1 / 8})
+        check(call | {"q": call["k"][:, -stages[-1] :], "scale": 1 / 8})
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
@@ -212,7 +228,7 @@ def test_nothing_beyond_the_views_is_read(dtype):
 
     def view(tokens, values=None):
         whole = torch.full((2, 32, 3, head_dim + 8), math.nan, dtype=dtype)
-        part = whole[1:, 3:tokens + 3, :2, 4:head_dim + 4]
+        part = whole[1:, 3 : tokens + 3, :2, 4 : head_dim + 4]
         return whole, part.copy_(torch.randn(part.shape) if values is None else values)
 
     call = {"q": view(18)[1], "k": view(22)[1], "v": view(22)[1], "stage_lengths": stages}
@@ -229,9 +245,10 @@ def test_a_query_is_the_same_bits_alone_and_with_others():
         assert part.equal(whole[:, -queries:]), newest
     for image in range(2):
         for head in range(3):
-            alone = {name: call[name][image:image + 1, :, head:head + 1] for name in "qkv"}
+            alone = {name: call[name][image : image + 1, :, head : head + 1] for name in "qkv"}
             assert native.stage_attention(**call | alone).equal(
-                whole[image:image + 1, :, head:head + 1])
+                whole[image : image + 1, :, head : head + 1]
+            )
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
@@ -286,8 +303,12 @@ for dtype in KERNEL_DTYPES:
         check(call_of((1, 20, 37), head_dim=head_dim, dtype=dtype))
         check(call_of((100, 70), 1, head_dim=head_dim, dtype=dtype))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                          env=os.environ | {"ECAR_CPU_ISA": isa, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ECAR_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     if done.stdout.strip() != isa:
         pytest.skip(f"this CPU has no {isa}")

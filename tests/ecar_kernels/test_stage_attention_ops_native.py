@@ -18,13 +18,16 @@ def op_calls():
     call = call_of((2, 5), heads=3, head_dim=9, batch=2, layouts=("packed", "sliced", "one head"))
     q, k, v, stages = call.values()
     out, lse = torch.ops.ecar.stage_attention_training(q, k, v, stages, 0.3)
-    return {"stage_attention": (q, k, v, stages, 0.3),
-            "stage_attention_training": (q, k, v, stages, 0.3),
-            "stage_attention_backward": (torch.randn_like(out), q, k, v, out, lse, stages, 0.3)}
+    return {
+        "stage_attention": (q, k, v, stages, 0.3),
+        "stage_attention_training": (q, k, v, stages, 0.3),
+        "stage_attention_backward": (torch.randn_like(out), q, k, v, out, lse, stages, 0.3),
+    }
 
 
-@pytest.mark.parametrize("op", ["stage_attention", "stage_attention_training",
-                                "stage_attention_backward"])
+@pytest.mark.parametrize(
+    "op", ["stage_attention", "stage_attention_training", "stage_attention_backward"]
+)
 def test_opcheck(op):
     torch.library.opcheck(getattr(torch.ops.ecar, op).default, op_calls()[op])
 
@@ -35,7 +38,7 @@ def test_the_ops_refuse_what_would_leave_their_tensors():
         run = getattr(torch.ops.ecar, op).default
         run(*call)
         first = 1 if op == "stage_attention_backward" else 0
-        q, k, v = call[first:first + 3]
+        q, k, v = call[first : first + 3]
         wrong = [
             (first, q[0], "argument 'q': expected 4 dimensions"),
             (first, q[:, :3], "argument 'q': expected the tokens of the newest stages, got 3"),
@@ -45,21 +48,28 @@ def test_the_ops_refuse_what_would_leave_their_tensors():
             (first + 1, k[:, :6], "argument 'v': expected "),
             (first + 2, v[:, :, :2], "argument 'v': expected "),
             (first + 2, v.half(), "argument 'v': expected the first argument's type"),
-            (first + 2, v.transpose(2, 3).contiguous().transpose(2, 3),
-             "argument 'v': expected a contiguous last dimension"),
-        ] + [(call.index((2, 5)), stages, "argument 'stage_lengths': expected 7 tokens")
-             for stages in ((), (2, 4), (2, 6), (9, -2), (7, 0), (2**62, 2**62, 2**63 - 1, 7))]
+            (
+                first + 2,
+                v.transpose(2, 3).contiguous().transpose(2, 3),
+                "argument 'v': expected a contiguous last dimension",
+            ),
+        ] + [
+            (call.index((2, 5)), stages, "argument 'stage_lengths': expected 7 tokens")
+            for stages in ((), (2, 4), (2, 6), (9, -2), (7, 0), (2**62, 2**62, 2**63 - 1, 7))
+        ]
         if op == "stage_attention_backward":
             lse = call[5]
-            wrong += [(0, call[0][:, :6], "argument 'grad': expected "),
-                      (4, call[4][:1], "argument 'out': expected "),
-                      (5, lse[:, :2], "argument 'lse': expected "),
-                      (5, lse.half(), "argument 'lse': expected "),
-                      (5, lse.transpose(1, 2), "argument 'lse': expected "),
-                      (5, lse[..., :6], "argument 'lse': expected ")]
+            wrong += [
+                (0, call[0][:, :6], "argument 'grad': expected "),
+                (4, call[4][:1], "argument 'out': expected "),
+                (5, lse[:, :2], "argument 'lse': expected "),
+                (5, lse.half(), "argument 'lse': expected "),
+                (5, lse.transpose(1, 2), "argument 'lse': expected "),
+                (5, lse[..., :6], "argument 'lse': expected "),
+            ]
         for index, value, message in wrong:
             with pytest.raises(RuntimeError, match=message):
-                run(*call[:index], value, *call[index + 1:])
+                run(*call[:index], value, *call[index + 1 :])
 
 
 def test_inductor_s_graph_is_ours():
@@ -69,8 +79,10 @@ def test_inductor_s_graph_is_ours():
     assert compiled(**call).equal(native.stage_attention(**call))
     inputs = [call[name].requires_grad_() for name in "qkv"]
     grad = torch.randn_like(call["q"])
-    results = [torch.autograd.grad(attend(**call), inputs, grad)
-               for attend in (compiled, native.stage_attention)]
+    results = [
+        torch.autograd.grad(attend(**call), inputs, grad)
+        for attend in (compiled, native.stage_attention)
+    ]
     for ours, eager in zip(*results, strict=True):
         assert ours.equal(eager)
 
@@ -82,8 +94,11 @@ def test_under_autocast_and_the_public_name():
         with torch.autocast("cpu", torch.bfloat16):
             low = stage_attention(**call)
     assert low.dtype == torch.bfloat16
-    assert low.equal(native.stage_attention(**{
-        name: value.bfloat16() if name in "qkv" else value for name, value in call.items()}))
+    assert low.equal(
+        native.stage_attention(
+            **{name: value.bfloat16() if name in "qkv" else value for name, value in call.items()}
+        )
+    )
 
 
 def test_in_its_absence_the_reference_serves():
@@ -109,5 +124,7 @@ def test_in_its_absence_the_reference_serves():
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == ("backend 'native' cannot serve stage_attention: the C++ library is not "
-                           "built: run pip install .\n")
+    assert done.stdout == (
+        "backend 'native' cannot serve stage_attention: the C++ library is not "
+        "built: run pip install .\n"
+    )

@@ -38,20 +38,20 @@ def flex(q, k, v, stage_lengths, attend=flex_attention):
     mask = create_block_mask(may_see, None, None, queries, keys, device=q.device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        return attend(*(x.transpose(1, 2) for x in (q, k, v)),
-                      block_mask=mask).transpose(1, 2)
+        return attend(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
 
 
 def ours(backend):
     def attend(**call):
         with use_backend(backend):
             return stage_attention(**call)
+
     return attend
 
 
 def packed(stages, queries, head_dim=8):
     q, k, v = torch.randn(1, sum(stages), 3, 2, head_dim, device=DEVICE).unbind(2)
-    return {"q": q[:, sum(stages) - queries:], "k": k, "v": v, "stage_lengths": stages}
+    return {"q": q[:, sum(stages) - queries :], "k": k, "v": v, "stage_lengths": stages}
 
 
 needs_triton = pytest.mark.skipif(_triton.why_not() is not None, reason=str(_triton.why_not()))
@@ -85,8 +85,12 @@ def fresh_graphs():
 def test_compiled_flex_attention_agrees(stages, queries, gradients, fresh_graphs):
     """It takes heads of 16 dimensions or more."""
     compiled = torch.compile(flex_attention, fullgraph=True)
-    assert_accurate(functools.partial(flex, attend=compiled), reference.stage_attention,
-                    packed(stages, queries, 16), gradients=gradients)
+    assert_accurate(
+        functools.partial(flex, attend=compiled),
+        reference.stage_attention,
+        packed(stages, queries, 16),
+        gradients=gradients,
+    )
 
 
 @pytest.mark.parametrize("attend", [EVERYONE[name] for name in ("native", "triton")])

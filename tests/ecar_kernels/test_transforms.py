@@ -25,8 +25,12 @@ from tests.support.ops import (
     tensor_names,
 )
 
-BACKENDS = [(op, backend) for op in OPS for backend in ("auto", "native", "triton")
-            if backend == "auto" or backend in IMPLEMENTATIONS[op]]
+BACKENDS = [
+    (op, backend)
+    for op in OPS
+    for backend in ("auto", "native", "triton")
+    if backend == "auto" or backend in IMPLEMENTATIONS[op]
+]
 WITHOUT_DERIVATIVES = (*INFERENCE_ONLY, "initial_noise")
 
 
@@ -55,6 +59,7 @@ def of_tensors(op: str, run=None, **changes):
 
     def call_op(*values):
         return run(**call | dict(zip(names, values, strict=True)))
+
     return call_op, [call[name] for name in names]
 
 
@@ -63,8 +68,9 @@ def assert_as_the_reference(transform, call, values):
         expected = transform(call, values)
     assert any(wanted.any() for wanted in expected)
     for result, wanted in zip(transform(call, values), expected, strict=True):
-        torch.testing.assert_close(result, wanted, rtol=1e-4,
-                                   atol=1e-4 * wanted.detach().abs().max().item())
+        torch.testing.assert_close(
+            result, wanted, rtol=1e-4, atol=1e-4 * wanted.detach().abs().max().item()
+        )
 
 
 def test_every_op_is_in_the_tables():
@@ -85,8 +91,9 @@ def test_inference_only_ops_have_no_derivatives(op, backend, transform):
         transform(*of_tensors(op))
 
 
-@pytest.mark.parametrize("transform", (*transforms.BATCHES, *transforms.DERIVATIVES_OF_BATCHES),
-                         ids=lambda t: t.__name__)
+@pytest.mark.parametrize(
+    "transform", (*transforms.BATCHES, *transforms.DERIVATIVES_OF_BATCHES), ids=lambda t: t.__name__
+)
 @pytest.mark.parametrize("op, backend", of(INFERENCE_ONLY))
 def test_inference_only_ops_in_batches(op, backend, transform):
     assert_as_the_reference(transform, *of_tensors(op))
@@ -96,8 +103,9 @@ def test_inference_only_ops_in_batches(op, backend, transform):
 def test_seeds_in_batches(op, backend):
     call = arguments(op, optional=False)
     seeds = torch.stack([call["seeds"], call["seeds"] + 1], 1)
-    found = tensors(torch.func.vmap(lambda seeds: function(op)(**call | {"seeds": seeds}),
-                                    in_dims=1)(seeds))
+    found = tensors(
+        torch.func.vmap(lambda seeds: function(op)(**call | {"seeds": seeds}), in_dims=1)(seeds)
+    )
     for row in range(2):
         alone = tensors(function(op)(**call | {"seeds": seeds[:, row].contiguous()}))
         for result, wanted in zip(found, alone, strict=True):
@@ -135,8 +143,12 @@ def test_one_tensor_for_several_arguments(op, backend):
 @pytest.mark.parametrize("op, backend", of([op for op in OPS if op != "initial_noise"]))
 def test_bound_ops(op, backend):
     """`resolve` binds ahead of time, and still answers as the reference."""
-    for transform in (transforms.forward_derivative, transforms.dual_numbers_without_grad_mode,
-                      transforms.gradient, transforms.rows):
+    for transform in (
+        transforms.forward_derivative,
+        transforms.dual_numbers_without_grad_mode,
+        transforms.gradient,
+        transforms.rows,
+    ):
         _, values = of_tensors(op)
         with use_backend("reference"):
             bound_reference = registry.resolve(op, device="cpu", dtype=torch.float32)
@@ -195,12 +207,16 @@ def test_a_compiled_op_in_forward_mode(op):
         assert "dual tensor" in str(error)
 
 
-@pytest.mark.parametrize("op, transform", [
-    ("gated_residual_adaln", transforms.forward_derivative),
-    ("gated_residual_adaln", transforms.gradient),
-    ("gated_residual_adaln", transforms.rows),
-    ("adaln_linear", transforms.rows),
-], ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(
+    "op, transform",
+    [
+        ("gated_residual_adaln", transforms.forward_derivative),
+        ("gated_residual_adaln", transforms.gradient),
+        ("gated_residual_adaln", transforms.rows),
+        ("adaln_linear", transforms.rows),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_transforms_inside_a_compiled_graph(op, transform):
     call, values = of_tensors(op)
     torch._dynamo.reset()

@@ -19,20 +19,33 @@ WIDTH, STAGES = 16, (1, 4)
 X, ONE, SIX = (2, 5, WIDTH), (2, 1, WIDTH), (6, 2, 5, WIDTH)
 # For each class a module, how it is called, and its tensors.
 MODULES = {
-    "AdaLN": (ecar_kernels.AdaLN, lambda module, x, shift, scale: module(x, shift, scale),
-              {"x": X, "shift": ONE, "scale": X}),
-    "GatedResidual": (ecar_kernels.GatedResidual,
-                      lambda module, x, branch, gate: module(x, branch, gate),
-                      {"x": X, "branch": X, "gate": ONE}),
+    "AdaLN": (
+        ecar_kernels.AdaLN,
+        lambda module, x, shift, scale: module(x, shift, scale),
+        {"x": X, "shift": ONE, "scale": X},
+    ),
+    "GatedResidual": (
+        ecar_kernels.GatedResidual,
+        lambda module, x, branch, gate: module(x, branch, gate),
+        {"x": X, "branch": X, "gate": ONE},
+    ),
     "Linear": (lambda: ecar_kernels.Linear(WIDTH, 9), lambda module, x: module(x), {"x": X}),
     "MLP": (lambda: ecar_kernels.MLP(WIDTH, 24), lambda module, x: module(x), {"x": X}),
-    "StageAttention": (lambda: ecar_kernels.StageAttention(WIDTH, 2),
-                       lambda module, x: module(x, STAGES), {"x": X}),
-    "StageBlock": (lambda: ecar_kernels.StageBlock(WIDTH, 2, 24),
-                   lambda module, x: module(x, STAGES), {"x": X}),
-    "FlowBlock": (lambda: FlowBlock(WIDTH, 2, 24),
-                  lambda module, x, y, spatial, step: module(x, y, spatial.unbind(), step.unbind()),
-                  {"x": X, "y": X, "spatial": SIX, "step": (6, 2, 1, WIDTH)}),
+    "StageAttention": (
+        lambda: ecar_kernels.StageAttention(WIDTH, 2),
+        lambda module, x: module(x, STAGES),
+        {"x": X},
+    ),
+    "StageBlock": (
+        lambda: ecar_kernels.StageBlock(WIDTH, 2, 24),
+        lambda module, x: module(x, STAGES),
+        {"x": X},
+    ),
+    "FlowBlock": (
+        lambda: FlowBlock(WIDTH, 2, 24),
+        lambda module, x, y, spatial, step: module(x, y, spatial.unbind(), step.unbind()),
+        {"x": X, "y": X, "spatial": SIX, "step": (6, 2, 1, WIDTH)},
+    ),
 }
 WAYS = {
     "plain": lambda module: module,
@@ -54,21 +67,34 @@ def of_tensors(name: str, way: str):
     def call_module(*given):
         given = dict(zip(values, given, strict=True))
         return call(module, **given) if way == "packed" else functional(module, call)(**given)
+
     return call_module, list(values.values()), module
 
 
 def test_every_module_is_in_the_table():
     public = {name: getattr(ecar_kernels, name) for name in ecar_kernels.__all__}
-    modules = {name for name, value in public.items()
-               if inspect.isclass(value) and issubclass(value, nn.Module)}
+    modules = {
+        name
+        for name, value in public.items()
+        if inspect.isclass(value) and issubclass(value, nn.Module)
+    }
     assert set(MODULES) == modules - {OpsModule.__name__}
 
 
-@pytest.mark.parametrize("transform", [
-    transforms.forward_derivative, transforms.dual_numbers_without_grad_mode,
-    transforms.gradient, transforms.gradient_of_each_row, transforms.forward_derivative_of_a_batch,
-    transforms.rows, transforms.rows_last, *transforms.OF_BACKWARDS,
-], ids=lambda transform: transform.__name__)
+@pytest.mark.parametrize(
+    "transform",
+    [
+        transforms.forward_derivative,
+        transforms.dual_numbers_without_grad_mode,
+        transforms.gradient,
+        transforms.gradient_of_each_row,
+        transforms.forward_derivative_of_a_batch,
+        transforms.rows,
+        transforms.rows_last,
+        *transforms.OF_BACKWARDS,
+    ],
+    ids=lambda transform: transform.__name__,
+)
 @pytest.mark.parametrize("way", ["plain", "accelerated"])
 @pytest.mark.parametrize("name", MODULES)
 def test_modules(name, way, transform):
@@ -81,8 +107,9 @@ def test_modules(name, way, transform):
 def test_no_images(name, way):
     call, values, _ = of_tensors(name, way)
     weights = len(values) - len(MODULES[name][2])  # they come first
-    values = transforms.leaves([*values[:weights], *(
-        x[:, :0] if x.ndim == 4 else x[:0] for x in values[weights:])])
+    values = transforms.leaves(
+        [*values[:weights], *(x[:, :0] if x.ndim == 4 else x[:0] for x in values[weights:])]
+    )
     outputs = tensors(call(*values))
     assert all(0 in y.shape for y in outputs)
     sum(y.sum() for y in outputs).backward()
@@ -94,9 +121,11 @@ def test_no_images(name, way):
 
 
 @needs_native
-@pytest.mark.parametrize("transform", [
-    transforms.dual_numbers_without_grad_mode, transforms.rows_last, transforms.gradient,
-], ids=lambda transform: transform.__name__)
+@pytest.mark.parametrize(
+    "transform",
+    [transforms.dual_numbers_without_grad_mode, transforms.rows_last, transforms.gradient],
+    ids=lambda transform: transform.__name__,
+)
 @pytest.mark.parametrize("name", ["Linear", "StageBlock", "FlowBlock"])
 def test_weights_held_packed(name, transform):
     """They are turned back inside the transform, and are plain weights after it."""
@@ -111,10 +140,15 @@ def test_weights_held_packed(name, transform):
     assert all(weight.isfinite().all() for weight in module.state_dict().values())
 
 
-@pytest.mark.parametrize("transform", [
-    transforms.dual_numbers_without_grad_mode, transforms.rows_last,
-    transforms.gradient_of_gradients,
-], ids=lambda transform: transform.__name__)
+@pytest.mark.parametrize(
+    "transform",
+    [
+        transforms.dual_numbers_without_grad_mode,
+        transforms.rows_last,
+        transforms.gradient_of_gradients,
+    ],
+    ids=lambda transform: transform.__name__,
+)
 @pytest.mark.parametrize("name", ["AdaLN", "StageAttention", "FlowBlock"])
 def test_modules_by_triton(name, transform):
     pytest.importorskip("triton")

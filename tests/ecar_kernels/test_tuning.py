@@ -23,8 +23,12 @@ USUAL = Settings(64, 3)
 
 
 def choice(rows, block_m, key=(768, 2), op="op", **more):
-    return {"op": op, "key": list(key), "rows": rows,
-            "settings": {"block_m": block_m, "num_stages": 3, "early": True} | more}
+    return {
+        "op": op,
+        "key": list(key),
+        "rows": rows,
+        "settings": {"block_m": block_m, "num_stages": 3, "early": True} | more,
+    }
 
 
 @pytest.fixture
@@ -74,22 +78,25 @@ def test_a_missing_key_is_warned_about_once(path):
 GOOD = {"format": 1, "device": NAME, "choices": [choice(16, 16)]}
 
 
-@pytest.mark.parametrize(("content", "problem"), [
-    ("{", "not valid JSON"),
-    ("[" * 100000, "not valid JSON"),
-    ("[]", "expected 'format' to be 1"),
-    (GOOD | {"format": 2}, "expected 'format' to be 1, got '2'"),
-    (GOOD | {"device": "other"}, "expected 'device' to be"),
-    (GOOD | {"choices": {}}, "expected 'choices' to be a list"),
-    (GOOD | {"choices": [1]}, "expected an object"),
-    (GOOD | {"choices": [choice(0, 16)]}, "'rows' to be positive"),
-    (GOOD | {"choices": [choice(True, 16)]}, "'rows' to be of type int"),
-    (GOOD | {"choices": [choice(16, 48)]}, "expected a power of two, got 48"),
-    (GOOD | {"choices": [choice(16, -16)]}, "an integer from 1 to 4096, got -16"),
-    (GOOD | {"choices": [choice(16, "__import__('os')")]}, "an integer from 1"),
-    (GOOD | {"choices": [choice(16, 16, key=(1.5,))]}, "'key' to hold integers"),
-    (GOOD | {"choices": [choice(16, 16, splits=2)]}, "another version"),
-])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{", "not valid JSON"),
+        ("[" * 100000, "not valid JSON"),
+        ("[]", "expected 'format' to be 1"),
+        (GOOD | {"format": 2}, "expected 'format' to be 1, got '2'"),
+        (GOOD | {"device": "other"}, "expected 'device' to be"),
+        (GOOD | {"choices": {}}, "expected 'choices' to be a list"),
+        (GOOD | {"choices": [1]}, "expected an object"),
+        (GOOD | {"choices": [choice(0, 16)]}, "'rows' to be positive"),
+        (GOOD | {"choices": [choice(True, 16)]}, "'rows' to be of type int"),
+        (GOOD | {"choices": [choice(16, 48)]}, "expected a power of two, got 48"),
+        (GOOD | {"choices": [choice(16, -16)]}, "an integer from 1 to 4096, got -16"),
+        (GOOD | {"choices": [choice(16, "__import__('os')")]}, "an integer from 1"),
+        (GOOD | {"choices": [choice(16, 16, key=(1.5,))]}, "'key' to hold integers"),
+        (GOOD | {"choices": [choice(16, 16, splits=2)]}, "another version"),
+    ],
+)
 def test_a_bad_file_is_one_warning_and_the_usual_settings(path, content, problem):
     path.parent.mkdir()
     path.write_text(content if isinstance(content, str) else json.dumps(content))
@@ -110,6 +117,7 @@ def test_what_cannot_be_read_is_never_written(path):
 
 def measured(seconds, answers):
     """Measures the settings of `seconds` by block_m, on a clock that knows their times."""
+
     def run():
         return [answers.get(chosen().block_m, torch.ones(8))]
 
@@ -126,8 +134,9 @@ def measured(seconds, answers):
 
 def test_the_fastest_right_setting_is_chosen():
     nothing = torch.full((8,), torch.nan)
-    found = measured({64: 1.0, 16: 0.5, 32: 0.1, 128: None, 256: 0.2},
-                     {32: torch.ones(8) * 1.001, 256: nothing})
+    found = measured(
+        {64: 1.0, 16: 0.5, 32: 0.1, 128: None, 256: 0.2}, {32: torch.ones(8) * 1.001, 256: nothing}
+    )
     assert found.settings.block_m == 16
     assert (found.seconds, found.usual_seconds, found.tried, found.wrong) == (0.5, 1.0, 2, 3)
     assert found.entry()["settings"] == {"block_m": 16, "num_stages": 3, "early": False}

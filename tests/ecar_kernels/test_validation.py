@@ -35,8 +35,13 @@ def test_not_a_tensor(op, name):
 def test_the_leading_tensors_type(op, name):
     for dtype in (torch.int64, torch.bool, torch.complex64):
         value = torch.zeros(arguments(op)[name].shape, dtype=dtype)
-        refused(op, TypeError, f"argument '{name}': expected torch.float32, torch.bfloat16, "
-                f"torch.float16 or torch.float64, got {dtype}", **{name: value})
+        refused(
+            op,
+            TypeError,
+            f"argument '{name}': expected torch.float32, torch.bfloat16, "
+            f"torch.float16 or torch.float64, got {dtype}",
+            **{name: value},
+        )
 
 
 @pytest.mark.parametrize("op, name", FOLLOWING)
@@ -44,17 +49,30 @@ def test_one_type_and_one_device(op, name):
     value, leading = arguments(op)[name], tensor_names(op)[0]
     if op == "linear_gated_residual" and name in ("gate", "step_gate"):
         leading = "residual"  # what they modulate
-    refused(op, TypeError, f"argument '{name}': expected torch.float32 like '{leading}', "
-            "got torch.bfloat16", **{name: value.bfloat16()})
-    refused(op, ValueError, f"argument '{name}': expected a tensor on cpu like '{leading}', "
-            "got meta", **{name: value.to("meta")})
+    refused(
+        op,
+        TypeError,
+        f"argument '{name}': expected torch.float32 like '{leading}', got torch.bfloat16",
+        **{name: value.bfloat16()},
+    )
+    refused(
+        op,
+        ValueError,
+        f"argument '{name}': expected a tensor on cpu like '{leading}', got meta",
+        **{name: value.to("meta")},
+    )
 
 
 @pytest.mark.parametrize("op, name", TENSORS)
 def test_the_last_dimension_is_contiguous(op, name):
     value = torch.repeat_interleave(arguments(op)[name], 2, dim=-1)[..., ::2]
-    refused(op, ValueError, f"argument '{name}': expected a tensor whose last dimension is "
-            f"contiguous, got strides {list(value.stride())}", **{name: value})
+    refused(
+        op,
+        ValueError,
+        f"argument '{name}': expected a tensor whose last dimension is "
+        f"contiguous, got strides {list(value.stride())}",
+        **{name: value},
+    )
 
 
 @pytest.mark.parametrize("op, name", TENSORS)
@@ -62,8 +80,10 @@ def test_shapes(op, name):
     value = arguments(op)[name]
     wrong = [value[0], value[None], torch.tensor(1.0)]
     if (op, name) in FOLLOWING:
-        wrong += [value[:, :-1] if value.ndim > 1 else value[:-1], value.new_zeros(
-            (*value.shape[:-1], value.shape[-1] + 1))]
+        wrong += [
+            value[:, :-1] if value.ndim > 1 else value[:-1],
+            value.new_zeros((*value.shape[:-1], value.shape[-1] + 1)),
+        ]
     for bad in wrong:
         with pytest.raises(ValueError, match=f"argument '{name}': expected .*, got ") as caught:
             call(op, **{name: bad.contiguous()})
@@ -76,7 +96,8 @@ def test_a_shape_error_says_what_its_letters_stand_for():
         function("adaln")(x, torch.zeros(2, 3, 64), x)
     assert str(caught.value) == (
         "argument 'shift': expected a tensor of shape [B, N, C] or [B, 1, C] with B=2, N=16, "
-        "C=64, got [2, 3, 64]")
+        "C=64, got [2, 3, 64]"
+    )
 
 
 @pytest.mark.parametrize("op", ["adaln", "gated_residual", "gated_residual_adaln"])
@@ -94,27 +115,42 @@ def test_modulation_broadcasts_over_no_more_than_the_contract(op):
 def test_inference_only_ops_refuse_gradients(op):
     for name in tensor_names(op):
         value = arguments(op)[name].detach().requires_grad_()
-        refused(op, ValueError, f"argument '{name}': requires grad, but this op is for inference",
-                **{name: value})
+        refused(
+            op,
+            ValueError,
+            f"argument '{name}': requires grad, but this op is for inference",
+            **{name: value},
+        )
         with torch.no_grad():
             call(op, **{name: value})
 
 
 NUMBERS = [
-    ("stage_attention", "scale"), ("adaln", "eps"), ("gated_residual_adaln", "eps"),
-    ("adaln_linear", "eps"), ("adaln_linear", "scale_offset"), ("euler_step", "dt"),
+    ("stage_attention", "scale"),
+    ("adaln", "eps"),
+    ("gated_residual_adaln", "eps"),
+    ("adaln_linear", "eps"),
+    ("adaln_linear", "scale_offset"),
+    ("euler_step", "dt"),
     ("euler_step", "guidance_scale"),
-    ("upsample_renoise_euler", "dt"), ("upsample_renoise_euler", "time"),
-    ("upsample_renoise_euler", "guidance_scale"), ("flow_boundary", "dt"),
-    ("flow_boundary", "guidance_scale"), ("flow_boundary", "eps"),
+    ("upsample_renoise_euler", "dt"),
+    ("upsample_renoise_euler", "time"),
+    ("upsample_renoise_euler", "guidance_scale"),
+    ("flow_boundary", "dt"),
+    ("flow_boundary", "guidance_scale"),
+    ("flow_boundary", "eps"),
 ]
 
 
 @pytest.mark.parametrize("op, name", NUMBERS)
 def test_numbers(op, name):
     for value in (math.nan, math.inf, -math.inf):
-        refused(op, ValueError, f"argument '{name}': expected a finite number, got {value}",
-                **{name: value})
+        refused(
+            op,
+            ValueError,
+            f"argument '{name}': expected a finite number, got {value}",
+            **{name: value},
+        )
     for value, kind in (("1", "str"), (True, "bool"), (torch.ones(1), "Tensor")):
         refused(op, TypeError, f"argument '{name}': expected a float, got {kind}", **{name: value})
 
@@ -122,61 +158,165 @@ def test_numbers(op, name):
 OTHERS = [
     ("adaln", {"eps": 0.0}, ValueError, "argument 'eps': expected a positive number, got 0.0"),
     ("adaln", {"eps": -1.0}, ValueError, "argument 'eps': expected a positive number, got -1.0"),
-    ("adaln_linear", {"activation": "relu"}, ValueError,
-     "argument 'activation': expected None or 'gelu_tanh', got 'relu'"),
-    ("upsample_renoise_euler", {"time": 1.0}, ValueError,
-     "argument 'time': expected a number in [0, 1), got 1.0"),
-    ("upsample_renoise_euler", {"time": -0.1}, ValueError,
-     "argument 'time': expected a number in [0, 1), got -0.1"),
-    ("upsample_renoise_euler", {"stage": 1}, ValueError,
-     "argument 'stage': expected at least 2, the stage that begins, got 1"),
-    ("upsample_renoise_euler", {"stage": 0}, ValueError,
-     "argument 'stage': expected at least 1, got 0"),
-    ("upsample_renoise_euler", {"stage": 2.0}, TypeError,
-     "argument 'stage': expected an integer, got float"),
-    ("upsample_renoise_euler", {"details": None}, ValueError,
-     "arguments 'seeds' and 'details': expected exactly one of them, got none"),
-    ("upsample_renoise_euler", {"seeds": torch.tensor([1, 2])}, ValueError,
-     "arguments 'seeds' and 'details': expected exactly one of them, got both"),
-    ("upsample_renoise_euler", {"details": None, "seeds": [1, 2]}, TypeError,
-     "argument 'seeds': expected a tensor, got list"),
-    ("upsample_renoise_euler", {"details": None, "seeds": torch.ones(2)}, TypeError,
-     "argument 'seeds': expected torch.int64, got torch.float32"),
-    ("upsample_renoise_euler", {"details": None, "seeds": torch.tensor([1, 2, 3])}, ValueError,
-     "argument 'seeds': expected a tensor of shape [B] with B=2, got [3]"),
-    ("upsample_renoise_euler", {"details": None, "seeds": torch.tensor([1, 2]).to("meta")},
-     ValueError, "argument 'seeds': expected a tensor on cpu like 'x', got meta"),
+    (
+        "adaln_linear",
+        {"activation": "relu"},
+        ValueError,
+        "argument 'activation': expected None or 'gelu_tanh', got 'relu'",
+    ),
+    (
+        "upsample_renoise_euler",
+        {"time": 1.0},
+        ValueError,
+        "argument 'time': expected a number in [0, 1), got 1.0",
+    ),
+    (
+        "upsample_renoise_euler",
+        {"time": -0.1},
+        ValueError,
+        "argument 'time': expected a number in [0, 1), got -0.1",
+    ),
+    (
+        "upsample_renoise_euler",
+        {"stage": 1},
+        ValueError,
+        "argument 'stage': expected at least 2, the stage that begins, got 1",
+    ),
+    (
+        "upsample_renoise_euler",
+        {"stage": 0},
+        ValueError,
+        "argument 'stage': expected at least 1, got 0",
+    ),
+    (
+        "upsample_renoise_euler",
+        {"stage": 2.0},
+        TypeError,
+        "argument 'stage': expected an integer, got float",
+    ),
+    (
+        "upsample_renoise_euler",
+        {"details": None},
+        ValueError,
+        "arguments 'seeds' and 'details': expected exactly one of them, got none",
+    ),
+    (
+        "upsample_renoise_euler",
+        {"seeds": torch.tensor([1, 2])},
+        ValueError,
+        "arguments 'seeds' and 'details': expected exactly one of them, got both",
+    ),
+    (
+        "upsample_renoise_euler",
+        {"details": None, "seeds": [1, 2]},
+        TypeError,
+        "argument 'seeds': expected a tensor, got list",
+    ),
+    (
+        "upsample_renoise_euler",
+        {"details": None, "seeds": torch.ones(2)},
+        TypeError,
+        "argument 'seeds': expected torch.int64, got torch.float32",
+    ),
+    (
+        "upsample_renoise_euler",
+        {"details": None, "seeds": torch.tensor([1, 2, 3])},
+        ValueError,
+        "argument 'seeds': expected a tensor of shape [B] with B=2, got [3]",
+    ),
+    (
+        "upsample_renoise_euler",
+        {"details": None, "seeds": torch.tensor([1, 2]).to("meta")},
+        ValueError,
+        "argument 'seeds': expected a tensor on cpu like 'x', got meta",
+    ),
     ("initial_noise", {"seeds": [1]}, TypeError, "argument 'seeds': expected a tensor, got list"),
-    ("initial_noise", {"seeds": torch.tensor([1], dtype=torch.int32)}, TypeError,
-     "argument 'seeds': expected torch.int64, got torch.int32"),
-    ("initial_noise", {"seeds": torch.tensor([[1]])}, ValueError,
-     "argument 'seeds': expected a tensor of shape [B], got [1, 1]"),
-    ("initial_noise", {"shape": 4}, TypeError,
-     "argument 'shape': expected (C, h, w), a tuple or list of integers, got int"),
-    ("initial_noise", {"shape": (8, 8)}, ValueError,
-     "argument 'shape': expected (C, h, w), got [8, 8]"),
-    ("initial_noise", {"shape": (4, 0, 8)}, ValueError,
-     "argument 'shape[1]': expected at least 1, got 0"),
-    ("initial_noise", {"shape": (4, 8, 8.0)}, TypeError,
-     "argument 'shape[2]': expected an integer, got float"),
-    ("initial_noise", {"dtype": torch.int64}, TypeError,
-     "argument 'dtype': expected torch.float32, torch.bfloat16, torch.float16 or"),
-    ("stage_attention", {"stage_lengths": 21}, TypeError,
-     "argument 'stage_lengths': expected a tuple or list of integers, got int"),
-    ("stage_attention", {"stage_lengths": ()}, ValueError,
-     "argument 'stage_lengths': expected at least one stage, got none"),
-    ("stage_attention", {"stage_lengths": (1, 0, 20)}, ValueError,
-     "argument 'stage_lengths[1]': expected at least 1, got 0"),
-    ("stage_attention", {"stage_lengths": (1, 4.0, 16)}, TypeError,
-     "argument 'stage_lengths[1]': expected an integer, got float"),
-    ("stage_attention", {"stage_lengths": (1, True, 19)}, TypeError,
-     "argument 'stage_lengths[1]': expected an integer, got bool"),
-    ("stage_attention", {"stage_lengths": (2, 3, 17)}, ValueError,
-     "argument 'q': expected as many queries as a suffix of stage_lengths=[2, 3, 17] has tokens, "
-     "got 21"),
-    ("stage_attention", {"stage_lengths": (2, 1, 4, 16)}, ValueError,
-     "argument 'k': expected a tensor of shape [B, N, H, D] with B=2, N=23, H=3, D=8, "
-     "got [2, 21, 3, 8]"),
+    (
+        "initial_noise",
+        {"seeds": torch.tensor([1], dtype=torch.int32)},
+        TypeError,
+        "argument 'seeds': expected torch.int64, got torch.int32",
+    ),
+    (
+        "initial_noise",
+        {"seeds": torch.tensor([[1]])},
+        ValueError,
+        "argument 'seeds': expected a tensor of shape [B], got [1, 1]",
+    ),
+    (
+        "initial_noise",
+        {"shape": 4},
+        TypeError,
+        "argument 'shape': expected (C, h, w), a tuple or list of integers, got int",
+    ),
+    (
+        "initial_noise",
+        {"shape": (8, 8)},
+        ValueError,
+        "argument 'shape': expected (C, h, w), got [8, 8]",
+    ),
+    (
+        "initial_noise",
+        {"shape": (4, 0, 8)},
+        ValueError,
+        "argument 'shape[1]': expected at least 1, got 0",
+    ),
+    (
+        "initial_noise",
+        {"shape": (4, 8, 8.0)},
+        TypeError,
+        "argument 'shape[2]': expected an integer, got float",
+    ),
+    (
+        "initial_noise",
+        {"dtype": torch.int64},
+        TypeError,
+        "argument 'dtype': expected torch.float32, torch.bfloat16, torch.float16 or",
+    ),
+    (
+        "stage_attention",
+        {"stage_lengths": 21},
+        TypeError,
+        "argument 'stage_lengths': expected a tuple or list of integers, got int",
+    ),
+    (
+        "stage_attention",
+        {"stage_lengths": ()},
+        ValueError,
+        "argument 'stage_lengths': expected at least one stage, got none",
+    ),
+    (
+        "stage_attention",
+        {"stage_lengths": (1, 0, 20)},
+        ValueError,
+        "argument 'stage_lengths[1]': expected at least 1, got 0",
+    ),
+    (
+        "stage_attention",
+        {"stage_lengths": (1, 4.0, 16)},
+        TypeError,
+        "argument 'stage_lengths[1]': expected an integer, got float",
+    ),
+    (
+        "stage_attention",
+        {"stage_lengths": (1, True, 19)},
+        TypeError,
+        "argument 'stage_lengths[1]': expected an integer, got bool",
+    ),
+    (
+        "stage_attention",
+        {"stage_lengths": (2, 3, 17)},
+        ValueError,
+        "argument 'q': expected as many queries as a suffix of stage_lengths=[2, 3, 17] has "
+        "tokens, got 21",
+    ),
+    (
+        "stage_attention",
+        {"stage_lengths": (2, 1, 4, 16)},
+        ValueError,
+        "argument 'k': expected a tensor of shape [B, N, H, D] with B=2, N=23, H=3, D=8, "
+        "got [2, 21, 3, 8]",
+    ),
 ]
 
 
@@ -188,8 +328,13 @@ def test_values(op, changes, error, message):
 @pytest.mark.parametrize("op", ["euler_step", "upsample_renoise_euler"])
 def test_guidance_needs_unconditional_rows(op):
     velocity = arguments(op)["velocity"][:2]
-    refused(op, ValueError, "argument 'guidance_scale': expected 1.0 for a velocity without "
-            "unconditional rows, got 1.5", velocity=velocity)
+    refused(
+        op,
+        ValueError,
+        "argument 'guidance_scale': expected 1.0 for a velocity without "
+        "unconditional rows, got 1.5",
+        velocity=velocity,
+    )
     call(op, velocity=velocity, guidance_scale=1.0)
 
 

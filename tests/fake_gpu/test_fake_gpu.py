@@ -34,8 +34,12 @@ def test_a_launch_is_compiled_for_the_chip_and_written_down():
         for factor in (2.0, 3.0):
             scale[(8,)](x, x, 1000, factor, BLOCK=128, num_warps=2)
         launch, again = gpu.launches
-    assert (launch.kind, launch.name, launch.grid, launch.num_warps) == ("triton", "scale",
-                                                                         (8, 1, 1), 2)
+    assert (launch.kind, launch.name, launch.grid, launch.num_warps) == (
+        "triton",
+        "scale",
+        (8, 1, 1),
+        2,
+    )
     assert launch == again and launch.registers > 0 and launch.stack == 0
     assert [name for name, _ in gpu.specialised] == ["scale"]
 
@@ -71,17 +75,22 @@ def test_grids_and_devices(compiled):
 
 def test_what_a_capture_refuses():
     refused = {
-        "reading back": lambda x: x.sum().item(), "to the host": lambda x: x.cpu(),
-        "from the host": lambda x: x.copy_(torch.ones(8)), "a number": lambda x: torch.tensor(
-            [1.0], device="cuda"), "pageable": lambda x: x.copy_(torch.ones(8), non_blocking=True),
-        "waiting": lambda x: torch.cuda.synchronize()}
+        "reading back": lambda x: x.sum().item(),
+        "to the host": lambda x: x.cpu(),
+        "from the host": lambda x: x.copy_(torch.ones(8)),
+        "a number": lambda x: torch.tensor([1.0], device="cuda"),
+        "pageable": lambda x: x.copy_(torch.ones(8), non_blocking=True),
+        "waiting": lambda x: torch.cuda.synchronize(),
+    }
     with FakeGPU() as gpu:
         x = torch.empty(8, device="cuda")
         for name, call in refused.items():
             call(x)
             graph = torch.cuda.CUDAGraph()
-            with (pytest.raises(RuntimeError, match="captur"),
-                  torch.cuda.graph(graph, stream=torch.cuda.Stream())):
+            with (
+                pytest.raises(RuntimeError, match="captur"),
+                torch.cuda.graph(graph, stream=torch.cuda.Stream()),
+            ):
                 call(x)
             torch.cuda.set_stream(torch.cuda.default_stream())
             assert not torch.cuda.is_current_stream_capturing(), name
@@ -104,11 +113,11 @@ def test_tensors_are_plain_ones_and_keep_values_where_asked():
         layer = gpu.place(torch.nn.Linear(3, 2))
         assert type(layer.weight) is torch.nn.Parameter and layer.weight.device.type == "cuda"
         y = layer(x).square().sum()
-        gradient, = torch.autograd.grad(y, layer.weight)
+        (gradient,) = torch.autograd.grad(y, layer.weight)
         expected = torch.nn.Linear(3, 2)
         expected.load_state_dict({name: value.cpu() for name, value in layer.state_dict().items()})
         host = x.cpu()
-    wanted, = torch.autograd.grad(expected(host).square().sum(), expected.weight)
+    (wanted,) = torch.autograd.grad(expected(host).square().sum(), expected.weight)
     with gpu:
         torch.testing.assert_close(gradient.cpu(), wanted)
 

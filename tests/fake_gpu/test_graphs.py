@@ -15,8 +15,15 @@ from ecar_kernels import initial_noise, stage_attention
 from ecar_kernels.stage_attention import tiles
 from tools.fake_gpu import Launch
 
-SMALL = {"stage_sides": (4, 8), "channels": 1, "num_classes": 10, "width": 32, "heads": 2,
-         "ar_layers": 1, "flow_blocks": 1}
+SMALL = {
+    "stage_sides": (4, 8),
+    "channels": 1,
+    "num_classes": 10,
+    "width": 32,
+    "heads": 2,
+    "ar_layers": 1,
+    "flow_blocks": 1,
+}
 
 
 @pytest.fixture(params=["cuda:0", "cuda:1"])
@@ -28,8 +35,13 @@ def model(gpus, request):
 
 
 def draw(model, seeds=(1, 2, 3), **options):
-    return sample(model, torch.zeros(len(seeds), dtype=torch.int64), seeds=torch.tensor(seeds),
-                  steps=4, **options)
+    return sample(
+        model,
+        torch.zeros(len(seeds), dtype=torch.int64),
+        seeds=torch.tensor(seeds),
+        steps=4,
+        **options,
+    )
 
 
 def called(gpus, *names):
@@ -52,16 +64,22 @@ class TestRecorder:
         assert output.why_not_graph is None
         index = model.device.index
         current = torch.cuda.default_stream(index)
-        (_, graph, stream, pool, mode), = called(gpus, "capture_begin")
+        ((_, graph, stream, pool, mode),) = called(gpus, "capture_begin")
         assert (stream.device, mode) == (model.device, "thread_local") and stream != current
         assert pool is not None
         (_, waiting, waited), (_, back, other) = called(gpus, "wait_stream")
         assert (waiting, waited, back, other) == (stream, current, current, stream)
-        begun, first, second = (place(gpus, "capture_begin"), place(gpus, "wait_stream"),
-                                place(gpus, "wait_stream", 1))
+        begun, first, second = (
+            place(gpus, "capture_begin"),
+            place(gpus, "wait_stream"),
+            place(gpus, "wait_stream", 1),
+        )
         warm = [entry for entry in gpus.log[first:second] if isinstance(entry, Launch)]
-        held = [entry for entry in gpus.log[begun:place(gpus, "capture_end")]
-                if isinstance(entry, Launch)]
+        held = [
+            entry
+            for entry in gpus.log[begun : place(gpus, "capture_end")]
+            if isinstance(entry, Launch)
+        ]
         # Tables come by copies that are waited for, on a thread of their own.
         ran = {entry.stream for entry in (*warm, *held) if entry.kind != "copy"}
         assert ran == {stream.cuda_stream}
@@ -71,7 +89,7 @@ class TestRecorder:
         assert {"triton", "c++", "aten"} == {entry.kind for entry in held}  # no copy is left
         expected = [entry for entry in map(signature, warm) if entry[0] != "copy"]
         assert list(map(signature, held)) == expected
-        (_, replayed, where), = called(gpus, "replay")
+        ((_, replayed, where),) = called(gpus, "replay")
         assert (replayed, where) == (graph, current)
         assert torch.cuda.current_device() == 0
         assert torch.cuda.current_stream(index) is current
@@ -83,8 +101,8 @@ class TestRecorder:
             mine = torch.cuda.Stream(model.device)
         with torch.cuda.stream(mine):
             assert draw(model, (4, 5, 6)).why_not_graph is None
-        (_, where, event), = called(gpus, "wait_event")
-        (_, recorded, at), = called(gpus, "record")
+        ((_, where, event),) = called(gpus, "wait_event")
+        ((_, recorded, at),) = called(gpus, "record")
         assert (where, recorded, at) == (mine, event, mine)
         order = [place(gpus, name) for name in ("wait_event", "replay", "record")]
         assert order == sorted(order)
@@ -110,20 +128,23 @@ class TestRecorder:
         turns = called(gpus, "wait_event", "replay", "record")
         assert [turn[0] for turn in turns] == ["wait_event", "replay", "record"] * 3
         streams = [turn[1] if turn[0] == "wait_event" else turn[2] for turn in turns]
-        assert all(len(set(streams[i:i + 3])) == 1 for i in (0, 3, 6)) and len(set(streams)) == 3
+        assert all(len(set(streams[i : i + 3])) == 1 for i in (0, 3, 6)) and len(set(streams)) == 3
 
     def test_graphs_are_dropped_when_nothing_runs(self, gpus, model):
         draw(model)
         gpus.clear()
         release_graphs(model)
         assert [entry[:2] for entry in called(gpus, "synchronize", "empty_cache")] == [
-            ("synchronize", model.device.index), ("empty_cache",)]
+            ("synchronize", model.device.index),
+            ("empty_cache",),
+        ]
 
 
 class TestFailures:
     @pytest.fixture(params=["read back", "wait", "copy"])
     def spoilt(self, request, monkeypatch, model):
         """A run that no stream captures."""
+
         def run(*arguments, **options):
             noise = initial_noise(*arguments, **options)
             if request.param == "read back":
@@ -143,7 +164,7 @@ class TestFailures:
         assert torch.cuda.current_device() == 0
         assert torch.cuda.current_stream(index) is torch.cuda.default_stream(index)
         assert not torch.cuda.is_current_stream_capturing()
-        (_, _, _, pool, _), = called(gpus, "capture_begin")
+        ((_, _, _, pool, _),) = called(gpus, "capture_begin")
         assert called(gpus, "end_pool") == [("end_pool", index, pool)]
         ended = place(gpus, "end_pool")
         cleaned = [entry for entry in gpus.log[ended:] if isinstance(entry, tuple)]
@@ -201,7 +222,7 @@ class TestTables:
         """A capture can make no memory that outlives it: the copy is a part of every replay, from a
         pinned source, which is kept and serves the next capture too."""
         assert self.captured(gpus) == self.captured(gpus) == ["copy", "triton"]
-        source, = tiles._tables.values()
+        (source,) = tiles._tables.values()
         assert source.is_pinned() and source.device.type == "cpu"
         self.attend()
         assert self.captured(gpus) == ["triton"]

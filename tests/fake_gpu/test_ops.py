@@ -20,8 +20,12 @@ from ecar_kernels import registry, tuning
 from tools.fake_gpu import FakeGPU
 from tools.fake_triton import GRID_LIMITS, H100
 
-FORMATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
-           "tf32": torch.float32}
+FORMATS = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "tf32": torch.float32,
+}
 # (batch, tokens): one, odd, multiples of 16, and enough for larger tiles.
 SIZES = ((1, 16), (2, 64), (1, 1), (3, 5), (1, 17), (2, 336), (16, 256))
 WIDTH = 768
@@ -70,16 +74,24 @@ def gradients(function: Callable, *inputs: Tensor) -> None:
     torch.autograd.grad(results, inputs, [torch.empty_like(result) for result in results])
 
 
-def attention(stages: Callable[[int], tuple[int, ...]], *, newest: int = 0, odd: bool = False,
-              heads: int = 6, head_dim: int = 128, backward: bool = False,
-              sign: float = 1) -> Callable:
+def attention(
+    stages: Callable[[int], tuple[int, ...]],
+    *,
+    newest: int = 0,
+    odd: bool = False,
+    heads: int = 6,
+    head_dim: int = 128,
+    backward: bool = False,
+    sign: float = 1,
+) -> Callable:
     """stages: of a number of tokens; newest: how many of the last stages have queries, all if 0."""
+
     def run(call: Call) -> None:
         lengths = stages(call.tokens)
         tokens = sum(lengths)
         packed = replace(call, tokens=tokens).rows(3, heads * head_dim, odd=odd)
         q, k, v = (part.unflatten(-1, (heads, head_dim)) for part in packed)
-        q = q[:, tokens - sum(lengths[-newest:]):] if newest else q
+        q = q[:, tokens - sum(lengths[-newest:]) :] if newest else q
 
         def op(q, k, v):
             return ecar_kernels.stage_attention(q, k, v, lengths, scale=sign * 0.1 * call.number)
@@ -88,6 +100,7 @@ def attention(stages: Callable[[int], tuple[int, ...]], *, newest: int = 0, odd:
             gradients(op, q, k, v)
         else:
             op(q, k, v)
+
     return run
 
 
@@ -99,29 +112,42 @@ def few_keys(tokens: int) -> tuple[int, ...]:
     return (1, 4, 9, max(16, tokens))
 
 
-def adaln(op: str, count: int, *, step: bool = True, image: bool = False, width: int = WIDTH,
-          odd: bool = False, backward: bool = False) -> Callable:
+def adaln(
+    op: str,
+    count: int,
+    *,
+    step: bool = True,
+    image: bool = False,
+    width: int = WIDTH,
+    odd: bool = False,
+    backward: bool = False,
+) -> Callable:
     """count: tensors before the steps' parts; image: modulations are [B, 1, C]."""
-    names = {"adaln": ("step_shift", "step_scale"), "gated_residual": ("step_gate",),
-             "gated_residual_adaln": ("step_gate", "step_shift", "step_scale")}[op]
+    names = {
+        "adaln": ("step_shift", "step_scale"),
+        "gated_residual": ("step_gate",),
+        "gated_residual_adaln": ("step_gate", "step_shift", "step_scale"),
+    }[op]
     modulations = {"adaln": 2, "gated_residual": 1, "gated_residual_adaln": 3}[op]
 
     def run(call: Call) -> None:
         tensors = call.rows(count, width, odd=odd)
         if image:
             packed = call.empty(call.batch, 1, modulations * width).chunk(modulations, -1)
-            tensors = (*tensors[:count - modulations], *packed)
+            tensors = (*tensors[: count - modulations], *packed)
         steps = call.steps(len(names), width) if step else ()
         eps = {} if op == "gated_residual" else {"eps": 1e-6 * call.number}
 
         def function(*inputs):
             return getattr(ecar_kernels, op)(
-                *inputs[:count], **dict(zip(names, inputs[count:], strict=False)), **eps)
+                *inputs[:count], **dict(zip(names, inputs[count:], strict=False)), **eps
+            )
 
         if backward:
             gradients(function, *tensors, *steps)
         else:
             function(*tensors, *steps)
+
     return run
 
 
@@ -130,9 +156,17 @@ def adaln_linear(width: int = WIDTH, outputs: int = 3 * WIDTH, *, bias: bool = T
         x, shift, scale = call.rows(3, width)
         step_shift, step_scale = call.steps(2, width)
         ecar_kernels.adaln_linear(
-            x, shift, scale, call.empty(outputs, width), call.empty(outputs) if bias else None,
-            step_shift=step_shift, step_scale=step_scale, activation="gelu_tanh",
-            eps=1e-6 * call.number)
+            x,
+            shift,
+            scale,
+            call.empty(outputs, width),
+            call.empty(outputs) if bias else None,
+            step_shift=step_shift,
+            step_scale=step_scale,
+            activation="gelu_tanh",
+            eps=1e-6 * call.number,
+        )
+
     return run
 
 
@@ -140,8 +174,14 @@ def linear_gated_residual(inputs: int = 4 * WIDTH, width: int = WIDTH) -> Callab
     def run(call: Call) -> None:
         gate, residual = call.rows(2, width)
         ecar_kernels.linear_gated_residual(
-            call.empty(call.batch, call.tokens, inputs), call.empty(width, inputs),
-            call.empty(width), gate, residual, step_gate=call.steps(1, width)[0])
+            call.empty(call.batch, call.tokens, inputs),
+            call.empty(width, inputs),
+            call.empty(width),
+            gate,
+            residual,
+            step_gate=call.steps(1, width)[0],
+        )
+
     return run
 
 
@@ -156,47 +196,94 @@ CASES = [
     Case("stage_attention", "over a cache", (FORWARD,), attention(doubling, newest=1)),
     Case("stage_attention", "scale < 0", (FORWARD,), attention(doubling, sign=-1)),
     Case("stage_attention", "unaligned", UNALIGNED[:1], attention(doubling, odd=True)),
-    Case("stage_attention", "training", (FORWARD, DELTA, *BACKWARD),
-         attention(doubling, head_dim=64, backward=True),
-         exact=(FORWARD, DELTA, CORRECT, *BACKWARD)),
-    Case("stage_attention", "training of the newest stages", (FORWARD, DELTA, *BACKWARD),
-         attention(doubling, newest=2, head_dim=64, backward=True),
-         exact=(FORWARD, DELTA, CORRECT, *BACKWARD)),
-    Case("stage_attention", "training with few keys", (FORWARD, DELTA, CORRECT, *BACKWARD),
-         attention(few_keys, head_dim=64, backward=True)),
-    Case("stage_attention", "training unaligned",
-         (UNALIGNED[0], DELTA, CORRECT, *UNALIGNED[1:]),
-         attention(few_keys, head_dim=64, odd=True, backward=True)),
-    *(Case(op, use, ("forward",), adaln(op, count, **how))
-      for op, count in (("adaln", 3), ("gated_residual", 3), ("gated_residual_adaln", 5))
-      for use, how in (("with a step", {}), ("alone", {"step": False}),
-                       ("for images", {"image": True}), ("unaligned", {"odd": True}),
-                       ("of an odd width", {"width": 1151}), ("wide", {"width": 5120}))),
-    *(Case(op, use, ("forward", *("backward", "sum_partial") * (1 + split)),
-           adaln(op, count, backward=True, **how))
-      for op, count in (("adaln", 3), ("gated_residual", 3), ("gated_residual_adaln", 5))
-      for use, how, split in (
-          ("training", {}, False), ("training for images", {"image": True}, False),
-          ("training unaligned", {"odd": True}, False),
-          ("training wide", {"width": 5120}, op == "gated_residual_adaln"))),
-    *(Case(op, "training without sums", ("forward", "backward"),
-           adaln(op, count, step=False, backward=True))
-      for op, count in (("adaln", 3), ("gated_residual", 3), ("gated_residual_adaln", 5))),
-    *(Case("adaln_linear", use, launches, adaln_linear(**how), sizes=sizes)
-      for use, launches, how, sizes in (
-          ("few rows", ("normalise_rows", "adaln_linear", "reduce_adaln_linear"), {}, FEW),
-          ("more rows", ("normalise_rows", "adaln_linear", "reduce_adaln_linear"), {}, MORE),
-          ("many rows", ("normalise_rows", "adaln_linear"), {}, MANY),
-          ("of an odd width", ("normalise_rows", "adaln_linear"), {"width": 775}, MANY),
-          ("without a bias", ("normalise_rows", "adaln_linear"), {"bias": False}, MANY))),
-    *(Case("linear_gated_residual", use, launches, linear_gated_residual(**how), sizes=sizes)
-      for use, launches, how, sizes in (
-          ("few rows", ("linear_gated_residual", "reduce_gated_residual"), {}, FEW),
-          ("more rows", ("linear_gated_residual", "reduce_gated_residual"), {}, MORE),
-          ("many rows", ("linear_gated_residual",), {}, MANY),
-          ("of an odd width", ("linear_gated_residual",), {"width": 775}, MANY))),
-    *(Case(op, "any rows", (), run) for op, run in (
-        ("adaln_linear", adaln_linear()), ("linear_gated_residual", linear_gated_residual()))),
+    Case(
+        "stage_attention",
+        "training",
+        (FORWARD, DELTA, *BACKWARD),
+        attention(doubling, head_dim=64, backward=True),
+        exact=(FORWARD, DELTA, CORRECT, *BACKWARD),
+    ),
+    Case(
+        "stage_attention",
+        "training of the newest stages",
+        (FORWARD, DELTA, *BACKWARD),
+        attention(doubling, newest=2, head_dim=64, backward=True),
+        exact=(FORWARD, DELTA, CORRECT, *BACKWARD),
+    ),
+    Case(
+        "stage_attention",
+        "training with few keys",
+        (FORWARD, DELTA, CORRECT, *BACKWARD),
+        attention(few_keys, head_dim=64, backward=True),
+    ),
+    Case(
+        "stage_attention",
+        "training unaligned",
+        (UNALIGNED[0], DELTA, CORRECT, *UNALIGNED[1:]),
+        attention(few_keys, head_dim=64, odd=True, backward=True),
+    ),
+    *(
+        Case(op, use, ("forward",), adaln(op, count, **how))
+        for op, count in (("adaln", 3), ("gated_residual", 3), ("gated_residual_adaln", 5))
+        for use, how in (
+            ("with a step", {}),
+            ("alone", {"step": False}),
+            ("for images", {"image": True}),
+            ("unaligned", {"odd": True}),
+            ("of an odd width", {"width": 1151}),
+            ("wide", {"width": 5120}),
+        )
+    ),
+    *(
+        Case(
+            op,
+            use,
+            ("forward", *("backward", "sum_partial") * (1 + split)),
+            adaln(op, count, backward=True, **how),
+        )
+        for op, count in (("adaln", 3), ("gated_residual", 3), ("gated_residual_adaln", 5))
+        for use, how, split in (
+            ("training", {}, False),
+            ("training for images", {"image": True}, False),
+            ("training unaligned", {"odd": True}, False),
+            ("training wide", {"width": 5120}, op == "gated_residual_adaln"),
+        )
+    ),
+    *(
+        Case(
+            op,
+            "training without sums",
+            ("forward", "backward"),
+            adaln(op, count, step=False, backward=True),
+        )
+        for op, count in (("adaln", 3), ("gated_residual", 3), ("gated_residual_adaln", 5))
+    ),
+    *(
+        Case("adaln_linear", use, launches, adaln_linear(**how), sizes=sizes)
+        for use, launches, how, sizes in (
+            ("few rows", ("normalise_rows", "adaln_linear", "reduce_adaln_linear"), {}, FEW),
+            ("more rows", ("normalise_rows", "adaln_linear", "reduce_adaln_linear"), {}, MORE),
+            ("many rows", ("normalise_rows", "adaln_linear"), {}, MANY),
+            ("of an odd width", ("normalise_rows", "adaln_linear"), {"width": 775}, MANY),
+            ("without a bias", ("normalise_rows", "adaln_linear"), {"bias": False}, MANY),
+        )
+    ),
+    *(
+        Case("linear_gated_residual", use, launches, linear_gated_residual(**how), sizes=sizes)
+        for use, launches, how, sizes in (
+            ("few rows", ("linear_gated_residual", "reduce_gated_residual"), {}, FEW),
+            ("more rows", ("linear_gated_residual", "reduce_gated_residual"), {}, MORE),
+            ("many rows", ("linear_gated_residual",), {}, MANY),
+            ("of an odd width", ("linear_gated_residual",), {"width": 775}, MANY),
+        )
+    ),
+    *(
+        Case(op, "any rows", (), run)
+        for op, run in (
+            ("adaln_linear", adaln_linear()),
+            ("linear_gated_residual", linear_gated_residual()),
+        )
+    ),
 ]
 
 
@@ -229,11 +316,14 @@ def test_what_it_launches_and_what_is_new_to_the_jit(case, numbers):
         launches = [launch for launch in GPU.launches if launch.kind == "triton"]
         assert not expected or tuple(launch.name for launch in launches) == expected
         for launch in launches:
-            assert all(1 <= size <= limit
-                       for size, limit in zip(launch.grid, GRID_LIMITS, strict=True)), launch
+            assert all(
+                1 <= size <= limit for size, limit in zip(launch.grid, GRID_LIMITS, strict=True)
+            ), launch
         # A count of rows is an argument like another one.
-        settings = {(op, replace(usual, program_rows=0) if hasattr(usual, "program_rows")
-                     else usual) for op, _, _, usual in asked} or {"the same for all"}
+        settings = {
+            (op, replace(usual, program_rows=0) if hasattr(usual, "program_rows") else usual)
+            for op, _, _, usual in asked
+        } or {"the same for all"}
         # Images of odd rows lie at multiples of 16 or not, which the compiler takes note of.
         kind = frozenset(settings), tokens if "odd" in case.use or "unal" in case.use else 0
         if kind in known:
@@ -247,8 +337,9 @@ def test_an_empty_batch_launches_nothing():
         with GPU:
             case.run(Call(0, 16, torch.bfloat16))
         # Sums over no rows are zeros, and someone has to write them.
-        assert {launch.name for launch in GPU.launches
-                if launch.kind == "triton"} <= {"sum_partial"}, case
+        assert {launch.name for launch in GPU.launches if launch.kind == "triton"} <= {
+            "sum_partial"
+        }, case
 
 
 @pytest.mark.parametrize("numbers", ["bfloat16", "float32"])
@@ -265,8 +356,16 @@ def test_tensors_on_another_device_than_the_current_one(gpus, numbers):
                 case.run(call)
                 assert torch.cuda.current_device() == current
             assert {launch.device for launch in gpus.launches} == {1}
-            found.append(([usual for *_, usual in asked], [
-                replace(launch, key=None) for launch in gpus.launches if launch.kind == "triton"]))
+            found.append(
+                (
+                    [usual for *_, usual in asked],
+                    [
+                        replace(launch, key=None)
+                        for launch in gpus.launches
+                        if launch.kind == "triton"
+                    ],
+                )
+            )
         assert found[0] == found[1], case
         with tuning.recording() as asked:
             case.run(replace(call, device="cuda:0"))
@@ -284,10 +383,16 @@ def test_every_op_has_a_case():
 
 def public_kernels() -> set[str]:
     package = Path(ecar_kernels.__file__).parent
-    modules = [importlib.import_module(f"ecar_kernels.{path.parent.name}.{path.stem}")
-               for path in package.glob("*/*kernels.py")]
-    return {name for module in modules for name, value in vars(module).items()
-            if isinstance(value, triton.runtime.JITFunction) and not name.startswith("_")}
+    modules = [
+        importlib.import_module(f"ecar_kernels.{path.parent.name}.{path.stem}")
+        for path in package.glob("*/*kernels.py")
+    ]
+    return {
+        name
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, triton.runtime.JITFunction) and not name.startswith("_")
+    }
 
 
 @pytest.mark.parametrize("numbers", ["bfloat16", "float32"])

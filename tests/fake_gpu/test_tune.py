@@ -18,8 +18,9 @@ def nothing_stays_known():
 
 
 def entries(path, name):
-    return {(entry["op"], *entry["key"], entry["rows"]): entry
-            for entry in tuning.entries(path, name)}
+    return {
+        (entry["op"], *entry["key"], entry["rows"]): entry for entry in tuning.entries(path, name)
+    }
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
@@ -43,13 +44,20 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys, device):
         its = found[key]["settings"]
         launched = [launch for launch in gpu.launches if launch.name == "adaln_linear"]
         assert [(launch.num_warps, launch.num_stages) for launch in launched] == [
-            (its["num_warps"], its["num_stages"])]
+            (its["num_warps"], its["num_stages"])
+        ]
     printed = capsys.readouterr().out
     assert f"{len(found)} choices measured" in printed
     assert {key[0] for key in found} == {
-        "adaln", "adaln_backward", "gated_residual", "gated_residual_backward",
-        "gated_residual_adaln", "gated_residual_adaln_backward", "adaln_linear",
-        "linear_gated_residual"}
+        "adaln",
+        "adaln_backward",
+        "gated_residual",
+        "gated_residual_backward",
+        "gated_residual_adaln",
+        "gated_residual_adaln_backward",
+        "adaln_linear",
+        "linear_gated_residual",
+    }
     for entry in found.values():
         assert entry["microseconds"] <= entry["usual_microseconds"]
         assert entry["settings"].get("splits", 1) == 1
@@ -65,23 +73,36 @@ def test_attention(queries):
         stream = torch.cuda.current_stream()
         problems = tune.attention_problems((64, 16), queries, 2, 4, 64, torch.bfloat16)
         assert [problem.op for problem in problems] == [
-            "stage_attention", "stage_attention_keys", "stage_attention_queries"]
+            "stage_attention",
+            "stage_attention_keys",
+            "stage_attention_queries",
+        ]
         for problem in problems:
             gpu.clear()
             choice = tune.measure(problem)
             assert choice.tried == len(problem.candidates) > 1 and choice.wrong == 0
-            begun = [entry for entry in gpu.log
-                     if isinstance(entry, tuple) and entry[0] == "capture_begin"]
+            begun = [
+                entry
+                for entry in gpu.log
+                if isinstance(entry, tuple) and entry[0] == "capture_begin"
+            ]
             assert len(begun) == choice.tried and {entry[2] for entry in begun} == {stream}
-            assert not [entry for entry in gpu.launches
-                        if entry.captured and entry.kind == "copy"]
+            assert not [entry for entry in gpu.launches if entry.captured and entry.kind == "copy"]
 
 
 def test_a_setting_that_the_chip_cannot_hold_is_left_out():
     """Compiled, and refused by Triton's own check: the others are measured all the same."""
     with FakeGPU(values=True), tune.measuring(torch.device("cuda")):
         problem = tune.problems([128], [64], torch.bfloat16, ("flow_block",))[0]
-        large = dataclasses.replace(problem.usual, block_m=128, block_n=128, block_k=128,
-                                    num_warps=8, num_stages=6, splits=1, prologue=False)
+        large = dataclasses.replace(
+            problem.usual,
+            block_m=128,
+            block_n=128,
+            block_k=128,
+            num_warps=8,
+            num_stages=6,
+            splits=1,
+            prologue=False,
+        )
         choice = tune.measure(dataclasses.replace(problem, candidates=(problem.usual, large)))
     assert (choice.settings, choice.tried, choice.wrong) == (problem.usual, 1, 1)

@@ -12,6 +12,7 @@ LAYOUTS = ("contiguous", "chunk", "transposed", "expanded", "sliced")
 
 def tokens(batch, count, channels, dtype, layout, device="cpu"):
     """Random [batch, count, channels] in memory as asked."""
+
     def normal(*shape):
         return torch.randn(*shape, device=device).to(dtype)
 

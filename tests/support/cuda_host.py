@@ -88,8 +88,9 @@ class Host:
     def euler_step(self, x, velocity, dt, *, guidance_scale=1.0, **where):
         return self.call(EULER, x, velocity, dt, *scale(guidance_scale), **where)
 
-    def upsample_renoise_euler(self, x, velocity, dt, *, time, stage, seeds=None, details=None,
-                               guidance_scale=1.0, **where):
+    def upsample_renoise_euler(
+        self, x, velocity, dt, *, time, stage, seeds=None, details=None, guidance_scale=1.0, **where
+    ):
         number, tensor = scale(guidance_scale)
         if details is None:
             return self.call(SEEDS, x, velocity, dt, number, time, stage, seeds, tensor, **where)
@@ -98,12 +99,45 @@ class Host:
     def initial_noise(self, seeds, shape, dtype, **where):
         return self.call(NOISE, seeds, *shape, dtype, **where)
 
-    def flow_boundary(self, x, state, shift, scale_, weight, bias, embed_weight, embed_bias,
-                      positions, dt, *, step_shift=None, step_scale=None, guidance_scale=1.0,
-                      eps=1e-6, **where):
+    def flow_boundary(
+        self,
+        x,
+        state,
+        shift,
+        scale_,
+        weight,
+        bias,
+        embed_weight,
+        embed_bias,
+        positions,
+        dt,
+        *,
+        step_shift=None,
+        step_scale=None,
+        guidance_scale=1.0,
+        eps=1e-6,
+        **where,
+    ):
         number, tensor = scale(guidance_scale)
-        return self.call(BOUNDARY, x, state, shift, scale_, weight, bias, embed_weight, embed_bias,
-                         positions, dt, step_shift, step_scale, number, eps, tensor, **where)
+        return self.call(
+            BOUNDARY,
+            x,
+            state,
+            shift,
+            scale_,
+            weight,
+            bias,
+            embed_weight,
+            embed_bias,
+            positions,
+            dt,
+            step_shift,
+            step_scale,
+            number,
+            eps,
+            tensor,
+            **where,
+        )
 
 
 def scale(guidance_scale):
@@ -136,16 +170,18 @@ def boundary(dtype, *, guided, batch, tokens, channels, outputs, wide_state=Fals
     rows = batch * (1 + guided)
     weights = "offset" if offset else "dense"
     packed = torch.randn(rows, tokens, 2 * channels + 1).to(dtype)
-    state = torch.randn(batch, tokens, outputs + 3).to(dtype)[..., 1:outputs + 1]
+    state = torch.randn(batch, tokens, outputs + 3).to(dtype)[..., 1 : outputs + 1]
     return {
         "x": laid((rows, tokens, channels), dtype, "padded"),
         "state": state.float() if wide_state else state,
-        "shift": packed[..., :channels], "scale_": packed[..., 1 + channels:],
+        "shift": packed[..., :channels],
+        "scale_": packed[..., 1 + channels :],
         "weight": laid((outputs, channels), dtype, weights).div_(8),
         "bias": laid((outputs,), dtype, weights),
         "embed_weight": laid((channels, outputs), dtype, weights).div_(4),
         "embed_bias": laid((channels,), dtype, weights),
-        "positions": laid((tokens, channels), dtype, weights), "dt": 0.125,
+        "positions": laid((tokens, channels), dtype, weights),
+        "dt": 0.125,
         "step_shift": laid((1, 1, channels), dtype, weights),
         "step_scale": laid((rows, 1, channels), dtype, weights),
         "guidance_scale": 1.5 if guided else 1.0,
@@ -160,9 +196,13 @@ def sample_calls(dtype=torch.float32) -> dict:
     return {
         EULER: ("euler_step", step),
         SEEDS: ("upsample_renoise_euler", jump | {"seeds": torch.arange(2)}),
-        DETAILS: ("upsample_renoise_euler",
-                  jump | {"details": torch.randn(2, 3, 3, 4, 8).to(dtype)}),
+        DETAILS: (
+            "upsample_renoise_euler",
+            jump | {"details": torch.randn(2, 3, 3, 4, 8).to(dtype)},
+        ),
         NOISE: ("initial_noise", {"seeds": torch.arange(2), "shape": (3, 4, 8), "dtype": dtype}),
-        BOUNDARY: ("flow_boundary", boundary(dtype, guided=True, batch=2, tokens=5, channels=72,
-                                             outputs=16)),
+        BOUNDARY: (
+            "flow_boundary",
+            boundary(dtype, guided=True, batch=2, tokens=5, channels=72, outputs=16),
+        ),
     }

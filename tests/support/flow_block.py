@@ -9,24 +9,43 @@ OFFSETS = (1.0, 0.0, -2.5)
 CONTIGUOUS = ("contiguous",) * 6
 
 
-def call_of(op, batch, count, depth, outputs, dtype=torch.float32, *, layouts=CONTIGUOUS,
-            whole=(True, True), steps=("one", "one"), sliced=False, bias=True, gelu=True,
-            scale_offset=1.0, device="cpu"):
+def call_of(
+    op,
+    batch,
+    count,
+    depth,
+    outputs,
+    dtype=torch.float32,
+    *,
+    layouts=CONTIGUOUS,
+    whole=(True, True),
+    steps=("one", "one"),
+    sliced=False,
+    bias=True,
+    gelu=True,
+    scale_offset=1.0,
+    device="cpu",
+):
     """Arguments; the lists are for each tensor, modulation or step in turn.
 
     whole: whether a modulation is for each token. steps: None, "one" or "rows" (an image's).
     sliced: whether the weight's rows lie apart. Outputs keep the inputs' scale.
     """
+
     def random(tokens_, width, rows=batch):
         return tokens(rows, tokens_, width, dtype, next(layout), device)
 
     layout = iter(layouts)
-    first, names, width = (("x", ("shift", "scale"), depth) if op == "adaln_linear"
-                           else ("h", ("gate",), outputs))
+    first, names, width = (
+        ("x", ("shift", "scale"), depth) if op == "adaln_linear" else ("h", ("gate",), outputs)
+    )
     weight = (torch.randn(outputs, depth + 5, device=device) / max(depth, 1) ** 0.5).to(dtype)
     weight = weight[:, 2:-3]
-    call = {first: random(count, depth), "weight": weight if sliced else weight.contiguous(),
-            "bias": torch.randn(outputs, device=device).to(dtype) if bias else None}
+    call = {
+        first: random(count, depth),
+        "weight": weight if sliced else weight.contiguous(),
+        "bias": torch.randn(outputs, device=device).to(dtype) if bias else None,
+    }
     for name, every, step in zip(names, whole, steps, strict=False):
         call[name] = random(count if every else 1, width)
         if step is not None:

@@ -21,12 +21,14 @@ def functional(module, call):
     def run(**arguments):
         weights = {f"inner.{name}": arguments.pop(f"w{i}") for i, name in enumerate(names)}
         return torch.func.functional_call(Call(), weights, (arguments,))
+
     return run
 
 
 def arguments_of(module, shapes, dtype):
-    weights = {f"w{i}": p.detach() + 0.1 * torch.randn(p.shape)
-               for i, p in enumerate(module.parameters())}
+    weights = {
+        f"w{i}": p.detach() + 0.1 * torch.randn(p.shape) for i, p in enumerate(module.parameters())
+    }
     inputs = {name: torch.randn(shape) for name, shape in shapes.items()}
     return {name: value.to(dtype) for name, value in (weights | inputs).items()}
 
@@ -40,8 +42,14 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        given, made = ({leaf.untyped_storage().data_ptr() for leaf in tree_leaves(tree)
-                        if isinstance(leaf, Tensor)} for tree in ((args, kwargs), output))
+        given, made = (
+            {
+                leaf.untyped_storage().data_ptr()
+                for leaf in tree_leaves(tree)
+                if isinstance(leaf, Tensor)
+            }
+            for tree in ((args, kwargs), output)
+        )
         if function._schema.is_mutable or not made <= given:
             self.names.append(function._schema.name)
         return output
@@ -56,7 +64,7 @@ class Cache:
     def write(self, layer, key, value):
         end = self.begin + key.shape[1]
         for held, new in zip(self.held, (key, value), strict=True):
-            held[:, self.begin:end] = new
+            held[:, self.begin : end] = new
         return self.held[0, :, :end], self.held[1, :, :end]
 
 

@@ -36,7 +36,8 @@ def small_arguments(op: str, *, dtype: torch.dtype = torch.float32, optional: bo
     call = arguments(op, dtype=dtype, optional=optional)
     if op == "stage_attention":
         return {name: call[name][:, :5, :1].contiguous() for name in "qkv"} | {
-            "stage_lengths": (1, 4)}
+            "stage_lengths": (1, 4)
+        }
     for name in tensor_names(op):
         if name not in call:
             continue
@@ -55,6 +56,7 @@ def small_arguments(op: str, *, dtype: torch.dtype = torch.float32, optional: bo
 
 def without_tokens(op: str) -> dict:
     """The arguments cut to no tokens; of attention to no heads, of an image to no rows."""
+
     def cut(name, value):
         if name == "positions":
             return value[:0]
@@ -63,4 +65,5 @@ def without_tokens(op: str) -> dict:
         if isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == TOKENS:
             return value[:, :0]
         return value
+
     return {name: cut(name, value) for name, value in arguments(op).items()}

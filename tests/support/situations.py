@@ -69,8 +69,9 @@ def a_forward_hook(model, name, layer):
 
 
 def a_forward_hook_with_kwargs(model, name, layer):
-    layer.register_forward_hook(lambda module, args, kwargs, output: 2 * output,
-                                with_kwargs=True, always_call=True)
+    layer.register_forward_hook(
+        lambda module, args, kwargs, output: 2 * output, with_kwargs=True, always_call=True
+    )
 
 
 def a_forward_pre_hook(model, name, layer):
@@ -140,9 +141,22 @@ class Twice(torch.Tensor):
 
 
 LAYERS = (
-    an_adapter, a_subclass, a_wrapped_forward, a_forward_hook, a_forward_hook_with_kwargs,
-    a_forward_pre_hook, a_parametrization, weight_norm, spectral_norm, old_weight_norm,
-    old_spectral_norm, pruning, no_bias, dynamic_quantization, a_tied_weight, a_computing_tensor,
+    an_adapter,
+    a_subclass,
+    a_wrapped_forward,
+    a_forward_hook,
+    a_forward_hook_with_kwargs,
+    a_forward_pre_hook,
+    a_parametrization,
+    weight_norm,
+    spectral_norm,
+    old_weight_norm,
+    old_spectral_norm,
+    pruning,
+    no_bias,
+    dynamic_quantization,
+    a_tied_weight,
+    a_computing_tensor,
 )
 
 
@@ -155,19 +169,25 @@ NORMS = {
     "RMSNorm": lambda model, name, norm: replace(model, name, nn.RMSNorm(norm.normalized_shape)),
     "Identity": lambda model, name, norm: replace(model, name, nn.Identity()),
     "without affine": lambda model, name, norm: replace(
-        model, name, nn.LayerNorm(norm.normalized_shape, elementwise_affine=False)),
+        model, name, nn.LayerNorm(norm.normalized_shape, elementwise_affine=False)
+    ),
     "without bias": lambda model, name, norm: replace(
-        model, name, nn.LayerNorm(norm.normalized_shape, bias=False)),
+        model, name, nn.LayerNorm(norm.normalized_shape, bias=False)
+    ),
     "one's own": lambda model, name, norm: replace(
-        model, name, RootMeanSquare(norm.normalized_shape)),
-    "a hook": a_forward_hook, "a pre-hook": a_forward_pre_hook,
-    "a wrapped forward": a_wrapped_forward, "a parametrization": a_parametrization,
+        model, name, RootMeanSquare(norm.normalized_shape)
+    ),
+    "a hook": a_forward_hook,
+    "a pre-hook": a_forward_pre_hook,
+    "a wrapped forward": a_wrapped_forward,
+    "a parametrization": a_parametrization,
 }
 
 
 def linear_layers(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules()
-            if name and isinstance(module, nn.Linear)]
+    return [
+        name for name, module in model.named_modules() if name and isinstance(module, nn.Linear)
+    ]
 
 
 def norms(model: nn.Module) -> list[str]:

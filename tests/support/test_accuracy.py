@@ -12,8 +12,7 @@ def double(x):
 
 def test_rounding_passes():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert_accurate(lambda x: x + x, double, {"x": torch.randn(9, 9).to(dtype)},
-                        gradients=True)
+        assert_accurate(lambda x: x + x, double, {"x": torch.randn(9, 9).to(dtype)}, gradients=True)
 
 
 def test_zero_size_passes():

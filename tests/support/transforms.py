@@ -48,8 +48,10 @@ def forward_derivative_of_a_batch(function, values):
 
 def forward_derivative_of_each(function, values):
     """With respect to one argument, the others constant."""
+
     def of(index):
-        return lambda x: function(*values[:index], x, *values[index + 1:])
+        return lambda x: function(*values[:index], x, *values[index + 1 :])
+
     return sum((forward_derivative(of(i), [x]) for i, x in enumerate(values)), ())
 
 
@@ -106,7 +108,7 @@ def rows_of_each(function, values):
     """One argument in rows, along its second dimension, the others shared."""
     found = ()
     for i, x in enumerate(values):
-        given = [*values[:i], batch(x, min(1, x.ndim)), *values[i + 1:]]
+        given = [*values[:i], batch(x, min(1, x.ndim)), *values[i + 1 :]]
         dims = tuple(min(1, x.ndim) if j == i else None for j in every(values))
         found += tensors(vmap(function, in_dims=dims)(*given))
     return found
@@ -126,15 +128,21 @@ def batched_gradients(function, values):
     """What torch.autograd.functional.jacobian(vectorize=True) does."""
     values = leaves(values)
     outputs = tensors(function(*values))
-    return torch.autograd.grad(outputs, values, [batch(y.detach()) for y in outputs],
-                               is_grads_batched=True)
+    return torch.autograd.grad(
+        outputs, values, [batch(y.detach()) for y in outputs], is_grads_batched=True
+    )
 
 
 def gradient_of_batched_gradients(function, values):
     values = leaves(values)
     outputs = [y.sin() for y in tensors(function(*values))]
-    first = torch.autograd.grad(outputs, values, [batch(y.detach()) for y in outputs],
-                                is_grads_batched=True, create_graph=True)
+    first = torch.autograd.grad(
+        outputs,
+        values,
+        [batch(y.detach()) for y in outputs],
+        is_grads_batched=True,
+        create_graph=True,
+    )
     return *first, *torch.autograd.grad(scalar(lambda *x: x)(*first), values)
 
 
@@ -153,8 +161,8 @@ def gradient_in_the_cotangents(function, values):
     outputs = tensors(function(*values))
 
     def backward(*given):
-        return scalar(lambda *x: x)(*torch.autograd.grad(outputs, values, given,
-                                                         create_graph=True))
+        return scalar(lambda *x: x)(*torch.autograd.grad(outputs, values, given, create_graph=True))
+
     return grad(backward, every(outputs))(*(y.detach() for y in outputs))
 
 
@@ -168,15 +176,26 @@ def checkpointed(function, values):
 
 
 DERIVATIVES = (
-    forward_derivative, forward_derivative_of_each, dual_numbers, dual_numbers_without_grad_mode,
-    forward_jacobian, reverse_jacobian, second_derivatives, gradient, cotangents,
+    forward_derivative,
+    forward_derivative_of_each,
+    dual_numbers,
+    dual_numbers_without_grad_mode,
+    forward_jacobian,
+    reverse_jacobian,
+    second_derivatives,
+    gradient,
+    cotangents,
     gradient_of_each_row,
 )
 DERIVATIVES_OF_BATCHES = (gradient_of_a_batch, forward_derivative_of_a_batch)
 BATCHES = (rows, rows_last, rows_of_each, rows_of_rows)
 # A backend's forward runs, then what is active in its backward.
 OF_BACKWARDS = (
-    gradient_of_gradients, batched_gradients, gradient_of_batched_gradients,
-    tangents_of_gradients, gradient_in_the_cotangents, checkpointed,
+    gradient_of_gradients,
+    batched_gradients,
+    gradient_of_batched_gradients,
+    tangents_of_gradients,
+    gradient_in_the_cotangents,
+    checkpointed,
 )
 ALL = (*DERIVATIVES, *DERIVATIVES_OF_BATCHES, *BATCHES, *OF_BACKWARDS)

@@ -51,16 +51,19 @@ def test_bad_command_line_or_no_gpu_is_one_line(refused, monkeypatch, line, mess
 
 def test_choices_are_kept_beside_those_of_earlier_runs(run, timed, monkeypatch, tmp_path):
     problems = tune.problems
-    monkeypatch.setattr(tune, "problems", lambda *shape, device: problems(
-        *shape, ("adaln",), device="cpu"))
+    monkeypatch.setattr(
+        tune, "problems", lambda *shape, device: problems(*shape, ("adaln",), device="cpu")
+    )
     path = tmp_path / "tuned.json"
     line = "tune --width 24 --dtype float32 --output tuned.json --rows "
     code, output, errors = run(line + "3")
     assert (code, errors) == (0, "")
     first = tuning.read(path, NAME)
     assert {op for op, _ in first} == {
-        op + end for op in ("adaln", "gated_residual", "gated_residual_adaln")
-        for end in ("", "_backward")}
+        op + end
+        for op in ("adaln", "gated_residual", "gated_residual_adaln")
+        for end in ("", "_backward")
+    }
     assert output.splitlines()[-1] == "tuned.json: 6 choices measured, 6 in all"
     assert run(line + "5")[0] == 0
     both = tuning.read(path, NAME)
@@ -82,20 +85,30 @@ def test_a_file_of_another_gpu_is_not_written_over(run, timed, tmp_path):
 
 def test_a_preset_is_measured_as_it_is_sampled_and_trained(run, timed, monkeypatch):
     """Rows of each stage and of all, and attention of each stage to those before it."""
-    config = ECARConfig(stage_sides=(4, 8), channels=1, width=32, heads=2, ar_layers=1,
-                        flow_blocks=1, num_classes=2)
+    config = ECARConfig(
+        stage_sides=(4, 8), channels=1, width=32, heads=2, ar_layers=1, flow_blocks=1, num_classes=2
+    )
     monkeypatch.setitem(PRESETS, "tiny", config)
     asked = []
-    monkeypatch.setattr(tune, "problems", lambda widths, rows, dtype, **how: asked.append(
-        (widths, rows, dtype, how["mlp_ratio"])) or [])
-    monkeypatch.setattr(tune, "attention_problems",
-                        lambda *shape, device: asked.append(shape) or [])
+    monkeypatch.setattr(
+        tune,
+        "problems",
+        lambda widths, rows, dtype, **how: (
+            asked.append((widths, rows, dtype, how["mlp_ratio"])) or []
+        ),
+    )
+    monkeypatch.setattr(
+        tune, "attention_problems", lambda *shape, device: asked.append(shape) or []
+    )
     code, _, errors = run("tune --preset tiny --batch 3 --output t.json")
     assert (code, errors) == (0, "")
     rows, half = [12, 48, 60], torch.bfloat16
-    assert asked == [*(([32], [count], half, 4.0) for count in rows),
-                     ((4,), 4, 3, 2, 16, half), ((4, 16), 16, 3, 2, 16, half),
-                     ((4, 16), 20, 3, 2, 16, half)]
+    assert asked == [
+        *(([32], [count], half, 4.0) for count in rows),
+        ((4,), 4, 3, 2, 16, half),
+        ((4, 16), 16, 3, 2, 16, half),
+        ((4, 16), 20, 3, 2, 16, half),
+    ]
 
 
 def test_only_a_cuda_device_is_measured(refused, monkeypatch):
@@ -121,7 +134,10 @@ def test_a_gpu_is_measured():
 def test_attention_is_measured_forward_and_backward(timed):
     found = tune.attention_problems((3, 5), 5, 2, 1, 16, torch.float32, device="cpu")
     assert [problem.op for problem in found] == [
-        "stage_attention", "stage_attention_keys", "stage_attention_queries"]
+        "stage_attention",
+        "stage_attention_keys",
+        "stage_attention_queries",
+    ]
     for problem in found:
         assert (problem.key, problem.rows) == ((16, "exact", 5, 3, 5), 2)
         choice = tune.measure(problem, rounds=1)

@@ -179,9 +179,7 @@ def test_layouts(tmp_path, layout, skip_broken):
         # What is passed over must not even be opened.
         good = file.lower().endswith("png") and not any(p[0] in ".@$_" for p in file.split("/"))
         write(tmp_path / "root" / file, None if good else b"no picture")
-    dataset = load_dataset(
-        "folder", root=tmp_path / "root", image_size=8, skip_broken=skip_broken
-    )
+    dataset = load_dataset("folder", root=tmp_path / "root", image_size=8, skip_broken=skip_broken)
     assert dataset.class_names == tuple(names)
     assert dataset.labels.bincount(minlength=len(names)).tolist() == counts
     assert dataset.tensors()[0].shape[0] == sum(counts)

@@ -287,6 +287,7 @@ def test_few_images_for_the_features_are_told(capsys):
 
 def test_logits_of_other_classes_are_no_accuracy():
     """As Inception's, which know 1,008 classes of their own."""
+
     def other(images):
         return five(images)[0], images.flatten(1)[:, :12]
 

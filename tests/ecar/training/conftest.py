@@ -21,9 +21,16 @@ def make_config(tiny, tmp_path, seed):
 
     def make(**fields) -> TrainConfig:
         values = {
-            "model": tiny, "output_dir": str(tmp_path / "run"), "steps": 4, "batch_size": 8,
-            "learning_rate": 1e-3, "log_every": 1, "sample_every": 0, "num_workers": 0,
-            "seed": seed, "device": "cpu",
+            "model": tiny,
+            "output_dir": str(tmp_path / "run"),
+            "steps": 4,
+            "batch_size": 8,
+            "learning_rate": 1e-3,
+            "log_every": 1,
+            "sample_every": 0,
+            "num_workers": 0,
+            "seed": seed,
+            "device": "cpu",
         }
         return TrainConfig(**{**values, **fields})
 

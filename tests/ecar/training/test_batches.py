@@ -12,14 +12,24 @@ SHAPE = (1, 8, 8)
 
 
 def make(dataset, seed, **fields):
-    values = {"batch_size": 12, "accumulation": 1, "stages": 2, "shape": SHAPE,
-              "label_dropout": 0.3, "null_class": 10, "flip": True, "workers": 0}
+    values = {
+        "batch_size": 12,
+        "accumulation": 1,
+        "stages": 2,
+        "shape": SHAPE,
+        "label_dropout": 0.3,
+        "null_class": 10,
+        "flip": True,
+        "workers": 0,
+    }
     return Batches(dataset, seed=seed, **{**values, **fields})
 
 
 def joined(parts):
-    return [torch.cat([getattr(part, name) for part in parts])
-            for name in ("latents", "labels", "noise", "tau")]
+    return [
+        torch.cat([getattr(part, name) for part in parts])
+        for name in ("latents", "labels", "noise", "tau")
+    ]
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(2, 1), (3, 2), (1, 4)])
@@ -50,8 +60,7 @@ def test_a_loader_gives_what_memory_gives(seed, workers):
     digits = load_dataset("digits")
     loaded = torch.utils.data.TensorDataset(*digits.tensors())
     for one, other in zip(
-        make(digits, seed).steps(2, 5), make(loaded, seed, workers=workers).steps(2, 5),
-        strict=True,
+        make(digits, seed).steps(2, 5), make(loaded, seed, workers=workers).steps(2, 5), strict=True
     ):
         for left, right in zip(joined(one), joined(other), strict=True):
             assert torch.equal(left, right)

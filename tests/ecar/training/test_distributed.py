@@ -24,11 +24,16 @@ torch.distributed.destroy_process_group()
 def test_two_processes_equal_one(make_config, read_log, tmp_path):
     """GradNorm, clipping and accumulation on; then fixed weights, in the same processes."""
     configs = {}
-    for name, fields in (("gradnorm", {"gradient_accumulation": 2}),
-                         ("fixed", {"stage_weights": (2.0, 1.0)})):
+    for name, fields in (
+        ("gradnorm", {"gradient_accumulation": 2}),
+        ("fixed", {"stage_weights": (2.0, 1.0)}),
+    ):
         for count in ("one", "two"):
             configs[name, count] = make_config(
-                steps=8, batch_size=16, grad_clip=0.5, output_dir=str(tmp_path / name / count),
+                steps=8,
+                batch_size=16,
+                grad_clip=0.5,
+                output_dir=str(tmp_path / name / count),
                 **fields,
             )
     (tmp_path / "script.py").write_text(SCRIPT)
@@ -37,10 +42,19 @@ def test_two_processes_equal_one(make_config, read_log, tmp_path):
         paths.append(str(tmp_path / f"{name}.json"))
         configs[name, "two"].to_json(paths[-1])
     process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(tmp_path / "script.py"), *paths],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(tmp_path / "script.py"),
+            *paths,
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True,
+        capture_output=True,
+        text=True,
     )
     assert process.returncode == 0, process.stderr
     for name in ("gradnorm", "fixed"):

@@ -11,16 +11,24 @@ from ecar_kernels import use_backend
 
 @pytest.fixture
 def model_and_inputs(generator):
-    config = ECARConfig(stage_sides=(4, 8, 16), channels=2, num_classes=5, width=16, heads=2,
-                        ar_layers=2, flow_blocks=1)
+    config = ECARConfig(
+        stage_sides=(4, 8, 16),
+        channels=2,
+        num_classes=5,
+        width=16,
+        heads=2,
+        ar_layers=2,
+        flow_blocks=1,
+    )
     model = ECAR(config).double()
     for parameter in model.parameters():  # away from adaLN-zero, where no gradient arrives
         parameter.data += 0.1 * torch.randn(
             parameter.shape, generator=generator, dtype=torch.float64
         )
     shape = (3, *config.latent_shape)
-    latents, noise = (torch.randn(shape, generator=generator, dtype=torch.float64)
-                      for _ in range(2))
+    latents, noise = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     labels = torch.randint(0, 6, (3,), generator=generator)
     tau = torch.rand(3, 3, generator=generator, dtype=torch.float64)
     return model, (latents, labels, noise, tau)
@@ -78,8 +86,10 @@ def test_update_is_the_published_one(generator):
 def test_weights_stay_positive_and_sum_to_the_stages(generator):
     gradnorm = GradNorm(3, alpha=1.5, learning_rate=0.9)  # steps as large as the weights
     for _ in range(200):
-        gradnorm.update(torch.rand(3, generator=generator) + 0.01,
-                        torch.rand(3, generator=generator) * torch.tensor([1e-3, 1.0, 1e3]))
+        gradnorm.update(
+            torch.rand(3, generator=generator) + 0.01,
+            torch.rand(3, generator=generator) * torch.tensor([1e-3, 1.0, 1e3]),
+        )
         assert (gradnorm.weights > 0).all()
         assert gradnorm.weights.sum().item() == pytest.approx(3, abs=1e-5)
 

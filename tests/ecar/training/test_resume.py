@@ -30,7 +30,8 @@ def start(config: TrainConfig, mode: str, folder: Path) -> subprocess.Popen:
     path = folder / f"{Path(config.output_dir).name}.json"
     config.to_json(path)
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(path), mode], cwd=ROOT,
+        [sys.executable, "-c", SCRIPT, str(path), mode],
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
@@ -150,10 +151,17 @@ def spoil_empty(path):
 def rewrite(path, *, drop=(), metadata=None, **tensors):
     config, header = read_header(path)
     kept = {name: value for name, value in load_file(path).items() if name not in drop}
-    save_file({**kept, **tensors}, path, metadata={
-        "format": "ecar training state", "version": "1", "train": json.dumps(config.to_dict()),
-        "header": json.dumps(header), **(metadata or {}),
-    })
+    save_file(
+        {**kept, **tensors},
+        path,
+        metadata={
+            "format": "ecar training state",
+            "version": "1",
+            "train": json.dumps(config.to_dict()),
+            "header": json.dumps(header),
+            **(metadata or {}),
+        },
+    )
 
 
 def spoil_format(path):

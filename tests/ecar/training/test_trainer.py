@@ -33,8 +33,16 @@ def one_step(instance, *, weights_moved=True):
 
 
 def test_learns_digits_and_leaves_its_files(make_config, read_log, tiny):
-    config = make_config(steps=120, batch_size=32, learning_rate=3e-3, log_every=20,
-                         sample_every=60, sample_rows=3, sample_columns=2, sample_steps=4)
+    config = make_config(
+        steps=120,
+        batch_size=32,
+        learning_rate=3e-3,
+        log_every=20,
+        sample_every=60,
+        sample_rows=3,
+        sample_columns=2,
+        sample_steps=4,
+    )
     result = trainer(config).run()
     log = read_log(config.output_dir)
     assert log["step"] == [20, 40, 60, 80, 100, 120]
@@ -76,8 +84,11 @@ def test_same_seed_same_training(make_config, images, tmp_path):
 def test_accumulation_equals_the_big_batch(make_config, images, read_log, tmp_path, stage_weights):
     logs = []
     for parts in (1, 4):
-        config = make_config(gradient_accumulation=parts, output_dir=str(tmp_path / str(parts)),
-                             stage_weights=stage_weights)
+        config = make_config(
+            gradient_accumulation=parts,
+            output_dir=str(tmp_path / str(parts)),
+            stage_weights=stage_weights,
+        )
         trainer(config, dataset=images).run()
         logs.append(read_log(config.output_dir))
     for name in ("loss_1", "loss_2", "weight_1", "weight_2", "grad_norm"):
@@ -97,8 +108,9 @@ def test_checkpointing_gives_the_same_gradients(make_config, images):
 def test_compile_changes_nothing_beyond_rounding(make_config, images, monkeypatch):
     plain = one_step(trainer(make_config(), dataset=images))
     # The graphs are traced and run op by op: no C++ compiler's minutes in a test.
-    monkeypatch.setattr(ECAR, "compile_regions",
-                        functools.partialmethod(ECAR.compile_regions, backend="eager"))
+    monkeypatch.setattr(
+        ECAR, "compile_regions", functools.partialmethod(ECAR.compile_regions, backend="eager")
+    )
     torch.compiler.reset()
     instance = trainer(make_config(compile=True), dataset=images)
     compiled = one_step(instance)
@@ -120,8 +132,9 @@ def test_gradients_are_clipped(make_config, images):
 
 
 def test_bf16_trains(make_config, read_log):
-    config = make_config(steps=40, batch_size=16, learning_rate=3e-3, log_every=10,
-                         mixed_precision="bf16")
+    config = make_config(
+        steps=40, batch_size=16, learning_rate=3e-3, log_every=10, mixed_precision="bf16"
+    )
     instance = trainer(config)
     instance.run()
     log = read_log(config.output_dir)
@@ -156,8 +169,11 @@ def test_starts_from_given_weights(make_config, images, tmp_path, tiny):
     ours, given = instance.raw_model.state_dict(), model.state_dict()
     assert all(torch.equal(ours[name], given[name]) for name in given)
     with pytest.raises(ValueError, match=r"argument 'init_from': .* holds another configuration"):
-        trainer(make_config(init_from=str(tmp_path / "given"),
-                            model=ECARConfig.preset("digits", width=32)))
+        trainer(
+            make_config(
+                init_from=str(tmp_path / "given"), model=ECARConfig.preset("digits", width=32)
+            )
+        )
 
 
 @pytest.mark.parametrize("save_every", [1, 100])
@@ -187,14 +203,28 @@ def test_refusals_before_anything_is_written(make_config, images, tmp_path, tiny
         assert "\n" not in str(raised.value)
         assert not (tmp_path / "run").exists()
 
-    refused(ValueError, "'dataset': expected at least one image",
-            dataset=TensorDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0)))
-    refused(ValueError, r"'dataset': expected items of shape \[1, 8, 8\] .* got \[1, 4, 4\]",
-            dataset=TensorDataset(torch.zeros(3, 1, 4, 4), torch.zeros(3)))
-    refused(ValueError, "'dataset': expected 7 classes for this model, got 10", dataset=None,
-            model=ECARConfig.preset("digits", num_classes=7))
-    refused(ValueError, "'decode': latents of 4 channels need one", sample_every=1,
-            model=ECARConfig(stage_sides=(4, 8), width=16, heads=2))
+    refused(
+        ValueError,
+        "'dataset': expected at least one image",
+        dataset=TensorDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0)),
+    )
+    refused(
+        ValueError,
+        r"'dataset': expected items of shape \[1, 8, 8\] .* got \[1, 4, 4\]",
+        dataset=TensorDataset(torch.zeros(3, 1, 4, 4), torch.zeros(3)),
+    )
+    refused(
+        ValueError,
+        "'dataset': expected 7 classes for this model, got 10",
+        dataset=None,
+        model=ECARConfig.preset("digits", num_classes=7),
+    )
+    refused(
+        ValueError,
+        "'decode': latents of 4 channels need one",
+        sample_every=1,
+        model=ECARConfig(stage_sides=(4, 8), width=16, heads=2),
+    )
     if not torch.cuda.is_available():
         refused(ValueError, "'mixed_precision': 'fp16' needs CUDA", mixed_precision="fp16")
     refused(FileNotFoundError, "no such folder", init_from=str(tmp_path / "nowhere"))

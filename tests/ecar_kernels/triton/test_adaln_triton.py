@@ -21,8 +21,9 @@ STEPS = (None, "one", "rows")
 CONTIGUOUS, CHUNK = ("contiguous",) * 8, ("chunk",) * 8
 
 
-def call(op, *shape, dtype=torch.float32, layouts=CONTIGUOUS, whole=(True,) * 3,
-         steps=("one",) * 3):
+def call(
+    op, *shape, dtype=torch.float32, layouts=CONTIGUOUS, whole=(True,) * 3, steps=("one",) * 3
+):
     return call_of(op, *shape, dtype, layouts, whole, steps, DEVICE)
 
 
@@ -81,8 +82,20 @@ def test_gradients(op, rows, fused, data):
 def test_widths(op, channels, dtype, monkeypatch):
     set_tiles(monkeypatch)
     for each in (True, False):
-        check(op, call(op, 2, 5, channels, dtype=dtype, layouts=CHUNK, whole=(each,) * 3,
-                       steps=("one", "rows", None)), gradients=channels > 7)
+        check(
+            op,
+            call(
+                op,
+                2,
+                5,
+                channels,
+                dtype=dtype,
+                layouts=CHUNK,
+                whole=(each,) * 3,
+                steps=("one", "rows", None),
+            ),
+            gradients=channels > 7,
+        )
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
@@ -97,8 +110,9 @@ def test_the_widest_rows(op, channels, dtype, monkeypatch):
 @pytest.mark.parametrize("steps", [*itertools.product(STEPS, repeat=3)], ids=str)
 def test_every_mix_of_steps(steps):
     for whole in ((True, False, True), (False, True, False)):
-        check("gated_residual_adaln",
-              call("gated_residual_adaln", 2, 3, 33, whole=whole, steps=steps))
+        check(
+            "gated_residual_adaln", call("gated_residual_adaln", 2, 3, 33, whole=whole, steps=steps)
+        )
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -110,8 +124,10 @@ def test_gradients_of_some_arguments_only(op, fused, monkeypatch):
         arguments = call(op, 2, 5, 50, whole=(each,) * 3, steps=("one", "rows", "one"))
 
         def gradients(names, arguments=arguments):
-            inputs = {name: value.clone().requires_grad_(name in names)
-                      for name, value in arguments.items()}
+            inputs = {
+                name: value.clone().requires_grad_(name in names)
+                for name, value in arguments.items()
+            }
             outputs = tensors(getattr(triton, op)(**inputs))
             sum((y.float() * (i + 1)).sin().sum() for i, y in enumerate(outputs)).backward()
             return {name: value.grad for name, value in inputs.items()}
@@ -144,10 +160,12 @@ def test_the_gradient_of_a_sum(op):
 def test_a_gradient_for_one_output_of_two():
     arguments = call("gated_residual_adaln", 2, 5, 33, whole=(False,) * 3)
     for output in (0, 1):
-        assert_accurate(lambda output=output, **call: triton.gated_residual_adaln(**call)[output],
-                        lambda output=output, **call: _used(
-                            reference.gated_residual_adaln(**call), output),
-                        arguments, gradients=True)
+        assert_accurate(
+            lambda output=output, **call: triton.gated_residual_adaln(**call)[output],
+            lambda output=output, **call: _used(reference.gated_residual_adaln(**call), output),
+            arguments,
+            gradients=True,
+        )
 
 
 def _used(outputs, index):
@@ -161,8 +179,7 @@ def test_nothing_to_do(op, shape):
     """Sums over nothing are zeros."""
     arguments = call(op, *shape, whole=(False,) * 3, steps=("one", "rows", "one"))
     outputs = len(tensors(getattr(reference, op)(**arguments)))
-    found = run(getattr(triton, op), arguments, None,
-                [torch.empty(shape, device=DEVICE)] * outputs)
+    found = run(getattr(triton, op), arguments, None, [torch.empty(shape, device=DEVICE)] * outputs)
     for value, like in zip(found[outputs:], arguments.values(), strict=True):
         assert value.equal(torch.zeros_like(like))
 
@@ -210,8 +227,9 @@ def test_not_a_number_and_infinity_stay_in_their_row(dtype, monkeypatch):
 
 
 # The interpreter of Triton 3.9 truncates to bfloat16; compiled, as on a GPU, it rounds.
-@pytest.mark.parametrize("dtype", [
-    torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str
+)
 def test_sixteen_bits_round_to_nearest(dtype):
     """Exact halves go to the even neighbour."""
     one = torch.ones(1, 1, 64, device=DEVICE).to(dtype)
@@ -231,8 +249,9 @@ def test_a_sixteen_bit_result_too_large_is_infinite():
 def test_the_same_bits_every_time(op, monkeypatch):
     set_tiles(monkeypatch)
     arguments = call(op, 3, 9, 100, whole=(False,) * 3, steps=("one", "rows", "one"))
-    weights = [torch.randn(3, 9, 100, device=DEVICE) for _ in tensors(getattr(triton, op)(
-        **arguments))]
+    weights = [
+        torch.randn(3, 9, 100, device=DEVICE) for _ in tensors(getattr(triton, op)(**arguments))
+    ]
     first, second = (run(getattr(triton, op), arguments, None, weights) for _ in range(2))
     assert all(a.equal(b) for a, b in zip(first, second, strict=True))
 
@@ -241,8 +260,9 @@ def test_the_same_bits_every_time(op, monkeypatch):
 def test_views_are_read_in_place(op, monkeypatch):
     """No argument is copied: each kernel is given the very memory of the views."""
     given = []
-    monkeypatch.setattr(triton, "_view", lambda tensor, view=triton._view: (
-        given.append(tensor), view(tensor))[1])
+    monkeypatch.setattr(
+        triton, "_view", lambda tensor, view=triton._view: (given.append(tensor), view(tensor))[1]
+    )
     arguments = call(op, 2, 3, 24, layouts=CHUNK, whole=(True, False, True))
     getattr(triton, op)(**arguments)
     addresses = {tensor.data_ptr() for tensor in given if tensor is not None}
@@ -266,11 +286,16 @@ def test_opcheck(op, optional):
     steps = ("one", "rows", "one") if optional else (None,) * 3
     whole = (not optional, True, optional)
     arguments = call(op, 2, 3, 24, layouts=CHUNK, whole=whole, steps=steps)
-    forward = {"adaln": triton._adaln, "gated_residual": triton._gated_residual,
-               "gated_residual_adaln": triton._both}[op]
-    backward = {"adaln": triton._adaln_backward,
-                "gated_residual": triton._gated_residual_backward,
-                "gated_residual_adaln": triton._both_backward}[op]
+    forward = {
+        "adaln": triton._adaln,
+        "gated_residual": triton._gated_residual,
+        "gated_residual_adaln": triton._both,
+    }[op]
+    backward = {
+        "adaln": triton._adaln_backward,
+        "gated_residual": triton._gated_residual_backward,
+        "gated_residual_adaln": triton._both_backward,
+    }[op]
     for kernel in (forward, backward):
         for flags in ((True,), (False,)) if kernel is backward else ((),):
             given = [_argument(entry, arguments, *flags) for entry in kernel._schema.arguments]
@@ -304,32 +329,43 @@ def fresh_graphs():
 @pytest.mark.parametrize("optional", [True, False])
 @pytest.mark.parametrize("op", MODULATION)
 def test_fullgraph_equals_eager(op, optional, fresh_graphs):
-    arguments = call(op, 2, 3, 24, layouts=CHUNK, whole=(True, False, True),
-                     steps=("one", "rows", "one") if optional else (None,) * 3)
+    arguments = call(
+        op,
+        2,
+        3,
+        24,
+        layouts=CHUNK,
+        whole=(True, False, True),
+        steps=("one", "rows", "one") if optional else (None,) * 3,
+    )
     with use_backend("triton"):
         compiled = torch.compile(getattr(api, op), fullgraph=True, backend="aot_eager")
         with torch.no_grad():
-            pairs = zip(tensors(compiled(**arguments)), tensors(getattr(api, op)(**arguments)),
-                        strict=True)
+            pairs = zip(
+                tensors(compiled(**arguments)), tensors(getattr(api, op)(**arguments)), strict=True
+            )
             assert all(a.equal(b) for a, b in pairs)
         weights = [torch.randn_like(arguments["x"]) for _ in tensors(compiled(**arguments))]
-        found, expected = (run(function, arguments, None, weights)
-                           for function in (compiled, getattr(api, op)))
+        found, expected = (
+            run(function, arguments, None, weights) for function in (compiled, getattr(api, op))
+        )
     assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
 
 
 def test_settings_fill_the_chip_and_fit_a_program():
     for channels, rows, arch in itertools.product(
-            (1, 7, 40, 768, 1152, 5001, 8192), (1, 16, 340, 5440, 2**20), (80, 90, 100, 120)):
+        (1, 7, 40, 768, 1152, 5001, 8192), (1, 16, 340, 5440, 2**20), (80, 90, 100, 120)
+    ):
         for op in MODULATION:
             for name in (op, f"{op}_backward"):
-                for its in (launch.default(name, channels, rows, arch),
-                            launch.default(name, channels, rows, arch, False),
-                            *launch.candidates(name, channels, rows, arch)):
+                for its in (
+                    launch.default(name, channels, rows, arch),
+                    launch.default(name, channels, rows, arch, False),
+                    *launch.candidates(name, channels, rows, arch),
+                ):
                     assert its.num_warps in (1, 2, 4, 8, 16)
                     assert its.rows == 1 or rows / its.rows >= launch.MULTIPROCESSORS
-                    assert its.rows * launch.padded(channels) <= max(
-                        1024, launch.padded(channels))
+                    assert its.rows * launch.padded(channels) <= max(1024, launch.padded(channels))
 
 
 def test_a_backward_that_reads_rows_at_odd_addresses_has_more_registers():
@@ -367,8 +403,7 @@ def test_more_than_2_to_the_31_elements():
 def test_a_captured_graph_replays(op):
     arguments = call(op, 8, 256, 1152, dtype=torch.bfloat16, whole=(False,) * 3)
     inputs = {name: value.requires_grad_() for name, value in arguments.items()}
-    weights = [torch.randn_like(arguments["x"])
-               for _ in tensors(getattr(triton, op)(**arguments))]
+    weights = [torch.randn_like(arguments["x"]) for _ in tensors(getattr(triton, op)(**arguments))]
 
     def results():
         outputs = tensors(getattr(triton, op)(**inputs))

@@ -21,7 +21,8 @@ triton = pytest.importorskip("ecar_kernels.flow_block.triton")
 
 # Interpreted, kernels compute in numpy, which warns where a GPU does not: of exp2's infinity, say.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:(overflow|invalid value) encountered:RuntimeWarning:triton")
+    "ignore:(overflow|invalid value) encountered:RuntimeWarning:triton"
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = (None, "one", "rows")
@@ -36,11 +37,18 @@ def call(op, *shape, **kinds):
 def positional(op, arguments):
     """As the registered op and the launchers take them."""
     if op == "adaln_linear":
-        return (*(arguments[name] for name in ("x", "shift", "scale", "weight", "bias")),
-                arguments.get("step_shift"), arguments.get("step_scale"),
-                arguments["activation"] is not None, 1e-6, arguments["scale_offset"])
-    return (*(arguments[name] for name in ("h", "weight", "bias", "gate", "residual")),
-            arguments.get("step_gate"))
+        return (
+            *(arguments[name] for name in ("x", "shift", "scale", "weight", "bias")),
+            arguments.get("step_shift"),
+            arguments.get("step_scale"),
+            arguments["activation"] is not None,
+            1e-6,
+            arguments["scale_offset"],
+        )
+    return (
+        *(arguments[name] for name in ("h", "weight", "bias", "gate", "residual")),
+        arguments.get("step_gate"),
+    )
 
 
 def under(op, its):
@@ -57,14 +65,22 @@ def check(op, arguments, its=None):
 @st.composite
 def calls(draw, op):
     two = {"min_size": 2, "max_size": 2}
-    shape = [draw(st.integers(0, 3)), draw(st.integers(0, 40)), draw(st.integers(1, 300)),
-             draw(st.integers(1, 120))]
-    kinds = {"dtype": draw(st.sampled_from(KERNEL_DTYPES)),
-             "layouts": draw(st.lists(st.sampled_from(LAYOUTS), min_size=6, max_size=6)),
-             "whole": draw(st.lists(st.booleans(), **two)),
-             "steps": draw(st.lists(st.sampled_from(STEPS), **two)),
-             "sliced": draw(st.booleans()), "bias": draw(st.booleans()),
-             "gelu": draw(st.booleans()), "scale_offset": draw(st.sampled_from(OFFSETS))}
+    shape = [
+        draw(st.integers(0, 3)),
+        draw(st.integers(0, 40)),
+        draw(st.integers(1, 300)),
+        draw(st.integers(1, 120)),
+    ]
+    kinds = {
+        "dtype": draw(st.sampled_from(KERNEL_DTYPES)),
+        "layouts": draw(st.lists(st.sampled_from(LAYOUTS), min_size=6, max_size=6)),
+        "whole": draw(st.lists(st.booleans(), **two)),
+        "steps": draw(st.lists(st.sampled_from(STEPS), **two)),
+        "sliced": draw(st.booleans()),
+        "bias": draw(st.booleans()),
+        "gelu": draw(st.booleans()),
+        "scale_offset": draw(st.sampled_from(OFFSETS)),
+    }
     torch.manual_seed(draw(st.integers(0, 2**32)))
     return call(op, *shape, **kinds)
 
@@ -82,8 +98,9 @@ def test_outputs(op, data):
 def test_outputs_under_other_settings(op, data):
     """Every tile against every shape, also those that the rules would not choose."""
     its = data.draw(st.sampled_from([SMALL, MEDIUM]))
-    its = replace(its, splits=data.draw(st.sampled_from(launch.SPLITS)),
-                  prologue=data.draw(st.booleans()))
+    its = replace(
+        its, splits=data.draw(st.sampled_from(launch.SPLITS)), prologue=data.draw(st.booleans())
+    )
     check(op, data.draw(calls(op)), its)
 
 
@@ -92,9 +109,14 @@ def test_an_accelerated_block_is_five_calls():
     """As test_modules.py has it of the C++ ones."""
     block = accelerate(StageBlock(64, 4).to(DEVICE), backend="triton")
     assert calls_of_a_block(block) == [
-        "ecar_triton::adaln_linear", "aten::copy_", "aten::copy_", "ecar_triton::stage_attention",
-        "ecar_triton::linear_gated_residual", "ecar_triton::adaln_linear",
-        "ecar_triton::linear_gated_residual"]
+        "ecar_triton::adaln_linear",
+        "aten::copy_",
+        "aten::copy_",
+        "ecar_triton::stage_attention",
+        "ecar_triton::linear_gated_residual",
+        "ecar_triton::adaln_linear",
+        "ecar_triton::linear_gated_residual",
+    ]
 
 
 @pytest.mark.parametrize("prologue", [False, True])
@@ -170,18 +192,26 @@ def test_inputs_past_the_end_stay_out_of_float16s_range():
 def test_channels_beyond_one_block():
     """Three blocks in each of the passes over a row."""
     for prologue in (True, False):
-        check("adaln_linear", call("adaln_linear", 1, 2, 5000, 20),
-              replace(SMALL, prologue=prologue))
+        check(
+            "adaln_linear", call("adaln_linear", 1, 2, 5000, 20), replace(SMALL, prologue=prologue)
+        )
 
 
 def test_gelu_is_exact_to_a_few_units():
     """Of the result where it does not vanish, else of 1: torch's own cancels for x < 0."""
-    values = torch.cat([torch.linspace(-20, 20, 4001), torch.logspace(-30, 4, 100),
-                        -torch.logspace(-30, 4, 100), torch.tensor([0.0, -1e20, 1e20])])
+    values = torch.cat(
+        [
+            torch.linspace(-20, 20, 4001),
+            torch.logspace(-30, 4, 100),
+            -torch.logspace(-30, 4, 100),
+            torch.tensor([0.0, -1e20, 1e20]),
+        ]
+    )
     zeros = torch.zeros(1, 1, 8, device=DEVICE)
     weight = torch.zeros(len(values), 8, device=DEVICE)
-    found = triton.adaln_linear(zeros, zeros, zeros, weight, values.to(DEVICE),
-                                activation="gelu_tanh")[0, 0].cpu()
+    found = triton.adaln_linear(
+        zeros, zeros, zeros, weight, values.to(DEVICE), activation="gelu_tanh"
+    )[0, 0].cpu()
     exact = F.gelu(values.double(), approximate="tanh")
     error = (found.double() - exact).abs()
     assert (error <= torch.where(values >= -1, 8 * exact.abs(), 1) * 2**-24).all()
@@ -215,8 +245,10 @@ def test_same_inputs_same_bits(op):
 def test_views_give_what_copies_give(op):
     layouts = ("chunk", "transposed", "expanded", "sliced", "chunk", "transposed")
     arguments = call(op, 3, 7, 80, 40, layouts=layouts, sliced=True, steps=("rows", "rows"))
-    copies = {name: value.contiguous() if isinstance(value, torch.Tensor) else value
-              for name, value in arguments.items()}
+    copies = {
+        name: value.contiguous() if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
     run = getattr(triton, op)
     assert run(**arguments).equal(run(**copies))
 
@@ -238,9 +270,17 @@ def test_no_inputs():
 @pytest.mark.parametrize("optional", [True, False])
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op, optional, dtype):
-    arguments = call(op, 2, 9, 24, 40, dtype=dtype, bias=optional,
-                     steps=("one", "rows") if optional else (None, None),
-                     layouts=("transposed", "chunk", "sliced", "chunk", "expanded", "sliced"))
+    arguments = call(
+        op,
+        2,
+        9,
+        24,
+        40,
+        dtype=dtype,
+        bias=optional,
+        steps=("one", "rows") if optional else (None, None),
+        layouts=("transposed", "chunk", "sliced", "chunk", "expanded", "sliced"),
+    )
     registered = getattr(torch.ops.ecar_triton, op).default
     torch.library.opcheck(registered, positional(op, arguments))
 
@@ -268,8 +308,11 @@ def test_default_fills_the_chip(width, sms, arch):
         assert its.splits == 1 or its.splittable
         programs = -(-rows // its.block_m) * -(-layer[0] // its.block_n) * its.splits
         assert rows < 8192 or its.splits == 1
-        assert 4 * programs >= 3 * sms or its.splits == launch.SPLITS[-1] or (
-            2 * its.splits > launch._most_splits(its, layer[1], kind[0]))
+        assert (
+            4 * programs >= 3 * sms
+            or its.splits == launch.SPLITS[-1]
+            or (2 * its.splits > launch._most_splits(its, layer[1], kind[0]))
+        )
 
 
 @pytest.fixture
@@ -310,10 +353,14 @@ def test_few_rows_of_a_long_product_have_many_programs():
 @pytest.mark.parametrize("width", [768, 1024, 1152])
 @pytest.mark.parametrize("op", OPS)
 def test_real_sizes(op, width, dtype):
-    layers = (((width, 3 * width), (width, 4 * width)) if op == "adaln_linear"
-              else ((width, width), (4 * width, width)))
+    layers = (
+        ((width, 3 * width), (width, 4 * width))
+        if op == "adaln_linear"
+        else ((width, width), (4 * width, width))
+    )
     for (depth, outputs), (batch, count) in itertools.product(
-            layers, ((1, 16), (2, 16), (1, 64), (1, 256), (2, 256), (32, 256))):
+        layers, ((1, 16), (2, 16), (1, 64), (1, 256), (2, 256), (32, 256))
+    ):
         layouts = ("contiguous", *("chunk",) * 5)
         arguments = call(op, batch, count, depth, outputs, dtype=dtype, layouts=layouts)
         check(op, arguments)

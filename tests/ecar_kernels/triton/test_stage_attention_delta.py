@@ -17,22 +17,32 @@ pytestmark = pytest.mark.usefixtures("products_sum_in_order")
 
 def test_one_key_s_gradients_are_rounding_alone():
     call = packed((1,), batch=2, head_dim=72)
-    _, grad_q, grad_k, grad_v = run(triton.stage_attention, call, None,
-                                    [torch.randn_like(call["q"])])
+    _, grad_q, grad_k, grad_v = run(
+        triton.stage_attention, call, None, [torch.randn_like(call["q"])]
+    )
     assert max(grad_q.abs().max(), grad_k.abs().max()) <= 1e-5 and grad_v.all()
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize("stages, queries", [
-    ((2,), 2), ((1, 1), 2), ((1, 3), 4), ((7,), 7),  # few keys
-    ((20,), 20), ((16, 4), 4), ((4, 14, 27), 41),  # more than a block
-], ids=str)
+@pytest.mark.parametrize(
+    "stages, queries",
+    [
+        ((2,), 2),
+        ((1, 1), 2),
+        ((1, 3), 4),
+        ((7,), 7),  # few keys
+        ((20,), 20),
+        ((16, 4), 4),
+        ((4, 14, 27), 41),  # more than a block
+    ],
+    ids=str,
+)
 def test_queries_that_resemble_a_key(stages, queries, dtype, monkeypatch):
     """Its score is about 8, and that of others about 0."""
     monkeypatch.setattr(launch, "default", lambda *_: launch.Settings(16, 32, 4, 1))
     for head_dim, sign in ((64, 1), (72, -1)):
         call = packed(stages, queries=queries, batch=2, heads=1, head_dim=head_dim, dtype=dtype)
-        q = sign * call["k"][:, sum(stages) - queries:]
+        q = sign * call["k"][:, sum(stages) - queries :]
         check(call | {"q": q, "scale": sign * 8 / head_dim})
 
 
@@ -45,6 +55,7 @@ def test_scores_far_apart(stages, dtype):
 
 def test_weights_that_sum_to_nearly_one():
     """As where a score is rounded once on its way into the logsumexp, and not in a weight."""
+
     def ours(q, k, v, grad):
         out, lse, rest = triton._training(q, k, v, (1, 1), 0.3)
         lse = lse + torch.empty_like(lse).uniform_(-5e-7, 5e-7)

@@ -34,8 +34,11 @@ def test_every_class_of_head_dim(head_dim, dtype, small_tiles):
 def test_wide_exact_factors_go_in_strips(head_dim, strip, small_tiles, monkeypatch):
     """The gradients of keys; also where the last strip is not full."""
     usual = launch.reload
-    monkeypatch.setattr(launch, "reload", lambda op, *rest: (
-        strip if op == "stage_attention_keys" else usual(op, *rest)))
+    monkeypatch.setattr(
+        launch,
+        "reload",
+        lambda op, *rest: strip if op == "stage_attention_keys" else usual(op, *rest),
+    )
     check(packed((1, 20), head_dim=head_dim, heads=1) | {"scale": -0.1})
 
 
@@ -60,8 +63,11 @@ def products():
 
 def test_tf32_only_where_torch_allows_it(products, monkeypatch):
     kinds = []
-    monkeypatch.setattr(launch, "default", lambda op, head_dim, kind, *_: (
-        kinds.append(kind), launch.Settings(16, 16, 4, 1))[1])
+    monkeypatch.setattr(
+        launch,
+        "default",
+        lambda op, head_dim, kind, *_: (kinds.append(kind), launch.Settings(16, 16, 4, 1))[1],
+    )
     for setting in ("ieee", "tf32"):
         products.fp32_precision = setting
         for dtype in (torch.float32, torch.bfloat16):
@@ -73,9 +79,14 @@ def test_tf32_only_where_torch_allows_it(products, monkeypatch):
 def calls(draw):
     stages = tuple(draw(st.lists(st.integers(1, 24), min_size=1, max_size=4)))
     newest = draw(st.integers(1, len(stages)))
-    call = packed(stages, queries=sum(stages[-newest:]), batch=draw(st.integers(0, 2)),
-                  heads=draw(st.integers(1, 2)), head_dim=draw(st.sampled_from(HEAD_DIMS[:6])),
-                  dtype=draw(st.sampled_from(KERNEL_DTYPES)))
+    call = packed(
+        stages,
+        queries=sum(stages[-newest:]),
+        batch=draw(st.integers(0, 2)),
+        heads=draw(st.integers(1, 2)),
+        head_dim=draw(st.sampled_from(HEAD_DIMS[:6])),
+        dtype=draw(st.sampled_from(KERNEL_DTYPES)),
+    )
     # About the usual one; 3 times it gives nearly all the weight to one key.
     scale = draw(st.sampled_from([None, 1.2, 3.0, -0.6, 0.0]))
     return call | {"scale": scale and scale * call["q"].shape[-1] ** -0.5}
@@ -147,8 +158,8 @@ def test_gradients_of_some_arguments(small_tiles):
     call = packed((3, 20))
     call["v"].requires_grad_()
     out = triton.stage_attention(**call)
-    grad, = torch.autograd.grad(out.square().sum(), [call["v"]])
-    wanted, = torch.autograd.grad(reference.stage_attention(**call).square().sum(), [call["v"]])
+    (grad,) = torch.autograd.grad(out.square().sum(), [call["v"]])
+    (wanted,) = torch.autograd.grad(reference.stage_attention(**call).square().sum(), [call["v"]])
     torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         assert triton.stage_attention(**call).equal(out)
@@ -160,8 +171,9 @@ def test_any_scale(scale, small_tiles):
 
 
 # Of rows past a tile's end, which are not stored.
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning",
-                            "ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.filterwarnings(
+    "ignore:overflow encountered:RuntimeWarning", "ignore:invalid value encountered:RuntimeWarning"
+)
 @pytest.mark.parametrize("scale", [0.5, -0.5])
 def test_scores_far_from_zero(scale, small_tiles, fma_rounds_once):
     """Where neither 2^score nor 2^-logsumexp is a float. Whole numbers, so that the sum's order
@@ -242,8 +254,7 @@ REAL_SIZES = [
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("stages, queries, batch, heads, head_dim", REAL_SIZES)
 def test_real_sizes(stages, queries, batch, heads, head_dim, dtype):
-    check(packed(stages, queries=queries, batch=batch, heads=heads, head_dim=head_dim,
-                 dtype=dtype))
+    check(packed(stages, queries=queries, batch=batch, heads=heads, head_dim=head_dim, dtype=dtype))
 
 
 @pytest.mark.gpu
@@ -259,8 +270,11 @@ def test_every_candidate(op, monkeypatch):
     usual = launch.default
     arch = _triton.architecture()
     for its in launch.candidates(op, 64, "bfloat16", arch):
-        monkeypatch.setattr(launch, "default", lambda asked, *rest, its=its: (
-            its if asked == op else usual(asked, *rest)))
+        monkeypatch.setattr(
+            launch,
+            "default",
+            lambda asked, *rest, its=its: its if asked == op else usual(asked, *rest),
+        )
         check(packed((16, 64, 100), batch=2, head_dim=64, dtype=torch.bfloat16))
 
 

@@ -17,9 +17,10 @@ def odd(call: dict, padding: int = 3) -> dict:
     views = {}
     for name in "qkv":
         x = call[name]
-        wider = torch.full((*x.shape[:-1], x.shape[-1] + padding), float("nan"), dtype=x.dtype,
-                           device=x.device)
-        views[name] = wider[..., 1:1 + x.shape[-1]].copy_(x)
+        wider = torch.full(
+            (*x.shape[:-1], x.shape[-1] + padding), float("nan"), dtype=x.dtype, device=x.device
+        )
+        views[name] = wider[..., 1 : 1 + x.shape[-1]].copy_(x)
     return call | views
 
 
@@ -45,9 +46,12 @@ def asked(monkeypatch):
 def test_which_rows_are_not_aligned(which, asked):
     width = {"row": 17, "head": 12}.get(which, 8)
     stride = (24 * 2 * width + (which == "row"), 2 * width + (which == "row"), width, 1)
-    call = {name: torch.randn(2 * 25 * 40, device=DEVICE)
-            .as_strided((2, 24, 2, 8), stride, 1 if which == "address" else 0).requires_grad_()
-            for name in "qkv"}
+    call = {
+        name: torch.randn(2 * 25 * 40, device=DEVICE)
+        .as_strided((2, 24, 2, 8), stride, 1 if which == "address" else 0)
+        .requires_grad_()
+        for name in "qkv"
+    }
     out = triton.stage_attention(**call, stage_lengths=(4, 20))
     grad = torch.randn(2, 24, 2, 9, device=DEVICE)[..., :8]
     if which != "gradient":
@@ -55,8 +59,11 @@ def test_which_rows_are_not_aligned(which, asked):
     torch.autograd.grad(out, list(call.values()), grad)
     forward = "aligned" if which in ("gradient", "none") else "unaligned"
     backward = "aligned" if which == "none" else "unaligned"
-    assert asked == [(forward, "stage_attention"), (backward, "stage_attention_keys"),
-                     (backward, "stage_attention_queries")]
+    assert asked == [
+        (forward, "stage_attention"),
+        (backward, "stage_attention_keys"),
+        (backward, "stage_attention_queries"),
+    ]
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
@@ -73,15 +80,27 @@ def test_settings_as_chosen(dtype):
 
 @pytest.mark.usefixtures("products_sum_in_order")
 @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(stages=st.lists(st.integers(1, 24), min_size=1, max_size=4), newest=st.integers(1, 4),
-       batch=st.integers(0, 2), heads=st.integers(1, 2), head_dim=st.sampled_from([8, 24, 40]),
-       scale=st.sampled_from([None, 1.2, 3.0, -0.6, 0.0]), dtype=st.sampled_from(KERNEL_DTYPES))
+@given(
+    stages=st.lists(st.integers(1, 24), min_size=1, max_size=4),
+    newest=st.integers(1, 4),
+    batch=st.integers(0, 2),
+    heads=st.integers(1, 2),
+    head_dim=st.sampled_from([8, 24, 40]),
+    scale=st.sampled_from([None, 1.2, 3.0, -0.6, 0.0]),
+    dtype=st.sampled_from(KERNEL_DTYPES),
+)
 def test_any_stages(asked, stages, newest, batch, heads, head_dim, scale, dtype):
-    call = packed(tuple(stages), queries=sum(stages[-newest:]), batch=batch, heads=heads,
-                  head_dim=head_dim, dtype=dtype)
+    call = packed(
+        tuple(stages),
+        queries=sum(stages[-newest:]),
+        batch=batch,
+        heads=heads,
+        head_dim=head_dim,
+        dtype=dtype,
+    )
     # Of a few numbers a root mean square judges chance, and one key's gradients are rounding.
     judged = sum(stages) > 1 and not 0 < call["q"].numel() < 256
-    check(odd(call) | {"scale": scale and scale * head_dim ** -0.5}, gradients=judged)
+    check(odd(call) | {"scale": scale and scale * head_dim**-0.5}, gradients=judged)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
