@@ -38,10 +38,14 @@ def test_one_key_s_gradients_are_rounding_alone():
     ids=str,
 )
 def test_queries_that_resemble_a_key(stages, queries, dtype, monkeypatch):
-    """Its score is about 8, and that of others about 0."""
+    """Its score is about 8, and that of others about 0.
+
+    At least 32 queries: of 8, the mean error is so random that one run in some hundreds fails.
+    """
     monkeypatch.setattr(launch, "default", lambda *_: launch.Settings(16, 32, 4, 1))
+    batch = min(8, max(2, 32 // queries))
     for head_dim, sign in ((64, 1), (72, -1)):
-        call = packed(stages, queries=queries, batch=2, heads=1, head_dim=head_dim, dtype=dtype)
+        call = packed(stages, queries=queries, batch=batch, heads=1, head_dim=head_dim, dtype=dtype)
         q = sign * call["k"][:, sum(stages) - queries :]
         check(call | {"q": q, "scale": sign * 8 / head_dim})
 
