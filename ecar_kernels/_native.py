@@ -5,9 +5,12 @@ ECAR_LIBRARY names another file to load in its place, one with sanitizers for in
 
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from ecar_kernels import _numbers
 
 FOLDER = Path(__file__).parent
 NAMES = ("libecar_cpu.so", "libecar_cpu.dylib")
@@ -77,6 +80,11 @@ def require() -> None:
     """For the modules that bind ops: the library is loaded, or ImportError says why not."""
     if (reason := why_not()) is not None:
         raise ImportError(reason)
+
+
+def op(name: str) -> Callable:
+    """torch.ops.ecar.<name>, of which torch.compile may leave the numbers open (_numbers.py)."""
+    return _numbers.twin(getattr(torch.ops.ecar, name).default)
 
 
 def instruction_set() -> str:

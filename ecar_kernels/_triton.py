@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ecar_kernels import _numbers
+
 OLDEST_CAPABILITY = (8, 0)
 NAMESPACE = "ecar_triton"
 
@@ -85,8 +87,8 @@ def product_precision(dtype: torch.dtype) -> str:
 def register(schema: str, function: Callable, fake: Callable) -> Callable:
     """Define `schema` ("name(Tensor x, ...) -> Tensor") with a CUDA implementation and a fake.
 
-    Returns the op's only overload. A plain Library op costs a few microseconds a call where
-    torch.library.custom_op costs thirty.
+    Returns the op's only overload, of which torch.compile may leave the numbers open. A plain
+    Library op costs a few microseconds a call where torch.library.custom_op costs thirty.
     """
     name = schema.partition("(")[0]
     _library.define(schema)
@@ -94,7 +96,7 @@ def register(schema: str, function: Callable, fake: Callable) -> Callable:
     if interpreting():
         _library.impl(name, function, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    return _numbers.twin(getattr(getattr(torch.ops, NAMESPACE), name).default)
 
 
 def _on_its_device(function: Callable) -> Callable:

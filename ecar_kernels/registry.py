@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ecar_kernels import _native, _transforms, _triton
+from ecar_kernels import _native, _numbers, _transforms, _triton
 
 BACKENDS = ("reference", "native", "triton")
 AUTO_ORDER = ("triton", "native", "reference")
@@ -46,6 +46,7 @@ class Implementation:
     missing_on: dict[str, Callable[[], str | None]] = field(default_factory=dict)
     backend: str = ""  # its own name
     function: Callable | None = None  # the loaded target: the op's signature, no validation
+    compiled: Callable | None = None  # the same as a graph of torch.compile calls it
     bound: Callable | None = None  # what `resolve` gives: it, or the reference under a transform
 
     def why_not(self, device_type: str, dtype: torch.dtype) -> str | None:
@@ -87,22 +88,28 @@ class Implementation:
         if self.function is None:
             module, name = self.target.split(":")
             self.function = getattr(importlib.import_module(module), name)
-            self.bound = _unless_transformed(self.function, name)
+            self.compiled = self.function
+            if self.backend != "reference":  # whose arithmetic torch.compile sees
+                self.compiled = _numbers.opening(self.function)
+            self.bound = _unless_transformed(self, name)
             if self.backend:  # one that was put in the table
                 _backends_of[self.function] = _backends_of[self.bound] = self.backend
 
 
-def _unless_transformed(function: Callable, op: str) -> Callable:
+def _unless_transformed(served: Implementation, op: str) -> Callable:
     """The function of a bound op, which the registry is not asked for call by call."""
     found = IMPLEMENTATIONS[op]["reference"]
     found.load()
     reference, active = found.function, _transforms.active  # looked up here, not in each call
+    function, compiled, compiling = served.function, served.compiled, torch.compiler.is_compiling
     if function is reference:
         return function
 
     @functools.wraps(function)
     def bound(*args, **kwargs):
-        return reference(*args, **kwargs) if active() else function(*args, **kwargs)
+        if active():
+            return reference(*args, **kwargs)
+        return compiled(*args, **kwargs) if compiling() else function(*args, **kwargs)
 
     return bound
 
@@ -339,8 +346,9 @@ def implementation(
     if backend is None:
         backend = "reference" if _transforms.active() else _current()
         found = _find(op, device_type, dtype, width, backend)
-        if not torch.compiler.is_compiling():
-            note(op, found.backend)
+        if torch.compiler.is_compiling():
+            return found.compiled
+        note(op, found.backend)
         return found.function
     return _find(op, device_type, dtype, width, backend).function
 

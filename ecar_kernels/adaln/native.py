@@ -22,12 +22,12 @@ from ecar_kernels.adaln._autograd import (
 
 _native.require()
 
-_adaln = torch.ops.ecar.adaln.default
-_adaln_backward = torch.ops.ecar.adaln_backward.default
-_gated_residual = torch.ops.ecar.gated_residual.default
-_gated_residual_backward = torch.ops.ecar.gated_residual_backward.default
-_both = torch.ops.ecar.gated_residual_adaln.default
-_both_backward = torch.ops.ecar.gated_residual_adaln_backward.default
+_adaln = _native.op("adaln")
+_adaln_backward = _native.op("adaln_backward")
+_gated_residual = _native.op("gated_residual")
+_gated_residual_backward = _native.op("gated_residual_backward")
+_both = _native.op("gated_residual_adaln")
+_both_backward = _native.op("gated_residual_adaln_backward")
 
 
 def adaln(

@@ -142,8 +142,8 @@ _library.define(
 )
 _library.impl("adaln_linear", _run_adaln_linear, "CPU")
 _library.impl("linear_gated_residual", _run_linear_gated_residual, "CPU")
-_adaln_linear = torch.ops.ecar.adaln_linear.default
-_linear_gated_residual = torch.ops.ecar.linear_gated_residual.default
+_adaln_linear = _native.op("adaln_linear")
+_linear_gated_residual = _native.op("linear_gated_residual")
 
 
 @torch.library.register_fake("ecar::adaln_linear", lib=_library)

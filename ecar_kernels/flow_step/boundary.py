@@ -10,7 +10,7 @@ from ecar_kernels.flow_step.native import _scale
 
 _native.require()
 
-_flow_boundary = torch.ops.ecar.flow_boundary.default
+_flow_boundary = _native.op("flow_boundary")
 # The arguments up to `eps`, then the outputs: the state's may be the state, the embedding's x.
 flow_boundary_out = torch.ops.ecar.flow_boundary_out.default
 

@@ -12,26 +12,21 @@ from torch import Tensor
 
 from ecar_kernels import _native
 from ecar_kernels._precision import widen
-from ecar_kernels.flow_step import reference
 
 _native.require()
 
-_euler_step = torch.ops.ecar.euler_step.default
-_from_seeds = torch.ops.ecar.upsample_renoise_euler_seeds.default
+_euler_step = _native.op("euler_step")
+_from_seeds = _native.op("upsample_renoise_euler_seeds")
 # upsample_renoise_euler from seeds on the CPU into tensors that are there; `end` may be x.
 jump_out = torch.ops.ecar.upsample_renoise_euler_seeds_out.default
-_from_details = torch.ops.ecar.upsample_renoise_euler_details.default
-_initial_noise = torch.ops.ecar.initial_noise.default
+_from_details = _native.op("upsample_renoise_euler_details")
+_initial_noise = _native.op("initial_noise")
 
 
 def euler_step(
     x: Tensor, velocity: Tensor, dt: float, *, guidance_scale: float | Tensor = 1.0
 ) -> Tensor:
     """x + dt v, v = v_u + guidance_scale (v_c - v_u) for a velocity of 2B rows, v_c first."""
-    if torch.compiler.is_compiling():
-        # The same bits, and a graph for all values of dt: a number that goes into an op of ours
-        # is a constant to torch.compile, which would make a graph for each, up to its limit.
-        return reference.euler_step(x, velocity, dt, guidance_scale=guidance_scale)
     if torch.is_grad_enabled() and (x.requires_grad or velocity.requires_grad):
         return _EulerStep.apply(x, velocity, dt, guidance_scale)
     return _euler_step(x, velocity, dt, *_scale(x, guidance_scale))
@@ -76,6 +71,8 @@ def _scale(x: Tensor, guidance_scale: float | Tensor) -> tuple[float, Tensor | N
     """As the ops take it: a number, or a tensor that stays on its GPU unread."""
     if not isinstance(guidance_scale, Tensor):
         return guidance_scale, None
+    if torch.compiler.is_compiling() and not guidance_scale.is_cuda:
+        return guidance_scale, None  # read when the graph runs
     return (1.0, guidance_scale) if x.is_cuda else (float(guidance_scale), None)
 
 

@@ -14,10 +14,9 @@ from ecar_kernels import _native
 from ecar_kernels.stage_attention._autograd import differentiable
 
 if _native.why_not() is None:
-    _forward = torch.ops.ecar.stage_attention.default
+    _forward = _native.op("stage_attention")
     _StageAttention = differentiable(
-        torch.ops.ecar.stage_attention_training.default,
-        torch.ops.ecar.stage_attention_backward.default,
+        _native.op("stage_attention_training"), _native.op("stage_attention_backward")
     )
 
 

@@ -36,7 +36,7 @@ def stage_attention(
     q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int], *, scale: float | None = None
 ) -> Tensor:
     """q [B, Nq, H, D], k and v [B, N, H, D] -> [B, Nq, H, D]."""
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _StageAttention.apply(q, k, v, stage_lengths, scale)
     return _forward(q, k, v, stage_lengths, scale)

@@ -1,11 +1,14 @@
 """torch.compile(fullgraph=True) and torch.export see through every op."""
 
+import inspect
+from typing import get_args
+
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import ecar_kernels
-from ecar_kernels import euler_step, stage_attention, use_backend
+from ecar_kernels import stage_attention, use_backend
 from ecar_kernels.registry import OPS
 from tests.support.accuracy import assert_accurate, run, tensors
 from tests.support.ops import CHANNELS, DIFFERENTIABLE, IMAGE, TOKENS, arguments, function
@@ -81,13 +84,51 @@ def test_fullgraph_under_autocast():
     assert result.equal(attend(call["q"], call["k"], call["v"]))
 
 
-def test_steps_of_many_lengths_are_one_graph():
-    counter = CompileCounter()
-    compiled = torch.compile(euler_step, fullgraph=True, backend=counter)
-    call = arguments("euler_step")
-    for dt in (0.5, 0.25, 0.125, 0.0625, 0.1, 0.2):
-        assert compiled(**call | {"dt": dt}).equal(euler_step(**call | {"dt": dt}))
-    assert counter.frame_count <= 2  # a constant, then a number
+NUMBERS = [
+    (op, name)
+    for op in OPS
+    for name, parameter in inspect.signature(function(op)).parameters.items()
+    if parameter.annotation is float or float in get_args(parameter.annotation)
+]
+
+
+def test_ops_with_numbers_are_found():
+    assert {op for op, _ in NUMBERS} == set(OPS) - {
+        "gated_residual",
+        "linear_gated_residual",
+        "initial_noise",
+    }
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize(("op", "name"), NUMBERS)
+def test_values_of_a_number_are_one_graph(op, name, gradients):
+    """The first value is a constant of its graph, and all others share a second one."""
+    if gradients and op not in DIFFERENTIABLE:
+        return  # served for inference only
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function(op), fullgraph=True, backend=counter)
+    call = arguments(op)
+    with torch.set_grad_enabled(gradients):
+        weights = [torch.randn_like(y) for y in tensors(function(op)(**call))]
+        for value in (0.11, 0.23, 0.31, 0.47):
+            call[name] = value
+            options = (None, weights) if gradients else ()
+            close(run(compiled, call, *options), run(function(op), call, *options))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("queries", ["all", "last stage"])
+@torch.no_grad()
+def test_lists_of_stages_are_a_bounded_number_of_graphs(queries):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(stage_attention, fullgraph=True, backend=counter)
+    lists = [(1, 4, 16), (1, 9, 25), (2, 8, 32), (3, 5, 7), (4, 6, 9), (16, 64, 256), (1, 2, 3)]
+    for lengths in lists:
+        q, k, v = (torch.randn(2, sum(lengths), 3, 8) for _ in range(3))
+        q = q if queries == "all" else q[:, -lengths[-1] :]
+        close([compiled(q, k, v, lengths)], [stage_attention(q, k, v, lengths)])
+    assert counter.frame_count <= 3  # constants, then the lengths that changed, then all
 
 
 def test_a_graph_follows_the_backend_in_force():
@@ -130,7 +171,7 @@ class Block(torch.nn.Module):
         x = ecar_kernels.linear_gated_residual(h, self.out.weight, self.out.bias, gate, x)
         x, y = ecar_kernels.gated_residual_adaln(x, h, gate, shift, scale)
         y = ecar_kernels.adaln(ecar_kernels.gated_residual(x, y, gate), shift, scale)
-        state = euler_step(state, velocity, 0.1, guidance_scale=2.0)
+        state = ecar_kernels.euler_step(state, velocity, 0.1, guidance_scale=2.0)
         return y, ecar_kernels.upsample_renoise_euler(
             state, velocity, 0.1, time=0.5, stage=2, seeds=seeds, guidance_scale=2.0
         )

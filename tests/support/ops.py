@@ -1,6 +1,7 @@
 """Valid arguments for every op, by name: what the tests that hold for all ops start from."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +30,14 @@ FAMILY = {op: family for family, ops in FAMILIES.items() for op in ops}
 def function(op: str) -> Callable:
     """The public op."""
     return getattr(ecar_kernels, op)
+
+
+def opcheck(op: Callable, args: Sequence) -> None:
+    """Of a registered op, and of its twin that takes tensors for floats (_numbers.py)."""
+    torch.library.opcheck(inspect.unwrap(op), tuple(args))
+    if hasattr(op, "opened"):
+        values = [torch.tensor(v, dtype=torch.float64) if type(v) is float else v for v in args]
+        torch.library.opcheck(op.opened, tuple(values))
 
 
 def small_arguments(op: str, *, dtype: torch.dtype = torch.float32, optional: bool = True) -> dict:

@@ -1,5 +1,6 @@
 """The adaLN family's Triton kernels: interpreted on the CPU, or compiled where there is a GPU."""
 
+import inspect
 import itertools
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from ecar_kernels.adaln import api, launch, reference
 from ecar_kernels.registry import KERNEL_DTYPES
 from tests.support.accuracy import assert_accurate, run, tensors
 from tests.support.adaln import LAYOUTS, MODULATION, call_of
+from tests.support.ops import opcheck
 
 triton = pytest.importorskip("ecar_kernels.adaln.triton")
 
@@ -297,9 +299,9 @@ def test_opcheck(op, optional):
         "gated_residual_adaln": triton._both_backward,
     }[op]
     for kernel in (forward, backward):
+        schema = inspect.unwrap(kernel)._schema
         for flags in ((True,), (False,)) if kernel is backward else ((),):
-            given = [_argument(entry, arguments, *flags) for entry in kernel._schema.arguments]
-            torch.library.opcheck(kernel, given)
+            opcheck(kernel, [_argument(entry, arguments, *flags) for entry in schema.arguments])
 
 
 def _argument(entry, arguments, flag=True):

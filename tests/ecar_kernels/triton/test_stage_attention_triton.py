@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from ecar_kernels import _triton
 from ecar_kernels.registry import KERNEL_DTYPES
 from ecar_kernels.stage_attention import launch, reference, tiles
+from tests.support.ops import opcheck
 from tests.support.triton_attention import DEVICE, check, packed
 
 triton = pytest.importorskip("ecar_kernels.stage_attention.triton")
@@ -217,11 +218,11 @@ def test_opcheck(permuted, dtype):
     if permuted:
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     for op in (triton._forward, triton._training):
-        torch.library.opcheck(op, (q, k, v, list(stages), -0.5))
+        opcheck(op, (q, k, v, list(stages), -0.5))
     kept = triton._training(q, k, v, stages, -0.5)
     assert kept[0].equal(triton._forward(q, k, v, stages, -0.5))
     grad = torch.randn_like(kept[0])
-    torch.library.opcheck(triton._backward, (grad, q, k, v, *kept, list(stages), -0.5))
+    opcheck(triton._backward, (grad, q, k, v, *kept, list(stages), -0.5))
 
 
 def test_fullgraph_equals_eager(small_tiles):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from ecar_kernels.registry import KERNEL_DTYPES
 from ecar_kernels.stage_attention import launch
+from tests.support.ops import opcheck
 from tests.support.triton_attention import DEVICE, check, packed
 
 triton = pytest.importorskip("ecar_kernels.stage_attention.triton")
@@ -135,11 +136,11 @@ def test_nothing_beyond_the_views_is_read(dtype, padding, asked):
 def test_opcheck(dtype):
     q, k, v, stages = odd(packed((4, 20), queries=20, dtype=dtype)).values()
     for op in (triton._forward, triton._training):
-        torch.library.opcheck(op, (q, k, v, list(stages), 0.5))
+        opcheck(op, (q, k, v, list(stages), 0.5))
     kept = triton._training(q, k, v, stages, 0.5)
     assert kept[0].equal(triton._forward(q, k, v, stages, 0.5))
     grad = torch.randn_like(q)
-    torch.library.opcheck(triton._backward, (grad, q, k, v, *kept, list(stages), 0.5))
+    opcheck(triton._backward, (grad, q, k, v, *kept, list(stages), 0.5))
 
 
 def test_the_aligned_kernels_agree(asked):
