@@ -115,10 +115,13 @@ class ECAR(
 
         Returns:
             The mean squared error of each stage's velocity, float32 [S].
+
+        Raises:
+            ValueError: ``return_shared``, and the last AR block has hooks or is another module.
         """
         count = self.config.num_stages
         points = stages.end_points(latents, noise, count)
-        maps, hidden, output = self.ar(labels, [end for _, end in points[:-1]])
+        maps, hidden, output = self.ar(labels, [end for _, end in points[:-1]], return_shared)
         if return_shared:
             output.retain_grad()
         losses = []

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ecar.config import ECARConfig
 from ecar_kernels import StageBlock, recompute
+from ecar_kernels._written import why_not
 
 __all__ = ["ARTransformer", "KVCache", "patchify", "unpatchify"]
 
@@ -116,28 +117,36 @@ class ARTransformer(nn.Module):
         return self.inputs[stage - 2](patchify(end, self.input_patch)) + positions
 
     def forward(
-        self, labels: Tensor, ends: list[Tensor]
-    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        self, labels: Tensor, ends: list[Tensor], return_shared: bool = False
+    ) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
         """All stages at once, for training.
 
         Args:
             labels: int64 [B], the null class included.
             ends: the end states of stages 1 .. S-1, [B, C, h_s, w_s] each.
+            return_shared: for GradNorm, which looks inside the last block.
 
         Returns:
-            The maps M_s [B, N_s, width], and the last MLP's hidden tokens before their GELU and
-            its output, which GradNorm needs.
+            The maps M_s [B, N_s, width]; with ``return_shared``, the last MLP's hidden tokens
+            before their GELU, and its output.
+
+        Raises:
+            ValueError: ``return_shared``, and the last block has hooks or is another module.
         """
         tokens = [self.embed_class(labels)]
         tokens += [self.embed_end(end, stage) for stage, end in enumerate(ends, start=2)]
         x = torch.cat(tokens, dim=1)
         lengths = self.config.stage_tokens
-        for block in self.blocks[:-1]:
+        for block in self.blocks[:-1] if return_shared else self.blocks:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, lengths, use_reentrant=False)
             else:
                 x = block(x, lengths)
-        last = self.blocks[-1]  # opened up: GradNorm looks inside its MLP
+        if not return_shared:
+            return self.norm(x).split(lengths, dim=1), None, None
+        last = self.blocks[-1]
+        if (reason := why_not(last, StageBlock)) is not None:
+            raise ValueError(f"GradNorm cannot look inside the last AR block: {reason}")
         x = x + last.attention(x, lengths, None, 0)
         hidden = recompute.linear(last.mlp.fc1, *recompute.layer_norm(last.norm2, x))
         output = last.mlp.project(hidden)

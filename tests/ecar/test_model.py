@@ -78,6 +78,31 @@ def test_shared_gradients_are_those_of_autograd(make_model):
         assert (ours - autograd).abs().max() < 1e-5 * autograd.abs().max()
 
 
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_hooks_on_any_module_see_it_train(make_model, accelerated):
+    model = make_model(stage_sides=(4, 8, 16)).train()
+    if accelerated:
+        ecar_kernels.accelerate(model)
+    inputs = training_inputs(model.config)
+    expected = model(*inputs)
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList):
+            continue
+        seen = []
+        hook = module.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        losses = model(*inputs)
+        hook.remove()
+        assert seen, type(module).__name__
+        torch.testing.assert_close(losses, expected)
+
+
+def test_shared_gradients_need_the_last_block_as_written(make_model):
+    model = make_model().train()
+    model.ar.blocks[-1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="inside the last AR block: it has forward hooks"):
+        model(*training_inputs(model.config), return_shared=True)
+
+
 def test_shared_gradients_need_the_backward(make_model):
     model = make_model().train()
     _, shared = model(*training_inputs(model.config), return_shared=True)
