@@ -61,7 +61,9 @@ def compiled(model: ECAR, whole: bool = True) -> ECAR:
 
 def accelerated(model: ECAR) -> ECAR:
     """A twin as a user has it after `ecar_kernels.accelerate`; packed weights lie beside."""
-    return ecar_kernels.accelerate(twin(model), backend="auto")
+    copied = twin(model)
+    ecar_kernels.accelerate(copied, backend="auto")
+    return copied
 
 
 @dataclass(frozen=True)

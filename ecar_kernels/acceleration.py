@@ -224,10 +224,9 @@ def accelerates(original: type[nn.Module]) -> Callable[[type[Module]], type[Modu
     return register
 
 
-Model = TypeVar("Model", bound=nn.Module)
-
-
-def accelerate(model: Model, *, backend: str | None = None, keep_weights: bool = True) -> Model:
+def accelerate(
+    model: nn.Module, *, backend: str | None = None, keep_weights: bool = True
+) -> "Report":
     """Serve the modules of `model` that have an accelerated class from one backend, in place.
 
     model: any module; its modules of a class that `accelerates` knows are swapped: those of
@@ -237,8 +236,9 @@ def accelerate(model: Model, *, backend: str | None = None, keep_weights: bool =
     memory does not grow. That is for sampling: whatever reads or writes such a weight later (a
     state_dict, an optimizer, `to`, torch.compile) turns it back into a plain one first.
 
-    Returns the model. `report(model)` tells what was swapped, what was left and why, and
-    print(model) shows what serves each module; a warning says so where nothing was swapped.
+    Returns a report of what was swapped, what was left and why: printed, a table. `report(model)`
+    tells the same later, and print(model) shows what serves each module. A warning says so where
+    nothing was swapped.
     parameters(), state_dict() and hooks are unchanged. Training, autocast and torch.compile work
     as before, on the public ops. What stands in a layer's place (an adapter, a quantized layer)
     is called, and hooks fire, also where they come later. Calling it again binds anew; a weight
@@ -284,7 +284,7 @@ def accelerate(model: Model, *, backend: str | None = None, keep_weights: bool =
             if binding is None:
                 del module._binding
         raise
-    return model
+    return report(model)
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,9 @@ class ReportRow:
 
 
 class Report(tuple[ReportRow, ...]):
-    """What `accelerate` swapped in a model and what it left; printed, a table."""
+    """What `accelerate` swapped in a model and what it left: a row for each module, printed as a
+    table.
+    """
 
     __slots__ = ()
 
@@ -322,6 +324,8 @@ class Report(tuple[ReportRow, ...]):
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in lines
         )
+
+    __repr__ = __str__
 
 
 def report(model: nn.Module) -> Report:
@@ -369,7 +373,10 @@ def _layers(module: nn.Module, kind: type[Accelerated]) -> Iterator[tuple[str, n
         yield path, layer
 
 
-def restore(model: Model) -> Model:
+Restored = TypeVar("Restored", bound=nn.Module)
+
+
+def restore(model: Restored) -> Restored:
     """Undo `accelerate`, in place: every module has its class back, every weight is plain.
 
     Returns the model. Modules that were not accelerated are left alone. Raises TypeError where

@@ -48,7 +48,8 @@ def compare(
         },
     )
     plain = model
-    fast = ecar_kernels.accelerate(copy.deepcopy(model))
+    fast = copy.deepcopy(model)
+    ecar_kernels.accelerate(fast)
     outputs = {"plain": call(plain, **inputs), "accelerated": call(fast, **inputs)}
     errors = {
         key: (value.double() - exact).square().mean().sqrt().item()

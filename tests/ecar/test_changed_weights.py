@@ -9,6 +9,7 @@ from torch import nn
 import ecar_kernels
 from ecar import ECAR, ECARConfig
 from ecar.sampler import sample
+from tests.support.modules import accelerated
 
 CONFIG = ECARConfig(
     stage_sides=(4, 8), channels=1, num_classes=10, width=64, heads=4, ar_layers=2, flow_blocks=1
@@ -91,12 +92,12 @@ CHANGES = {
 }
 WAYS = {
     "plain": lambda made: made,
-    "accelerated": ecar_kernels.accelerate,
-    "accelerated, packed alone": lambda made: ecar_kernels.accelerate(made, keep_weights=False),
+    "accelerated": accelerated,
+    "accelerated, packed alone": lambda made: accelerated(made, keep_weights=False),
     "native": lambda made: (
-        ecar_kernels.accelerate(made, backend="native")
+        accelerated(made, backend="native")
         if any(row.backend == "native" and row.available for row in ecar_kernels.backends())
-        else ecar_kernels.accelerate(made)
+        else accelerated(made)
     ),
 }
 

@@ -16,6 +16,7 @@ import ecar_kernels
 from ecar import ECAR, ECARConfig
 from ecar.sampler import sample
 from tests.support import situations
+from tests.support.modules import accelerated
 
 CONFIG = ECARConfig(
     stage_sides=(4, 8), channels=1, num_classes=10, width=32, heads=2, ar_layers=2, flow_blocks=2
@@ -46,8 +47,8 @@ LAYERS = situations.linear_layers(model())
 CHOSEN = [name for name in LAYERS if ".1." not in name or name.startswith("heads.1.blocks.1")]
 WAYS = {
     "plain": lambda m: m,
-    "accelerated": ecar_kernels.accelerate,
-    "packed alone": lambda m: ecar_kernels.accelerate(m, keep_weights=False),
+    "accelerated": accelerated,
+    "packed alone": lambda m: accelerated(m, keep_weights=False),
 }
 
 
@@ -209,13 +210,13 @@ class TestPeft:
         )
 
     def test_an_adapter_that_is_removed(self):
-        drawn = ecar_kernels.accelerate(model())
+        drawn = accelerated(model())
         wrapped = lora(drawn, "all-linear")
         assert not agree(draw(drawn), untouched())
         assert agree(draw(wrapped.unload()), untouched())
 
     def test_the_report_names_it(self):
-        drawn = ecar_kernels.accelerate(model())
+        drawn = accelerated(model())
         lora(drawn, ["qkv"])
         rows = [row for row in ecar_kernels.report(drawn) if row.name == "heads.0.blocks.0"]
         assert "qkv: a Linear in the place of a Linear" in rows[0].left[0]
@@ -252,7 +253,7 @@ def test_a_model_wrapped_for_data_parallel_training(tmp_path):
         "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
     )
     try:
-        drawn = ecar_kernels.accelerate(model().requires_grad_(True))
+        drawn = accelerated(model().requires_grad_(True))
         wrapped = nn.parallel.DistributedDataParallel(drawn)
         x = torch.randn(2, 1, 8, 8)
         losses = wrapped(x, torch.tensor([1, 2]), torch.randn_like(x), torch.rand(2, 2))

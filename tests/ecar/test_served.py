@@ -24,6 +24,7 @@ from ecar_kernels import (
     registry,
     use_backend,
 )
+from tests.support.modules import accelerated
 
 from .tape import TapeRecorder
 from .test_sampler import draw
@@ -131,9 +132,9 @@ def replace_a_method(model):
 CHANGES = {
     "plain": lambda model: None,
     "accelerated": accelerate,
-    "in part": lambda model: accelerate(model.ar),
-    "the AR by the reference": lambda model: accelerate(model.ar, backend="reference"),
-    "a head by the reference": lambda model: accelerate(model.heads[0], backend="reference"),
+    "in part": lambda model: accelerated(model.ar),
+    "the AR by the reference": lambda model: accelerated(model.ar, backend="reference"),
+    "a head by the reference": lambda model: accelerated(model.heads[0], backend="reference"),
 }
 
 
@@ -160,7 +161,7 @@ def test_served_is_what_was_called(model, calls, change, backend, solver):
 @on_every_machine
 def test_an_accelerated_model_on_each_machine(model, calls):
     """As a reader expects it, not from what was called."""
-    served = draw(accelerate(model)).served
+    served = draw(accelerated(model)).served
     attention, block, step = {
         "cpu": ("native",) * 3,
         "cpu without C++": PLAIN * 3,

@@ -6,11 +6,12 @@ from torch.autograd import forward_ad
 
 from ecar import graphs
 from ecar.sampler import sample
-from ecar_kernels import accelerate, use_backend
+from ecar_kernels import use_backend
 from tests.ecar.conftest import tiny_model
 from tests.ecar.test_model import training_inputs
 from tests.ecar_kernels.test_transforms import assert_as_the_reference
 from tests.support import transforms
+from tests.support.modules import accelerated
 
 
 def of_tensors(model):
@@ -48,7 +49,7 @@ def test_the_training_forward(transform):
     ids=lambda transform: transform.__name__,
 )
 def test_the_training_forward_of_an_accelerated_model(transform):
-    model = accelerate(tiny_model(ar_layers=1, flow_blocks=1))
+    model = accelerated(tiny_model(ar_layers=1, flow_blocks=1))
     assert_as_the_reference(transform, *of_tensors(model))
 
 
@@ -65,7 +66,9 @@ def test_no_graph_is_recorded_in_forward_mode(monkeypatch):
         assert "forward-mode AD" in graphs.device_reason(torch.device("cuda"))
 
 
-@pytest.mark.parametrize("prepare", [lambda model: model, accelerate], ids=["plain", "accelerated"])
+@pytest.mark.parametrize(
+    "prepare", [lambda model: model, accelerated], ids=["plain", "accelerated"]
+)
 def test_sampling_in_forward_mode(prepare):
     """The bound plan stands back, and a weight's tangent is refused, not lost."""
     model = prepare(tiny_model())

@@ -21,11 +21,13 @@ from ecar_kernels import (
     accelerate,
     accelerates,
     acceleration,
+    report,
     restore,
     use_backend,
 )
 from ecar_kernels.flow_block import packing
 from ecar_kernels.flow_block.packing import PackedWeight
+from tests.support.modules import accelerated
 from tests.support.native import needs_native
 
 WIDTH = 64
@@ -85,7 +87,7 @@ def infer(model, x):
 def test_the_answer_stays_and_restore_gives_the_same_bits(model, x, keep):
     before, values, names = infer(model, x), values_of(model), str(model)
     parameters = dict(model.named_parameters())
-    assert accelerate(model, keep_weights=keep) is model
+    assert accelerate(model, keep_weights=keep) == report(model)
     assert (infer(model, x) - before).abs().max() < 1e-5
     assert all(parameters[name] is weight for name, weight in model.named_parameters())
     assert restore(model) is model
@@ -97,7 +99,7 @@ def test_the_answer_stays_and_restore_gives_the_same_bits(model, x, keep):
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_state_dict_is_unchanged(model, keep):
     values = values_of(model)
-    state = accelerate(model, keep_weights=keep).state_dict()
+    state = accelerated(model, keep_weights=keep).state_dict()
     assert same(state, values)
     assert {type(value) for value in state.values()} == {torch.Tensor}
     assert all(value.is_contiguous() for value in state.values())
@@ -105,7 +107,7 @@ def test_the_state_dict_is_unchanged(model, keep):
 
 def test_print_shows_what_serves_each_module(model):
     assert "Accelerated" not in str(model)
-    served = str(accelerate(model, backend="reference"))
+    served = str(accelerated(model, backend="reference"))
     assert "AcceleratedFlowBlock" in served and "AcceleratedStageBlock" in served
     assert served.count("adaln_linear: reference") == 2
     assert "eps=1e-06, adaln: reference" in served
@@ -113,15 +115,15 @@ def test_print_shows_what_serves_each_module(model):
 
 @needs_native
 def test_print_names_the_native_backend(model):
-    assert "linear_gated_residual: native" in str(accelerate(model, backend="native"))
+    assert "linear_gated_residual: native" in str(accelerated(model, backend="native"))
 
 
 def test_accelerating_twice_and_restoring_what_is_plain(model, x):
     before = infer(model, x)
     assert infer(restore(model), x).equal(before)
-    first = infer(accelerate(model), x)
+    first = infer(accelerated(model), x)
     text = str(model)
-    assert infer(accelerate(model), x).equal(first) and str(model) == text
+    assert infer(accelerated(model), x).equal(first) and str(model) == text
     assert infer(restore(model), x).equal(before)
 
 
@@ -141,7 +143,7 @@ def test_the_backend_is_bound_ahead_of_time(model, x):
 def test_hooks_stay(model, x):
     calls = []
     model.block.register_forward_hook(lambda *_: calls.append(1))
-    infer(accelerate(model), x)
+    infer(accelerated(model), x)
     infer(restore(model), x)
     assert len(calls) == 2
 
@@ -189,7 +191,7 @@ def test_changed_weights_are_seen(model, x, keep):
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_copies(model, x, keep):
-    answer = infer(accelerate(model, keep_weights=keep), x)
+    answer = infer(accelerated(model, keep_weights=keep), x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert isinstance(other.flow, Accelerated)
         assert infer(other, x).equal(answer)
@@ -219,7 +221,7 @@ def test_another_device(model, x, keep):
 def test_autocast(model, x):
     with torch.autocast("cpu", torch.bfloat16):
         plain = infer(model, x)
-        ours = infer(accelerate(model), x)
+        ours = infer(accelerated(model), x)
     assert ours.dtype is plain.dtype
     assert ours.equal(plain)
 
@@ -227,7 +229,7 @@ def test_autocast(model, x):
 @torch.inference_mode()
 def test_inference_mode(model, x):
     before = model(x)
-    assert (accelerate(model, keep_weights=False)(x) - before).abs().max() < 1e-5
+    assert (accelerated(model, keep_weights=False)(x) - before).abs().max() < 1e-5
     assert restore(model)(x).equal(before)
 
 
@@ -249,7 +251,7 @@ def test_only_the_class_itself_is_swapped():
             return x
 
     model = nn.Sequential(Mine(), nn.LayerNorm(3))
-    assert str(accelerate(model)) == str(restore(model))
+    assert str(accelerated(model)) == str(restore(model))
 
 
 def test_a_users_own_block():
@@ -269,7 +271,7 @@ def test_a_users_own_block():
         norm = Norm()
         x, scale = torch.randn(2, 2, 5, 24).unbind()
         plain = norm(x, scale)
-        assert type(accelerate(norm)) is FastNorm and "adaln: " in str(norm)
+        assert type(accelerated(norm)) is FastNorm and "adaln: " in str(norm)
         assert (infer_two(norm, x, scale) - plain).abs().max() < 1e-5
         assert type(restore(norm)) is Norm
     finally:
@@ -320,7 +322,7 @@ def test_a_bound_backend_never_falls_back(model, x):
     accelerate(model, backend="reference")
     assert "reference" in str(model.double())  # which it serves
     if ecar_kernels._native.why_not() is None:
-        accelerate(model.float(), backend="native").double()
+        accelerated(model.float(), backend="native").double()
         with pytest.raises(BackendUnavailableError, match=r"does not serve torch\.float64"):
             infer(model, x.double())
 
@@ -353,7 +355,7 @@ class TestHeldPackedAlone:
         accelerate(model)
         held = {key: entry.tensor.data_ptr() for key, entry in packing._packed.items()}
         assert len(held) == 9 and not packed(model)
-        infer(accelerate(model), x)
+        infer(accelerated(model), x)
         assert held == {key: entry.tensor.data_ptr() for key, entry in packing._packed.items()}
         restore(model)
         assert not packing._packed
@@ -378,7 +380,7 @@ class TestHeldPackedAlone:
 
     def test_threads(self, model, x):
         """One reads and writes the weights back, two infer: never an unpacked or a half answer."""
-        expected, wrong = infer(accelerate(model, keep_weights=False), x), []
+        expected, wrong = infer(accelerated(model, keep_weights=False), x), []
 
         def work():
             for _ in range(60):

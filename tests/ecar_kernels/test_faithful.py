@@ -15,6 +15,7 @@ import ecar_kernels
 from ecar_kernels import acceleration, modules
 from ecar_kernels.modules import AdaLN, FlowBlock, GatedResidual, Linear, StageAttention, StageBlock
 from tests.support import situations
+from tests.support.modules import accelerated
 
 WIDTH, TOKENS, BATCH = 32, 10, 2
 
@@ -158,7 +159,7 @@ def test_any_norm(case, change):
     module, run, arguments = made(kind, call)
     situations.NORMS[change](module, name, module.get_submodule(name))
     right = reference(copy.deepcopy(module), run, arguments)
-    assert agree(run(ecar_kernels.accelerate(module), arguments), right)
+    assert agree(run(accelerated(module), arguments), right)
     assert name in str(ecar_kernels.report(module))
 
 
@@ -205,7 +206,7 @@ def test_it_takes_what_the_plain_module_takes(case, layout):
     right, refused = outcome(lambda: reference(module, run, [a.contiguous() for a in changed]))
     got, error = outcome(lambda: run(module, changed))
     assert (error is None) == (refused is None), error
-    fast, error = outcome(lambda: run(ecar_kernels.accelerate(module), changed))
+    fast, error = outcome(lambda: run(accelerated(module), changed))
     assert (error is None) == (refused is None), error
     if refused is None and right.numel():
         assert fast.dtype == got.dtype == right.dtype
@@ -219,7 +220,7 @@ def test_it_refuses_what_the_plain_module_refuses(case, wrong):
     """Each argument in turn. Never a result where the plain module has none."""
     kind, call = case
     module, run, arguments = made(kind, call)
-    fast = ecar_kernels.accelerate(copy.deepcopy(module))
+    fast = accelerated(copy.deepcopy(module))
     for index, argument in enumerate(arguments):
         changed = [*arguments[:index], WRONG[wrong](argument), *arguments[index + 1 :]]
         right, refused = outcome(lambda a=changed: reference(module, run, a))

@@ -25,7 +25,7 @@ from ecar_kernels.acceleration import Accelerated, unit_gate
 from ecar_kernels.registry import KERNEL_DTYPES
 from ecar_kernels.stage_attention.reference import block_causal_mask
 from tests.support.accuracy import assert_accurate
-from tests.support.modules import arguments_of, calls_of_a_block, functional
+from tests.support.modules import accelerated, arguments_of, calls_of_a_block, functional
 from tests.support.native import needs_native
 
 WIDTH, HEADS, STAGES = 48, 4, (1, 4, 9)
@@ -108,7 +108,7 @@ def test_stage_attention_sees_its_own_and_earlier_stages():
 def test_layer_norms_far_from_1(factor, dtype):
     """Their weights are what is fused, not their distance from 1, which would be rounded."""
     build, call, shapes = CASES["StageBlock"]
-    plain, fast = build(), accelerate(build().to(dtype))
+    plain, fast = build(), accelerated(build().to(dtype))
     arguments = arguments_of(plain, shapes, dtype)
     for index, (name, _) in enumerate(plain.named_parameters()):
         if name in ("norm1.weight", "norm2.weight"):
@@ -168,7 +168,7 @@ def test_other_norms_in_an_accelerated_block(name, which, backend):
 @torch.no_grad()
 def test_an_accelerated_block_is_five_calls():
     """No other is made but views and the writes to the cache: on a GPU each would be a launch."""
-    block = accelerate(StageBlock(WIDTH, HEADS), backend="native")
+    block = accelerated(StageBlock(WIDTH, HEADS), backend="native")
     assert calls_of_a_block(block) == [
         "ecar::packed_adaln_linear",
         "aten::copy_",

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import ecar_kernels
-from ecar_kernels import FlowBlock, OpsModule, accelerate, use_backend
+from ecar_kernels import FlowBlock, OpsModule, use_backend
 from ecar_kernels.flow_block.packing import PackedWeight
 from tests.ecar_kernels.test_transforms import assert_as_the_reference
 from tests.support import transforms
 from tests.support.accuracy import tensors
-from tests.support.modules import arguments_of, functional
+from tests.support.modules import accelerated, arguments_of, functional
 from tests.support.native import needs_native
 
 WIDTH, STAGES = 16, (1, 4)
@@ -49,9 +49,9 @@ MODULES = {
 }
 WAYS = {
     "plain": lambda module: module,
-    "accelerated": accelerate,
-    "packed": lambda module: accelerate(module, keep_weights=False),
-    "triton": lambda module: accelerate(module, backend="triton"),
+    "accelerated": accelerated,
+    "packed": lambda module: accelerated(module, keep_weights=False),
+    "triton": lambda module: accelerated(module, backend="triton"),
 }
 
 

@@ -5,6 +5,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ecar_kernels import accelerate
+
+
+def accelerated(module, **options):
+    """The module, swapped in place."""
+    accelerate(module, **options)
+    return module
+
 
 def functional(module, call):
     """The call as a function of the module's weights too, named w0, w1, .."""

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ecar_kernels import StageBlock, accelerate
+from ecar_kernels import StageBlock
 from ecar_kernels.flow_block import launch, reference
 from ecar_kernels.registry import KERNEL_DTYPES
 from tests.support.accuracy import assert_accurate
 from tests.support.adaln import LAYOUTS
 from tests.support.flow_block import OFFSETS, OPS, call_of
-from tests.support.modules import calls_of_a_block
+from tests.support.modules import accelerated, calls_of_a_block
 
 triton = pytest.importorskip("ecar_kernels.flow_block.triton")
 
@@ -107,7 +107,7 @@ def test_outputs_under_other_settings(op, data):
 @torch.no_grad()
 def test_an_accelerated_block_is_five_calls():
     """As test_modules.py has it of the C++ ones."""
-    block = accelerate(StageBlock(64, 4).to(DEVICE), backend="triton")
+    block = accelerated(StageBlock(64, 4).to(DEVICE), backend="triton")
     assert calls_of_a_block(block) == [
         "ecar_triton::adaln_linear",
         "aten::copy_",
