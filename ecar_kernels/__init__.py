@@ -9,9 +9,11 @@ and `from ecar_kernels.adaln import reference` still finds the module.
 
 from ecar_kernels.acceleration import Accelerated, accelerate, accelerates, report, restore
 from ecar_kernels.adaln.api import adaln, gated_residual, gated_residual_adaln
+from ecar_kernels.bound import BoundFlowStep
 from ecar_kernels.flow_block.api import adaln_linear, linear_gated_residual
 from ecar_kernels.flow_step.api import euler_step, initial_noise, upsample_renoise_euler
 from ecar_kernels.flow_step.boundary_api import flow_boundary
+from ecar_kernels.flow_step.reference import haar_high_pass
 from ecar_kernels.modules import (
     MLP,
     AdaLN,
@@ -37,6 +39,7 @@ __all__ = [
     "Accelerated",
     "AdaLN",
     "BackendUnavailableError",
+    "BoundFlowStep",
     "FlowBlock",
     "GatedResidual",
     "Linear",
@@ -54,6 +57,7 @@ __all__ = [
     "flow_boundary",
     "gated_residual",
     "gated_residual_adaln",
+    "haar_high_pass",
     "initial_noise",
     "linear_gated_residual",
     "report",

@@ -20,8 +20,10 @@ _forwards = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Embeddi
 
 
 def remember(*kinds: type[nn.Module]) -> None:
-    """Classes as they are now: where somebody replaces their forward later, `why_not` says so."""
-    _forwards.update((kind, kind.forward) for kind in kinds)
+    """Classes as they are now, at the first call: where somebody replaces their forward later,
+    `why_not` says so."""
+    for kind in kinds:
+        _forwards.setdefault(kind, kind.forward)
 
 
 def as_written(module: nn.Module, kind: type[nn.Module], *, compiled: bool = False) -> bool:

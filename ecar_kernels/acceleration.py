@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ecar_kernels import _transforms, registry
-from ecar_kernels._written import as_written, has_affine, is_plain, why_not
+from ecar_kernels._written import as_written, has_affine, is_plain, remember, why_not
 from ecar_kernels.adaln.api import adaln, gated_residual, gated_residual_adaln
 from ecar_kernels.flow_block import packing
 from ecar_kernels.flow_block.api import adaln_linear, linear_gated_residual
@@ -219,6 +219,7 @@ def accelerates(original: type[nn.Module]) -> Callable[[type[Module]], type[Modu
                 f"{', '.join(Ops._fields)}, got {min(unknown)!r}"
             )
         _accelerated[original] = replacement
+        remember(original)
         return replacement
 
     return register

@@ -34,7 +34,7 @@ _native.require()
 _packed_adaln_linear = torch.ops.ecar.packed_adaln_linear.default
 _packed_linear_gated_residual = torch.ops.ecar.packed_linear_gated_residual.default
 # `FlowBlock.infer` in one call, for who has packed the weights and allocated the buffers
-# (ecar/bound.py): x [R, N, C] is written over; spatial [R, N, parts C] and step [1, 1, parts C]
+# (bound.py): x [R, N, C] is written over; spatial [R, N, parts C] and step [1, 1, parts C]
 # hold the block's six modulations from `part` on; `wide`, of x's type, has R N max(4 C, hidden)
 # elements or more, and `workspace`, floats, what `workspace_size` says of C and of `hidden`.
 flow_block_ = torch.ops.ecar.flow_block_.default

@@ -1,0 +1,259 @@
+"""The flow step on the CPU as flat lists of C++ calls, bound before the first step.
+
+At 16 tokens a step is a millisecond or two, of which Python's way from op to op would be a good
+part. So a step is one call for each flow block and one for the boundary, and all steps of a head
+are laid out before the first, with their views, packed weights and outputs. Those are buffers that
+are allocated once; nothing is allocated in a step. The residual stream is written over in place,
+and so is the state, which stays in the token layout.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ecar_kernels import _transforms, registry
+from ecar_kernels._written import is_plain, why_not
+from ecar_kernels.acceleration import PUBLIC
+from ecar_kernels.modules import MLP, FlowBlock
+
+__all__ = ["BoundFlowStep"]
+
+Call = Callable[[], object]
+BLOCK_OPS = ("adaln_linear", "stage_attention", "linear_gated_residual")
+
+
+class BoundFlowStep:
+    """The Euler steps of flow heads on the CPU, one head after the other, on the same buffers.
+
+    A head is an embedding of patches, `FlowBlock`s, and a projection back to patches. Its steps
+    are laid out by `bind` and one `add` each, and then run by number:
+
+        steps = BoundFlowStep(batch=1, rows=2, tokens=256, width=768, hidden=3072, values=16,
+                              dtype=torch.float32)
+        steps.bind(blocks, output, embed, positions, spatial)
+        for time in modulations:
+            steps.add(time, rows=2, dt=0.1, guidance_scale=1.5)
+        steps.state.copy_(x)
+        steps.stream.copy_(embed(x) + positions)
+        for step in range(len(modulations)):
+            steps.run(step)
+
+    Args:
+        batch: images B.
+        rows: rows R of the network at most: B, or 2 B where steps are guided, conditional first.
+        tokens: tokens N of an image at most.
+        width: channels C.
+        hidden: the MLPs' width.
+        values: numbers V of a patch.
+        dtype: float32, bfloat16 or float16, of the network. The state is float32.
+
+    Attributes:
+        state: [B, N, V] of the bound head: patches before and after a step.
+        stream: [R, N, C] of the bound head: before a step the embedded tokens of its rows.
+
+    Raises:
+        ImportError: the C++ library is missing. `why_not` says so without an error.
+    """
+
+    state: Tensor
+    stream: Tensor
+
+    def __init__(
+        self,
+        *,
+        batch: int,
+        rows: int,
+        tokens: int,
+        width: int,
+        hidden: int,
+        values: int,
+        dtype: torch.dtype,
+    ) -> None:
+        from ecar_kernels.flow_block import native
+
+        def buffer(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(size, dtype=dtype, device="cpu")
+
+        self._batch = batch
+        self._stream = buffer(rows * tokens * width, dtype)
+        # Queries, keys, values and what attention makes of them; later the MLP's hidden tokens.
+        self._wide = buffer(rows * tokens * max(4 * width, hidden), dtype)
+        self._state = buffer(batch * tokens * values)
+        self._workspace = buffer(
+            max(native.workspace_size(rows * tokens, depth) for depth in (width, hidden))
+        )
+        self._calls: list[list[Call]] = []
+
+    @staticmethod
+    def why_not(
+        blocks: Sequence[nn.Module],
+        output: nn.Module,
+        embed: nn.Module,
+        positions: Tensor,
+        dtype: torch.dtype,
+    ) -> str | None:
+        """None where every op of the steps would be served by C++ on the CPU and every layer is as
+        its class is written; else the reason, in words."""
+        if torch.is_autocast_enabled("cpu"):
+            return "torch.autocast is active"
+        if torch.is_grad_enabled():
+            return "a gradient may be asked for"
+        if _transforms.active():
+            return "a transform of torch.func or forward-mode AD is active"
+        for name, layer, kind in _layers(blocks, output, embed):
+            if (reason := why_not(layer, kind, compiled=kind is FlowBlock)) is not None:
+                return f"{name}: {reason}"
+        if not is_plain(positions):
+            return f"the positions are a {type(positions).__name__} of {positions.dtype}"
+        try:
+            for op, run in _functions(blocks, output, dtype):
+                if (server := registry.server(run)) != "native":
+                    return f"{op} is served by {server}"
+        except registry.BackendUnavailableError as error:
+            return str(error)
+        return None
+
+    def bind(
+        self,
+        blocks: Sequence[FlowBlock],
+        output: nn.Linear,
+        embed: nn.Linear,
+        positions: Tensor,
+        spatial: Tensor,
+        *,
+        eps: float = 1e-6,
+    ) -> None:
+        """Take up a head, without steps yet.
+
+        Args:
+            blocks, output, embed: its layers, of which `why_not` is None.
+            positions: [N, C], added to embedded tokens.
+            spatial: [R, N, (6 L + 2) C], the modulation's part of the tokens: six of each of the L
+                blocks (`FlowBlock.infer`), then the shift and scale before the output.
+            eps: of the norm before the output.
+        """
+        from ecar_kernels.flow_block import native
+        from ecar_kernels.flow_step.boundary import flow_boundary_out
+
+        (rows, tokens, _), width, values = spatial.shape, output.in_features, output.out_features
+        batch = self._batch
+        self.state = self._state[: batch * tokens * values].view(batch, tokens, values)
+        self.stream = self._stream[: rows * tokens * width].view(rows, tokens, width)
+        self._spatial, self._width, self._calls = spatial, width, []
+        # What follows a block's modulations among its arguments, its weights packed.
+        self._blocks = [
+            (
+                *(
+                    value
+                    for layer in (block.qkv, block.proj, block.mlp.fc1, block.mlp.fc2)
+                    for value in (native.packed_weight(layer.weight), layer.bias)
+                ),
+                block.heads,
+                block.mlp.fc1.out_features,
+                block.eps,
+                self._wide,
+                self._workspace,
+            )
+            for block in blocks
+        ]
+        self._ends = output.weight, output.bias, embed.weight, embed.bias, positions
+        self._eps = eps
+        self._flow_block, self._flow_boundary = native.flow_block_, flow_boundary_out
+        self._rows = rows
+        for op in (*BLOCK_OPS, "flow_boundary"):
+            registry.note(op, "native")
+
+    def add(self, time: Tensor, *, rows: int, dt: float, guidance_scale: float = 1.0) -> None:
+        """Lay out the next step.
+
+        Args:
+            time: [1, 1, (6 L + 2) C], the modulation's part of the time.
+            rows: B, or 2 B where the step is guided.
+            dt: the step's length.
+            guidance_scale: of `euler_step`.
+        """
+        calls: list[Call] = []
+        x, spatial = self.stream[:rows], self._spatial[:rows]
+        if self._calls and self._rows < rows:  # unconditional rows begin as the others
+            half = rows // 2
+            calls.append(partial(x[half:].copy_, x[:half]))
+        calls += [
+            partial(self._flow_block, x, spatial, time, 6 * index, *block)
+            for index, block in enumerate(self._blocks)
+        ]
+        (shift, scale), (step_shift, step_scale) = (
+            part[..., -2 * self._width :].chunk(2, dim=-1) for part in (spatial, time)
+        )
+        calls.append(
+            partial(
+                self._flow_boundary,
+                x,
+                self.state,
+                shift,
+                scale,
+                *self._ends,
+                dt,
+                step_shift,
+                step_scale,
+                float(guidance_scale),
+                self._eps,
+                self.state,
+                x,
+            )
+        )
+        self._rows = rows
+        self._calls.append(calls)
+
+    def run(self, step: int) -> None:
+        """Take a step that was laid out."""
+        for call in self._calls[step]:
+            call()
+
+    @staticmethod
+    def jump(end: Tensor, start: Tensor, *, time: float, stage: int, seeds: Tensor) -> None:
+        """From a stage's end to the start of the next one, at once.
+
+        Args:
+            end: [B, C, h, w], float32.
+            start: [B, C, 2 h, 2 w], float32, written to.
+            time, stage, seeds: of `upsample_renoise_euler`.
+        """
+        from ecar_kernels.flow_step.native import jump_out
+
+        registry.note("upsample_renoise_euler", "native")
+        # An Euler step of no length: the step itself is done.
+        jump_out(end, end, 0.0, 1.0, time, stage, seeds, end, start)
+
+
+def _layers(
+    blocks: Sequence[nn.Module], output: nn.Module, embed: nn.Module
+) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
+    """Every module whose parameters a step reads, a block before its layers."""
+    yield from (("output", output, nn.Linear), ("embed", embed, nn.Linear))
+    for index, block in enumerate(blocks):
+        yield f"blocks.{index}", block, FlowBlock
+        yield f"blocks.{index}.mlp", block.mlp, MLP
+        for name in ("qkv", "proj", "mlp.fc1", "mlp.fc2"):
+            yield f"blocks.{index}.{name}", block.get_submodule(name), nn.Linear
+
+
+def _functions(
+    blocks: Sequence[FlowBlock], output: nn.Linear, dtype: torch.dtype
+) -> Iterator[tuple[str, Callable]]:
+    """Those that the same steps would call op by op."""
+    yield (
+        "flow_boundary",
+        registry.implementation("flow_boundary", "cpu", dtype, output.in_features),
+    )
+    for block in blocks:
+        for op in BLOCK_OPS:
+            width = block.head_dim if op == "stage_attention" else block.width
+            ops = block.ops(torch.empty(0, width, dtype=dtype))
+            yield (
+                op,
+                registry.implementation(op, "cpu", dtype, width)
+                if ops is PUBLIC
+                else getattr(ops, op),
+            )

@@ -1,0 +1,192 @@
+"""Steps that are bound ahead of time: what they compute, and what they are refused for."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ecar_kernels import (
+    BoundFlowStep,
+    FlowBlock,
+    accelerate,
+    flow_boundary,
+    registry,
+    upsample_renoise_euler,
+    use_backend,
+)
+from tests.support import situations
+from tests.support.modules import accelerated
+from tests.support.native import needs_native
+
+pytestmark = needs_native
+
+BATCH, TOKENS, WIDTH, HEADS, VALUES, BLOCKS = 2, 9, 32, 2, 12, 2
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = {"tokens": TOKENS, "width": WIDTH, "hidden": 4 * WIDTH, "values": VALUES}
+
+
+class Head(nn.Module):
+    """The layers that steps are bound to."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(FlowBlock(WIDTH, HEADS) for _ in range(BLOCKS))
+        self.output = nn.Linear(WIDTH, VALUES)
+        self.embed = nn.Linear(VALUES, WIDTH)
+        self.register_buffer("positions", torch.randn(TOKENS, WIDTH))
+
+    @property
+    def parts(self):
+        return self.blocks, self.output, self.embed, self.positions
+
+    def why_not(self, dtype=torch.float32):
+        with torch.no_grad():
+            return BoundFlowStep.why_not(*self.parts, dtype)
+
+
+def op_by_op(head, state, stream, spatial, times, plan):
+    """The state after each step, by the modules and the public op."""
+    shown = []
+    for (rows, dt, scale), time in zip(plan, times, strict=True):
+        if len(stream) < rows:
+            stream = stream.repeat(2, 1, 1)
+        own, step = spatial[:rows].split(WIDTH, dim=-1), time.split(WIDTH, dim=-1)
+        x = stream[:rows]
+        for index, block in enumerate(head.blocks):
+            six = slice(6 * index, 6 * index + 6)
+            x = block.infer(x, own[six], step[six])
+        state, stream = flow_boundary(
+            x,
+            state,
+            *own[-2:],
+            head.output.weight,
+            head.output.bias,
+            head.embed.weight,
+            head.embed.bias,
+            head.positions,
+            dt,
+            step_shift=step[-2],
+            step_scale=step[-1],
+            guidance_scale=scale,
+        )
+        shown.append(state)
+    return shown
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("packed_alone", [False, True])
+@torch.no_grad()
+def test_it_computes_what_the_ops_do(dtype, packed_alone):
+    """Steps of unequal length, some of them guided, and a second head on the same buffers: no
+    further from the exact states than twice the references, one by one."""
+    bound = BoundFlowStep(batch=BATCH, rows=2 * BATCH, dtype=dtype, **SIZES)
+    plan = [(2, 0.2, 1.0), (4, 0.3, 2.5), (4, 0.1, 0.5), (2, 0.4, 1.0)]
+    for _ in range(2):
+        head = Head().to(dtype)
+        exactly = copy.deepcopy(head).double()
+        if packed_alone:
+            accelerate(head, keep_weights=False)
+        state = torch.randn(BATCH, TOKENS, VALUES)
+        stream = head.embed(state.to(dtype)) + head.positions
+        spatial = torch.randn(2 * BATCH, TOKENS, (6 * BLOCKS + 2) * WIDTH).to(dtype)
+        times = torch.randn(len(plan), 1, 1, spatial.shape[-1]).to(dtype).unbind()
+        given = state, stream, spatial, times
+        with use_backend("reference"):
+            plain = op_by_op(head, *given, plan)
+            doubled = [x.double() for x in given[:3]] + [[time.double() for time in times]]
+            exact = op_by_op(exactly, *doubled, plan)
+        bound.bind(*head.parts, spatial)
+        for (rows, dt, scale), time in zip(plan, times, strict=True):
+            bound.add(time, rows=rows, dt=dt, guidance_scale=scale)
+        bound.state.copy_(state)
+        bound.stream[:BATCH].copy_(stream)
+        for step, right in enumerate(exact):
+            bound.run(step)
+            assert bound.state.dtype == torch.float32
+            assert (bound.state - right).norm() <= 2 * (plain[step] - right).norm()
+
+
+@torch.no_grad()
+def test_a_jump_is_an_euler_step_of_no_length():
+    end, seeds = torch.randn(BATCH, 3, 4, 6), torch.tensor([5, -6])
+    start = torch.empty(BATCH, 3, 8, 12)
+    BoundFlowStep.jump(end, start, time=0.25, stage=3, seeds=seeds)
+    same, expected = upsample_renoise_euler(
+        end, torch.zeros_like(end), 0.0, time=0.25, stage=3, seeds=seeds
+    )
+    assert end.equal(same) and start.equal(expected)
+
+
+@torch.no_grad()
+def test_what_serves_it_is_recorded():
+    head, bound = Head(), BoundFlowStep(batch=BATCH, rows=BATCH, dtype=torch.float32, **SIZES)
+    with registry.record() as log:
+        bound.bind(*head.parts, torch.randn(BATCH, TOKENS, (6 * BLOCKS + 2) * WIDTH))
+        BoundFlowStep.jump(
+            torch.randn(1, 1, 2, 2),
+            torch.empty(1, 1, 4, 4),
+            time=0.5,
+            stage=2,
+            seeds=torch.tensor([1]),
+        )
+    ops = "adaln_linear", "stage_attention", "linear_gated_residual", "flow_boundary"
+    assert log == {op: {"native"} for op in (*ops, "upsample_renoise_euler")}
+
+
+class TestWhyNot:
+    def test_none_as_written_plain_or_accelerated(self):
+        assert Head().why_not() is None
+        assert accelerated(Head()).why_not() is None
+        assert accelerated(Head(), keep_weights=False).why_not() is None
+
+    def test_another_backend(self):
+        with use_backend("reference"):
+            assert Head().why_not() == "flow_boundary is served by reference"
+            of_the_reference = accelerated(Head())
+        assert of_the_reference.why_not() == "adaln_linear is served by reference"
+
+    def test_a_dtype_that_no_kernel_serves(self):
+        assert "is served by reference" in Head().double().why_not(torch.float64)
+
+    def test_autocast_gradients_and_transforms(self):
+        head = Head()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert head.why_not() == "torch.autocast is active"
+        assert "gradient" in BoundFlowStep.why_not(*head.parts, torch.float32)
+        with torch.autograd.forward_ad.dual_level():
+            assert "forward-mode AD" in head.why_not()
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            situations.an_adapter,
+            situations.a_forward_hook,
+            situations.a_wrapped_forward,
+            situations.a_parametrization,
+            situations.pruning,
+            situations.dynamic_quantization,
+        ],
+        ids=lambda change: change.__name__,
+    )
+    @pytest.mark.parametrize("prepare", [lambda head: head, accelerated], ids=["", "accelerated"])
+    def test_every_layer_that_is_not_as_written(self, change, prepare):
+        layers = situations.linear_layers(Head())
+        assert len(layers) == 4 * BLOCKS + 2
+        for layer in layers:
+            head = prepare(Head())
+            change(head, layer, head.get_submodule(layer))
+            assert head.why_not().startswith(f"{layer}: "), layer
+
+    @pytest.mark.parametrize("module", ["blocks.1", "blocks.0.mlp"])
+    def test_a_hook_of_a_block_or_its_mlp(self, module):
+        head = Head()
+        handle = head.get_submodule(module).register_forward_hook(lambda *_: None)
+        assert head.why_not() == f"{module}: it has forward hooks"
+        handle.remove()
+        assert head.why_not() is None
+
+    def test_positions_that_are_computed(self):
+        head = Head()
+        head.positions = head.positions.to(torch.int32)
+        assert "positions are a Tensor of torch.int32" in head.why_not()
