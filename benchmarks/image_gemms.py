@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks import linears
 from benchmarks.models import StageTime
 from ecar.model import ECAR
-from ecar.sampler import split_steps
+from ecar.sampling import split_steps
 from ecar_kernels import _native
 
 Call = Callable[[], object]

@@ -21,9 +21,10 @@ import ecar_kernels
 from benchmarks import environment, results
 from benchmarks.results import markdown
 from ecar.config import ECARConfig
-from ecar.guidance import split_steps
 from ecar.model import ECAR
-from ecar.plan import Plan, Shape
+from ecar.sampling import loop, split_steps
+from ecar.sampling.plain import PlainEngine
+from ecar.sampling.stage import Inputs, Shape
 from ecar.transformer import KVCache
 from ecar_kernels import _native
 
@@ -50,18 +51,18 @@ def count(size: str, *, accelerated: bool, guided: bool) -> dict[str, Any]:
             ecar_kernels.accelerate(model)
         stages = model.config.num_stages
         guidance = ((guided,) * COUNTED,) * stages
-        plan = Plan(model, Shape(1, (COUNTED,) * stages, "euler", guidance), device_scales=True)
-        ends: dict[tuple[int, int], int] = {}
+        every = (COUNTED,) * stages
+        inputs = Inputs(model, Shape(1, every, "euler", guidance), device_scales=True)
+        ends: list[int] = []  # launches after each step
 
-        def watch(stage: int, step: int, image: object) -> None:
-            ends[stage, step] = len(gpu.launches)
-
-        plan.run(model)  # tables of attention's tiles are made once
+        loop.run(PlainEngine(model, inputs), every)  # tables of attention's tiles are made once
         gpu.clear()
-        plan.run(model, watch)
+        engine = PlainEngine(model, inputs)
+        loop.run(engine, every, progress=lambda taken: ends.append(len(gpu.launches)))
         launches = gpu.launches
         steps = [
-            _kinds(launches[ends[stage, 0] : ends[stage, 1]]) for stage in range(1, stages + 1)
+            _kinds(launches[ends[first] : ends[first + 1]])
+            for first in range(0, COUNTED * stages, COUNTED)
         ]
         counts = split_steps(STEPS, stages)
         image = Counter(_kinds(launches))
@@ -72,7 +73,7 @@ def count(size: str, *, accelerated: bool, guided: bool) -> dict[str, Any]:
             "accelerated": accelerated,
             "guided": guided,
             "steps": steps,
-            "ar": _ar(gpu, model, plan.rows),
+            "ar": _ar(gpu, model, inputs.rows),
             "image": dict(image),
         }
 

@@ -22,7 +22,7 @@ from benchmarks.models import STEPS
 from benchmarks.results import figures, markdown
 from ecar.config import PRESETS, ECARConfig
 from ecar.model import ECAR
-from ecar.sampler import StepInfo, sample, split_steps
+from ecar.sampling import StepInfo, sample, split_steps
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 SETTLED = 5  # steps of a stage after which nothing may grow

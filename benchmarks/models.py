@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import ecar_kernels
 from ecar.config import ECARConfig
 from ecar.model import ECAR
-from ecar.plan import Plan, Shape
-from ecar.sampler import split_steps
+from ecar.sampling import split_steps
+from ecar.sampling.sampler import run_eagerly
+from ecar.sampling.stage import Shape
 
 STEPS = 250  # of the paper's Table 3
 WEIGHT_SCALE = 0.02
@@ -103,29 +104,30 @@ def time_image(
 ) -> list[StageTime]:
     """Each stage's time for images of `steps` steps, of which `timed_steps` a stage are run.
 
-    The sampler's own plan runs. `once` is what precedes a stage's first step (the AR's pass, the
+    The sampler's own loop runs. `once` is what precedes a stage's first step (the AR's pass, the
     tokens' modulation, and the modulation of all `steps`, whose rows beyond those of the steps
     that are run are timed apart), and what its last step takes longer than the others' median.
     """
     config = way.model.config
     counts = split_steps(steps, config.num_stages)
     timed_steps = max(3, timed_steps)
-    stamps: list[tuple[int, float]] = []
-
-    def note(stage: int, step: int, image: Callable[[], Tensor]) -> None:
-        stamps.append((stage, time.perf_counter()))
-
+    stamps: list[float] = []  # after each step
     labels, seeds = torch.randint(config.num_classes, (batch,)), torch.randint(2**62, (batch,))
     every = (timed_steps,) * config.num_stages
     shape = Shape(batch, every, "euler", tuple((False,) * count for count in every))
     with way.backend_in_force(), torch.no_grad():
         begin = time.perf_counter()
-        plan = Plan(way.model, shape, device_scales=False)
-        plan.load(labels, seeds, [[1.0] * count for count in every])
-        plan.run(way.model, note)
+        run_eagerly(
+            way.model,
+            shape,
+            labels,
+            seeds,
+            [[1.0] * count for count in every],
+            progress=lambda taken: stamps.append(time.perf_counter()),
+        )
         found = []
-        for stage, (count, head) in enumerate(zip(counts, way.model.heads, strict=True), start=1):
-            at = [when for of, when in stamps if of == stage]
+        for stage, (count, head) in enumerate(zip(counts, way.model.heads, strict=True)):
+            at = stamps[stage * timed_steps : (stage + 1) * timed_steps]
             lengths = [later - earlier for earlier, later in itertools.pairwise(at)]
             step = statistics.median(lengths[:-1])
             rest = (at[0] - begin) + lengths[-1] - 2 * step

@@ -2,8 +2,8 @@
 
 One step of each stage of an accelerated E-CAR, op after op from Python, under torch's profiler.
 Its own cost is part of all figures but the last two rows': that step without it, and a step as the
-sampler takes it on the CPU, bound ahead of time (ecar/bound.py), where a block is one call and
-cannot be looked into.
+sampler takes it on the CPU, bound ahead of time (ecar/sampling/cpu.py), where a block is one call
+and cannot be looked into.
 """
 
 import argparse

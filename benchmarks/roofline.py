@@ -22,7 +22,7 @@ import torch
 
 from ecar.config import PRESETS, ECARConfig
 from ecar.flow import TIME_CHANNELS
-from ecar.sampler import split_steps
+from ecar.sampling import split_steps
 from ecar_kernels.costs import Cost, Rates, floor_seconds
 
 SIZES = ("S", "B", "L")

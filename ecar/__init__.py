@@ -13,10 +13,10 @@ _HOMES = {
     "ECARConfig": "ecar.config",
     "ECARPipeline": "ecar.pipeline",
     "PRESETS": "ecar.config",
-    "release_graphs": "ecar.sampler",
-    "sample": "ecar.sampler",
-    "split_steps": "ecar.sampler",
-    "why_not_graphs": "ecar.sampler",
+    "release_graphs": "ecar.sampling",
+    "sample": "ecar.sampling",
+    "split_steps": "ecar.sampling",
+    "why_not_graphs": "ecar.sampling",
 }
 
 __all__ = sorted(_HOMES)

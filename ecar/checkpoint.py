@@ -18,7 +18,7 @@ from ecar.codec import CODECS, AutoencoderKLCodec, IdentityCodec
 from ecar.config import ECARConfig
 from ecar.files import read_json, write_json
 from ecar.hub import checkpoint_folder
-from ecar.sampler import SOLVERS, Guidance, split_steps
+from ecar.sampling import SOLVERS, Guidance, split_steps
 
 __all__ = [
     "BUILT_IN_DEFAULTS",

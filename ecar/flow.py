@@ -28,8 +28,8 @@ from ecar_kernels import (
     fused,
     recompute,
 )
-from ecar_kernels._written import as_written, is_plain, remember
 from ecar_kernels.acceleration import PUBLIC
+from ecar_kernels.inspection import as_written, is_plain
 
 __all__ = ["FlowHead", "sincos_positions", "time_frequencies"]
 
@@ -156,17 +156,11 @@ class FlowHead(OpsModule):
             and is_plain(self.positions)
         )
 
-    def fusable(self) -> bool:
-        """May all of a step be ops that read the parameters of its layers?"""
-        return self.fuses_boundary() and all(
-            not replaced(block, "infer")
-            and not _called(block)
-            and as_written(block.mlp, MLP)
-            and all(
-                as_written(layer, nn.Linear)
-                for layer in (block.qkv, block.proj, block.mlp.fc1, block.mlp.fc2)
-            )
-            for block in self.blocks
+    def fuses_steps(self) -> bool:
+        """May a whole step be ops that read the parameters of its layers, where those are as
+        written? ``ecar_kernels.BoundFlowStep.why_not`` asks that."""
+        return self.fuses_boundary() and not any(
+            replaced(block, "infer") or _called(block) for block in self.blocks
         )
 
     def embed_tokens(self, x: Tensor) -> Tensor:
@@ -289,4 +283,3 @@ _INFERENCE = (
     FlowHead.embed_tokens,
     AcceleratedFlowHead.embed_tokens,
 )
-remember(FlowHead)

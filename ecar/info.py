@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ecar.config import ECARConfig
 from ecar.model import ECAR
-from ecar.plan import boundary_op
-from ecar.sampler import sample, split_steps
+from ecar.sampling import sample, split_steps
+from ecar.sampling.plain import boundary_op
 from ecar_kernels import BackendUnavailableError, active_backend, resolve, use_backend
 from ecar_kernels.registry import AUTO_ORDER
 
@@ -90,7 +90,7 @@ def count_multiply_adds(
     shapes are counted once and added each time. Elementwise work is not counted.
 
     Args:
-        steps, guidance_scale, settings: of ``ecar.sampler.sample``.
+        steps, guidance_scale, settings: of ``ecar.sample``.
 
     Raises:
         TypeError, ValueError: naming the argument.

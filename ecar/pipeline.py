@@ -25,7 +25,7 @@ from ecar.hub import checkpoint_folder, chosen_dtype, require_hub_options
 from ecar.images import to_numpy, to_pil, to_unit
 from ecar.inputs import ClassNames, draw_seeds, pair
 from ecar.model import ECAR
-from ecar.sampler import StepInfo, release_graphs, sample
+from ecar.sampling import StepInfo, release_graphs, sample
 from ecar_kernels import accelerate, active_backend
 
 __all__ = ["ECARPipeline", "ECARPipelineOutput"]

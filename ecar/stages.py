@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ecar_kernels.flow_step.reference import haar_high_pass
+from ecar_kernels import haar_high_pass
 
 __all__ = [
     "data_pyramid",

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ecar.config import ECARConfig
 from ecar_kernels import StageBlock, recompute
-from ecar_kernels._written import why_not
+from ecar_kernels.inspection import why_not_as_written
 
 __all__ = ["ARTransformer", "KVCache", "patchify", "unpatchify"]
 
@@ -145,7 +145,7 @@ class ARTransformer(nn.Module):
         if not return_shared:
             return self.norm(x).split(lengths, dim=1), None, None
         last = self.blocks[-1]
-        if (reason := why_not(last, StageBlock)) is not None:
+        if (reason := why_not_as_written(last, StageBlock)) is not None:
             raise ValueError(f"GradNorm cannot look inside the last AR block: {reason}")
         x = x + last.attention(x, lengths, None, 0)
         hidden = recompute.linear(last.mlp.fc1, *recompute.layer_norm(last.norm2, x))

@@ -298,7 +298,7 @@ def test_rows_are_those_asked_for():
 def test_only_files_with_gpu_tests_are_collected():
     """Others may import what a machine with a GPU does not have; the sampler's come first."""
     chosen = checks.suites()["marked gpu"]
-    assert chosen[:3] == ["-m", "gpu", "tests/ecar/test_graphs_gpu.py"]
+    assert chosen[:3] == ["-m", "gpu", "tests/ecar/sampling/test_graph_gpu.py"]
     assert "tests/ecar/test_pipeline.py" not in chosen
     assert {Path(name).stem for name in chosen[2:]} >= set(checks.FIRST_TESTS)
 

@@ -3,6 +3,7 @@
 import ast
 import functools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,19 +38,22 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text("utf-8"), str(path))
 
 
-def imported_modules(path: Path) -> set[str]:
-    """Absolute dotted names of everything the file imports, at any depth of its code."""
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    """(module, name) of everything the file imports, at any depth of its code and for type
+    checkers too: absolute dotted names, and "" for a module as a whole."""
     package = path.relative_to(ROOT).parent.parts
-    found = set()
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join([*base, *([node.module] if node.module else [])])
-            found.add(module)
-            found.update(f"{module}.{alias.name}" for alias in node.names)
-    return found
+            yield from ((module, alias.name) for alias in node.names)
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Those modules, and the names as if they were modules."""
+    return {full for module, of in imports(path) for full in (module, f"{module}.{of}".strip("."))}
 
 
 def attribute_chain(node: ast.AST) -> str:
@@ -93,6 +97,104 @@ def test_a_reference_never_imports_a_kernel(path):
             file = ROOT.joinpath(*parts).with_suffix(".py")
             if file.exists() and file not in seen:
                 waiting.append(file)
+
+
+# A folder of ecar_kernels with a reference is a family of ops; what is in it is for the package.
+FAMILIES = {path.parent.name for path in ROOT.glob("ecar_kernels/*/reference.py")}
+
+
+def is_internal(module: str) -> bool:
+    """Is it a module inside a family of ops, such as a backend, or a private one?"""
+    parts = module.partition(":")[0].split(".")
+    private = any(part.startswith("_") and not part.endswith("__") for part in parts)
+    return parts[0] == "ecar_kernels" and (private or (len(parts) > 2 and parts[1] in FAMILIES))
+
+
+def mentioned_modules(path: Path) -> set[str]:
+    """What the file imports, names by dots, or could import by a string."""
+    found = imported_modules(path)
+    for node in ast.walk(tree(path)):
+        found.add(attribute_chain(node))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value if re.fullmatch(r"[\w.:]+", node.value) else "")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("ecar/**/*.py")), ids=name)
+def test_the_model_uses_only_public_modules_of_the_kernels(path):
+    """No backend's module, none inside a family, none with an underscore: no exception."""
+    guilty = {module for module in mentioned_modules(path) if is_internal(module)}
+    assert not guilty, f"{name(path)} uses {guilty}"
+
+
+def test_what_is_internal_is_seen():
+    assert {"adaln", "flow_block", "flow_step", "stage_attention"} <= FAMILIES
+    for module in (
+        "ecar_kernels.flow_block.native", "ecar_kernels.adaln.reference:adaln",
+        "ecar_kernels._native", "ecar_kernels.modules._Attention",
+    ):  # fmt: skip
+        assert is_internal(module), module
+    for module in (
+        "ecar_kernels", "ecar_kernels.adaln", "ecar_kernels.registry.AUTO_ORDER", "ecar._native",
+        "ecar_kernels.__version__",
+    ):  # fmt: skip
+        assert not is_internal(module), module
+
+
+def import_graph(package: str) -> dict[str, set[str]]:
+    """Which of a package's modules each of them imports. `from a import b` imports the module a.b
+    where there is one, and else a."""
+    modules = {}
+    for path in ROOT.glob(f"{package}/**/*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return {
+        module: {
+            full if (full := f"{base}.{of}") in modules else base for base, of in imports(path)
+        }
+        & modules.keys()
+        for module, path in modules.items()
+    }
+
+
+def import_circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Sets of modules that reach each other (Tarjan's strongly connected components)."""
+    order, low, stack, circles = {}, {}, [], []
+
+    def visit(module: str) -> None:
+        order[module] = low[module] = len(order)
+        stack.append(module)
+        for other in graph[module]:
+            if other not in order:
+                visit(other)
+            if other in stack:
+                low[module] = min(low[module], low[other])
+        if low[module] == order[module]:
+            at = stack.index(module)
+            circle = sorted(stack[at:])
+            del stack[at:]
+            if len(circle) > 1 or module in graph[module]:
+                circles.append(circle)
+
+    for module in graph:
+        if module not in order:
+            visit(module)
+    return circles
+
+
+@pytest.mark.parametrize("package", ["ecar", "ecar_kernels"])
+def test_no_import_circle(package):
+    graph = import_graph(package)
+    assert sum(map(len, graph.values())) > len(graph) > 20
+    assert not import_circles(graph)
+
+
+def test_a_circle_is_seen():
+    chain = {"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"c"}}
+    assert not import_circles(chain)
+    assert import_circles(chain | {"c": {"b"}}) == [["b", "c", "d"]]
+    assert import_circles(chain | {"c": {"c"}}) == [["c"]]
+    assert import_circles(chain | {"c": {"e"}, "e": {"c"}}) == [["c", "e"]]
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=name)

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.gpu import calls, carry, image, ops
 from benchmarks.gpu.work import Work, served
-from ecar.sampler import sample
+from ecar.sampling import sample
 from ecar_kernels import _native, testing, use_backend
 from ecar_kernels.registry import OPS, resolve
 
@@ -26,7 +26,7 @@ TAIL = 2000  # characters kept of what failed
 PROCESSES = 12  # that compile at once
 # What is told of first, where a run is cut off: the sampler as it is used, then the ops.
 FIRST_TESTS = (
-    "test_graphs_gpu",
+    "test_graph_gpu",
     "test_flow_step_cuda",
     "test_flow_block_triton",
     "test_stage_attention_triton",

@@ -24,7 +24,7 @@ from benchmarks.gpu.work import Work
 from benchmarks.roofline import Roofline, floor
 from ecar.model import ECAR
 from ecar.pipeline import ECARPipeline
-from ecar.sampler import SampleOutput, release_graphs, sample
+from ecar.sampling import SampleOutput, release_graphs, sample
 from ecar_kernels import use_backend
 from ecar_kernels.costs import Rates
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ecar.graphs import CudaRecorder
+from ecar.sampling.graph import CudaRecorder
 
 Call = Callable[[], Any]
 WAIT_CYCLES = 20_000_000  # about 10 ms: time to queue the calls behind it

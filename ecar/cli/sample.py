@@ -27,7 +27,7 @@ from ecar.cli.runtime import chosen_backend, chosen_device, chosen_settings, des
 from ecar.images import check_output_file, check_output_folder, make_sheet, save_image
 from ecar.inputs import draw_seeds
 from ecar.pipeline import ECARPipeline
-from ecar.sampler import split_steps
+from ecar.sampling import split_steps
 
 EXAMPLES = """\
 examples:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ecar.images import make_sheet, save_image, to_pil
 from ecar.model import ECAR
-from ecar.sampler import sample
+from ecar.sampling import sample
 from ecar.training.config import TrainConfig
 
 __all__ = ["write_sheet"]

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import ablation, models
 from ecar import ECARConfig
-from ecar.sampler import sample
+from ecar.sampling import sample
 
 CONFIG = ECARConfig(
     stage_sides=(4, 8, 16), channels=2, num_classes=3, width=32, heads=2, ar_layers=2, flow_blocks=2

@@ -10,7 +10,7 @@ from benchmarks import dit, end_to_end, mar, memory, models, table2, table3
 from benchmarks.models import StageTime
 from benchmarks.roofline import Roofline
 from ecar.config import ECARConfig
-from ecar.sampler import sample
+from ecar.sampling import sample
 from ecar_kernels import use_backend
 from ecar_kernels.costs import Rates
 from tests.support.native import needs_native

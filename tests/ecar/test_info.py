@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ecar.config import ECARConfig
 from ecar.info import backends_in_use, count_multiply_adds, count_parameters
 from ecar.model import ECAR
-from ecar.sampler import sample
+from ecar.sampling import sample
 from ecar_kernels import BackendUnavailableError, _native, registry, use_backend
 
 TINY = ECARConfig(

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 import ecar_kernels
 from ecar import stages
 from ecar.model import ECAR
-from ecar.sampler import sample
+from ecar.sampling import sample
 
 from .conftest import tiny_config
 

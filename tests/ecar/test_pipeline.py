@@ -13,7 +13,7 @@ from ecar.config import ECARConfig
 from ecar.hub import checkpoint_folder
 from ecar.model import ECAR
 from ecar.pipeline import ECARPipeline
-from ecar.sampler import sample
+from ecar.sampling import sample
 
 TINY = ECARConfig(
     stage_sides=(4, 8),

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from ecar import graphs
-from ecar.sampler import sample
+from ecar.sampling import graph, sample
 from ecar_kernels import use_backend
 from tests.ecar.conftest import tiny_model
 from tests.ecar.test_model import training_inputs
@@ -61,9 +60,9 @@ def test_second_derivatives_through_checkpoints():
 
 def test_no_graph_is_recorded_in_forward_mode(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert graphs.device_reason(torch.device("cuda")) is None
+    assert graph.device_reason(torch.device("cuda")) is None
     with forward_ad.dual_level():
-        assert "forward-mode AD" in graphs.device_reason(torch.device("cuda"))
+        assert "forward-mode AD" in graph.device_reason(torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

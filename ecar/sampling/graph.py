@@ -1,9 +1,10 @@
-"""CUDA graphs of the sampler: a plan captured once, then replayed for other images.
+"""The engine that replays a CUDA graph of a whole image, and the graphs that a model keeps.
 
-A graph belongs to one model and one key (batch, steps, solver, guided steps, backend, number
-format). It reads the weights where they lie: new values copied into them are seen by the next
-replay, other storage (``.to()``, a swapped module) drops the model's graphs. Classes, seeds and
-guidance scales are data in the plan's buffers.
+A graph is the plain engine's run, captured once and then replayed for other images. It belongs to
+one model and one key (batch, steps, solver, guided steps, backend, number format). It reads the
+weights where they lie: new values copied into them are seen by the next replay, other storage
+(``.to()``, a swapped module) drops the model's graphs. Classes, seeds and guidance scales are data
+in the buffers of its ``Inputs``.
 
 All graphs of a model share one memory pool, of the size of the largest, and are replayed one at
 a time: between replays nothing in the pool is alive.
@@ -18,19 +19,20 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ecar.flow import FlowHead
 from ecar.model import ECAR
-from ecar.plan import Plan, Shape
+from ecar.sampling import loop
+from ecar.sampling.plain import PlainEngine
+from ecar.sampling.stage import Inputs, Shape
 from ecar.transformer import ARTransformer
-from ecar_kernels import MLP, FlowBlock, Linear, StageBlock, _transforms, active_backend
-from ecar_kernels._written import address, why_not
+from ecar_kernels import MLP, FlowBlock, Linear, StageBlock, active_backend
+from ecar_kernels.inspection import address, in_transform, why_not_as_written
 
-__all__ = ["CaptureError", "GraphCache", "graphs_of", "release_graphs"]
+__all__ = ["CaptureError", "GraphCache", "GraphEngine", "graphs_of", "release_graphs"]
 
 # Modules whose code does the same each time.
 CAPTURED = {
@@ -140,7 +142,7 @@ def device_reason(device: torch.device) -> str | None:
         return "the current stream is being captured by the caller"
     if torch.is_autocast_enabled("cuda"):
         return "under torch.autocast the weights' casts live no longer than the call"
-    if _transforms.active():
+    if in_transform():
         return "a transform of torch.func or forward-mode AD is active"
     return None
 
@@ -159,7 +161,7 @@ def weights_of(model: nn.Module) -> tuple:
         binding = own.get("_binding")  # `accelerate` changes the class, and binds it to a backend
         kind = type(module) if binding is None else binding.original
         reason = (
-            why_not(module, kind, compiled=True)
+            why_not_as_written(module, kind, compiled=True)
             if kind in CAPTURED
             else f"a CUDA graph would not run its code, which is none of E-CAR's ({kind})"
         )
@@ -172,12 +174,39 @@ def weights_of(model: nn.Module) -> tuple:
     return tuple(found)
 
 
-@dataclass
-class _Graph:
-    plan: Plan
-    ends: list[Tensor]  # outside the pool
-    served: dict[str, str]
-    replay: Callable[[], None]
+class GraphEngine:
+    """An ``Engine`` (loop.py) whose first step is the whole image.
+
+    Args:
+        inputs: what the graph reads; to be loaded before each run.
+        ends: outside the pool, where a replay leaves the end state of every stage.
+        served: what served the ops that were captured; see ``SampleOutput.served``.
+        replay: starts the graph on the current stream.
+    """
+
+    def __init__(
+        self, inputs: Inputs, ends: list[Tensor], served: dict[str, str], replay: Callable[[], None]
+    ) -> None:
+        self.inputs, self.served = inputs, served
+        self._ends, self._replay = ends, replay
+        self._stage = 0
+
+    def begin(self, stage: int) -> None:
+        self._stage = stage
+
+    def step(self, step: int) -> int:
+        if self._stage == 1:
+            self._replay()
+        return self.inputs.shape.counts[self._stage - 1] - step
+
+    def image(self) -> Tensor:
+        return self._ends[self._stage - 1].clone()
+
+    def replace(self, x: Tensor, step: int) -> None:
+        raise RuntimeError("the image that a CUDA graph draws is done: no state can be replaced")
+
+    def finish(self) -> Tensor:
+        return self.image()  # a copy, as the next replay writes over it
 
 
 class GraphCache:
@@ -190,7 +219,7 @@ class GraphCache:
     def __init__(self, limit: int = LIMIT) -> None:
         self.limit = limit
         self._recorder: CudaRecorder | None = None
-        self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
+        self._graphs: OrderedDict[tuple, GraphEngine] = OrderedDict()
         self._weights: tuple = ()
         self._lock = threading.RLock()
         self.refused: dict[tuple, str] = {}  # keys whose capture failed, and why
@@ -205,10 +234,11 @@ class GraphCache:
         labels: Tensor,
         seeds: Tensor,
         scales: Sequence[Sequence[float]],
+        progress: Callable[[int], object] | None = None,
     ) -> tuple[list[Tensor], dict[str, str]]:
-        """The end state of every stage, replayed, and what serves it (``Plan.served``).
+        """The end state of every stage, replayed, and what serves it (``SampleOutput.served``).
 
-        It is captured first where the key is new.
+        It is captured first where the key is new. progress: as ``loop.run``'s.
 
         Raises:
             CaptureError: the graph can't be had, now or at an earlier try with this key.
@@ -222,11 +252,10 @@ class GraphCache:
             if key not in self._graphs:
                 self._capture(model, shape, key, (labels, seeds, scales))
             self._graphs.move_to_end(key)
-            graph = self._graphs[key]
+            engine = self._graphs[key]
             with self._recorder.turn():
-                graph.plan.load(labels, seeds, scales)
-                graph.replay()
-                return [end.clone() for end in graph.ends], graph.served
+                engine.inputs.load(labels, seeds, scales)
+                return loop.run(engine, shape.counts, progress=progress), engine.served
 
     def release(self) -> None:
         """Drop all graphs, and forget what failed; their memory goes back to the device."""
@@ -258,7 +287,7 @@ class GraphCache:
             # Graphs of other shapes hold memory: without them there may be enough.
             self._drop()
             found = self._attempt(model, shape, data)
-        if isinstance(found, _Graph):
+        if isinstance(found, GraphEngine):
             self._graphs[key] = found
             return
         self._drop()
@@ -267,7 +296,7 @@ class GraphCache:
         _log.warning("sampling goes on without a CUDA graph: %s", found)
         raise CaptureError(found)
 
-    def _attempt(self, model: ECAR, shape: Shape, data: tuple) -> _Graph | str:
+    def _attempt(self, model: ECAR, shape: Shape, data: tuple) -> GraphEngine | str:
         """The graph, or why not.
 
         Words, not the exception: its traceback would keep the tensors of the attempt alive.
@@ -285,30 +314,32 @@ class GraphCache:
             said = str(cause).strip().splitlines() or [type(cause).__name__]
             return f"{error}: {said[0]}"
 
-    def _record(self, model: ECAR, shape: Shape, data: tuple) -> _Graph:
+    def _record(self, model: ECAR, shape: Shape, data: tuple) -> GraphEngine:
         if self._recorder is None:
             self._recorder = CudaRecorder(model.device)
         recorder = self._recorder
         with recorder.turn():
-            plan = Plan(model, shape, device_scales=True)
-            plan.load(*data)
+            inputs = Inputs(model, shape, device_scales=True)
+            inputs.load(*data)
             ends = [
                 torch.empty(shape.batch, *model.config.stage_shape(stage), device=model.device)
                 for stage in range(1, model.config.num_stages + 1)
             ]
 
             def run() -> None:
-                for kept, end in zip(ends, plan.run(model), strict=True):
+                engine = PlainEngine(model, inputs)
+                for kept, end in zip(ends, loop.run(engine, shape.counts), strict=True):
                     kept.copy_(end)
 
-            recorder.warm_up(run)
+            with loop.served_by() as served:
+                recorder.warm_up(run)
             try:
                 replay = recorder.record(run)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 raise CaptureError("the capture failed") from error
-        return _Graph(plan, ends, plan.served, replay)
+        return GraphEngine(inputs, ends, served, replay)
 
 
 def number_format() -> tuple[str, str]:

@@ -44,7 +44,7 @@ class Tape(TorchDispatchMode):
 
 
 class TapeRecorder:
-    """`ecar.graphs.CudaRecorder` for CPU tensors. `failures` are raised by the next captures."""
+    """`CudaRecorder` for CPU tensors. `failures` are raised by the next captures."""
 
     captured = 0
     failures: list = []  # noqa: RUF012 - shared on purpose, reset by the fixture

@@ -1,12 +1,11 @@
-"""The sampler's CUDA graphs on a GPU: the stand-in's tests (test_graphs.py) on the real thing."""
+"""The sampler's CUDA graphs on a GPU: the stand-in's tests (test_graph.py) on the real thing."""
 
 import pytest
 import torch
 
-from ecar import plan
-from ecar.sampler import release_graphs, sample, why_not_graphs
+from ecar.sampling import release_graphs, sample, stage, why_not_graphs
 
-from .test_graphs import LABELS, SEEDS, close, draw, plain, reads_a_value_back
+from .test_graph import LABELS, SEEDS, close, draw, plain, reads_a_value_back
 
 
 @pytest.fixture
@@ -84,7 +83,7 @@ class TestGraphs:
     def test_a_capture_that_fails_leaves_the_process_well(self, gpu_model, monkeypatch):
         expected = draw(gpu_model, graphs=True, guidance_scale=2.0).latents
         with monkeypatch.context() as patch:
-            patch.setattr(plan, "initial_noise", reads_a_value_back)
+            patch.setattr(stage, "initial_noise", reads_a_value_back)
             output = draw(gpu_model, steps=4, guidance_scale=2.0)
             assert "the capture failed" in output.why_not_graph
             assert close(output.latents, plain(gpu_model, steps=4, guidance_scale=2.0))

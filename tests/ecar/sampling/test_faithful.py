@@ -14,7 +14,7 @@ from torch import nn
 
 import ecar_kernels
 from ecar import ECAR, ECARConfig
-from ecar.sampler import sample
+from ecar.sampling import sample
 from tests.support import situations
 from tests.support.modules import accelerated
 

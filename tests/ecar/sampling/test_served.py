@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ecar import ECARPipeline, graphs, plan, sampler
+from ecar import ECARPipeline
 from ecar.model import ECAR
+from ecar.sampling import graph, plain, sampler
+from ecar.sampling.cpu import CpuEngine
 from ecar_kernels import (
     FlowBlock,
     StageBlock,
@@ -187,9 +189,10 @@ def test_what_a_user_put_in_its_place_is_seen_too(model, calls, change):
 
 @pytest.fixture
 def tape(monkeypatch):
-    monkeypatch.setattr(graphs, "device_reason", lambda device: None)
-    monkeypatch.setattr(graphs, "CudaRecorder", TapeRecorder)
-    monkeypatch.setattr(plan, "boundary_op", lambda *settings: None)
+    monkeypatch.setattr(graph, "device_reason", lambda device: None)
+    monkeypatch.setattr(graph, "CudaRecorder", TapeRecorder)
+    monkeypatch.setattr(plain, "boundary_op", lambda *settings: None)
+    monkeypatch.setattr(CpuEngine, "serves", lambda *settings: False)
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
@@ -216,9 +219,11 @@ class TestWarning:
         """`sample` as on a CUDA device, its graph apart; returns what it warned of."""
         monkeypatch.setattr(sampler, "_said", set())
         monkeypatch.setattr(ECAR, "device", torch.device("cuda"))
-        monkeypatch.setattr(graphs, "device_reason", lambda device: None)
+        monkeypatch.setattr(graph, "device_reason", lambda device: None)
         monkeypatch.setattr(
-            graphs.GraphCache, "draw", lambda self, *given: ([torch.zeros(3, 1, 8, 8)], {})
+            graph.GraphCache,
+            "draw",
+            lambda self, *given, **options: ([torch.zeros(3, 1, 8, 8)], {}),
         )
 
         def draw_where(cuda, triton=None):

@@ -7,14 +7,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import ecar_kernels
-from ecar import bound, plan, sampler, stages
+from ecar import sampling, stages
 from ecar.model import ECAR
-from ecar.sampler import Guidance, sample, split_steps
+from ecar.sampling import Guidance, plain, sample, sampler, split_steps
+from ecar.sampling.cpu import CpuEngine
 from ecar.transformer import KVCache
 from ecar_kernels import adaln_linear, initial_noise
 from ecar_kernels.flow_step.reference import block_details
 
-from .conftest import tiny_config
+from ..conftest import tiny_config
 
 
 def draw(model, labels=(3, 7, 1), seeds=(11, -5, 2**40), **options):
@@ -26,6 +27,17 @@ def assert_same_image(found, expected):
     """To float rounding, which differs with the rows of a product and which a random model
     enlarges: 3.1e-5 of 5.8 has been seen. Other noise makes a difference of more than 0.1."""
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_the_module_s_old_place_warns_and_has_its_names():
+    from ecar import sampler as old
+
+    assert set(old.__all__) == set(sampling.__all__) >= {"SampleOutput", "StepInfo", "sample"}
+    for name in old.__all__:
+        with pytest.warns(DeprecationWarning, match=f"ecar.sampler.{name} is deprecated"):
+            assert getattr(old, name) is getattr(sampling, name)
+    with pytest.raises(AttributeError, match="no attribute 'Plan'"):
+        old.Plan  # noqa: B018
 
 
 class TestSeeds:
@@ -248,8 +260,8 @@ class TestTokenLayout:
             calls.append(len(arguments[0]))
             return composed_boundary(*arguments, **options)
 
-        monkeypatch.setattr(plan, "boundary_op", lambda *settings: flow_boundary)
-        monkeypatch.setattr(bound, "can_bind", lambda *settings: False)
+        monkeypatch.setattr(plain, "boundary_op", lambda *settings: flow_boundary)
+        monkeypatch.setattr(CpuEngine, "serves", lambda *settings: False)
         return calls
 
     @pytest.mark.parametrize(
@@ -292,14 +304,14 @@ class TestTokenLayout:
     def test_a_bfloat16_model_keeps_its_state_in_float32(self, model, boundary, monkeypatch):
         model.to(torch.bfloat16)
         found = draw(model, steps=[4, 5], guidance_scale=2.0).latents
-        monkeypatch.setattr(plan, "boundary_op", lambda *settings: None)
+        monkeypatch.setattr(plain, "boundary_op", lambda *settings: None)
         expected = draw(model, steps=[4, 5], guidance_scale=2.0).latents
         assert found.dtype == torch.float32
         assert (found - expected).norm() < 0.01 * expected.norm()
 
 
-def test_the_plan_is_the_plain_loop(model):
-    """Section 3.4 written out, with no plan: the same numbers."""
+def test_it_is_the_design_s_formulas(model):
+    """Section 3.4 written out: the same numbers."""
     labels, seeds = torch.tensor([3, 7]), torch.tensor([5, -6])
     counts, w = (3, 2), 2.0
     with torch.no_grad():

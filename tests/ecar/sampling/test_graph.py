@@ -14,8 +14,9 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from ecar import graphs, plan, sampler
-from ecar.sampler import release_graphs, sample, why_not_graphs
+from ecar.sampling import graph, loop, release_graphs, sample, sampler, stage, why_not_graphs
+from ecar.sampling.cpu import CpuEngine
+from ecar.sampling.stage import Inputs
 from ecar_kernels import accelerate, initial_noise, use_backend
 
 from .tape import TapeRecorder
@@ -36,10 +37,11 @@ def plain(model, *arguments, **options):
 @pytest.fixture
 def tape(monkeypatch):
     """Graphs are to be had on the CPU; counts the captures."""
-    monkeypatch.setattr(graphs, "device_reason", lambda device: None)
-    monkeypatch.setattr(graphs, "CudaRecorder", TapeRecorder)
+    monkeypatch.setattr(graph, "device_reason", lambda device: None)
+    monkeypatch.setattr(graph, "CudaRecorder", TapeRecorder)
     # On CPU tensors it reads its guidance scale back, which no tape can hold.
-    monkeypatch.setattr(plan, "boundary_op", lambda *settings: None)
+    monkeypatch.setattr("ecar.sampling.plain.boundary_op", lambda *settings: None)
+    monkeypatch.setattr(CpuEngine, "serves", lambda *settings: False)
     monkeypatch.setattr(TapeRecorder, "captured", 0)
     monkeypatch.setattr(TapeRecorder, "failures", [])
     return TapeRecorder
@@ -81,7 +83,7 @@ class TestReplay:
         assert tape.captured == 1
 
     def test_the_token_layout(self, model, tape, monkeypatch):
-        monkeypatch.setattr(plan, "boundary_op", lambda *settings: composed_boundary)
+        monkeypatch.setattr("ecar.sampling.plain.boundary_op", lambda *settings: composed_boundary)
         for scale, seeds in ((2.0, SEEDS), (3.0, (1, 2, 3))):
             options = {"guidance_scale": scale, "guidance_interval": (0.1, 0.6), "seeds": seeds}
             assert close(draw(model, **options).latents, plain(model, **options))
@@ -94,7 +96,7 @@ class TestReplay:
     def test_nothing_but_the_buffers_reaches_a_replay(self, model, tape, monkeypatch):
         """The stand-in is strict: it replays what it was captured with."""
         before = draw(model, guidance_scale=2.0).latents
-        monkeypatch.setattr(plan.Plan, "load", lambda self, *data: None)
+        monkeypatch.setattr(Inputs, "load", lambda self, *data: None)
         found = draw(model, (0, 0, 0), (1, 2, 3), guidance_scale=5.0).latents
         assert torch.equal(found, before)
 
@@ -149,7 +151,7 @@ class TestKeys:
         draw(model, guidance_scale=2.0, guidance_interval=(0.3, 1.0))
         draw(model, guidance_scale=2.0, guidance_schedule="linear")  # stage 1 is not guided
         assert tape.captured == 3
-        monkeypatch.setattr(graphs, "active_backend", lambda: "another")
+        monkeypatch.setattr(graph, "active_backend", lambda: "another")
         draw(model, guidance_scale=2.0)
         assert tape.captured == 4
 
@@ -160,7 +162,7 @@ class TestKeys:
         assert tape.captured == 2
 
     def test_the_least_recently_used_is_dropped(self, model, tape):
-        cache = graphs.graphs_of(model)
+        cache = graph.graphs_of(model)
         cache.limit = 2
         for steps in (2, 3, 2, 4, 2):  # 3 goes when 4 comes
             draw(model, steps=steps)
@@ -191,7 +193,7 @@ class TestWeights:
         draw(model)
         change(model)
         assert torch.equal(draw(model).latents, plain(model))
-        assert (tape.captured, len(graphs.graphs_of(model))) == (2, 1)
+        assert (tape.captured, len(graph.graphs_of(model))) == (2, 1)
 
     def test_hooks_are_called_so_there_is_no_graph(self, model, tape):
         draw(model)
@@ -213,7 +215,7 @@ class TestWeights:
     def test_release(self, model, tape):
         draw(model)
         release_graphs(model)
-        assert len(graphs.graphs_of(model)) == 0
+        assert len(graph.graphs_of(model)) == 0
         draw(model)
         assert tape.captured == 2
 
@@ -233,7 +235,7 @@ class TestFailures:
         assert draw(model).why_not_graph is None
 
     def test_code_that_no_stream_captures(self, model, tape, monkeypatch):
-        monkeypatch.setattr(plan, "initial_noise", reads_a_value_back)
+        monkeypatch.setattr(stage, "initial_noise", reads_a_value_back)
         output = draw(model)
         assert "not permitted when stream is capturing" in output.why_not_graph
         assert torch.equal(output.latents, plain(model))
@@ -242,7 +244,7 @@ class TestFailures:
         """torch.cuda.graph raises anew where the error has spoilt the capture."""
         for cause, said in (
             (RuntimeError("the cause"), "the capture failed: the cause"),
-            (torch.OutOfMemoryError("CUDA out of memory"), graphs.OUT_OF_MEMORY),
+            (torch.OutOfMemoryError("CUDA out of memory"), graph.OUT_OF_MEMORY),
         ):
             error = RuntimeError("operation failed due to a previous error during capture")
             error.__context__ = cause
@@ -260,20 +262,20 @@ class TestFailures:
         draw(model)
         tape.failures = [torch.OutOfMemoryError("CUDA out of memory")]
         assert draw(model, steps=4).why_not_graph is None
-        assert len(graphs.graphs_of(model)) == 1
+        assert len(graph.graphs_of(model)) == 1
 
     def test_out_of_memory_twice_samples_without_and_may_do_better_later(self, model, tape):
         tape.failures = [torch.OutOfMemoryError("CUDA out of memory")] * 2
         output = draw(model)
-        assert output.why_not_graph == graphs.OUT_OF_MEMORY
+        assert output.why_not_graph == graph.OUT_OF_MEMORY
         assert torch.equal(output.latents, plain(model))
         assert draw(model).why_not_graph is None
 
     def test_out_of_memory_without_a_graph_says_what_to_do(self, model, monkeypatch):
-        def run(self, model, watch):
+        def run(*arguments, **options):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-        monkeypatch.setattr(plan.Plan, "run", run)
+        monkeypatch.setattr(loop, "run", run)
         with pytest.raises(torch.OutOfMemoryError, match=r"3 images with 6 steps.*draw fewer"):
             draw(model)
         monkeypatch.undo()
@@ -346,7 +348,7 @@ class TestNoGarbageIsCollectedInACapture:
                 raise error
 
         (gc.enable if enabled else gc.disable)()
-        recorder = graphs.CudaRecorder(torch.device("cuda", 0))
+        recorder = graph.CudaRecorder(torch.device("cuda", 0))
         with contextlib.nullcontext() if error is None else pytest.raises(type(error)):
             recorder.record(run)
         assert gc.isenabled() is enabled
@@ -354,7 +356,7 @@ class TestNoGarbageIsCollectedInACapture:
 
     def test_two_threads_capture_in_turn(self, fake_cuda):
         """Else the first that ends would switch the collector on for the other."""
-        recorder = graphs.CudaRecorder(torch.device("cuda", 0))
+        recorder = graph.CudaRecorder(torch.device("cuda", 0))
         entered, ended, seen = threading.Event(), threading.Event(), []
 
         def second():
@@ -400,11 +402,14 @@ class TestReasons:
 
     @pytest.mark.parametrize("setting", [False, True])
     def test_tf32_is_set_for_the_call_alone(self, model, monkeypatch, setting):
-        products, seen, run = torch.backends.cuda.matmul, [], plan.Plan.run
+        products, seen, run = torch.backends.cuda.matmul, [], loop.run
         monkeypatch.setattr(
-            plan.Plan,
+            loop,
             "run",
-            lambda *given: (seen.append(products.fp32_precision == "tf32"), run(*given))[1],
+            lambda *given, **options: (
+                seen.append(products.fp32_precision == "tf32"),
+                run(*given, **options),
+            )[1],
         )
         before = products.fp32_precision
         try:

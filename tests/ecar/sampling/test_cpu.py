@@ -1,4 +1,4 @@
-"""The CPU's bound steps: the same images as the plain loop, no allocation, and when they serve."""
+"""The CPU's engine: the same images as the plain one's, no allocation, and when it serves."""
 
 import contextlib
 
@@ -7,14 +7,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import ecar_kernels
-from ecar import bound, plan
 from ecar.flow import FlowHead
-from ecar.plan import Plan, Shape, Stage
-from ecar.sampler import sample
+from ecar.sampling import plain, sample
+from ecar.sampling.cpu import CpuEngine
+from ecar.sampling.solver import Euler, Heun
+from ecar.sampling.stage import Inputs, Shape
 from ecar_kernels import use_backend
 from tests.support.native import needs_native
 
-from .conftest import tiny_model
+from ..conftest import tiny_model
 from .test_sampler import draw
 
 pytestmark = needs_native
@@ -28,17 +29,25 @@ PATTERNS = [
 
 
 @contextlib.contextmanager
-def plain_loop():
+def plain_engine():
     """The state as an image, one op after the other."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "boundary_op", lambda *settings: None)
+        patch.setattr(plain, "boundary_op", lambda *settings: None)
+        patch.setattr(CpuEngine, "serves", lambda *settings: False)
         yield
 
 
-def planned(model, batch=2, counts=(4, 5), solver="euler", guided=False, device_scales=False):
-    with torch.no_grad():
-        shape = Shape(batch, counts, solver, tuple((guided,) * n for n in counts))
-        return Plan(model, shape, device_scales=device_scales)
+@torch.no_grad()
+def serves(model, solver=Euler):
+    return CpuEngine.serves(model, solver)
+
+
+def engine_for(model, batch=2, counts=(4, 5), guided=False):
+    shape = Shape(batch, counts, "euler", tuple((guided,) * n for n in counts))
+    inputs = Inputs(model, shape, device_scales=False)
+    scales = [[2.0 if guided else 1.0] * count for count in counts]
+    inputs.load(torch.arange(batch), torch.arange(batch), scales)
+    return CpuEngine(model, inputs)
 
 
 @pytest.mark.parametrize("accelerated", [False, True])
@@ -46,14 +55,14 @@ def planned(model, batch=2, counts=(4, 5), solver="euler", guided=False, device_
 def test_it_is_the_plain_loop_s_image(model, options, accelerated):
     if accelerated:
         ecar_kernels.accelerate(model, keep_weights=False)
-    assert planned(model).buffers is not None
+    assert serves(model)
     found = draw(model, steps=[4, 5], return_stage_ends=True, **options).stage_ends
-    with plain_loop():
-        assert planned(model).buffers is None
+    with plain_engine():
+        assert not serves(model)
         expected = draw(model, steps=[4, 5], return_stage_ends=True, **options).stage_ends
-    for ours, plain in zip(found, expected, strict=True):
-        assert ours.shape == plain.shape
-        assert (ours - plain).abs().max() < 1e-5 * plain.abs().max()
+    for bound, right in zip(found, expected, strict=True):
+        assert bound.shape == right.shape
+        assert (bound - right).abs().max() < 1e-5 * right.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -69,7 +78,7 @@ def test_other_sizes(changes):
     model = tiny_model(**changes)
     counts = [1, 3, 2][: model.config.num_stages]
     found = draw(model, steps=counts, guidance_scale=2.0).latents
-    with plain_loop():
+    with plain_engine():
         expected = draw(model, steps=counts, guidance_scale=2.0).latents
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
@@ -78,15 +87,15 @@ def test_other_sizes(changes):
 def test_16_bit_models_keep_their_state_in_float32(model, dtype):
     """By the accuracy rule's measure: no further from float32's image than twice the plain loop."""
     model.to(dtype)
-    assert planned(model).buffers is not None
+    assert serves(model)
     images = []
-    for loop in (contextlib.nullcontext(), plain_loop()):
+    for loop in (contextlib.nullcontext(), plain_engine()):
         with loop:
             images.append(draw(model, steps=[4, 5], guidance_scale=2.0).latents)
     exact = draw(model.float(), steps=[4, 5], guidance_scale=2.0).latents
-    found, plain = ((image - exact).norm() for image in images)
+    bound, op_by_op = ((image - exact).norm() for image in images)
     assert images[0].dtype == torch.float32
-    assert found <= 2 * plain
+    assert bound <= 2 * op_by_op
 
 
 def test_an_image_has_the_same_bits_beside_others_of_the_same_batch_size(model):
@@ -108,7 +117,7 @@ class TestCallback:
             return info.latents.flip(-1) if info.index in (0, 4, 6) else None
 
         images = []
-        for loop in (contextlib.nullcontext(), plain_loop()):
+        for loop in (contextlib.nullcontext(), plain_engine()):
             seen = []
             with loop:
                 output = draw(model, steps=[3, 4], guidance_scale=2.0, callback=turned)
@@ -123,19 +132,18 @@ class TestCallback:
 
 
 class TestWhenItServes:
-    def test_not_for_heun_nor_for_scales_that_a_graph_reads(self, model):
-        assert planned(model, solver="heun").buffers is None
-        assert planned(model, device_scales=True).buffers is None
+    def test_not_for_heun(self, model):
+        assert serves(model) and not serves(model, Heun)
 
     def test_not_under_the_reference_nor_under_autocast(self, model):
         with use_backend("reference"):
-            assert planned(model).buffers is None
+            assert not serves(model)
             ecar_kernels.accelerate(model)
-        assert planned(model).buffers is None  # its blocks are bound to the reference
+        assert not serves(model)  # its blocks are bound to the reference
         ecar_kernels.accelerate(model, backend="auto")
-        assert planned(model).buffers is not None
+        assert serves(model)
         with torch.autocast("cpu", torch.bfloat16):
-            assert planned(model).buffers is None
+            assert not serves(model)
 
     @pytest.mark.parametrize("what", ["velocity", "stream", "infer"])
     def test_not_where_a_method_is_replaced(self, model, monkeypatch, what):
@@ -144,7 +152,7 @@ class TestWhenItServes:
         owner = model.heads[1].blocks[0] if what == "infer" else model.heads[1]
         own = getattr(owner, what)
         monkeypatch.setattr(owner, what, lambda *x: called.append(1) or own(*x))
-        assert planned(model).buffers is None
+        assert not serves(model)
         draw(model, steps=[2, 3])
         assert len(called) == 3
 
@@ -160,10 +168,10 @@ class TestWhenItServes:
 
         before = draw(model).latents
         model.heads[1].__class__ = Renamed
-        assert planned(model).buffers is not None
+        assert serves(model)
         assert draw(model).latents.equal(before)
         model.heads[1].__class__ = Other
-        assert planned(model).buffers is None
+        assert not serves(model)
         doubled = draw(model).latents
         model.heads[1].__class__ = FlowHead
         with torch.no_grad():
@@ -177,7 +185,7 @@ class TestWhenItServes:
             model.heads[0].blocks[0].qkv.weight.mul_(2)
         second = draw(model).latents
         assert not second.equal(first)
-        with plain_loop():
+        with plain_engine():
             assert (draw(model).latents - second).abs().max() < 1e-5 * second.abs().max()
 
 
@@ -193,32 +201,29 @@ def allocations(work):
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_no_allocation_inside_a_stage_s_loop(model, guided):
+@torch.no_grad()
+def test_no_allocation_from_the_first_step_to_the_last(model, guided):
     ecar_kernels.accelerate(model)
-    with torch.no_grad():
-        made = planned(model, counts=(6, 6), guided=guided)
-        made.load(torch.tensor([1, 2]), torch.tensor([3, 4]), [[2.0 if guided else 1.0] * 6] * 2)
-        for stage in (1, 2):
-            token_map = torch.randn(made.rows, model.config.stage_tokens[stage - 1], 32)
-            run = Stage(made, model.heads[stage - 1], stage, token_map, None)
-            steps = bound._Steps(run, made.buffers)
-            steps.begin(torch.randn_like(steps.end), 0)
+    engine = engine_for(model, counts=(6, 6), guided=guided)
 
-            def all_steps(steps=steps):
-                for calls in steps.calls:
-                    for call in calls:
-                        call()
+    def all_steps():
+        for step in range(6):
+            engine.step(step)
 
-            all_steps()
-            assert not allocations(all_steps)
-            assert steps.end.isfinite().all()
-        assert allocations(lambda: torch.empty(3) + 1)  # the counter counts
+    for stage in (1, 2):
+        engine.begin(stage)
+        all_steps()
+        assert not allocations(all_steps)
+        assert engine.finish().isfinite().all()
+    assert allocations(lambda: torch.empty(3) + 1)  # the counter counts
 
 
+@torch.no_grad()
 def test_the_buffers_are_no_more_than_a_step_s_activations(model):
     """Nor is the state beside them: the qkv of all rows and the MLP's hidden tokens share one."""
-    config, buffers = model.config, planned(model, guided=True).buffers
+    config, bound = model.config, engine_for(model, guided=True).bound
     rows = 4 * max(config.stage_tokens)
-    assert buffers.stream.numel() == rows * config.width
-    assert buffers.wide.numel() == rows * config.mlp_width
-    assert buffers.workspace.numel() <= rows * config.mlp_width
+    assert bound._stream.numel() == rows * config.width
+    assert bound._wide.numel() == rows * config.mlp_width
+    assert bound._workspace.numel() <= rows * config.mlp_width
+    assert bound._state.numel() == rows // 2 * config.channels * config.patch_size**2

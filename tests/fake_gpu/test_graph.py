@@ -1,5 +1,5 @@
-"""The recorder of CUDA graphs itself (ecar/graphs.py), over a torch.cuda that writes down its
-calls: streams, waits, captures, what is cleaned up after a failure; and attention's tables.
+"""The recorder of CUDA graphs itself (ecar/sampling/graph.py), over a torch.cuda that writes
+down its calls: streams, waits, captures, cleaning up after a failure; and attention's tables.
 """
 
 import threading
@@ -7,10 +7,10 @@ import threading
 import pytest
 import torch
 
-from ecar import graphs, plan
 from ecar.config import ECARConfig
 from ecar.model import ECAR
-from ecar.sampler import release_graphs, sample
+from ecar.sampling import release_graphs, sample, stage
+from ecar.sampling.graph import graphs_of
 from ecar_kernels import initial_noise, stage_attention
 from ecar_kernels.stage_attention import tiles
 from tools.fake_gpu import Launch
@@ -155,7 +155,7 @@ class TestFailures:
                 noise + torch.ones(3, 1, 1, 1).to(noise.device)
             return noise
 
-        monkeypatch.setattr(plan, "initial_noise", run)
+        monkeypatch.setattr(stage, "initial_noise", run)
 
     def test_the_stream_and_the_pool_are_as_before(self, gpus, model, spoilt):
         output = draw(model)
@@ -185,10 +185,10 @@ class TestFailures:
                 raise failure
             return initial_noise(*arguments, **options)
 
-        monkeypatch.setattr(plan, "initial_noise", run)
+        monkeypatch.setattr(stage, "initial_noise", run)
         gpus.clear()
         assert draw(model, (1,)).why_not_graph is None
-        assert len(graphs.graphs_of(model)) == 1
+        assert len(graphs_of(model)) == 1
         pools = [entry[3] for entry in called(gpus, "capture_begin")]
         assert len(pools) == 2 and pools[0] != pools[1]  # a pool that broke off is not used again
 

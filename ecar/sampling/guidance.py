@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ecar.sampling.solver import step_times
+
 __all__ = ["SCHEDULES", "Guidance", "split_steps"]
 
 SCHEDULES = ("constant", "linear")
@@ -63,12 +65,6 @@ class Guidance:
             tuple(self.at(stage, len(counts), time) for time in step_times(counts, stage))
             for stage in range(1, len(counts) + 1)
         )
-
-
-def step_times(counts: Sequence[int], stage: int) -> list[float]:
-    """Global times at which the steps of ``stage`` begin."""
-    count = counts[stage - 1]
-    return [(stage - 1 + step / count) / len(counts) for step in range(count)]
 
 
 def split_steps(steps: int | Sequence[int], num_stages: int) -> list[int]:

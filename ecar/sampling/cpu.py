@@ -1,0 +1,116 @@
+"""The CPU's engine: a stage's Euler steps as C++ calls, laid out before the first of them.
+
+The calls are ``ecar_kernels.BoundFlowStep``'s. The state is tokens [B, N, C p p] between the
+steps; only a stage's end is an image.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ecar.flow import NORM_EPS, FlowHead
+from ecar.model import ECAR
+from ecar.sampling.solver import Solver
+from ecar.sampling.stage import Inputs, Stage
+from ecar_kernels import BoundFlowStep
+
+__all__ = ["CpuEngine"]
+
+
+class CpuEngine:
+    """An ``Engine`` (loop.py) of one run; where ``serves`` says so.
+
+    Args:
+        model: the model.
+        inputs: loaded, with guidance scales that are numbers.
+    """
+
+    _stage: Stage
+
+    def __init__(self, model: ECAR, inputs: Inputs) -> None:
+        self.model, self.inputs = model, inputs
+        config, batch = inputs.config, inputs.shape.batch
+        self.bound = BoundFlowStep(
+            batch=batch,
+            rows=inputs.rows,
+            tokens=max(config.stage_tokens),
+            width=config.width,
+            hidden=config.mlp_width,
+            values=config.channels * config.patch_size**2,
+            dtype=inputs.dtype,
+        )
+        self._ends = [
+            torch.empty(batch, *config.stage_shape(stage), dtype=torch.float32, device="cpu")
+            for stage in range(1, config.num_stages + 1)
+        ]
+        # Where each stage starts: written by the jump to it.
+        self._starts = [None, *map(torch.empty_like, self._ends[1:])]
+
+    @staticmethod
+    def serves(model: ECAR, solver: type[Solver]) -> bool:
+        """Is the model on the CPU, every op of its steps served by C++, every layer as written?"""
+        return (
+            model.device.type == "cpu"
+            and solver.fused
+            and all(_bindable(head, model.dtype) for head in model.heads)
+        )
+
+    def begin(self, stage: int) -> None:
+        before = None if stage == 1 else self._ends[stage - 2]
+        x = self.inputs.noise() if before is None else self._starts[stage - 1]
+        self._stage = run = self.inputs.stage(self.model, stage, before)
+        self._end, head = self._ends[stage - 1], run.head
+        spatial = head.spatial_modulation(run.token_map)
+        self.bound.bind(head.blocks, head.output, head.embed, head.positions, spatial, eps=NORM_EPS)
+        times = head.step_modulation(run.times).split(1)
+        for step, (time, placed) in enumerate(zip(times, run.solver.steps, strict=True)):
+            self.bound.add(time, rows=run.rows(step), dt=placed.dt, guidance_scale=run.scale(step))
+        self._end_patches = _patches(self._end, head.patch_size)
+        self._state_patches = self.bound.state.view(self._end_patches.shape)
+        self.replace(x, 0)
+
+    def replace(self, x: Tensor, step: int) -> None:
+        run = self._stage
+        if step > run.last:
+            self._end.copy_(x)
+            return
+        self._state_patches.copy_(_patches(x, run.head.patch_size))
+        tokens = run.head.embed_tokens(run.network_input(x, step))
+        self.bound.stream[: len(tokens)].copy_(tokens)
+
+    def step(self, step: int) -> int:
+        self.bound.run(step)
+        run = self._stage
+        if step == run.last:
+            self._end_patches.copy_(self._state_patches)
+            if run.next_time is not None:
+                self.bound.jump(
+                    self._end,
+                    self._starts[run.number],
+                    time=run.next_time,
+                    stage=run.number + 1,
+                    seeds=run.seeds,
+                )
+        return 1
+
+    def image(self) -> Tensor:
+        image = torch.empty_like(self._end)  # the state is written over by the next step
+        _patches(image, self._stage.head.patch_size).copy_(self._state_patches)
+        return image
+
+    def finish(self) -> Tensor:
+        del self._stage
+        return self._end
+
+
+def _bindable(head: FlowHead, dtype: torch.dtype) -> bool:
+    return head.fuses_steps() and (
+        BoundFlowStep.why_not(head.blocks, head.output, head.embed, head.positions, dtype) is None
+    )
+
+
+def _patches(x: Tensor, patch: int) -> Tensor:
+    """``patchify``'s values as a view: [B, C, h, w] -> [B, h/p, w/p, C, p, p]."""
+    split = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
+    return split.permute(0, 2, 4, 1, 3, 5)
