@@ -81,6 +81,8 @@ class FlowHead(OpsModule):
         stage: counted from 1.
     """
 
+    positions: Tensor
+
     def __init__(self, config: ECARConfig, stage: int) -> None:
         super().__init__()
         width, patch_values = config.width, config.channels * config.patch_size**2

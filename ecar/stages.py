@@ -6,6 +6,8 @@ Notation: S stages counted from 1; ``D_s`` the data at stage s's resolution; ``n
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +29,9 @@ __all__ = [
 ]
 
 
+Time = TypeVar("Time", float, Tensor)
+
+
 def start_time(stage: int, num_stages: int) -> float:
     """a_s = (s - 1) / S."""
     return (stage - 1) / num_stages
@@ -43,7 +48,7 @@ def end_time(stage: int, num_stages: int) -> float:
     return 2 * following / (1 + following)
 
 
-def global_time(stage: int, num_stages: int, tau: Tensor) -> Tensor:
+def global_time(stage: int, num_stages: int, tau: Time) -> Time:
     """t = (s - 1 + tau) / S, the time that the flow head of stage s is told."""
     return (stage - 1 + tau) / num_stages
 

@@ -7,8 +7,9 @@ are allocated once; nothing is allocated in a step. The residual stream is writt
 and so is the state, which stays in the token layout.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,13 @@ from ecar_kernels.modules import MLP, FlowBlock
 __all__ = ["BoundFlowStep"]
 
 Call = Callable[[], object]
+_BLOCK_LAYERS: tuple[tuple[str, type[nn.Module]], ...] = (
+    ("mlp", MLP),
+    ("qkv", nn.Linear),
+    ("proj", nn.Linear),
+    ("mlp.fc1", nn.Linear),
+    ("mlp.fc2", nn.Linear),
+)
 BLOCK_OPS = ("adaln_linear", "stage_attention", "linear_gated_residual")
 
 
@@ -88,7 +96,7 @@ class BoundFlowStep:
 
     @staticmethod
     def why_not(
-        blocks: Sequence[nn.Module],
+        blocks: Iterable[nn.Module],
         output: nn.Module,
         embed: nn.Module,
         positions: Tensor,
@@ -96,6 +104,7 @@ class BoundFlowStep:
     ) -> str | None:
         """None where every op of the steps would be served by C++ on the CPU and every layer is as
         its class is written; else the reason, in words."""
+        blocks = list(blocks)
         if torch.is_autocast_enabled("cpu"):
             return "torch.autocast is active"
         if torch.is_grad_enabled():
@@ -108,7 +117,7 @@ class BoundFlowStep:
         if not is_plain(positions):
             return f"the positions are a {type(positions).__name__} of {positions.dtype}"
         try:
-            for op, run in _functions(blocks, output, dtype):
+            for op, run in _functions(blocks, positions.shape[-1], dtype):
                 if (server := registry.server(run)) != "native":
                     return f"{op} is served by {server}"
         except registry.BackendUnavailableError as error:
@@ -117,7 +126,7 @@ class BoundFlowStep:
 
     def bind(
         self,
-        blocks: Sequence[FlowBlock],
+        blocks: Iterable[nn.Module],
         output: nn.Linear,
         embed: nn.Linear,
         positions: Tensor,
@@ -156,7 +165,7 @@ class BoundFlowStep:
                 self._wide,
                 self._workspace,
             )
-            for block in blocks
+            for block in cast("Iterable[FlowBlock]", blocks)
         ]
         self._ends = output.weight, output.bias, embed.weight, embed.bias, positions
         self._eps = eps
@@ -228,26 +237,22 @@ class BoundFlowStep:
 
 
 def _layers(
-    blocks: Sequence[nn.Module], output: nn.Module, embed: nn.Module
+    blocks: Iterable[nn.Module], output: nn.Module, embed: nn.Module
 ) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
     """Every module whose parameters a step reads, a block before its layers."""
     yield from (("output", output, nn.Linear), ("embed", embed, nn.Linear))
     for index, block in enumerate(blocks):
         yield f"blocks.{index}", block, FlowBlock
-        yield f"blocks.{index}.mlp", block.mlp, MLP
-        for name in ("qkv", "proj", "mlp.fc1", "mlp.fc2"):
-            yield f"blocks.{index}.{name}", block.get_submodule(name), nn.Linear
+        for name, kind in _BLOCK_LAYERS:
+            yield f"blocks.{index}.{name}", block.get_submodule(name), kind
 
 
 def _functions(
-    blocks: Sequence[FlowBlock], output: nn.Linear, dtype: torch.dtype
+    blocks: Iterable[nn.Module], width: int, dtype: torch.dtype
 ) -> Iterator[tuple[str, Callable]]:
     """Those that the same steps would call op by op."""
-    yield (
-        "flow_boundary",
-        registry.implementation("flow_boundary", "cpu", dtype, output.in_features),
-    )
-    for block in blocks:
+    yield "flow_boundary", registry.implementation("flow_boundary", "cpu", dtype, width)
+    for block in cast("Iterable[FlowBlock]", blocks):
         for op in BLOCK_OPS:
             width = block.head_dim if op == "stage_attention" else block.width
             ops = block.ops(torch.empty(0, width, dtype=dtype))

@@ -6,6 +6,8 @@ steps; only a stage's end is an image.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -44,8 +46,8 @@ class CpuEngine:
             torch.empty(batch, *config.stage_shape(stage), dtype=torch.float32, device="cpu")
             for stage in range(1, config.num_stages + 1)
         ]
-        # Where each stage starts: written by the jump to it.
-        self._starts = [None, *map(torch.empty_like, self._ends[1:])]
+        # Where each stage but the first starts: written by the jump to it.
+        self._starts = [torch.empty_like(end) for end in self._ends[1:]]
 
     @staticmethod
     def serves(model: ECAR, solver: type[Solver]) -> bool:
@@ -53,19 +55,21 @@ class CpuEngine:
         return (
             model.device.type == "cpu"
             and solver.fused
-            and all(_bindable(head, model.dtype) for head in model.heads)
+            and all(_bindable(cast("FlowHead", head), model.dtype) for head in model.heads)
         )
 
     def begin(self, stage: int) -> None:
         before = None if stage == 1 else self._ends[stage - 2]
-        x = self.inputs.noise() if before is None else self._starts[stage - 1]
+        x = self.inputs.noise() if stage == 1 else self._starts[stage - 2]
         self._stage = run = self.inputs.stage(self.model, stage, before)
         self._end, head = self._ends[stage - 1], run.head
         spatial = head.spatial_modulation(run.token_map)
         self.bound.bind(head.blocks, head.output, head.embed, head.positions, spatial, eps=NORM_EPS)
         times = head.step_modulation(run.times).split(1)
         for step, (time, placed) in enumerate(zip(times, run.solver.steps, strict=True)):
-            self.bound.add(time, rows=run.rows(step), dt=placed.dt, guidance_scale=run.scale(step))
+            self.bound.add(
+                time, rows=run.rows(step), dt=placed.dt, guidance_scale=float(run.scale(step))
+            )
         self._end_patches = _patches(self._end, head.patch_size)
         self._state_patches = self.bound.state.view(self._end_patches.shape)
         self.replace(x, 0)
@@ -87,7 +91,7 @@ class CpuEngine:
             if run.next_time is not None:
                 self.bound.jump(
                     self._end,
-                    self._starts[run.number],
+                    self._starts[run.number - 1],
                     time=run.next_time,
                     stage=run.number + 1,
                     seeds=run.seeds,

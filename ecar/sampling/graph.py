@@ -19,6 +19,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +155,8 @@ def weights_of(model: nn.Module) -> tuple:
         CaptureError: a module is another than E-CAR's, or is not as its class is written. Its
             Python code may do something else each time, which a replay would not.
     """
-    found, stack = [], [model]
+    found: list[Any] = []
+    stack: list[nn.Module] = [model]
     while stack:
         module = stack.pop()
         own = module.__dict__
@@ -170,7 +172,7 @@ def weights_of(model: nn.Module) -> tuple:
         found += (type(module), binding, id(own.get("_compiled_call_impl")))
         for tensors in (module._parameters, module._buffers):
             found += [address(tensor) for tensor in tensors.values() if tensor is not None]
-        stack += module._modules.values()
+        stack += [inner for inner in module._modules.values() if inner is not None]
     return tuple(found)
 
 
@@ -253,6 +255,7 @@ class GraphCache:
                 self._capture(model, shape, key, (labels, seeds, scales))
             self._graphs.move_to_end(key)
             engine = self._graphs[key]
+            assert self._recorder is not None, "a graph without the recorder that captured it"
             with self._recorder.turn():
                 engine.inputs.load(labels, seeds, scales)
                 return loop.run(engine, shape.counts, progress=progress), engine.served
@@ -279,7 +282,7 @@ class GraphCache:
             self._weights = weights
 
     def _capture(self, model: ECAR, shape: Shape, key: tuple, data: tuple) -> None:
-        while len(self._graphs) >= self.limit:
+        while self._recorder is not None and len(self._graphs) >= self.limit:
             self._recorder.settle()
             self._graphs.popitem(last=False)
         found = self._attempt(model, shape, data)
@@ -306,7 +309,7 @@ class GraphCache:
         except torch.OutOfMemoryError:
             return OUT_OF_MEMORY
         except CaptureError as error:
-            cause = error.__cause__
+            cause: BaseException = error.__cause__ or error
             while cause.__context__ is not None:  # what ended the capture hides what broke it
                 cause = cause.__context__
             if isinstance(cause, torch.OutOfMemoryError):

@@ -40,20 +40,20 @@ class Engine(Protocol):
     """How the steps of a run are computed. Stages and steps come in their order."""
 
     def begin(self, stage: int) -> None:
-        """What a stage does once, before its first step."""
+        """Prepare the stage: what it computes once, before its first step."""
 
     def step(self, step: int) -> int:
-        """Takes the step, and as many after it in the stage as it takes at once: how many."""
+        """Take the step, or several of the stage's from it on at once; return how many."""
 
     def image(self) -> Tensor:
-        """The state [B, C, h, w], which no later step writes to."""
+        """Return the state [B, C, h, w], a tensor that no later step writes to."""
 
     def replace(self, x: Tensor, step: int) -> None:
-        """Goes on from the state x [B, C, h, w], before ``step``; after the last one it is the
-        image's end."""
+        """Continue from the state x [B, C, h, w] before ``step``; behind the last step x is the
+        stage's end."""
 
     def finish(self) -> Tensor:
-        """The stage's end state [B, C, h, w], float32."""
+        """Return the stage's end state [B, C, h, w], float32."""
 
 
 def run(
@@ -69,20 +69,20 @@ def run(
         engine: made for stages of ``counts`` steps.
         counts: steps of each stage.
         progress: called with the number of steps taken since the last call.
-        callback: as ``sample``'s. The engine takes one step at a time.
+        callback: as ``sample``'s, for an engine that takes one step at a time.
     """
     ends: list[Tensor] = []
     for stage, count in enumerate(counts, start=1):
         engine.begin(stage)
-        step = 0
+        step, placed, before = 0, place_steps(count), sum(counts[: stage - 1])
         while step < count:
             taken = engine.step(step)
             step += taken
             if progress is not None:
                 progress(taken)
             if callback is not None:
-                tau, before = place_steps(count)[step - 1].tau, sum(counts[: stage - 1])
-                info = StepInfo(before + step - 1, sum(counts), stage, tau, engine.image())
+                index, tau = before + step - 1, placed[step - 1].tau
+                info = StepInfo(index, sum(counts), stage, tau, engine.image())
                 replaced = _replaced(callback, info)
                 if replaced is not None and step == count and stage < len(counts):
                     raise ValueError(

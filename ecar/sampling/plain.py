@@ -6,6 +6,7 @@ then a step ends in one op, which also embeds the next step's tokens.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -30,9 +31,9 @@ class PlainEngine:
     """
 
     _stage: Stage
-    _fuses: bool  # the stage's steps but the last are in the token layout
-    _x: Tensor | None  # the state as an image
-    _tokens: tuple[Tensor, Tensor] | None  # or in tokens, with the next step's embedded ones
+    _boundary: Callable | None  # the stage's; None: all of its steps are in the image layout
+    _state: Tensor
+    _embedded: Tensor | None  # the next step's tokens; None: the state is an image
     _end: Tensor | None = None
     _start: Tensor  # of the stage that comes next
 
@@ -43,45 +44,45 @@ class PlainEngine:
     def begin(self, stage: int) -> None:
         x = self.inputs.noise() if stage == 1 else self._start
         self._stage = run = self.inputs.stage(self.model, stage, self._end)
-        self._fuses = self.boundary is not None and run.solver.fused and run.head.fuses_boundary()
+        fuses = run.solver.fused and run.head.fuses_boundary()
+        self._boundary = self.boundary if fuses else None
         self.replace(x, 0)
 
     def replace(self, x: Tensor, step: int) -> None:
         run, head = self._stage, self._stage.head
-        if self._fuses and step < run.last:
-            embedded = head.embed_tokens(run.network_input(x, step))
-            self._x, self._tokens = None, (patchify(x, head.patch_size), embedded)
-        else:
-            self._x, self._tokens = x, None
+        self._state, self._embedded = x, None
+        if self._boundary is not None and step < run.last:
+            self._state = patchify(x, head.patch_size)
+            self._embedded = head.embed_tokens(run.network_input(x, step))
 
     def step(self, step: int) -> int:
-        if step < self._stage.last and self._tokens is not None:
-            self._tokens = self._token_step(step, *self._tokens)
+        if step < self._stage.last and self._boundary is not None and self._embedded is not None:
+            self._token_step(step, self._boundary, self._embedded)
         else:
             self._image_step(step)
         return 1
 
     def _image_step(self, step: int) -> None:
         run, x = self._stage, self.image()
-        self._tokens = None
+        self._embedded = None
         slope, scale = run.slope(x, step), run.scale(step)
         if step == run.last and run.next_time is not None:
-            self._x, self._start = run.solver.jump(
+            self._state, self._start = run.solver.jump(
                 x, slope, step, scale, time=run.next_time, stage=run.number + 1, seeds=run.seeds
             )
         else:
-            self._x = run.solver.advance(x, slope, step, scale)
+            self._state = run.solver.advance(x, slope, step, scale)
 
-    def _token_step(self, step: int, state: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+    def _token_step(self, step: int, flow_boundary: Callable, embedded: Tensor) -> None:
         run, head, rows = self._stage, self._stage.head, self._stage.rows(step)
         if len(embedded) < rows:
             embedded = embedded.repeat(2, 1, 1)
         spatial, own = run.spatial[run.guided[step]], run.modulation[step]
-        return run.solver.boundary(
-            self.boundary,
+        self._state, self._embedded = run.solver.boundary(
+            flow_boundary,
             step,
             head.stream(embedded[:rows], spatial, own),
-            state,
+            self._state,
             spatial[-2],
             spatial[-1],
             head.output.weight,
@@ -96,23 +97,24 @@ class PlainEngine:
         )
 
     def image(self) -> Tensor:
-        if self._tokens is None:
-            return self._x
+        if self._embedded is None:
+            return self._state
         head = self._stage.head
-        return unpatchify(self._tokens[0], head.patch_size, head.shape)
+        return unpatchify(self._state, head.patch_size, head.shape)
 
     def finish(self) -> Tensor:
-        self._end, self._x = self._x, None
+        end = self._end = self._state
         del self._stage  # and its modulations, before the next stage's are made
-        return self._end
+        return end
 
 
 def boundary_op(device: torch.device | str, dtype: torch.dtype, width: int) -> Callable | None:
     """flow_boundary where a kernel serves it on this device: composed, it would only cost."""
-    settings = {"device": device, "dtype": dtype, "width": width}
+    resolve = functools.partial(
+        registry.resolve, "flow_boundary", device=device, dtype=dtype, width=width
+    )
     try:
-        chosen = registry.resolve("flow_boundary", **settings)
+        chosen = resolve()
     except registry.BackendUnavailableError:
         return None
-    plain = registry.resolve("flow_boundary", **settings, backend="reference")
-    return None if chosen is plain else ecar_kernels.flow_boundary
+    return None if chosen is resolve(backend="reference") else ecar_kernels.flow_boundary

@@ -139,7 +139,7 @@ def sample(
         if drawn is None:
             if graphs is True:
                 raise RuntimeError(f"argument 'graphs': expected 'auto' or False: {reason}")
-            if graphs and reason not in _said:
+            if graphs and reason is not None and reason not in _said:
                 _said.add(reason)
                 _log.info("sampling without CUDA graphs: %s", reason)
             drawn = run_eagerly(model, shape, *data, progress=bar.update, callback=callback)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -166,7 +167,7 @@ class Inputs:
         following = number + 1
         return Stage(
             number,
-            model.heads[number - 1],
+            cast("FlowHead", model.heads[number - 1]),
             self._solver(number),
             token_map[: 2 * batch if any(guided) else batch],
             self.times[number - 1],

@@ -16,7 +16,7 @@ from ecar_kernels import use_backend
 from tests.support.native import needs_native
 
 from ..conftest import tiny_model
-from .test_sampler import draw
+from .support import draw
 
 pytestmark = needs_native
 

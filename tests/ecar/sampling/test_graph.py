@@ -19,15 +19,7 @@ from ecar.sampling.cpu import CpuEngine
 from ecar.sampling.stage import Inputs
 from ecar_kernels import accelerate, initial_noise, use_backend
 
-from .tape import TapeRecorder
-from .test_sampler import composed_boundary
-
-LABELS, SEEDS = (3, 7, 1), (11, -5, 2**40)
-
-
-def draw(model, labels=LABELS, seeds=SEEDS, **options):
-    options = {"steps": 6, **options}
-    return sample(model, torch.tensor(labels), seeds=torch.tensor(seeds), **options)
+from .support import LABELS, SEEDS, TapeRecorder, composed_boundary, draw
 
 
 def plain(model, *arguments, **options):
@@ -112,6 +104,12 @@ class TestReplay:
         draw(model, steps=4)
         assert torch.equal(draw(model).latents, expected)
         assert tape.captured == 3
+
+    def test_no_state_of_it_can_be_replaced(self, model, tape):
+        draw(model)
+        (engine,) = graph.graphs_of(model)._graphs.values()
+        with pytest.raises(RuntimeError, match="no state can be replaced"):
+            loop.run(engine, (3, 3), callback=lambda i: i.latents + 1 if i.stage == 2 else None)
 
     def test_an_empty_batch(self, model, tape):
         empty = torch.empty(0, dtype=torch.int64)
@@ -399,24 +397,3 @@ class TestReasons:
     def test_a_bad_argument_is_named(self, model, options):
         with pytest.raises(ValueError, match=f"'{next(iter(options))}'"):
             draw(model, **options)
-
-    @pytest.mark.parametrize("setting", [False, True])
-    def test_tf32_is_set_for_the_call_alone(self, model, monkeypatch, setting):
-        products, seen, run = torch.backends.cuda.matmul, [], loop.run
-        monkeypatch.setattr(
-            loop,
-            "run",
-            lambda *given, **options: (
-                seen.append(products.fp32_precision == "tf32"),
-                run(*given, **options),
-            )[1],
-        )
-        before = products.fp32_precision
-        try:
-            products.fp32_precision = "tf32" if setting else "ieee"
-            for wanted in (None, True, False):
-                draw(model, tf32=wanted)
-            assert (products.fp32_precision == "tf32") is setting
-        finally:
-            products.fp32_precision = before
-        assert seen == [setting, True, False]

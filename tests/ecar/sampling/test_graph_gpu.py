@@ -5,7 +5,8 @@ import torch
 
 from ecar.sampling import release_graphs, sample, stage, why_not_graphs
 
-from .test_graph import LABELS, SEEDS, close, draw, plain, reads_a_value_back
+from .support import LABELS, SEEDS, draw
+from .test_graph import close, plain, reads_a_value_back
 
 
 @pytest.fixture

@@ -28,8 +28,7 @@ from ecar_kernels import (
 )
 from tests.support.modules import accelerated
 
-from .tape import TapeRecorder
-from .test_sampler import draw
+from .support import TapeRecorder, draw
 
 BLOCK = ("adaln_linear", "linear_gated_residual")
 STEP = ("euler_step", "flow_boundary", "initial_noise", "upsample_renoise_euler")
