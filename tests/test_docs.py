@@ -1,11 +1,15 @@
 """The pages of docs/: what is made from files is up to date, and their examples run."""
 
+import importlib
 import itertools
 import re
 
 import pytest
 import torch
 
+import ecar
+import ecar.training
+import ecar_kernels
 from ecar import ECAR, ECARConfig
 from ecar_kernels.registry import OPS
 from tools.update_docs import ROOT, contract, pages, updated
@@ -48,6 +52,22 @@ def test_every_page_is_in_the_index():
     for name in PAGES:
         if re.fullmatch(r"docs/[\w-]+\.md", name) and name != "docs/README.md":
             assert f"]({name.removeprefix('docs/')})" in index, f"{name} is not in docs/README.md"
+
+
+def test_every_public_name_is_in_the_api():
+    """By a name that the site's builder, which imports nothing, can follow to its code."""
+    listed = set()
+    for page in ("docs/api/ecar.md", "docs/api/ecar_kernels.md"):
+        for name in re.findall(r"^::: ([\w.]+)$", PAGES[page].read_text("utf-8"), re.MULTILINE):
+            module, _, attribute = name.rpartition(".")
+            assert hasattr(importlib.import_module(module), attribute), f"{page}: {name}"
+            listed.add(name)
+    for package in (ecar, ecar.training, ecar_kernels):
+        for name in set(package.__all__) - {"__version__"}:
+            places = [place for place in listed if place.endswith(f".{name}")]
+            assert places, f"{package.__name__}.{name} is in no page of docs/api"
+            found = importlib.import_module(places[0].rpartition(".")[0])
+            assert getattr(found, name) is getattr(package, name)
 
 
 def test_the_share_of_scores_that_a_mask_throws_away():

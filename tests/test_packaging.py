@@ -199,6 +199,7 @@ def test_metadata(wheel):
         "attention",
         "bench",
         "dev",
+        "docs",
         "eval",
         "inception",
         "test",
@@ -271,7 +272,7 @@ def test_a_clone_does_not_hide_the_package(tmp_path):
     assert said.strip() == str(clone / "ecar_kernels" / "__init__.py")
 
 
-BUILDS = {"lint": 0, "report": 0, "demo": 1, "test": 1, "bench": 1, "matrix": 1}
+BUILDS = {"lint": 0, "docs": 0, "report": 0, "demo": 1, "test": 1, "bench": 1, "matrix": 1}
 
 
 @pytest.mark.parametrize("target", BUILDS)
