@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PLACE = re.compile(
     r"<!-- (figures|pictures|contract): ([\w-]+) -->\n.*?<!-- end of \1 -->", re.DOTALL
 )
+STAGES, BATCH = (16, 64, 256), 8  # tokens of the rows of an op's table; the batch of its backward
+OP_COLUMNS = ("E-CAR-S", "eager", "torch.compile", "ecar_kernels", "vs eager", "vs torch.compile")
 ACCURACY, RATIO = 0.99, 3  # the marks of a checkpoint: at least, at most
 COLUMNS = (
     "checkpoint",
@@ -131,16 +133,44 @@ def drawn(name: str, page: Path) -> str:
 
 
 def measured_op(op: str, root: Path = ROOT) -> str:
-    """An op's rows of the microbenchmarks."""
+    """An op at the stages of E-CAR-S: forward of one image, backward of a batch of 8."""
     parts = []
-    for file in sorted(root.glob("benchmarks/results/*/micro*.json")):
-        record = results.read(file)
-        if record["kind"] != "micro":
-            continue
-        record["rows"] = [row for row in record["rows"] if row["op"] == op]
-        if record["rows"]:
-            parts.append(render(record | {"left_out": 0}))
+    for device in sorted(root.glob("benchmarks/results/*/")):
+        rows: dict[tuple[bool, int], tuple[dict, dict]] = {}
+        records = [results.read(file) for file in device.glob("micro*.json")]
+        for record in sorted(records, key=lambda record: record["environment"]["date"]):
+            for row in record["rows"]:
+                if (
+                    row["op"] == op
+                    and row["size"] in ("S", "-")
+                    and not (row.get("overhead") or row.get("whole"))
+                    and row["batch"] == (BATCH if row["backward"] else 1)
+                    and row["tokens"] in STAGES
+                ):
+                    rows[row["backward"], row["tokens"]] = (row, record["environment"])
+        if rows:
+            facts = [facts for _, facts in rows.values()]
+            dates = sorted({fact["date"][:10] for fact in facts})
+            parts.append(
+                results.markdown(OP_COLUMNS, [_op_cells(rows[key][0]) for key in sorted(rows)])
+                + f"\n\n{facts[0]['device']}, {facts[0]['threads']} threads, float32, torch "
+                f"{facts[0]['versions']['torch']}, {', '.join(dates)}. Forward: one image"
+                + (f"; backward: a batch of {BATCH}." if any(back for back, _ in rows) else ".")
+            )
     return "\n\n".join(parts) or NOT_MEASURED
+
+
+def _op_cells(row: dict) -> tuple[str, ...]:
+    times = {name: value["median"] for name, value in row["seconds"].items()}
+    ratios = [
+        f"{results.figures(times[name] / times['ours'])}x" if name in times else "-"
+        for name in ("eager", "compiled")
+    ]
+    return (
+        f"{'backward' if row['backward'] else 'forward'}, {row['tokens']} tokens",
+        *(results.duration(times.get(name)) for name in ("eager", "compiled", "ours")),
+        *ratios,
+    )
 
 
 def op_targets(root: Path = ROOT) -> str:
