@@ -1,6 +1,7 @@
-"""The README's examples run, and the commands and files that it names exist."""
+"""The README's examples run, its numbers are the committed ones, and what it names exists."""
 
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -46,11 +47,50 @@ def test_python_example_runs(block):
     exec(compile(block, "README.md", "exec"), {})
 
 
+def result(name: str) -> dict:
+    file = "benchmarks/results/amd-epyc-family-25-model-17", f"{name}.json"
+    return json.loads(ROOT.joinpath(*file).read_text("utf-8"))
+
+
+def test_numbers_are_those_of_the_committed_results():
+    image = result("end_to_end")["rows"][0]
+    paper = result("table3")["rows"][0]
+    assert image["size"] == paper["size"] == "S" and image["steps"] == paper["steps"] == 250
+    assert image["timed_steps_of_a_stage"] == paper["timed_steps_of_a_stage"] == 4
+    rows = []
+    for record, seconds, (baseline, here) in (
+        (result("end_to_end"), image["seconds"], ("compiled", "ours")),
+        (result("example-dit"), result("example-dit")["seconds"], ("plain", "accelerated")),
+        (result("table3"), paper["seconds"], ("dit", "ecar")),
+    ):
+        assert record["environment"]["device"] == "AMD EPYC (family 25, model 17)"
+        assert record["environment"]["cores"] == 2
+        rows.append((seconds[baseline]["median"], seconds[here]["median"]))
+    ratios = [baseline / here for baseline, here in rows]
+    ratios[2] = paper["ratio"]["median"]  # of pairs measured in turn
+    said = re.findall(r"\| ([\d.]+) (m?s) \| ([\d.]+) m?s \| ([\d.]+)x \|", README)
+    assert len(said) == 3
+    for (baseline, unit, here, ratio), times, expected in zip(said, rows, ratios, strict=True):
+        scale = 1000 if unit == "ms" else 1
+        for text, value in zip((baseline, here), times, strict=True):
+            assert f"{value * scale:#.3g}".rstrip(".") == text
+        assert f"{expected:#.3g}" == ratio
+
+
+def test_checkpoints_are_as_good_as_they_were_evaluated():
+    said = re.findall(r"`checkpoints/(\w+)`.*?([\d.]+) %", README, re.DOTALL)
+    for name, percent in said:
+        file = ROOT / "checkpoints" / name / "evaluation.json"
+        accuracy = json.loads(file.read_text("utf-8"))["metrics"]["label_accuracy"]
+        assert f"{accuracy:.2%}" == f"{percent}%", name
+    assert [name for name, _ in said] == ["digits", "mnist"]
+
+
 def test_commands_exist():
-    """Each `ecar X` that the README's table names is a subcommand that explains itself."""
+    """Each `ecar X` that the README names is a subcommand that explains itself."""
     from ecar.cli import main
 
-    commands = set(re.findall(r"^\| `ecar (\w+)`", README, re.MULTILINE))
+    commands = set(re.findall(r"`ecar (\w+)`", README))
     assert commands == {"sample", "train", "evaluate", "info", "tune"}
     for command in commands:
         with pytest.raises(SystemExit) as end:

@@ -97,6 +97,16 @@ def test_ci_run_tries_the_ends_of_the_matrix():
     assert newest == (max((python for python, _ in pairs), key=versions), "newest")
 
 
+def test_the_readme_claims_what_the_matrix_tests():
+    pairs = tried("ci", "test")
+    pythons = sorted({versions(python) for python, _ in pairs})
+    torches = sorted({versions(torch)[:2] for _, torch in pairs})
+    ends = [f"{major}.{minor}" for major, minor in (*pythons[:: len(pythons) - 1],)]
+    ends += [f"{major}.{minor}" for major, minor in (*torches[:: len(torches) - 1],)]
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    assert "with Python {} to {} and torch {} to {}.".format(*ends) in readme
+
+
 def test_wheels_are_built_with_the_oldest_and_tried_with_the_newest_too():
     build = WORKFLOWS["wheels"]["jobs"]["build"]
     assert build["env"]["TORCH"].split()[0] == f"torch=={OLDEST_TORCH}"

@@ -1,4 +1,4 @@
-"""Write into README.md and docs/ what is made from files: pictures, figures and contracts.
+"""Write into the pages of docs/ what is made from files: pictures, figures and contracts.
 
     python -m tools.update_docs
 
@@ -36,18 +36,6 @@ PLACE = re.compile(
 )
 STAGES, BATCH = (16, 64, 256), 8  # tokens of the rows of an op's table; the batch of its backward
 OP_COLUMNS = ("E-CAR-S", "eager", "torch.compile", "ecar_kernels", "vs eager", "vs torch.compile")
-ACCURACY, RATIO = 0.99, 3  # the marks of a checkpoint: at least, at most
-COLUMNS = (
-    "checkpoint",
-    "read as the class asked for",
-    "Fréchet distance, generated",
-    "the same, real",
-    "ratio",
-    "precision",
-    "recall",
-    "steps",
-    "guidance",
-)
 
 
 def pages(root: Path = ROOT) -> list[Path]:
@@ -57,40 +45,6 @@ def pages(root: Path = ROOT) -> list[Path]:
         root / "benchmarks" / "README.md",
         *sorted((root / "docs").rglob("*.md")),
     ]
-
-
-def table(rows: list[tuple[str, ...]]) -> str:
-    """Markdown, the first row its head."""
-    head, *body = rows
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *body))
-
-
-def evaluation(root: Path = ROOT) -> str:
-    """One row for each checkpoint that has been evaluated."""
-    rows = [COLUMNS]
-    for path in sorted(root.glob("checkpoints/*/evaluation.json")):
-        report = json.loads(path.read_text("utf-8"))
-        metrics, real, protocol = report["metrics"], report["real"], report["protocol"]
-        sampling = protocol["sampling"]
-        rows.append(
-            (
-                f"[`{path.parent.name}`](checkpoints/{path.parent.name}/README.md)",
-                f"{metrics['label_accuracy']:.2%} of {protocol['generated_images']:,}"
-                f"{_mark(metrics['label_accuracy'] >= ACCURACY)}",
-                f"{metrics['frechet_distance_matched']:.3f}",
-                f"{real['frechet_distance']:.3f} ({protocol['real_train_images']:,} images)",
-                f"{metrics['frechet_ratio']:.2f}{_mark(metrics['frechet_ratio'] <= RATIO)}",
-                f"{metrics['precision']:.3f}",
-                f"{metrics['recall']:.3f}",
-                str(sampling["num_inference_steps"]),
-                f"{sampling['guidance_scale']:g}",
-            )
-        )
-    return table(rows)
-
-
-def _mark(met: bool) -> str:
-    return ", met" if met else ", MISSED"
 
 
 def contract(op: str) -> str:
@@ -180,7 +134,7 @@ def op_targets(root: Path = ROOT) -> str:
 
 NOT_MEASURED = "Not measured yet."
 FIGURES = (
-    {"evaluation": evaluation, "instructions": counted, "targets": op_targets}
+    {"instructions": counted, "targets": op_targets}
     | {kind: functools.partial(measured, kind) for kind in RENDERERS}
     | {op: functools.partial(measured_op, op) for op in OPS}
 )
