@@ -77,6 +77,12 @@ def test_numbers_are_those_of_the_committed_results():
         assert f"{expected:#.3g}" == ratio
 
 
+def test_speed_ups_of_the_examples_are_those_of_the_committed_results():
+    text = (ROOT / "docs" / "own-model.md").read_text("utf-8").partition("## Complete examples")[2]
+    expected = [result(name)["speedup"] for name in ("example-dit", "example-var")]
+    assert re.findall(r"\b([\d.]+)x\b", text) == [f"{ratio:#.3g}" for ratio in expected]
+
+
 def test_checkpoints_are_as_good_as_they_were_evaluated():
     said = re.findall(r"`checkpoints/(\w+)`.*?([\d.]+) %", README, re.DOTALL)
     for name, percent in said:
