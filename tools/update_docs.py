@@ -48,11 +48,15 @@ def pages(root: Path = ROOT) -> list[Path]:
 
 
 def contract(op: str) -> str:
-    """The public function's signature and docstring."""
+    """The public function's signature, as PyTorch's docs have it, and its docstring."""
     function = getattr(ecar_kernels, op)
-    signature = op + str(inspect.signature(function)).replace("torch.Tensor", "Tensor")
+    signature = inspect.signature(function)
+    names = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     wrapped = textwrap.fill(
-        signature, 100, subsequent_indent=" " * (len(op) + 1), break_long_words=False
+        op + str(signature.replace(parameters=names)).replace("torch.Tensor", "Tensor"),
+        100,
+        subsequent_indent=" " * (len(op) + 1),
+        break_long_words=False,
     )
     return f"```text\n{wrapped}\n\n{inspect.getdoc(function)}\n```"
 
