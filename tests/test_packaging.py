@@ -34,6 +34,8 @@ OPTIONAL = [
     "xformers",
 ]
 SOURCE_ENTRIES = [
+    "CHANGELOG.md",
+    "CITATION.cff",
     "CMakeLists.txt",
     "CONTRIBUTING.md",
     "LICENSE",

@@ -16,6 +16,7 @@ from mkdocs.structure.pages import Page
 # Path in the repository -> path in the site.
 OUTSIDE = {
     "README.md": "project/readme.md",
+    "CHANGELOG.md": "project/changelog.md",
     "CONTRIBUTING.md": "project/contributing.md",
     "benchmarks/README.md": "project/benchmarks.md",
     "checkpoints/classifiers/README.md": "project/classifiers.md",
