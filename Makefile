@@ -24,7 +24,7 @@ REQUIREMENTS := $(BIN)/python -c 'import importlib, sys; \
   print(*({"build": data["build-system"]["requires"], "base": project["dependencies"]} \
           | project["optional-dependencies"])[sys.argv[1]], sep="\n")'
 
-.PHONY: help demo test lint docs bench bench-check report compile-gate compile-gate-oldest
+.PHONY: help demo test test-fast lint docs bench bench-check report compile-gate compile-gate-oldest
 .PHONY: compile-gate-changed compile-gate-oldest-changed
 .PHONY: gpu gpu-check gpu-image gpu-ops gpu-pack
 .PHONY: cuda-gate cuda-gate-changed callgrind test-oldest-triton
@@ -34,6 +34,7 @@ REQUIREMENTS := $(BIN)/python -c 'import importlib, sys; \
 help:
 	@echo "make demo        install, then draw a 10 x 10 sheet of digits into $(DEMO)"
 	@echo "make test        install, then run the tests on $(JOBS) processes"
+	@echo "make test-fast   the tests of a change: references, C++, model and tools, in this process"
 	@echo "make lint        ruff, and actionlint on the workflows"
 	@echo "make docs        the site, with API pages from the docstrings: build/site"
 	@echo "make bench       time every op against eager, torch.compile, other libraries and its floor"
@@ -63,6 +64,14 @@ demo: $(STAMPS)/base
 
 test: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --timeout 600 tests
+
+# Less than two minutes on two idle cores. Left out: Triton's interpreter, Inductor's compilations,
+# other processes and instruction sets; of tests that draw examples, all but five each.
+SLOW := triton or compile or inductor or process or distributed or resume or instruction or peers
+test-fast: $(STAMPS)/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --timeout 600 -m 'not slow and not gpu' \
+	  -k 'not ($(SLOW))' --hypothesis-profile quick tests/ecar_kernels tests/ecar \
+	  tests/test_layout.py tests/test_readme.py tests/test_workflows.py
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .

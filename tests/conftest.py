@@ -34,6 +34,9 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile(
     "thorough", hypothesis.settings.get_profile("fresh"), max_examples=1000
 )
+hypothesis.settings.register_profile(
+    "quick", hypothesis.settings.get_profile("fresh"), max_examples=5
+)
 hypothesis.settings.load_profile("fresh")
 
 

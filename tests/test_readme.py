@@ -112,6 +112,21 @@ def test_links_lead_somewhere(page):
             assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
 
 
+def test_the_layout_answers_where_things_are():
+    """Each file that CONTRIBUTING.md gives for a question exists and has the name given."""
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("## Layout")[2]
+    rows = re.findall(r"^\| ([^|]+\?) \| ([^|]+) \| `([^|`]+)` \|$", text, re.MULTILINE)
+    assert len(rows) >= 10 and len(rows) == text.count("? |")
+    for question, files, name in rows:
+        paths = re.findall(r"`([^`]+)`", files)
+        assert paths, question
+        for path in paths:
+            assert name in (ROOT / path).read_text("utf-8"), f"{question} {path} has no {name!r}"
+    for folders in re.findall(r"^\| (`[^|?]*/`) \|", text, re.MULTILINE):
+        for folder in re.findall(r"`([^`]+)`", folders):
+            assert (ROOT / folder).is_dir(), folder
+
+
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text("utf-8")
     for page in PAGES:

@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import hypothesis
 import pytest
 import yaml
 
@@ -120,6 +121,17 @@ def test_wheels_are_built_with_the_oldest_and_tried_with_the_newest_too():
     smoke = WORKFLOWS["wheels"]["jobs"]["smoke"]["strategy"]["matrix"]
     assert [set(smoke["python"]), set(smoke["torch"])] == ends
     assert set(smoke["arch"]) == {entry["arch"] for entry in build["strategy"]["matrix"]["include"]}
+
+
+def test_the_quick_tests_exist():
+    """What make test-fast runs, and the profile of Hypothesis that it asks for."""
+    recipe = re.search(r"^test-fast:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)[1]
+    paths = re.findall(r"\btests/[\w/.]+", recipe)
+    assert {"tests/ecar", "tests/ecar_kernels"} < set(paths)
+    for path in paths:
+        assert (ROOT / path).exists(), path
+    profile = re.search(r"--hypothesis-profile (\w+)", recipe)[1]
+    hypothesis.settings.get_profile(profile)  # raises where there is none of this name
 
 
 def test_a_wheel_without_its_tag_fails_the_build():
