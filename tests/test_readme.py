@@ -15,6 +15,8 @@ PAGES = (
     "README.md",
     "CONTRIBUTING.md",
     "benchmarks/README.md",
+    "data/README.md",
+    *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("checkpoints/*/README.md"))),
     *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/**/*.md"))),
 )
 README = (ROOT / "README.md").read_text("utf-8")
