@@ -46,7 +46,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return f"[{text}]({target}{anchor})"
         path = posixpath.normpath(posixpath.join(folder, target))
         site = OUTSIDE.get(path, path.removeprefix("docs/") if path.startswith("docs/") else "")
-        if files.get_file_from_path(site) is not None:
+        found_file = files.get_file_from_path(site)
+        if found_file is not None and found_file.inclusion.is_included():
             relative = posixpath.relpath(site, posixpath.dirname(here) or ".")
             return f"[{text}]({relative}{anchor})"
         if config.repo_url:
