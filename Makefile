@@ -81,7 +81,7 @@ lint: $(STAMPS)/lint
 docs: $(STAMPS)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: $(STAMPS)/bench
+bench: $(STAMPS)/base
 	$(BIN)/python -m benchmarks
 
 # Some minutes on a machine that does nothing else; CHECK='--only instructions' needs no quiet.

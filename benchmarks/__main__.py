@@ -1,87 +1,64 @@
-"""`python -m benchmarks`: time every op, print one table, write it as JSON.
+"""`python -m benchmarks`: times every op, merges the rows into a file, prints a table.
 
-Other options go to pytest: `python -m benchmarks -k adaln`.
+Ctrl-C keeps the rows that were measured. benchmarks/README.md says how to read them.
 """
 
 import argparse
-import json
 import sys
-import tempfile
 from pathlib import Path
 
-import pytest
 
-from benchmarks import environment, results, table
-
-HERE = Path(__file__).parent
-
-
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__.splitlines()[0]
+        prog="python -m benchmarks", description=__doc__, epilog="Needs torch alone."
     )
+    parser.add_argument(
+        "-k", nargs="+", default=[], metavar="WORD", dest="words",
+        help="only rows whose names contain all of these words",
+    )  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="print the rows' names and exit")
     parser.add_argument(
         "--full",
         action="store_true",
         help="every size, stage and batch, forward and backward (about an hour)",
     )
     parser.add_argument(
-        "--seconds",
-        type=float,
-        default=0.5,
-        help="of measuring for each row (default: %(default)s)",
+        "--seconds", type=float, default=0.5, help="of measuring for each row (default: 0.5)"
     )
     parser.add_argument(
-        "--minutes",
-        type=float,
-        help="rows that would begin later are left out (default: 14, none with --full)",
+        "--minutes", type=float, help="start no row later (default: 14, no limit with --full)"
     )
     parser.add_argument(
         "--results",
         type=Path,
-        default=results.FOLDER,
-        help="folder to write <device>/micro.json into (default: %(default)s)",
+        metavar="FOLDER",
+        help="merge into FOLDER/<device>/micro.json (default: benchmarks/results)",
     )
-    options, for_pytest = parser.parse_known_args()
+    options = parser.parse_args(arguments)
+    from benchmarks import micro, results
+
+    chosen = micro.jobs(options.full, options.words)
+    if not chosen:
+        parser.error(f"argument -k: no row's name contains all of {', '.join(options.words)}")
+    if options.list:
+        print("\n".join(job.name for job in chosen))
+        return 0
+    file = results.path("micro", options.results or results.FOLDER)
     minutes = options.minutes or (None if options.full else 14.0)
-    facts, file = environment.describe(), results.path("micro", options.results)
-    with tempfile.TemporaryDirectory() as folder:
-        collected = Path(folder) / "benchmark.json"
-        counter = _LeftOut()
-        status = pytest.main(
-            [
-                str(HERE / "micro"),
-                f"--benchmark-json={collected}",
-                "--benchmark-quiet",
-                "-p",
-                "no:cacheprovider",
-                "-q",
-                "--no-header",
-                f"--ecar-seconds={options.seconds}",
-                *(["--ecar-full"] if options.full else []),
-                *([f"--ecar-minutes={minutes}"] if minutes is not None else []),
-                *for_pytest,
-            ],
-            plugins=[counter],
-        )
-        text = collected.read_text(encoding="utf-8") if collected.exists() else ""
-    if status != 0:
-        return int(status)
-    if not text:
+    try:
+        rows = micro.run(chosen, file, seconds=options.seconds, minutes=minutes)
+    except KeyboardInterrupt:
+        print(f"interrupted; rows measured before are in {file}", file=sys.stderr)
+        return 130
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not rows:
         print("error: nothing was measured", file=sys.stderr)
         return 1
-    results.write(file, "micro", facts, **json.loads(text), left_out=counter.count)
-    print(f"\n{table.render(results.read(file))}\n\nwrote {file}")
+    this = results.read(file)["runs"][-1:]
+    print(f"\n{micro.render({'rows': rows, 'runs': this})}\n\nmerged into {file}")
     return 0
-
-
-class _LeftOut:
-    """Counts the rows for which there was no time."""
-
-    count = 0
-
-    def pytest_runtest_logreport(self, report):
-        self.count += report.skipped
 
 
 if __name__ == "__main__":

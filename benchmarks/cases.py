@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.environment import last_level_cache
-from ecar.config import ECARConfig
+from benchmarks.results import last_level_cache
+from ecar import ECARConfig
 from ecar_kernels.costs import BACKWARD_READS
 from ecar_kernels.registry import FAMILIES, OPS
 
@@ -89,6 +89,13 @@ class Case:
     @property
     def heads(self) -> int:
         return self.model.heads
+
+    @property
+    def op_width(self) -> int:
+        """What `resolve` is told as the op's width; 0 for ops that have none."""
+        if self.size == "-":
+            return 0
+        return self.width // self.heads if self.op == "stage_attention" else self.width
 
     @property
     def stages(self) -> tuple[int, ...]:

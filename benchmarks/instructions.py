@@ -1,9 +1,8 @@
-"""`python -m benchmarks.instructions`: instructions of each C++ kernel, under valgrind's callgrind.
+"""Instructions of each C++ kernel under valgrind's callgrind, against the committed counts.
 
-The noise-free half of a regression guard: a count depends on the compiler and the sources, not on
-what else the machine does. It fails where a call takes more than 1 % more instructions than the
-committed results say, and is skipped, with the reason, under another compiler. --update writes
-them anew. Valgrind knows no AVX-512, so AVX2 and the baseline are counted.
+A count depends on the compiler and the sources, not on what else the machine does. Fails if a call
+takes more than 1 % more instructions than committed; counts of another compiler are not compared.
+Valgrind knows no AVX-512, so AVX2 and the baseline are counted.
 """
 
 import argparse
@@ -18,11 +17,11 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from benchmarks.results import markdown
+from benchmarks import results
+from benchmarks.results import ROOT, markdown
 
-ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "instructions"
-RESULTS = ROOT / "benchmarks" / "results" / "instructions.json"
+RESULTS = results.FOLDER / "instructions.json"
 MEASURED = "ecar_measured"  # of csrc/tests/instructions.cpp
 ALLOWED = 0.01
 
@@ -46,17 +45,8 @@ def run(*command: object, **environment: str) -> str:
 def build() -> str:
     """Builds the program; returns the compiler's name and version."""
     cmake, ninja = tool("cmake"), tool("ninja")
-    run(
-        cmake,
-        "-S",
-        ROOT,
-        "-B",
-        BUILD,
-        "-G",
-        "Ninja",
-        f"-DCMAKE_MAKE_PROGRAM={ninja}",
-        "-DCMAKE_BUILD_TYPE=Release",
-    )
+    settings = (f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DCMAKE_BUILD_TYPE=Release")
+    run(cmake, "-S", ROOT, "-B", BUILD, "-G", "Ninja", *settings)
     run(cmake, "--build", BUILD, "--target", "instructions")
     cache = (BUILD / "CMakeCache.txt").read_text("utf-8")
     compiler = re.search(r"^CMAKE_CXX_COMPILER:\w+=(.+)$", cache, re.MULTILINE)[1]
@@ -91,7 +81,7 @@ def count(isa: str) -> dict[str, int]:
 
 
 def compare(counts: dict, committed: dict) -> list[str]:
-    """What takes more than it did, or is new, or is gone."""
+    """Calls that take more instructions than committed, are new, or are gone."""
     found = {(isa, call): n for isa, calls in counts.items() for call, n in calls.items()}
     known = {(isa, call): n for isa, calls in committed.items() for call, n in calls.items()}
     complaints = []
@@ -138,19 +128,9 @@ def main(argv: list[str] | None = None) -> int:
             change = f"{n / before - 1:+8.1%}" if before else ""
             print(f"{isa:9}{call:45}{n:>14,}{change}")
     if options.update:
-        text = json.dumps(
-            {
-                "compiler": compiler,
-                "machine": machine,
-                "valgrind": run(tool("valgrind"), "--version").strip(),
-                "counts": counts,
-            },
-            indent=1,
-        )
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        temporary = RESULTS.with_suffix(".tmp")
-        temporary.write_text(text + "\n", "utf-8")
-        temporary.replace(RESULTS)
+        valgrind = run(tool("valgrind"), "--version").strip()
+        facts = {"compiler": compiler, "machine": machine, "valgrind": valgrind}
+        results.save(RESULTS, {**facts, "counts": counts})
         print(f"wrote {RESULTS}")
         return 0
     there = committed.get("compiler"), committed.get("machine")

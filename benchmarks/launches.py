@@ -1,10 +1,9 @@
-"""`python -m benchmarks.launches`: kernels that sampling launches on an H100, counted without one.
+"""Kernels that sampling launches on an H100, counted without one.
 
-Of E-CAR-S, B and L in bfloat16 at one image, plain and accelerated, with guidance and without: of
-an Euler step and of the AR transformer at each stage, and of an image of 250 steps. The product
-runs on a GPU that is not there (tools.fake_gpu): a launch is one of Triton's, an op of torch (taken
-for one kernel), or one of the CUDA C++ library's (one kernel each). It fails where a count is above
-the committed one. --update writes them anew.
+E-CAR-S, B and L in bfloat16, one image, plain and accelerated, with guidance and without: an Euler
+step and the AR transformer at each stage, and an image of 250 steps. The model runs on a fake GPU
+(tools.fake_gpu): a launch is one of Triton's, an op of torch (taken for one kernel), or one of the
+CUDA C++ library's (one kernel each). Fails if a count is above the committed one.
 """
 
 import argparse
@@ -18,11 +17,10 @@ from typing import Any
 import torch
 
 import ecar_kernels
-from benchmarks import environment, results
+from benchmarks import results
 from benchmarks.results import markdown
-from ecar.config import ECARConfig
-from ecar.model import ECAR
-from ecar.sampling import loop, split_steps
+from ecar import ECAR, ECARConfig, split_steps
+from ecar.sampling import loop
 from ecar.sampling.plain import PlainEngine
 from ecar.sampling.stage import Inputs, Shape
 from ecar.transformer import KVCache
@@ -32,8 +30,7 @@ RESULTS = results.FOLDER / "launches.json"
 SIZES = ("S", "B", "L")
 STEPS = 250
 KINDS = ("triton", "c++", "aten", "copy")
-# Of a step: design.md, section 9; more than these an H100 is not to be kept waiting for.
-TARGET = {"S": 23, "B": 45, "L": 67}
+TARGET = {"S": 23, "B": 45, "L": 67}  # launches of a step, at most
 COUNTED = 3  # steps of a stage: the first ends with what every one but the last has
 
 
@@ -161,19 +158,9 @@ def render(record: dict[str, Any]) -> str:
 def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     from tools.fake_gpu import H100
 
-    versions = {name: environment.package_version(name) for name in ("torch", "triton")}
-    record = {
-        "chip": H100.name,
-        "versions": versions,
-        "step_count": STEPS,
-        "target": TARGET,
-        "rows": list(rows),
-    }
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in record.pop("rows"))
-    text = f'{json.dumps(record, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n'
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text, "utf-8")
-    partial.replace(file)
+    versions = {name: results.package_version(name) for name in ("torch", "triton")}
+    facts = {"chip": H100.name, "versions": versions, "step_count": STEPS, "target": TARGET}
+    results.save(file, {**facts, "rows": list(rows)})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.memory`: peak memory of sampling, and of a training step, ours and eager.
+"""Peak memory of sampling and of a training step, ours and eager.
 
 Each figure comes from a process of its own: its peak resident set (VmHWM of Linux's
 /proc/self/status), less what it held before the model was made, libraries loaded and ops run once.
@@ -10,24 +10,23 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import ecar_kernels
-from benchmarks import environment, models, results
+from benchmarks import models, results
 from benchmarks.models import STEPS
 from benchmarks.results import figures, markdown
-from ecar.config import PRESETS, ECARConfig
-from ecar.model import ECAR
-from ecar.sampling import StepInfo, sample, split_steps
+from ecar import ECAR, PRESETS, ECARConfig, sample, split_steps
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 SETTLED = 5  # steps of a stage after which nothing may grow
-SLACK = 1.5  # section 7 of the design: peak <= weights + 1.5x what sampling needs
-TRAINING = 0.75  # likewise: of the eager reference's peak, at most
+SLACK = 1.5  # a peak of sampling is at most the weights + 1.5x what sampling needs
+TRAINING = 0.75  # a training step's, of the eager reference's
 MIB = 2**20
 
 
@@ -46,8 +45,12 @@ def reset_peak() -> None:
     CLEAR.write_text("5")
 
 
+def weight_bytes(model: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
 def needed(config: ECARConfig, steps: int, itemsize: int = 4) -> dict[str, int]:
-    """Bytes that sampling one image needs beside the weights, at the largest stage.
+    """Bytes that sampling one image needs besides the weights, at the largest stage.
 
     modulation: of all tokens, and of all steps. kv_cache: keys and values of all layers.
     activations: what one flow block makes of its tokens: q, k, v, attention's output, the
@@ -62,17 +65,34 @@ def needed(config: ECARConfig, steps: int, itemsize: int = 4) -> dict[str, int]:
     }
 
 
+def kept(model: ECAR, backend: str) -> int:
+    """Bytes that the loss of one image keeps for its backward, the weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found: dict[int, Tensor] = {}  # held, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in weights:
+            found.setdefault(address, tensor)
+        return tensor
+
+    with (
+        ecar_kernels.use_backend(backend),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        model.loss(torch.randn(1, *model.config.latent_shape), torch.zeros(1, dtype=torch.int64))
+    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+
 def sampling(config: ECARConfig, steps: int) -> dict[str, Any]:
     """Peak and growth of one image in this process; weights are packed in place."""
     _draw(ECAR(ECARConfig.preset("digits")).eval(), 3)  # libraries, thread pools
     reset_peak()
     before = resident()
     model = models.random_model(config)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     ecar_kernels.accelerate(model, keep_weights=False)
     making = resident("VmHWM") - before
     reset_peak()
-    held = resident() - before
     seen: list[tuple[int, int]] = []
     _draw(model, steps, lambda info: seen.append((info.stage, resident())))
     first = resident("VmHWM") - before
@@ -82,29 +102,19 @@ def sampling(config: ECARConfig, steps: int) -> dict[str, Any]:
         of = [size for at, size in seen if at == stage][SETTLED:]
         growth.append(of[-1] - of[0] if of else 0)
     return {
-        "weights": weights,
+        "weights": weight_bytes(model),
         "needed": needed(config, steps),
         "steps": steps,
         "peak": first,
         "second_image": resident("VmHWM") - before,
-        "after_making": held,
         "peak_of_making": making,
         "growth_of_stages": growth,
     }
 
 
-def _draw(model: ECAR, steps: int, note: Any = None) -> None:
-    def callback(info: StepInfo) -> None:
-        if note is not None:
-            note(info)
-
-    sample(
-        model,
-        torch.zeros(1, dtype=torch.int64),
-        seeds=torch.zeros(1, dtype=torch.int64),
-        steps=steps,
-        callback=callback,
-    )
+def _draw(model: ECAR, steps: int, callback: Callable[[Any], object] | None = None) -> None:
+    zero = torch.zeros(1, dtype=torch.int64)
+    sample(model, zero, seeds=zero, steps=steps, callback=callback)
 
 
 def training(config: ECARConfig, batch: int) -> dict[str, Any]:
@@ -113,16 +123,12 @@ def training(config: ECARConfig, batch: int) -> dict[str, Any]:
     reset_peak()
     before = resident()
     weights = _train(config, batch)
-    return {
-        "batch": batch,
-        "peak": resident("VmHWM") - before,
-        # Weights, gradients, and AdamW's two averages.
-        "standing": 4 * weights,
-    }
+    # standing: weights, gradients, and AdamW's two averages.
+    return {"batch": batch, "peak": resident("VmHWM") - before, "standing": 4 * weights}
 
 
 def _train(config: ECARConfig, batch: int) -> int:
-    """Two steps: the first makes the optimizer's state. Bytes of the weights."""
+    """Two steps, the first of which makes the optimizer's state; the weights' bytes."""
     model = ECAR(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     for _ in range(2):
@@ -131,29 +137,16 @@ def _train(config: ECARConfig, batch: int) -> int:
         model.loss(latents, labels).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    return weight_bytes(model)
 
 
 def in_fresh_process(
     kind: str, size: str, *, backend: str = "auto", steps: int = STEPS, batch: int = 1
 ) -> dict[str, Any]:
-    """`sampling` or `training` of a preset, each in a process of its own."""
+    """`sampling` or `training` of a preset, in a process of its own."""
+    given = f"--child {kind} --sizes {size} --backend {backend} --steps {steps} --batch {batch}"
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "benchmarks.memory",
-            "--child",
-            kind,
-            "--sizes",
-            size,
-            "--backend",
-            backend,
-            "--steps",
-            str(steps),
-            "--batch",
-            str(batch),
-        ],
+        [sys.executable, "-m", "benchmarks.memory", *given.split()],
         cwd=results.ROOT,
         capture_output=True,
         text=True,
@@ -164,66 +157,36 @@ def in_fresh_process(
 
 
 def render(record: dict[str, Any]) -> str:
-    rows = []
-    for row in record["sampling"]:
-        wanted = row["weights"] + SLACK * sum(row["needed"].values())
-        rows.append(
-            (
-                row["size"],
-                *map(_mib, (row["weights"], *row["needed"].values(), row["peak"], wanted)),
-                _mark(row["peak"] <= wanted),
-                _mib(row["second_image"] - row["peak"]),
-                " / ".join(map(_mib, row["growth_of_stages"])),
-                _mib(row["peak_of_making"]),
-            )
-        )
     sampled = markdown(
-        (
-            "sampling",
-            "weights",
-            "modulation",
-            "KV cache",
-            "activations",
-            "peak",
-            "wanted <=",
-            "",
-            "a second image adds",
-            "growth in each stage",
-            "peak of making the model",
-        ),
-        rows,
-    )
-    rows = []
-    for row in record["training"]:
-        eager, ours = row["eager"], row["ours"]
-        ratio = ours["peak"] / eager["peak"]
-        rows.append(
+        ("sampling", "weights", "modulation", "KV cache", "activations", "peak", "at most"),
+        [
             (
                 row["size"],
-                str(eager["batch"]),
-                _mib(eager["standing"]),
-                _mib(eager["peak"]),
-                _mib(ours["peak"]),
-                f"{figures(ratio)}x",
-                f"{TRAINING}x",
-                _mark(ratio <= TRAINING),
+                *map(_mib, (row["weights"], *row["needed"].values(), row["peak"])),
+                _mib(row["weights"] + SLACK * sum(row["needed"].values())),
             )
-        )
+            for row in record["sampling"]
+        ],
+    )
     trained = markdown(
-        ("training step", "batch", "standing", "eager", "ours", "ours / eager", "wanted <=", ""),
-        rows,
+        ("training", "batch", "weights, gradients, AdamW", "eager", "ours", "ours / eager"),
+        [
+            (
+                row["size"],
+                str(row["eager"]["batch"]),
+                *map(_mib, (row["eager"]["standing"], row["eager"]["peak"], row["ours"]["peak"])),
+                f"{figures(row['ours']['peak'] / row['eager']['peak'])}x",
+            )
+            for row in record["training"]
+        ],
     )
+    steps = record["sampling"][0]["steps"] if record["sampling"] else STEPS
     return (
-        f"{sampled}\n\n{trained}\n\nMiB, float32; peak resident set of a fresh process, less "
-        "what it held before the model was made.\nSampling: one image of "
-        f"{record['sampling'][0]['steps']} steps without guidance, weights packed in place; "
-        f"wanted is weights + {SLACK}x the three columns beside.\nTraining: two steps with "
-        "AdamW; standing is weights, gradients and AdamW's state, held by both."
+        f"{sampled}\n\n{trained}\n\nMiB, float32; peak resident set of a fresh process, less what "
+        f"it held before the model was made.\nSampling: one image of {steps} steps without "
+        f"guidance, weights packed in place; at most: weights + {SLACK}x the next three columns."
+        f"\nTraining: two steps with AdamW; the target is {TRAINING}x eager."
     )
-
-
-def _mark(met: bool) -> str:
-    return "met" if met else "MISSED"
 
 
 def _mib(size: float) -> str:
@@ -231,28 +194,20 @@ def _mib(size: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.memory", description=__doc__.splitlines()[0]
-    )
+    parser = results.parser("memory", __doc__)
     parser.add_argument(
         "--sizes", nargs="+", choices=PRESETS, default=("S", "B", "L"), help="that sample"
     )
     parser.add_argument(
         "--training", nargs="*", choices=PRESETS, default=("S",), help="that train (default: S)"
     )
-    parser.add_argument("--batch", type=int, default=16, help="of training (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=results.FOLDER,
-        help="folder to write <device>/memory.json into",
-    )
+    parser.add_argument("--batch", type=int, default=16, help="of training (default: 16)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
     parser.add_argument("--child", choices=("sampling", "training"), help=argparse.SUPPRESS)
     parser.add_argument("--backend", default="auto", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if not STATUS.exists():
-        raise SystemExit(f"error: memory is read from {STATUS}, which this system has not")
+        raise SystemExit(f"error: memory is read from {STATUS}, which this system does not have")
     if options.child is not None:
         config = ECARConfig.preset(options.sizes[0])
         with ecar_kernels.use_backend(options.backend):
@@ -263,22 +218,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         print(json.dumps(found))
         return
-    facts = environment.describe()
+    facts = results.describe()
     sampled = [in_fresh_process("sampling", size, steps=options.steps) for size in options.sizes]
     trained = [
-        {
-            "size": size,
-            **{
-                name: in_fresh_process("training", size, backend=backend, batch=options.batch)
-                for name, backend in (("eager", "reference"), ("ours", "auto"))
-            },
+        {"size": size}
+        | {
+            name: in_fresh_process("training", size, backend=backend, batch=options.batch)
+            for name, backend in (("eager", "reference"), ("ours", "auto"))
         }
         for size in options.training
     ]
-    file = results.path("memory", options.results)
-    record = {"sampling": sampled, "training": trained}
-    results.write(file, "memory", facts, **record)
-    print(f"{render(record)}\n\n{results.where(facts)}\n\nwrote {file}")
+    results.finish(options.results, "memory", facts, render, sampling=sampled, training=trained)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,15 @@ import copy
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 import ecar_kernels
-from ecar.config import ECARConfig
-from ecar.model import ECAR
-from ecar.sampling import split_steps
+from ecar import ECAR, ECARConfig, split_steps
 from ecar.sampling.sampler import run_eagerly
 from ecar.sampling.stage import Shape
 
@@ -153,8 +152,8 @@ def image_seconds(stages: Sequence[StageTime], steps: int = STEPS) -> float:
 
 
 def rounds(
-    runs: dict[str, Callable[[], list[StageTime]]], seconds: float, min_rounds: int = 3
-) -> Iterator[dict[str, list[StageTime]]]:
+    runs: Mapping[str, Callable[[], Any]], seconds: float, min_rounds: int = 3
+) -> Iterator[dict[str, Any]]:
     """Interleaved rounds of all runs until the time is over, after one that is not counted."""
     for run in runs.values():
         run()

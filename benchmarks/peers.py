@@ -1,7 +1,7 @@
-"""What others have for an op: PyTorch, flash-attn, xformers, Liger, flashinfer; on any device.
+"""What other libraries have for an op: PyTorch, flash-attn, xformers, Liger, flashinfer.
 
-Each peer is a function with the op's signature. One that is not installed, or that the device or
-the case is not for, raises when it is called, and `why_not` makes its reason a line.
+Each peer is a function with the op's signature, on any device. One that is not installed, or that
+the device or the case is not for, raises when it is called, and `why_not` makes its reason a line.
 
 A query of the newest stage sees every key, so attention needs no mask there and gets none. For the
 queries of all stages, PyTorch's get the stages' mask, and flash-attn and xformers, which know no
@@ -14,6 +14,7 @@ import importlib
 import re
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ SDPA = {
     "math": SDPBackend.MATH,
 }
 REASON_LENGTH = 200
+Stages = tuple[int, ...]
 
 
 def functions(op: str, *, per_stage: bool = False) -> dict[str, Callable]:
@@ -40,17 +42,15 @@ def functions(op: str, *, per_stage: bool = False) -> dict[str, Callable]:
     if op == "stage_attention":
 
         def sdpa(backend: SDPBackend) -> Callable:
-            return (
-                functools.partial(_by_stage, functools.partial(_dense_sdpa, backend))
-                if per_stage
-                else functools.partial(_sdpa, backend)
-            )
+            if per_stage:
+                return functools.partial(by_stage, functools.partial(_dense_sdpa, backend))
+            return functools.partial(_sdpa, backend)
 
         return {
             "FlexAttention": _flex(),
             **{f"SDPA {name}": sdpa(backend) for name, backend in SDPA.items()},
-            "flash-attn": functools.partial(_by_stage, _flash_attn),
-            "xformers": functools.partial(_by_stage, _xformers),
+            "flash-attn": functools.partial(by_stage, _flash_attn),
+            "xformers": functools.partial(by_stage, _xformers),
         }
     if op == "adaln":
         return {"Liger, LayerNorm": _liger_norm, "flashinfer, LayerNorm": _flashinfer_norm}
@@ -63,14 +63,14 @@ def functions(op: str, *, per_stage: bool = False) -> dict[str, Callable]:
 
 
 def why_not(call: Callable[[], object]) -> str | None:
-    """Why the call fails, in a line; None where it does not."""
+    """Why the call fails, in a line; None if it does not."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             call()
         except Exception as error:  # whatever a peer raises is its reason
             name, text = type(error).__name__, str(error)
-            # torch.compile tells of an error in what it compiles in a text of its own.
+            # torch.compile reports an error in what it compiles in a text of its own.
             if (inner := re.search(r"raised exception (\w+)\(['\"](.+?)['\"]\)", text)) is not None:
                 name, text = inner.groups()
             first = text.partition("\n")[0].partition(". ")[0].rstrip(".")
@@ -93,15 +93,13 @@ def _load(package: str, module: str, name: str) -> Callable:
         found = importlib.import_module(module)
     except ImportError as error:
         missing = getattr(error, "name", None) or module
-        raise ImportError(
-            f"{package} is not installed"
-            if module.startswith(missing)
-            else f"{package} does not load: {error}"
-        ) from None
+        absent = module.startswith(missing)
+        reason = "is not installed" if absent else f"does not load: {error}"
+        raise ImportError(f"{package} {reason}") from None
     return getattr(found, name)
 
 
-def _is_newest(q: Tensor, stage_lengths: tuple[int, ...]) -> bool:
+def _is_newest(q: Tensor, stage_lengths: Stages) -> bool:
     return q.shape[1] == stage_lengths[-1]
 
 
@@ -110,26 +108,26 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 
 
 @functools.lru_cache(maxsize=4)  # of 5,440 tokens one takes 30 MB
-def _mask(stage_lengths: tuple[int, ...], queries: int, device: torch.device) -> Tensor:
+def _mask(stage_lengths: Stages, queries: int, device: torch.device) -> Tensor:
     return block_causal_mask(stage_lengths, queries, device=device)
 
 
-def _sdpa(
-    backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, stage_lengths: tuple[int, ...]
+def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, stage_lengths: Stages) -> Tensor:
+    newest = _is_newest(q, stage_lengths)
+    mask = None if newest else _mask(stage_lengths, q.shape[1], q.device)
+    return _dense_sdpa(backend, q, k, v, mask)
+
+
+def _dense_sdpa(
+    backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
 ) -> Tensor:
-    mask = None if _is_newest(q, stage_lengths) else _mask(stage_lengths, q.shape[1], q.device)
     with sdpa_kernel(backend):
         out = F.scaled_dot_product_attention(*_heads_first(q, k, v), attn_mask=mask)
     return out.transpose(1, 2)
 
 
-def _dense_sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(*_heads_first(q, k, v)).transpose(1, 2)
-
-
 @functools.lru_cache(maxsize=4)
-def _block_mask(stage_lengths: tuple[int, ...], queries: int, device: torch.device):
+def _block_mask(stage_lengths: Stages, queries: int, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     total = sum(stage_lengths)
@@ -151,31 +149,24 @@ def _flex() -> Callable:
     # A whole graph or an error: what falls back to eager is not FlexAttention's kernel.
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
-    def call(q: Tensor, k: Tensor, v: Tensor, stage_lengths: tuple[int, ...]) -> Tensor:
-        mask = (
-            None
-            if _is_newest(q, stage_lengths)
-            else _block_mask(stage_lengths, q.shape[1], q.device)
-        )
+    def call(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Stages) -> Tensor:
+        newest = _is_newest(q, stage_lengths)
+        mask = None if newest else _block_mask(stage_lengths, q.shape[1], q.device)
         return compiled(*_heads_first(q, k, v), block_mask=mask).transpose(1, 2)
 
     return call
 
 
-def _by_stage(
-    attention: Callable, q: Tensor, k: Tensor, v: Tensor, stage_lengths: tuple[int, ...]
-) -> Tensor:
+def by_stage(attention: Callable, q: Tensor, k: Tensor, v: Tensor, stage_lengths: Stages) -> Tensor:
     """A dense call for each stage of the queries, over the keys up to its end."""
     if _is_newest(q, stage_lengths):
         return attention(q, k, v)
     ends = torch.tensor(stage_lengths).cumsum(0).tolist()
-    return torch.cat(
-        [
-            attention(q[:, end - length : end], k[:, :end], v[:, :end])
-            for length, end in zip(stage_lengths, ends, strict=True)
-        ],
-        dim=1,
-    )
+    parts = [
+        attention(q[:, end - length : end], k[:, :end], v[:, :end])
+        for length, end in zip(stage_lengths, ends, strict=True)
+    ]
+    return torch.cat(parts, dim=1)
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -186,66 +177,34 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _load("xformers", "xformers.ops", "memory_efficient_attention")(q, k, v)
 
 
-def _one_for_all(modulation: Tensor) -> Tensor:
-    """[C] of a token-wise modulation: what a plain norm can take."""
-    return modulation[0, 0]
+# The norms take [C] of a token-wise modulation, and ignore the step's part and the gate.
 
 
-def _liger_norm(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    step_shift: Tensor,
-    step_scale: Tensor,
-    eps: float = 1e-6,
-) -> Tensor:
+def _liger_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, **_: Tensor) -> Tensor:
     norm = _load("liger-kernel", "liger_kernel.ops.layer_norm", "LigerLayerNormFunction")
-    return norm.apply(x, _one_for_all(scale), _one_for_all(shift), eps)
+    return norm.apply(x, scale[0, 0], shift[0, 0], eps)
 
 
 def _liger_add_norm(
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    step_gate: Tensor,
-    step_shift: Tensor,
-    step_scale: Tensor,
-    eps: float = 1e-6,
+    x: Tensor, branch: Tensor, scale: Tensor, eps: float = 1e-6, **_: Tensor
 ) -> tuple[Tensor, Tensor]:
-    norm = _load(
-        "liger-kernel", "liger_kernel.ops.fused_add_rms_norm", "LigerFusedAddRMSNormFunction"
-    )
-    y, x = norm.apply(branch, x, _one_for_all(scale), eps)
+    module = "liger_kernel.ops.fused_add_rms_norm"
+    norm = _load("liger-kernel", module, "LigerFusedAddRMSNormFunction")
+    y, x = norm.apply(branch, x, scale[0, 0], eps)
     return x, y
 
 
 def _flashinfer_norm(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    step_shift: Tensor,
-    step_scale: Tensor,
-    eps: float = 1e-6,
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, **_: Tensor
 ) -> Tensor:
     norm = _load("flashinfer", "flashinfer.norm", "layernorm")
-    y = norm(x.flatten(0, 1), _one_for_all(scale).float(), _one_for_all(shift).float(), eps)
-    return y.view_as(x)
+    return norm(x.flatten(0, 1), scale[0, 0].float(), shift[0, 0].float(), eps).view_as(x)
 
 
 def _flashinfer_add_norm(
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    step_gate: Tensor,
-    step_shift: Tensor,
-    step_scale: Tensor,
-    eps: float = 1e-6,
+    x: Tensor, branch: Tensor, scale: Tensor, eps: float = 1e-6, **_: Tensor
 ) -> tuple[Tensor, Tensor]:
     """In place, so that x and the branch are other numbers at each turn."""
     norm = _load("flashinfer", "flashinfer.norm", "fused_add_rmsnorm")
-    norm(branch.flatten(0, 1), x.flatten(0, 1), _one_for_all(scale), eps)
+    norm(branch.flatten(0, 1), x.flatten(0, 1), scale[0, 0], eps)
     return x, branch

@@ -1,7 +1,6 @@
-"""`python -m benchmarks.report`: one page of all results that there are, of all devices.
+"""Committed results as Markdown: all on one page with pictures, or the tables of given files.
 
-Markdown with the tables of `benchmarks.table` and the pictures of `benchmarks.pictures`, from files
-of results alone: nothing is measured, and a device may have as few of them as it likes.
+Nothing is measured. `--images` draws the pictures of docs/images/ instead.
 """
 
 import argparse
@@ -13,102 +12,73 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import instructions, launches, pictures, results, table
+from benchmarks import instructions, launches, results
 
-# Kinds of results in the order of the page, each with its heading.
-HEADINGS = {
-    "table3": "Beside diffusers' DiT",
-    "end_to_end": "One image, end to end",
-    "profile": "Where a step's time goes",
-    "ablation": "What each design choice is worth",
-    "scaling": "How it grows",
-    "memory": "Memory",
-    "backward": "What an elementwise op's backward is made of",
-    "saved": "What a training step keeps",
-    "example": "Other models, accelerated",
-    "table2": "Sizes and multiply-adds",
-    "gpu": "On this GPU",
-    "micro": "Every op",
-    "gemm": "The libraries' matrix products, and ours",
+# Kinds of results in the order of the page: heading, and the module that renders a record.
+KINDS = {
+    "end_to_end": ("One image, end to end", "benchmarks.end_to_end"),
+    "table3": ("Table 3: E-CAR, DiT and MAR", "benchmarks.paper.table3"),
+    "table2": ("Table 2: parameters and multiply-adds", "benchmarks.paper.table2"),
+    "complexity": ("A.2: attention token by token and in stages", "benchmarks.paper.complexity"),
+    "ablation": ("What each design choice is worth", "benchmarks.paper.ablation"),
+    "memory": ("Memory", "benchmarks.memory"),
+    "example": ("Other models, accelerated", "examples.compare"),
+    "gpu": ("On this GPU", "benchmarks.gpu.report"),
+    "micro": ("Every op", "benchmarks.micro"),
 }
-INTRODUCTION = """# Results
+COUNTS = {"Instructions of the C++ kernels": instructions, "Launches of a sampling step": launches}
 
-All that `benchmarks/results/` has of every device, as tables and pictures; each table names its
-device, threads, versions and date. Figures of two devices, or of two dates, are not for
-comparison: ratios within one table are."""
+
+def render(record: dict[str, Any]) -> str:
+    """A record's tables, with its environment; ValueError for an unknown kind."""
+    kind = record["kind"]
+    if kind not in KINDS:
+        raise ValueError(f"record 'kind': expected one of {', '.join(KINDS)}, got {kind!r}")
+    text = importlib.import_module(KINDS[kind][1]).render(record)
+    return f"{text}\n\n{results.where(record['environment'])}" if "environment" in record else text
 
 
 def page(folder: Path, output: Path) -> str:
-    """The page's text. Writes the pictures below ``output``.
+    """The page of all results below a folder; draws its pictures into `output`.
 
-    Raises ValueError, naming the file, for one that is no result.
+    Raises ValueError, naming the file, for one that is not a result.
     """
-    parts, contents = [], []
+    from benchmarks import pictures
+
+    parts = [
+        "# Results",
+        "Compare ratios within one table, not times of different devices or dates.",
+    ]
     for device in sorted(path for path in folder.iterdir() if path.is_dir()):
-        files = sorted(device.glob("*.json"))
-        records = {file: results.read(file) for file in files}
+        records = {file: results.read(file) for file in device.glob("*.json")}
         if not records:
             continue
-        name = _device(records)
-        contents.append(f"- [{name}](#{_anchor(name)})")
-        parts.append(f"## {name}")
-        parts += [
-            _section(file, records[file], output)
-            for file in sorted(files, key=lambda file: (_place(records[file]["kind"]), file.stem))
-        ]
-    counts = folder / instructions.RESULTS.name
-    if counts.is_file():
-        contents.append("- [Instructions of the C++ kernels](#instructions-of-the-c-kernels)")
-        parts.append(
-            "## Instructions of the C++ kernels\n\nCounted by valgrind's callgrind: "
-            "without noise, unlike times.\n\n"
-            + instructions.render(json.loads(counts.read_text("utf-8")))
-        )
-    counts = folder / launches.RESULTS.name
-    if counts.is_file():
-        contents.append("- [Launches of a sampling step](#launches-of-a-sampling-step)")
-        parts.append(
-            "## Launches of a sampling step\n\nCounted without a GPU, as an H100 would "
-            "be sent them.\n\n" + launches.render(json.loads(counts.read_text("utf-8")))
-        )
-    if not parts:
-        contents = [f"There are none in {folder}."]
-    return "\n\n".join([INTRODUCTION, "\n".join(contents), *parts]) + "\n"
+        parts.append(f"## {device.name}")
+        for file in sorted(records, key=lambda file: (_place(records[file]), file.stem)):
+            record = records[file]
+            heading = KINDS.get(record["kind"], (record["kind"], ""))[0]
+            parts.append(f"### {heading} ({file.name})")
+            if record["kind"] not in KINDS:
+                parts.append(f"There is no table for results of kind {record['kind']!r}.")
+                continue
+            for picture in pictures.draw(file, output / "pictures"):
+                parts.append(f"![{heading}]({picture.relative_to(output)})")
+            parts.append(below(render(record), 3))
+    for heading, module in COUNTS.items():
+        counts = folder / module.RESULTS.name
+        if counts.is_file():
+            parts += [f"## {heading}", module.render(json.loads(counts.read_text("utf-8")))]
+    if len(parts) == 2:
+        parts.append(f"There are none in {folder}.")
+    return "\n\n".join(parts) + "\n"
 
 
-def _section(file: Path, record: dict[str, Any], output: Path) -> str:
-    kind = record["kind"]
-    heading = HEADINGS.get(kind, kind)
-    lines = [f"### {heading}" if file.stem == kind else f"### {heading}: {file.stem}"]
-    command = " ".join(
-        (
-            (importlib.import_module(table.RENDERERS[kind]).__doc__ or "")
-            if kind in table.RENDERERS
-            else ""
-        )
-        .partition("\n\n")[0]
-        .split()
-    )
-    if command.startswith("`python -m"):
-        lines.append(command)
-    for picture in pictures.of_file(file):
-        picture.write(output / "pictures")
-        lines.append(link(picture, "pictures"))
-    if kind in table.RENDERERS:
-        lines.append(below(table.render(record), 3))
-    else:
-        lines.append(f"There is no table for results of kind {kind!r}.")
-    return "\n\n".join(lines)
-
-
-def link(picture: pictures.Picture, folder: str) -> str:
-    """Markdown: the PNG, which leads to the SVG. folder: of the pictures, from the page."""
-    place = f"{folder}/{picture.name}"
-    return f"[![{picture.alt}]({place}.png)]({place}.svg)"
+def _place(record: dict[str, Any]) -> int:
+    return [*KINDS, record["kind"]].index(record["kind"])
 
 
 def below(text: str, level: int) -> str:
-    """The headings of a table's text put below those of a level; fenced blocks are left alone."""
+    """The headings of a text put below those of a level; fenced blocks are left alone."""
     pieces = re.split(r"(^```.*?^```$)", text, flags=re.MULTILINE | re.DOTALL)
     return "".join(
         piece
@@ -118,26 +88,11 @@ def below(text: str, level: int) -> str:
     )
 
 
-def _device(records: dict[Path, dict[str, Any]]) -> str:
-    """What most a folder is of: its GPU where a result has one."""
-    facts = [record["environment"] for record in records.values()]
-    gpus = [found["gpu"]["name"] for found in facts if "gpu" in found]
-    return (gpus or [f"{facts[0]['device']}, {facts[0]['cores']} cores"])[0]
-
-
-def _place(kind: str) -> int:
-    return list(HEADINGS).index(kind) if kind in HEADINGS else len(HEADINGS)
-
-
-def _anchor(heading: str) -> str:
-    """What GitHub calls a heading in a link."""
-    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report", description=__doc__.splitlines()[0]
+        prog="python -m benchmarks.report", description=__doc__.partition("\n\n")[0]
     )
+    parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="print their tables")
     parser.add_argument(
         "--output",
         type=Path,
@@ -148,20 +103,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--results",
         type=Path,
         default=results.FOLDER,
-        help="folder of <device>/*.json (default: %(default)s)",
+        help="folder of <device>/*.json (default: benchmarks/results)",
     )
+    parser.add_argument("--images", action="store_true", help="draw docs/images/ and exit")
     options = parser.parse_args(arguments)
     try:
+        if options.files:
+            print("\n\n".join(render(results.read(file)) for file in options.files))
+            return 0
+        if options.images:
+            from benchmarks import pictures
+
+            print(*pictures.draw_all(results.ROOT / "docs" / "images"), sep="\n")
+            return 0
         options.output.mkdir(parents=True, exist_ok=True)
         text = page(options.results, options.output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    file = options.output / "report.md"
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text, "utf-8")
-    partial.replace(file)
-    print(f"wrote {file}")
+    (options.output / "report.md").write_text(text, "utf-8")
+    print(f"wrote {options.output / 'report.md'}")
     return 0
 
 

@@ -1,6 +1,4 @@
-"""`python -m benchmarks.roofline`: what drawing a batch must read, multiply and launch at least.
-
-One row for each size of E-CAR, by part of the work:
+"""What drawing a batch of images must read, multiply and launch at least, by part of the work:
 
     AR            the transformer's pass over each stage's tokens, with its KV cache
     modulation    adaLN's part of the token maps once a stage, and of all times in one product
@@ -13,19 +11,13 @@ of 50 MB) a step can be faster than that; weights, modulation and activations ar
 Launches are one an op, and one for each of PyTorch's own (LayerNorm, linear, GELU, addition).
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-import torch
-
-from ecar.config import PRESETS, ECARConfig
+from ecar import ECARConfig, split_steps
 from ecar.flow import TIME_CHANNELS
-from ecar.sampling import split_steps
 from ecar_kernels.costs import Cost, Rates, floor_seconds
 
-SIZES = ("S", "B", "L")
 PARTS = ("AR", "modulation", "flow", "noise")
 
 
@@ -227,81 +219,3 @@ def floor(work: Work, rates: Rates, launch_seconds: float = 0.0) -> Floor:
     memory = floor_seconds(Cost(work.bytes, 0), rates)
     arithmetic = floor_seconds(Cost(0, work.multiply_adds), rates)
     return Floor(memory, arithmetic, work.launches * launch_seconds)
-
-
-def render(
-    rows: Sequence[tuple[str, str, Work]], rates: Rates | None = None, launch_seconds: float = 0.0
-) -> str:
-    """(size, part, work) as a Markdown table; with rates, the floor of each row."""
-    head = [
-        "size",
-        "part",
-        "weights MB",
-        "modulation MB",
-        "activations MB",
-        "multiply-adds G",
-        "launches",
-    ]
-    if rates is not None:
-        head += ["memory ms", "arithmetic ms", "launches ms", "floor ms"]
-    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
-    for size, part, work in rows:
-        cells = [
-            size,
-            part,
-            f"{work.weights / 1e6:.0f}",
-            f"{work.modulation / 1e6:.0f}",
-            f"{work.activations / 1e6:.0f}",
-            f"{work.multiply_adds / 1e9:.1f}",
-            str(work.launches),
-        ]
-        if rates is not None:
-            found = floor(work, rates, launch_seconds)
-            cells += [
-                f"{1e3 * seconds:.2f}"
-                for seconds in (found.memory, found.arithmetic, found.launches, found.seconds)
-            ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.roofline",
-        description="What drawing a batch of images must read, multiply and launch at least.",
-    )
-    parser.add_argument("--sizes", nargs="+", choices=sorted(PRESETS), default=list(SIZES))
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--guided", action="store_true", help="every step is guided")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--bytes-per-second", type=float, help="copy rate, read and written bytes")
-    parser.add_argument("--multiply-adds-per-second", type=float, help="of a large product")
-    parser.add_argument(
-        "--launch-seconds",
-        type=float,
-        default=0.0,
-        help="of one kernel in a CUDA graph that does nothing",
-    )
-    options = parser.parse_args(arguments)
-    given = options.bytes_per_second, options.multiply_adds_per_second
-    if (given[0] is None) != (given[1] is None):
-        parser.error("--bytes-per-second and --multiply-adds-per-second go together")
-    rates = None if given[0] is None else Rates(*given)
-    rows = []
-    for size in options.sizes:
-        line = Roofline(
-            ECARConfig.preset(size),
-            batch=options.batch,
-            steps=options.steps,
-            guided=options.guided,
-            itemsize=getattr(torch, options.dtype).itemsize,
-        )
-        rows += [(size, part, work) for part, work in line.parts().items()]
-        rows.append((size, "all", line.total()))
-    print(render(rows, rates, options.launch_seconds))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,7 +11,7 @@ Call = Callable[[], object]
 
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
-    """A block in which Python collects no garbage of its own accord."""
+    """A block in which Python's garbage collector does not run on its own."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -35,10 +35,10 @@ def interleave(
     min_rounds: int = 5,
     max_rounds: int = 100_000,
 ) -> dict[str, list[float]]:
-    """Seconds of each variant's calls, one a round, until `seconds` are over.
+    """Seconds of each variant's calls, one a round, for `seconds`.
 
-    What an iterator does to give its next call is not timed; freeing the result is. Whatever has
-    to be warm must be so before.
+    What an iterator does to give its next call is not timed; freeing the result is. The caller
+    warms the variants up.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     rounds = 0
@@ -52,11 +52,10 @@ def interleave(
 
 
 def summary(values: list[float], unit: float = 1.0) -> dict[str, float]:
-    """Quartiles of the rounds, each divided by `unit` (the calls of a round, say)."""
+    """Median and quartiles of the rounds, each divided by `unit` (the calls of a round, say)."""
     cuts = statistics.quantiles(values, method="inclusive") if len(values) > 1 else values * 3
-    points = dict(zip(("q1", "median", "q3"), cuts, strict=True))
-    points = {"min": min(values), **points, "max": max(values)}
-    return {"rounds": len(values), **{name: value / unit for name, value in points.items()}}
+    q1, median, q3 = (value / unit for value in cuts)
+    return {"rounds": len(values), "median": median, "q1": q1, "q3": q3}
 
 
 def summaries(times: Mapping[str, list[float]], unit: float = 1.0) -> dict[str, dict[str, float]]:

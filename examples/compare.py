@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import ecar_kernels
-from benchmarks import environment, results, timing
+from benchmarks import results, timing
 from benchmarks.results import duration, figures, markdown
 
 
@@ -39,7 +39,7 @@ def compare(
     The errors are root mean squares against the model in float64. Raises SystemExit where the
     accelerated one's is more than twice the plain one's plus one unit in the last place.
     """
-    facts = environment.describe()
+    facts = results.describe()
     exact = call(
         copy.deepcopy(model).double(),
         **{

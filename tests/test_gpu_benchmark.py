@@ -460,19 +460,3 @@ class TestRoofline:
         found = roofline.floor(work, Rates(100.0, 1000.0), 0.5)
         assert (found.memory, found.arithmetic, found.launches) == (10.0, 4.0, 3.5)
         assert found.seconds == 10.0
-
-    def test_the_command_prints_a_table(self, capsys):
-        given = [
-            "--sizes",
-            "digits",
-            "--bytes-per-second",
-            "1e9",
-            "--multiply-adds-per-second",
-            "1e9",
-            "--launch-seconds",
-            "1e-6",
-        ]
-        assert roofline.main(given) == 0
-        assert "| digits | all |" in capsys.readouterr().out
-        with pytest.raises(SystemExit):
-            roofline.main(["--bytes-per-second", "1e9"])

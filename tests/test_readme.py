@@ -157,7 +157,7 @@ def commands(pattern: str) -> set[str]:
 
 def test_modules_that_pages_run_exist():
     modules = commands(r"(?:^|[ /])python -m ([\w.]+)")
-    assert {"benchmarks.pictures", "examples.accelerate_var", "tools.update_docs"} <= modules
+    assert {"benchmarks.report", "examples.accelerate_var", "tools.update_docs"} <= modules
     for module in modules:
         assert importlib.util.find_spec(module) is not None, f"python -m {module}"
 

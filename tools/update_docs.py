@@ -1,41 +1,33 @@
-"""Write into the pages of docs/ what is made from files: pictures, figures and contracts.
+"""Write into the pages of docs/ what is made from files: figures and contracts.
 
     python -m tools.update_docs
 
-First the pictures of docs/images/ are drawn that are missing or not of the present results
-(`python -m benchmarks.pictures`). Then the pages, which have places for what is made:
+A page has places for them:
 
     <!-- figures: NAME -->      figures of that name, from committed results
     <!-- end of figures -->
-    <!-- pictures: NAME -->     pictures of that kind (bars) or name (micro-bars), of every device
-    <!-- end of pictures -->
     <!-- contract: OP -->       an op's signature and docstring
     <!-- end of contract -->
+
+NAME is an op (one small table), or a kind of `benchmarks.report.KINDS`. The pictures of
+docs/images/ are drawn by `python -m benchmarks.report --images`.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
-import json
-import os
 import re
 import textwrap
 from pathlib import Path
 
 import ecar_kernels
-from benchmarks import instructions, pictures, report, results, targets
-from benchmarks.pictures.__main__ import update as update_pictures
-from benchmarks.table import RENDERERS, render
+from benchmarks import micro, report, results
 from ecar.files import atomic_path
 from ecar_kernels.registry import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
-PLACE = re.compile(
-    r"<!-- (figures|pictures|contract): ([\w-]+) -->\n.*?<!-- end of \1 -->", re.DOTALL
-)
-STAGES, BATCH = (16, 64, 256), 8  # tokens of the rows of an op's table; the batch of its backward
-OP_COLUMNS = ("E-CAR-S", "eager", "torch.compile", "ecar_kernels", "vs eager", "vs torch.compile")
+PLACE = re.compile(r"<!-- (figures|contract): ([\w-]+) -->\n.*?<!-- end of \1 -->", re.DOTALL)
+NOT_MEASURED = "Not measured yet."
 
 
 def pages(root: Path = ROOT) -> list[Path]:
@@ -61,115 +53,39 @@ def contract(op: str) -> str:
     return f"```text\n{wrapped}\n\n{inspect.getdoc(function)}\n```"
 
 
-def measured(kind: str, root: Path = ROOT) -> str:
-    """The tables of this kind of every device that it was measured on."""
-    records = map(results.read, sorted(root.glob(f"benchmarks/results/*/{kind}*.json")))
-    # A GPU's record has headings of its own, one level below the page's.
-    return (
-        "\n\n".join(report.below(render(record), 2) for record in records if record["kind"] == kind)
-        or NOT_MEASURED
-    )
+def measured(name: str, root: Path = ROOT) -> str:
+    """An op's table, or those of a kind of results, of every device that it was measured on."""
+    kind = "micro" if name in OPS else name
+    records = map(results.read, sorted(root.glob("benchmarks/results/*/*.json")))
+    records = [record for record in records if record["kind"] == kind]
+    if name in OPS:
+        texts = [micro.overview(record, name) for record in records]
+    else:
+        # A GPU's record has headings of its own, one level below the page's.
+        texts = [report.below(report.render(record), 2) for record in records]
+    return "\n\n".join(filter(None, texts)) or NOT_MEASURED
 
 
-def counted(root: Path = ROOT) -> str:
-    """The instructions of the C++ kernels."""
-    file = root / "benchmarks" / "results" / "instructions.json"
-    if not file.is_file():
-        return NOT_MEASURED
-    return instructions.render(json.loads(file.read_text("utf-8")))
-
-
-def drawn(name: str, page: Path) -> str:
-    """The pictures of this kind, or those with this name alone, linked from a page."""
-    folder = os.path.relpath(pictures.FOLDER, page.parent)
-    found = [
-        report.link(picture, folder)
-        for picture in pictures.committed()
-        if name in (picture.kind, picture.name.rpartition("/")[2])
-    ]
-    return "\n\n".join(found) or NOT_MEASURED
-
-
-def measured_op(op: str, root: Path = ROOT) -> str:
-    """An op at the stages of E-CAR-S: forward of one image, backward of a batch of 8."""
-    parts = []
-    for device in sorted(root.glob("benchmarks/results/*/")):
-        rows: dict[tuple[bool, int], tuple[dict, dict]] = {}
-        records = [results.read(file) for file in device.glob("micro*.json")]
-        for record in sorted(records, key=lambda record: record["environment"]["date"]):
-            for row in record["rows"]:
-                if (
-                    row["op"] == op
-                    and row["size"] in ("S", "-")
-                    and not (row.get("overhead") or row.get("whole"))
-                    and row["batch"] == (BATCH if row["backward"] else 1)
-                    and row["tokens"] in STAGES
-                ):
-                    rows[row["backward"], row["tokens"]] = (row, record["environment"])
-        if rows:
-            facts = [facts for _, facts in rows.values()]
-            dates = sorted({fact["date"][:10] for fact in facts})
-            parts.append(
-                results.markdown(OP_COLUMNS, [_op_cells(rows[key][0]) for key in sorted(rows)])
-                + f"\n\n{facts[0]['device']}, {facts[0]['threads']} threads, float32, torch "
-                f"{facts[0]['versions']['torch']}, {', '.join(dates)}. Forward: one image"
-                + (f"; backward: a batch of {BATCH}." if any(back for back, _ in rows) else ".")
-            )
-    return "\n\n".join(parts) or NOT_MEASURED
-
-
-def _op_cells(row: dict) -> tuple[str, ...]:
-    times = {name: value["median"] for name, value in row["seconds"].items()}
-    ratios = [
-        f"{results.figures(times[name] / times['ours'])}x" if name in times else "-"
-        for name in ("eager", "compiled")
-    ]
-    return (
-        f"{'backward' if row['backward'] else 'forward'}, {row['tokens']} tokens",
-        *(results.duration(times.get(name)) for name in ("eager", "compiled", "ours")),
-        *ratios,
-    )
-
-
-def op_targets(root: Path = ROOT) -> str:
-    """The microbenchmarks beside their targets."""
-    return targets.of_devices(root / "benchmarks" / "results") or NOT_MEASURED
-
-
-NOT_MEASURED = "Not measured yet."
-FIGURES = (
-    {"instructions": counted, "targets": op_targets}
-    | {kind: functools.partial(measured, kind) for kind in RENDERERS}
-    | {op: functools.partial(measured_op, op) for op in OPS}
-)
-PICTURES = {"stages", *(name for names in pictures.OF_KIND.values() for name in names)}
-
-
-def updated(text: str, page: Path = ROOT / "README.md") -> str:
-    """A page with everything in its places. Raises KeyError where no such thing is known."""
+def updated(text: str, root: Path = ROOT) -> str:
+    """A page with everything in its places. Raises KeyError for an unknown name."""
 
     def fill(place: re.Match) -> str:
         kind, name = place.groups()
-        if kind == "pictures" and name.rpartition("-")[2] not in PICTURES:
+        if kind == "contract":
+            made = contract(name)
+        elif name in OPS or name in report.KINDS:
+            made = measured(name, root)
+        else:
             raise KeyError(name)
-        made = (
-            contract(name)
-            if kind == "contract"
-            else drawn(name, page)
-            if kind == "pictures"
-            else FIGURES[name]()
-        )
         return f"<!-- {kind}: {name} -->\n{made}\n<!-- end of {kind} -->"
 
     return PLACE.sub(fill, text)
 
 
 def main() -> None:
-    for name in update_pictures():
-        print(f"drew or removed {name.relative_to(ROOT)}")
     for page in pages():
         text = page.read_text("utf-8")
-        if (new := updated(text, page)) != text:
+        if (new := updated(text)) != text:
             with atomic_path(page) as temporary:
                 temporary.write_text(new, "utf-8")
             print(f"wrote {page.relative_to(ROOT)}")

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment, results
+from benchmarks import results
 from benchmarks.gpu import STARTED, carry, report
 from benchmarks.gpu.work import Work
 
@@ -149,7 +149,7 @@ def _part(options: argparse.Namespace, command: str) -> int:
 
 
 def _command(command: str, end: float, options: argparse.Namespace) -> int:
-    facts = environment.describe() | {"gpu": _gpu(options.dry_run), "dry_run": options.dry_run}
+    facts = results.describe() | {"gpu": _gpu(options.dry_run), "dry_run": options.dry_run}
     folder = options.output or _folder(facts)
     file = folder / f"gpu-{command}.json"
     results.write(file, "gpu", facts, command=command, parts={})
@@ -272,7 +272,7 @@ def _gpu(dry: bool) -> dict[str, Any]:
 def _folder(facts: dict[str, Any]) -> Path:
     if "OUT" in os.environ:
         return Path(os.environ["OUT"])
-    return results.FOLDER / environment.slug(facts["gpu"]["name"])
+    return results.FOLDER / results.slug(facts["gpu"]["name"])
 
 
 def _render(file: Path) -> None:

@@ -8,17 +8,19 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 
 
+def environment() -> dict[str, str]:
+    """Without pytest's options, and with kernels as `auto` takes them, not interpreted."""
+    found = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    found.pop("TRITON_INTERPRET", None)
+    return found
+
+
 def python(*arguments: str, status: int = 0, timeout: float = 300) -> str:
-    """Its output; fails where it ends with another status."""
-    # A pytest of its own: options of the outer one may not fit it, and pytest-benchmark measures
-    # nothing where it sees that it is in a worker of xdist.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    # The benchmarks time what `auto` takes; interpreted kernels are no part of it.
-    environment.pop("TRITON_INTERPRET", None)
+    """Its output; fails if it ends with another status."""
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=environment,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import cases, check, environment, instructions, results
+from benchmarks import cases, check, instructions, micro, results
 from tests.benchmarks.support import python
 
 CASE = cases.Case("adaln", 256, 1, "S")
@@ -74,22 +74,28 @@ def test_a_way_that_was_not_timed_is_not_judged():
 @pytest.fixture
 def committed(tmp_path):
     file = tmp_path / "micro.json"
-    results.write(file, "micro", environment.describe(), rows=[row(), {"overhead": True}])
+    write(file, results.describe())
     return file
+
+
+def write(file, facts):
+    other = {"op": CASE.op, "overhead": True, "run": 0, "seconds": {}}
+    runs = [{"environment": facts}]
+    results.save(file, {"kind": "micro", "runs": runs, "rows": [row(run=0), other]})
 
 
 def run(monkeypatch, committed, *measured):
     """check_ratios, where the runs one after another measure these rows."""
     turns = iter(measured)
-    monkeypatch.setattr(check, "measure", lambda *_: check.by_key([{"rows": [next(turns)]}]))
-    well = check.check_ratios([committed], 0.1, 1)
+    monkeypatch.setattr(check, "measure", lambda *_: {check.key(r): r for r in [next(turns)]})
+    well = check.check_ratios(committed, 0.1, 1)
     assert next(turns, None) is None, "a run too few"
     return well
 
 
 def test_what_is_as_committed_is_measured_once(monkeypatch, committed, capsys):
     assert run(monkeypatch, committed, row(ours=1.02e-3))
-    assert "1 rows, none lost" in capsys.readouterr().out
+    assert "1 rows of 1, none lost" in capsys.readouterr().out
 
 
 def test_a_loss_counts_if_it_is_seen_twice(monkeypatch, committed, capsys):
@@ -99,18 +105,19 @@ def test_a_loss_counts_if_it_is_seen_twice(monkeypatch, committed, capsys):
 
 
 def test_a_run_that_measured_nothing_is_no_success(monkeypatch, committed):
-    assert not run(monkeypatch, committed, row(tokens=64))
+    monkeypatch.setattr(check, "measure", lambda *_: {})
+    assert not check.check_ratios(committed, 0.1, 1)
 
 
 @pytest.mark.parametrize(
     "change", [{"threads": 99}, {"device": "an abacus"}, {"versions": {"torch": "0.1"}}]
 )
 def test_other_machines_results_are_not_compared(monkeypatch, tmp_path, capsys, change):
-    facts, file = environment.describe() | change, tmp_path / "micro.json"
-    results.write(file, "micro", facts, rows=[row()])
+    facts, file = results.describe() | change, tmp_path / "micro.json"
+    write(file, facts)
     assert run(monkeypatch, file)
     assert "not compared" in capsys.readouterr().out
-    assert check.check_ratios([], 0.1, 1)
+    assert check.check_ratios(tmp_path / "none.json", 0.1, 1)
 
 
 def test_without_valgrind_it_says_so(monkeypatch, capsys):
@@ -123,43 +130,22 @@ def test_without_valgrind_it_says_so(monkeypatch, capsys):
 
 def test_what_is_checked_is_what_make_bench_times():
     chosen = set(check.selection())
-    assert chosen <= {*cases.default(), *cases.at_64_mib()}
-    assert {case.op for case in chosen} == set(cases.OPS)
+    assert chosen <= set(micro.jobs())
+    assert {job.case.op for job in chosen} == set(cases.OPS)
 
 
 def test_the_command_measures_and_compares(tmp_path, monkeypatch):
     """With results of its own run, then with such as no machine reaches."""
-    command = (
-        "-m",
-        "benchmarks",
-        "--results",
-        str(tmp_path),
-        "--seconds",
-        "0.01",
-        "-k",
-        "[euler_step-forward---256tokens-batch1]",
-    )
-    python(*command)
+    given = ["-k", "euler_step-forward---256tokens-batch1", "--seconds", "0.01"]
+    python("-m", "benchmarks", "--results", str(tmp_path), *given)
     (file,) = tmp_path.glob("*/micro.json")
     record = json.loads(file.read_text())
     (timed,) = record["rows"]
-    timed["seconds"]["eager"] = {
-        name: 1000 * value for name, value in timed["seconds"]["eager"].items()
-    }
-    timed["seconds"]["ours"] |= {
-        "q1": timed["seconds"]["ours"]["median"],
-        "q3": timed["seconds"]["ours"]["median"],
-    }
+    for name in ("median", "q1", "q3"):
+        timed["seconds"]["eager"][name] *= 1000
+    median = timed["seconds"]["ours"]["median"]
+    timed["seconds"]["ours"] |= {"q1": median, "q3": median}
     file.write_text(json.dumps(record))
-    out = python(
-        "-m",
-        "benchmarks.check",
-        "--only",
-        "ratios",
-        "--against",
-        str(file),
-        "--seconds",
-        "0.05",
-        status=1,
-    )
+    given = f"--only ratios --against {file} --seconds 0.05".split()
+    out = python("-m", "benchmarks.check", *given, status=1)
     assert "LOST: euler_step - 256 tokens, batch 1: eager / ours" in out

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import mar
+from benchmarks.paper import mar
 from ecar_kernels import use_backend
 from tests.support.accuracy import error, ulp
 

@@ -1,21 +1,21 @@
-"""`make bench`: every case's inputs and costs are right, and a run writes a complete record."""
+"""`python -m benchmarks`: rows are right, and merged into what was measured before."""
 
-import functools
 import itertools
-import warnings
+import json
+import signal
+import subprocess
+import sys
 
 import pytest
-import torch
 
-from benchmarks import cases, environment, peers, results, table
-from benchmarks.micro import table as micro_table
-from benchmarks.micro import variants
+from benchmarks import cases, micro, results
+from benchmarks.micro import Job
 from ecar_kernels.costs import BACKWARD_READS, Rates, floor_seconds
-from ecar_kernels.registry import OPS
-from tests.benchmarks.support import python
-from tests.support.accuracy import assert_accurate
+from ecar_kernels.registry import OPS, server
+from tests.benchmarks.support import ROOT, environment, python
 
 SMALL = cases.Arena(2**20, cases.DTYPE)
+NOISE = "euler_step-forward---16tokens-batch1"
 
 
 def some(op: str, backward: bool = False) -> cases.Case:
@@ -32,255 +32,213 @@ WAYS = [
 
 @pytest.mark.parametrize("case", WAYS, ids=lambda case: case.name)
 def test_every_op_runs_forward_and_backward_as_the_reference_does(case):
-    functions = variants.functions(case)
+    functions = micro.functions(case)
     sets = [cases.inputs(case, SMALL) for _ in range(2)]
     for name in ("eager", "ours"):
-        turns = variants.calls(case, functions[name], sets)
+        turns = micro.calls(case, functions[name], sets)
         for call in itertools.islice(turns, 3):
             assert call() is not None
-    assert variants.backend(case, functions["ours"]) in ("native", "reference")
-
-
-def test_every_has_each_op_stage_size_and_batch():
-    every = cases.every()
-    assert len(every) == len(set(every))
-    assert {case.op for case in every} == set(OPS)
-    for op in ("adaln", "stage_attention"):
-        found = {(c.size, c.tokens, c.batch) for c in every if c.op == op and c.backward}
-        assert found >= set(itertools.product("SBL", (16, 64, 256), (1, 8, 32)))
-        assert found >= {(cases.VAR, side**2, 1) for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)}
-        assert {size for size, *_ in found} >= {"S-512px", "S-1024px", "L-1024px"}
-    assert set(cases.default()) < set(every)
-
-
-def test_cases_at_64_mib_hold_that_much():
-    for case in cases.at_64_mib():
-        width = {"adaln": case.tokens * case.width if case.size != "-" else 0}
-        side = 2 * 16
-        count = width["adaln"] or 4 * side**2
-        if case.op == "upsample_renoise_euler":
-            count *= 4  # the image that it makes has twice the side
-        assert case.batch * count * 4 == 64 * 2**20, case.name
-
-
-@pytest.mark.parametrize("op", ["adaln", "euler_step", "linear_gated_residual"])
-def test_sets_of_inputs_are_larger_than_the_cache_or_many(op, monkeypatch):
-    monkeypatch.setattr(cases, "last_level_cache", lambda: 2**20)
-    case = some(op)
-    sets = list(cases.input_sets(case, cases.Arena(2**20, cases.DTYPE)))
-    held = sum(
-        value.numel() * value.element_size()
-        for given in sets
-        for value in given.values()
-        if isinstance(value, torch.Tensor)
-    )
-    assert held >= cases.ROTATION * 2**20 or len(sets) == cases.MAX_SETS
-    firsts = [given["x" if "x" in given else "h"] for given in sets[:2]]
-    assert len(sets) == 1 or not torch.equal(*firsts)
+    assert server(functions["ours"]) in ("native", "reference")
 
 
 def test_costs_are_those_of_the_sizes():
     n, c, b = 16, 768, 2
-    cost = variants.case_cost(some("adaln"), cases.inputs(some("adaln"), SMALL))
+    cost = micro.case_cost(some("adaln"), cases.inputs(some("adaln"), SMALL))
     assert cost.bytes == 4 * (4 * b * n * c + 2 * c)  # x, shift, scale, y; two step parts
     assert cost.multiply_adds == 0
     case = some("adaln_linear")
-    assert variants.case_cost(case, cases.inputs(case, SMALL)).multiply_adds == b * n * c * 4 * c
+    assert micro.case_cost(case, cases.inputs(case, SMALL)).multiply_adds == b * n * c * 4 * c
     case = cases.Case("stage_attention", 64, 1, "S")  # 64 queries see 16 + 64 keys
-    assert variants.case_cost(case, cases.inputs(case, SMALL)).multiply_adds == 2 * 64 * 80 * c
+    assert micro.case_cost(case, cases.inputs(case, SMALL)).multiply_adds == 2 * 64 * 80 * c
     rates = Rates(bytes_per_second=1e9, multiply_adds_per_second=1e12)
     assert floor_seconds(cost, rates) == cost.bytes / 1e9
 
 
-def test_a_run_writes_its_record(tmp_path):
-    out = python(
-        "-m",
-        "benchmarks",
-        "--results",
-        str(tmp_path),
-        "--seconds",
-        "0.01",
-        "-k",
-        "(euler_step-forward and 16tokens and batch1) or test_overhead[euler_step]",
-    )
-    (file,) = tmp_path.glob("*/micro.json")
-    assert f"wrote {file}" in out and "| euler_step" in out
-    record = results.read(file)
-    assert {"device", "threads", "versions", "load_before", "date"} <= record["environment"].keys()
-    assert record["rates"]["bytes_per_second"] > 0 < record["rates"]["multiply_adds_per_second"]
-    overhead, row = record["rows"]  # a call's cost comes first
-    assert (row["op"], row["tokens"], row["batch"], row["backward"]) == ("euler_step", 16, 1, False)
-    assert row["seconds"].keys() == {"eager", "compiled", "ours"} and row["failures"] == {}
-    for seconds in (*row["seconds"].values(), *overhead["seconds"].values()):
-        assert 0 < seconds["min"] <= seconds["q1"] <= seconds["median"] <= seconds["q3"]
-    assert row["bytes"] == 4 * 3 * 4 * 8 * 8 and row["multiply_adds"] == 0
-    assert row["floor_seconds"] == row["bytes"] / record["rates"]["bytes_per_second"]
-    assert overhead["seconds"].keys() == {
-        "ours",
-        "api",
-        "eager",
-        "least",
-        "api, least",
-        "eager, least",
-    }
-
-
-def test_rows_without_time_are_left_out_and_said_so(tmp_path):
-    out = python(
-        "-m",
-        "benchmarks",
-        "--results",
-        str(tmp_path),
-        "--minutes",
-        "1e-9",
-        "-k",
-        "euler_step-forward and 16tokens and batch1",
-        status=1,
-    )
-    assert "minutes are over" in out and "error: nothing was measured" in out
-    assert "7 rows were left out" in micro_table.render({"rows": [row()], "left_out": 7})
-
-
-def row(**changes):
-    seconds = {
-        name: {"median": value}
-        for name, value in (("eager", 4e-3), ("compiled", 3e-3), ("ours", 2e-3))
-    }
-    return {
-        "op": "adaln",
-        "size": "S",
-        "tokens": 16,
-        "batch": 1,
-        "backward": True,
-        "bytes": 2 * 10**6,
-        "multiply_adds": 0,
-        "floor_seconds": 1e-3,
-        "seconds": seconds,
-        "failures": {},
-        **changes,
-    }
-
-
-def test_the_table_has_ratios_rates_and_the_fraction_of_the_floor():
-    record = {
-        "kind": "micro",
-        "rows": [row(), row(op="adaln_linear", multiply_adds=10**9)],
-        "environment": environment.describe(),
-    }
-    lines = table.render(record).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:4]]
-    assert cells[0] == [
-        "adaln backward",
-        "S",
-        "16",
-        "1",
-        "2.00 ms",
-        "2.00x",
-        "1.50x",
-        "1.0 GB/s",
-        "50%",
-    ]
-    assert cells[1][7] == "1000.0 GFLOP/s"
-    without = row(failures={"compiled": "Unsupported: a reason"})
-    del without["seconds"]["compiled"]
-    lines = micro_table.render({"rows": [without, row()]}).splitlines()
-    assert [cell.strip() for cell in lines[-1].strip("|").split("|")] == [
-        "adaln backward",
-        "torch.compile",
-        "1 of 2",
-        "Unsupported: a reason",
-    ]
-
-
-def test_the_table_has_a_row_for_each_peer_timed_or_not():
-    timed = row(
-        op="stage_attention",
-        backward=False,
-        whole=True,
-        failures={"flash-attn": "ImportError: flash-attn is not installed"},
-    )
-    timed["seconds"]["SDPA math"] = {"median": 5e-3}
-    lines = micro_table.render({"rows": [timed, timed]}).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    name = "stage_attention, all stages"
-    assert (
-        cells.count([name, "S", "16", "1", "SDPA math", "5.00 ms", "2.50x", "0.4 GB/s", "20%"]) == 2
-    )
-    assert [name, "flash-attn", "2 of 2", "ImportError: flash-attn is not installed"] in cells
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        cases.Case("stage_attention", 16, 1, "S"),
-        cases.Case("stage_attention", 9, 1, cases.VAR, whole=True),
-        cases.Case("stage_attention", 4, 2, cases.VAR, backward=True),
-    ],
-    ids=lambda case: case.name,
-)
-def test_attentions_peers_compute_the_same_or_say_why_not(case):
-    given = cases.inputs(case, SMALL)
-    functions = variants.functions(case)
-    reasons, right = {}, 0
-    for name in peers.functions(case.op):
-        if (why := variants.why_not(case, name, functions[name], [given])) is not None:
-            reasons[name] = why
-            continue
-        with torch.set_grad_enabled(case.backward):
-            assert_accurate(functions[name], functions["eager"], given, gradients=case.backward)
-        right += 1
-    assert right >= 2  # SDPA's math and flash serve every machine
-    assert set(reasons) <= {
-        "FlexAttention",
-        "SDPA efficient",
-        "SDPA cudnn",
-        "flash-attn",
-        "xformers",
-    }
-    if case.backward and "FlexAttention" in reasons:
-        assert "FlexAttention does not support backward" in reasons["FlexAttention"]
-
-
-def test_a_call_by_stage_is_the_masked_one():
-    """As flash-attn and xformers are asked for all stages."""
-    case = cases.Case("stage_attention", 25, 2, cases.VAR, whole=True)
-    given = cases.inputs(case, SMALL)
-    reference = variants.functions(case)["eager"]
-
-    def dense(q, k, v):
-        return reference(
-            q,
-            k,
-            v,
-            (k.shape[1] - q.shape[1], q.shape[1]) if k.shape[1] > q.shape[1] else (k.shape[1],),
-        )
-
-    assert_accurate(functools.partial(peers._by_stage, dense), reference, given)
-
-
 def test_scores_that_memory_does_not_hold_are_a_reason(monkeypatch):
-    monkeypatch.setattr(variants, "_memory", lambda: 1000)
+    monkeypatch.setattr(micro, "_memory", lambda: 1000)
     case = cases.Case("stage_attention", 16, 1, "S")
     given = [cases.inputs(case, SMALL)]
-    assert "its scores would take" in variants.why_not(case, "eager", None, given)
-    ours = variants.functions(case)["ours"]
-    assert variants.why_not(case, "ours", ours, given) is None
+    assert "its scores would take" in micro.why_not(case, "eager", None, given)
+    ours = micro.functions(case)["ours"]
+    assert micro.why_not(case, "ours", ours, given) is None
     assert (
-        variants.why_not(
+        micro.why_not(
             some("adaln"),
             "eager",
-            variants.functions(some("adaln"))["eager"],
+            micro.functions(some("adaln"))["eager"],
             [cases.inputs(some("adaln"), SMALL)],
         )
         is None
     )
 
 
-def test_reasons_are_one_line():
-    def refused():
-        warnings.warn("Flash attention kernel not used because:", stacklevel=1)
-        warnings.warn("a mask was given.\nmore", stacklevel=1)
-        raise RuntimeError("No available kernel. Aborting execution.\nmore")
+def row(run=0, ours=2e-3, **changes):
+    ways = {"eager": 4e-3, "compiled": 3e-3, "ours": ours}
+    return {
+        "op": "adaln",
+        "size": "S",
+        "tokens": 16,
+        "batch": 1,
+        "backward": False,
+        "whole": False,
+        "bytes": 2 * 10**6,
+        "multiply_adds": 0,
+        "floor_seconds": 1e-3,
+        "seconds": {name: {"median": value} for name, value in ways.items()},
+        "failures": {},
+        "run": run,
+        **changes,
+    }
 
-    assert peers.why_not(refused) == "RuntimeError: No available kernel; a mask was given."
-    assert peers.why_not(lambda: None) is None
+
+def this(**changes):
+    return {"environment": results.describe() | changes}
+
+
+def record(*rows):
+    return {"kind": "micro", "runs": [this()], "rows": list(rows)}
+
+
+class TestMerging:
+    def test_other_rows_stay_with_the_run_that_measured_them(self):
+        before = record(row(), row(tokens=64), row(backward=True))
+        after = micro.merged(before, this(threads=99), [row(tokens=64, ours=1e-3)])
+        assert [found["tokens"] for found in after["rows"]] == [16, 64, 16]
+        assert [found["run"] for found in after["rows"]] == [0, 1, 0]
+        assert after["rows"][1]["seconds"]["ours"]["median"] == 1e-3
+        assert after["rows"][0] == before["rows"][0] and after["rows"][2] == before["rows"][2]
+        assert [run["environment"]["threads"] for run in after["runs"]] == [
+            before["runs"][0]["environment"]["threads"],
+            99,
+        ]
+
+    def test_a_run_without_rows_is_dropped(self):
+        after = micro.merged(record(row()), this(threads=99), [row(ours=1e-3)])
+        assert [run["environment"]["threads"] for run in after["runs"]] == [99]
+        assert after["rows"][0]["run"] == 0
+
+    def test_what_differs_is_another_row(self):
+        changes = [{}, {"batch": 2}, {"size": "L"}, {"backward": True}, {"whole": True}]
+        rows = [row(**change) for change in [*changes, {"overhead": True}]]
+        assert len(micro.merged(record(), this(), rows)["rows"]) == len(rows)
+
+    def test_a_file_of_another_kind_is_refused(self, tmp_path):
+        file = tmp_path / "x.json"
+        results.write(file, "memory", results.describe())
+        with pytest.raises(ValueError, match="expected a result of kind 'micro', got 'memory'"):
+            micro.run([], file)
+
+
+def test_a_failure_keeps_the_rows_before_it(tmp_path, monkeypatch):
+    file, real = tmp_path / "micro.json", micro.measure
+
+    def measure(case, *rest):
+        if case.tokens == 64:
+            raise KeyboardInterrupt
+        return real(case, *rest)
+
+    monkeypatch.setattr(micro, "measure", measure)
+    chosen = [Job(cases.Case("euler_step", tokens, 1)) for tokens in (16, 64, 256)]
+    with pytest.raises(KeyboardInterrupt):
+        micro.run(chosen, file, seconds=0.01)
+    assert [found["tokens"] for found in results.read(file)["rows"]] == [16]
+
+
+def test_jobs_are_chosen_by_all_words():
+    names = [job.name for job in micro.jobs(words=["euler_step-forward", "16tokens"])]
+    assert NOISE in names
+    assert all("euler_step-forward" in name and "16tokens" in name for name in names)
+    assert [job.name for job in micro.jobs(words=["overhead"])] == [f"{op}-overhead" for op in OPS]
+    assert len(micro.jobs(full=True)) > len(micro.jobs())
+    assert len({job.name for job in micro.jobs(full=True)}) == len(micro.jobs(full=True))
+
+
+class TestCommand:
+    def test_filtered_runs_add_up(self, tmp_path):
+        command = ["-m", "benchmarks", "--results", str(tmp_path), "--seconds", "0.01", "-k"]
+        out = python(*command, NOISE)
+        (file,) = tmp_path.glob("*/micro.json")
+        assert f"merged into {file}" in out and "| euler_step" in out
+        assert "[1/1, " in out and f" min] {NOISE}: " in out
+        python(*command, "euler_step-overhead")
+        found = results.read(file)
+        timed, overhead = found["rows"]
+        assert len(found["runs"]) == 2 and (timed["run"], overhead["run"]) == (0, 1)
+        rates = found["runs"][0]["rates"]
+        assert rates["bytes_per_second"] > 0 < rates["multiply_adds_per_second"]
+        assert {"device", "threads", "versions", "date"} <= found["runs"][0]["environment"].keys()
+        assert timed["seconds"].keys() == {"eager", "compiled", "ours"} and timed["failures"] == {}
+        for seconds in (*timed["seconds"].values(), *overhead["seconds"].values()):
+            assert 0 < seconds["q1"] <= seconds["median"] <= seconds["q3"]
+        assert timed["bytes"] == 4 * 3 * 4 * 8 * 8 and timed["multiply_adds"] == 0
+        assert timed["floor_seconds"] == timed["bytes"] / rates["bytes_per_second"]
+
+    def test_rows_without_time_are_left_out(self, tmp_path):
+        command = ["-m", "benchmarks", "--results", str(tmp_path), "--minutes", "1e-9", "-k", NOISE]
+        out = python(*command, status=1)
+        assert "1 rows were left out" in out and "error: nothing was measured" in out
+
+    def test_an_interrupt_ends_it_with_what_was_measured(self, tmp_path):
+        process = subprocess.Popen(
+            [sys.executable, "-um", "benchmarks", f"--results={tmp_path}", "--seconds=0.01"],
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        next(line for line in process.stdout if line.startswith("[1/"))
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 130 and "interrupted" in error and "Traceback" not in error
+        (file,) = tmp_path.glob("*/micro.json")
+        assert len(json.loads(file.read_text())["rows"]) >= 1
+
+    def test_the_list_names_the_rows(self):
+        out = python("-m", "benchmarks", "--list", "-k", "euler_step", "16tokens")
+        assert NOISE in out.splitlines()
+        out = python("-m", "benchmarks", "-k", "no-such-row", status=2)
+        assert "argument -k: no row's name contains all of no-such-row" in out
+
+    @pytest.mark.parametrize("module", ["", ".end_to_end", ".memory", ".check", ".report"])
+    def test_help_needs_no_extra(self, module):
+        blocked = ["pytest", "matplotlib", "diffusers", "hypothesis", "sklearn"]
+        code = (
+            f"import runpy, sys; sys.modules.update(dict.fromkeys({blocked})); "
+            f"sys.argv = ['x', '--help']; "
+            f"runpy.run_module('benchmarks{module or '.__main__'}', run_name='__main__')"
+        )
+        assert f"python -m benchmarks{module}" in python("-c", code)
+
+
+def test_the_tables_have_ratios_rates_and_the_fraction_of_the_floor():
+    peer = row(op="stage_attention", whole=True, failures={"SDPA cudnn": "RuntimeError: no"})
+    peer["seconds"]["SDPA math"] = {"median": 5e-3}
+    rows = [row(backward=True), row(op="adaln_linear", multiply_adds=10**9), peer]
+    text = micro.render(record(*rows))
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    times = ["2.00 ms", "2.00x", "1.50x"]
+    assert ["adaln backward", "S", "16", "1", *times, "1.0 GB/s", "50%"] in cells
+    assert ["adaln_linear", "S", "16", "1", *times, "1000.0 GFLOP/s", "50%"] in cells
+    name = "stage_attention, all stages"
+    assert [name, "S", "16", "1", "SDPA math", "5.00 ms", "2.50x", "0.4 GB/s", "20%"] in cells
+    assert [name, "SDPA cudnn", "RuntimeError: no"] in cells
+    without = row()
+    del without["seconds"]["compiled"]
+    assert "| 2.00x | - | 1.0 GB/s |" in " ".join(micro.render(record(without)).split())
+
+
+def test_an_ops_overview_has_the_stages_of_s():
+    rows = [
+        row(tokens=tokens, batch=8 if backward else 1, backward=backward, size=size)
+        for tokens in (16, 64, 256, 1024)
+        for backward in (False, True)
+        for size in "SL"
+    ]
+    text = micro.overview(record(*rows, row(batch=32), row(op="euler_step")), "adaln")
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(lines) == 1 + 6
+    cells = ["forward, 16 tokens", "4.00 ms", "3.00 ms", "2.00 ms", "2.00x", "1.50x"]
+    assert [cell.strip() for cell in lines[1].strip("|").split("|")] == cells
+    assert "Forward: one image; backward: a batch of 8." in text
+    assert micro.overview(record(), "adaln") == ""

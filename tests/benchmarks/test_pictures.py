@@ -1,225 +1,78 @@
-"""Pictures of results: what is drawn, that both files say of what, and that it can be seen."""
+"""Pictures of results: each kind that has one is drawn, and something can be seen."""
 
-import json
-import shutil
-from pathlib import Path
-
+import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import environment, pictures
-from benchmarks.pictures import bars, rows, stages, style
-from benchmarks.pictures.__main__ import stray, update
+from benchmarks import pictures, results
+from tests.benchmarks import test_micro
 
-FACTS = environment.describe()
-
-
-def summary(median):
-    return {
-        "rounds": 5,
-        "min": median,
-        "q1": 0.9 * median,
-        "median": median,
-        "q3": 1.1 * median,
-        "max": median,
-    }
-
-
-def micro_row(op, batch=1, backward=False, multiply_adds=0, **seconds):
-    return {
-        "op": op,
-        "size": "S",
-        "tokens": 16,
-        "batch": batch,
-        "backward": backward,
-        "bytes": 1000 * batch,
-        "multiply_adds": multiply_adds,
-        "failures": {},
-        "seconds": {
-            name: summary(value) if isinstance(value, float) else value
-            for name, value in seconds.items()
-        },
-    }
-
-
-MICRO = {
-    "kind": "micro",
-    "environment": FACTS,
-    "rates": {"bytes_per_second": 1e9, "multiply_adds_per_second": 1e10},
-    "rows": [
-        micro_row("adaln", ours=1e-6, eager=4e-6, compiled=2e-6),
-        micro_row("adaln", batch=8, ours=1e-6, eager=6e-6, compiled=2e-6),
-        micro_row("adaln", backward=True, ours=1e-6, eager=0.5e-6),
-        # A peer may have a reason in the place of times, and names that no one thought of.
-        micro_row(
-            "stage_attention",
-            multiply_adds=5000,
-            ours=1e-6,
-            **{"flash-attn": "flash-attn: not installed", "SDPA math": 3e-6},
-        ),
-        {"op": "adaln", "overhead": True, "seconds": {"ours": summary(1e-6)}},
-    ],
-}
-GPU = {
-    "kind": "gpu",
-    "environment": FACTS | {"gpu": {"name": "NVIDIA H100", "CUDA": "13.0", "driver": "580"}},
-    "parts": {
-        "rates": {
-            "rows": [
-                {"name": "copy", "value": 3e12, "unit": "bytes/s"},
-                {"name": "bfloat16", "value": 4e14, "unit": "multiply-adds/s"},
-            ]
-        },
-        "micro": {
-            "rows": [
-                {
-                    "op": "adaln",
-                    "size": "S",
-                    "tokens": 256,
-                    "batch": 1,
-                    "group": "eager",
-                    "sets": 2,
-                    "variants": {
-                        "reference": {"median": 9e-6, "how": "graph"},
-                        "triton": {"median": 3e-6, "how": "graph"},
-                    },
-                    "failed": {},
-                    "bytes": 1_000_000,
-                    "multiply_adds": 0,
-                },
-                {
-                    "op": "adaln",
-                    "size": "S",
-                    "tokens": 16,
-                    "batch": 1,
-                    "group": "eager",
-                    "sets": 2,
-                    "failed": {"triton": "no"},
-                    "bytes": 1_000_000,
-                    "multiply_adds": 0,
-                },
-            ]
-        },
+FACTS = results.describe()
+SUMMARY = {"median": 2.0, "q1": 1.5, "q3": 2.5}
+RECORDS = {
+    "micro": test_micro.record(
+        test_micro.row(), test_micro.row(batch=2), {"op": "adaln", "overhead": True}
+    ),
+    "end_to_end": {
+        "environment": FACTS,
+        "rows": [{"size": "S", "seconds": dict.fromkeys(("eager", "ours", "linears"), SUMMARY)}],
+    },
+    "table3": {
+        "environment": FACTS,
+        "rows": [
+            {
+                "size": "S",
+                "ratio": SUMMARY,
+                "mar_ratios": {"mar, 64 AR steps": SUMMARY},
+                "multiply_adds": {"ecar": 1, "dit": 2, "mar, 64 AR steps": 3},
+            }
+        ],
+    },
+    "complexity": {
+        "environment": FACTS,
+        "rows": [
+            {"way": way, "tokens": n, "seconds": n**2}
+            for way in ("in stages", "token by token")
+            for n in (3, 7)
+        ],
     },
 }
+RECORDS["end_to_end"]["rows"][0]["seconds"]["attention"] = SUMMARY
 
 
-@pytest.fixture
-def record(tmp_path):
-    """Writes a record as a file of results."""
-
-    def write(content, name, device="some-device"):
-        file = tmp_path / device / f"{name}.json"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(content))
-        return file
-
-    return write
-
-
-def test_ratios_are_those_of_the_rows():
-    data = bars.data(MICRO)
-    assert data["ratios"]["forward"]["adaln"]["eager"] == pytest.approx([4, 6])
-    assert data["ratios"]["forward"]["adaln"]["torch.compile"] == pytest.approx([2, 2])
-    assert data["ratios"]["backward"] == {"adaln": {"eager": [pytest.approx(0.5)]}}
-    assert data["ratios"]["forward"]["stage_attention"].keys() == {"SDPA math"}
-    assert data["note"].endswith("batch 1, 8")
+@pytest.mark.parametrize("kind", pictures.PICTURES)
+def test_each_kind_is_drawn(kind, tmp_path):
+    file = tmp_path / "some-device" / f"{kind}.json"
+    results.save(file, {"kind": kind, **RECORDS[kind]})
+    (picture,) = pictures.draw(file, tmp_path / "out")
+    assert picture == tmp_path / "out" / "some-device" / f"{kind}.png"
+    with Image.open(picture) as image:
+        assert image.width == int(pictures.DPI * pictures.WIDTH)
+        low, high = image.convert("L").getextrema()
+        assert low < 50 and high == 255
 
 
-def test_what_auto_takes_is_ours_on_a_gpu():
-    found = rows.rows(GPU)
-    assert [row.seconds for row in found] == [{"eager": 9e-6, "ours": 3e-6}]
-    assert rows.rates(GPU) == {"bytes": 3e12, "multiply_adds": 4e14}
-    assert bars.data(GPU)["device"] == "NVIDIA H100"
+def test_what_has_no_picture_or_no_rows_is_not_drawn(tmp_path):
+    for kind, rows in (("memory", []), ("micro", [])):
+        file = tmp_path / "some-device" / f"{kind}.json"
+        results.save(file, {"kind": kind, "runs": [], "rows": rows})
+        assert list(pictures.draw(file, tmp_path)) == []
 
 
-@pytest.mark.parametrize(
-    ("content", "names"),
-    [
-        (MICRO, ["micro-bars", "micro-roofline"]),
-        (GPU, ["gpu-bars", "gpu-roofline"]),
-        (MICRO | {"rows": []}, []),
-        (GPU | {"parts": {}}, []),
-        (MICRO | {"kind": "saved"}, []),
-    ],
-    ids=["micro", "gpu", "empty", "gpu cut off", "of another kind"],
-)
-def test_a_record_is_drawn_as_png_and_svg(content, names, record, tmp_path):
-    found = list(pictures.of_file(record(content, content["kind"])))
-    assert [picture.name for picture in found] == [f"some-device/{name}" for name in names]
-    for picture in found:
-        assert not picture.is_in(tmp_path)
-        picture.write(tmp_path)
-        assert picture.is_in(tmp_path)
-        with Image.open(tmp_path / f"{picture.name}.png") as image:
-            assert image.width == 200 * style.WIDTH
-            low, high = image.convert("L").getextrema()
-            assert low < 50 and high == 255
+def test_the_ratios_drawn_are_medians_over_sizes(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        pictures, "bars", lambda title, facts, groups, *_, **__: drawn.update(groups)
+    )
+    rows = [test_micro.row(), test_micro.row(batch=8, ours=1e-3), test_micro.row(batch=32)]
+    pictures.ops(test_micro.record(*rows, test_micro.row(backward=True, ours=4e-3)))
+    assert drawn == {
+        "adaln": {"eager": 2.0, "torch.compile": 1.5},
+        "adaln backward": {"eager": 1.0, "torch.compile": 0.75},
+    }
 
 
-@pytest.mark.parametrize("suffix", pictures.SUFFIXES)
-def test_a_picture_of_other_figures_is_seen(suffix, record, tmp_path):
-    picture = next(pictures.of_file(record(MICRO, "micro")))
-    picture.write(tmp_path)
-    old = (tmp_path / f"{picture.name}{suffix}").read_bytes()
-    faster = json.loads(json.dumps(MICRO).replace("4e-06", "5e-06"))
-    other = next(pictures.of_file(record(faster, "micro")))
-    assert not other.is_in(tmp_path)
-    other.write(tmp_path)
-    assert other.is_in(tmp_path)
-    (tmp_path / f"{picture.name}{suffix}").write_bytes(old)
-    assert not other.is_in(tmp_path)
-
-
-def test_the_same_data_give_the_same_bytes(record, tmp_path):
-    picture = next(pictures.of_file(record(MICRO, "micro")))
-    picture.write(tmp_path / "a")
-    picture.write(tmp_path / "b")
-    for suffix in pictures.SUFFIXES:
-        a, b = ((tmp_path / folder / f"{picture.name}{suffix}").read_bytes() for folder in "ab")
-        assert a == b
-        assert b"matplotlib.org" not in a  # nor a version, nor a date
-        assert b"<dc:date>" not in a
-
-
-def test_updating_draws_what_is_missing_and_removes_what_is_of_nothing(
-    record, tmp_path, monkeypatch
-):
-    file = record(MICRO, "micro")
-    monkeypatch.setattr(pictures, "committed", lambda: pictures.of_file(file))
-    folder = tmp_path / "images"
-    assert [path.name for path in update(folder)] == ["micro-bars", "micro-roofline"]
-    assert update(folder) == []
-    (folder / "some-device" / "micro-roofline.svg").unlink()
-    shutil.copy(folder / "some-device" / "micro-bars.png", folder / "some-device" / "old.png")
-    assert [path.name for path in stray(folder)] == ["old.png"]
-    assert [path.name for path in update(folder)] == ["micro-roofline", "old.png"]
-    assert stray(folder) == []
-
-
-@pytest.mark.skipif(
-    not (stages.ROOT / "checkpoints").exists(), reason="an sdist has no checkpoints"
-)
-def test_the_stages_are_of_the_checkpoints_as_they_are(tmp_path, monkeypatch):
-    before = stages.data()
-    for name in stages.CHECKPOINTS:
-        shutil.copytree(Path(stages.ROOT) / "checkpoints" / name, tmp_path / "checkpoints" / name)
-    monkeypatch.setattr(stages, "ROOT", tmp_path)
-    assert stages.data() == before
-    with (tmp_path / "checkpoints" / "mnist" / "config.json").open("a") as file:
-        file.write("\n")
-    assert stages.data() != before
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "ticks"),
-    [
-        (0.5, 200, [1, 10, 100]),
-        (0.8, 45, [1, 3, 10, 30]),
-        (0.9, 6, [1, 2, 5]),
-        (0.95, 1.6, [1, 1.2, 1.5]),
-        (0.004, 0.2, [0.01, 0.03, 0.1]),
-    ],
-)
-def test_ticks_are_few_and_plain(low, high, ticks):
-    assert style.steps(low, high) == pytest.approx(ticks)
+def test_images_lie_side_by_side():
+    row = pictures.strip(np.stack([np.zeros((4, 4, 1)), np.full((4, 4, 1), 0.5)]))
+    assert row.shape == (64, 132)
+    assert (row[:, :64] == 0).all() and (row[:, 64:68] == 1).all() and (row[:, 68:] == 0.5).all()

@@ -5,64 +5,29 @@ import re
 
 import pytest
 
-from benchmarks import environment, instructions, report, results, table
+from benchmarks import instructions, launches, report, results
+from benchmarks.memory import MIB
+from benchmarks.paper import table3
+from benchmarks.results import duration, figures
+from tests.benchmarks import test_micro
 from tests.benchmarks.support import python
-from tests.benchmarks.test_pictures import GPU, MICRO
 
-FACTS = environment.describe()
+FACTS = results.describe()
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Results of two devices, of which neither has all."""
     found = tmp_path / "results"
-    results.write(
-        found / "a-cpu" / "micro.json",
-        "micro",
-        FACTS,
-        rates=MICRO["rates"],
-        rows=[
-            row
-            | {
-                "seconds": {
-                    name: value for name, value in row["seconds"].items() if isinstance(value, dict)
-                },
-                "floor_seconds": 1e-7,
-            }
-            for row in MICRO["rows"][:3]
-        ],
-        left_out=0,
-    )
+    results.save(found / "a-cpu" / "micro.json", test_micro.record(test_micro.row()))
     results.write(found / "a-cpu" / "soup.json", "soup", FACTS)
-    gpu = GPU["environment"] | {"dry_run": False}
-    results.write(
-        found / "b-gpu" / "gpu.json",
-        "gpu",
-        gpu,
-        parts={
-            name: part | {"status": "done", "seconds": 3.0, "output": "# no heading"}
-            for name, part in GPU["parts"].items()
-        }
-        | {
-            "build": {
-                "status": "cut off after 2 s",
-                "seconds": 2.0,
-                "rows": [],
-                "output": "# a log",
-            }
-        },
-    )
+    part = {"status": "cut off after 2 s", "seconds": 2.0, "rows": [], "output": "# a log"}
+    facts = FACTS | {"gpu": {"name": "NVIDIA H100"}, "dry_run": False}
+    results.write(found / "b-gpu" / "gpu-check.json", "gpu", facts, parts={"build": part})
     (found / "c-empty").mkdir()
-    (found / instructions.RESULTS.name).write_text(
-        json.dumps(
-            {
-                "machine": "x86_64",
-                "compiler": "g++: 12",
-                "valgrind": "3.19",
-                "counts": {"avx2": {"adaln": 12345}, "baseline": {"adaln": 1, "pack": 2}},
-            }
-        )
-    )
+    counts = {"avx2": {"adaln": 12345}, "baseline": {"adaln": 1, "pack": 2}}
+    facts = {"machine": "x86_64", "compiler": "g++: 12", "valgrind": "3.19", "counts": counts}
+    (found / instructions.RESULTS.name).write_text(json.dumps(facts))
     return found
 
 
@@ -72,14 +37,12 @@ def test_a_page_has_all_that_there_is(folder, tmp_path):
     headings = re.findall(r"^#+ .*", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
     assert headings == [
         "# Results",
-        f"## {FACTS['device']}, {FACTS['cores']} cores",
-        "### Every op",
-        "### soup",
-        "## NVIDIA H100",
-        "### On this GPU",
+        "## a-cpu",
+        "### Every op (micro.json)",
+        "### soup (soup.json)",
+        "## b-gpu",
+        "### On this GPU (gpu-check.json)",
         "#### GPU results",
-        "##### rates",
-        "##### micro",
         "##### build",
         "## Instructions of the C++ kernels",
     ]
@@ -87,10 +50,8 @@ def test_a_page_has_all_that_there_is(folder, tmp_path):
     assert "12,345" in text and "cut off after 2 s" in text
     assert "# a log" in text  # in its fence, as it was
     links = re.findall(r"\]\((pictures/[^)]+)\)", text)
-    assert len(links) == 8
-    assert all((output / link).is_file() for link in links)
-    for target in re.findall(r"^- \[.*\]\(#(.*)\)$", text, re.M):
-        assert target in {report._anchor(heading.lstrip("# ")) for heading in headings}
+    assert links == ["pictures/a-cpu/micro.png"]
+    assert (output / links[0]).is_file()
 
 
 def test_without_results_it_says_so(tmp_path):
@@ -102,23 +63,67 @@ def test_the_command_needs_no_more_than_the_results_here(tmp_path):
     out = python("-m", "benchmarks.report", "--output", str(tmp_path))
     assert f"wrote {tmp_path / 'report.md'}" in out
     text = (tmp_path / "report.md").read_text("utf-8")
-    for file in results.FOLDER.glob("*/*.json"):
-        assert table.render(results.read(file)).splitlines()[0] in text
+    files = list(results.FOLDER.glob("*/*.json"))
+    for file in files:
+        assert report.render(results.read(file)).splitlines()[0] in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures", "report.md"]
+    out = python("-m", "benchmarks.report", str(files[0]))
+    assert out.strip() == report.render(results.read(files[0])).strip()
+
+
+@pytest.mark.skipif(not results.FOLDER.exists(), reason="an sdist has no results")
+def test_every_kind_has_a_renderer():
+    for file in results.FOLDER.glob("*/*.json"):
+        assert results.read(file)["kind"] in report.KINDS, file.name
 
 
 def test_what_is_no_result_is_refused_by_name(tmp_path):
     (tmp_path / "results" / "cpu").mkdir(parents=True)
-    (tmp_path / "results" / "cpu" / "x.json").write_text("{")
-    out = python(
-        "-m",
-        "benchmarks.report",
-        "--results",
-        str(tmp_path / "results"),
-        "--output",
-        str(tmp_path / "out"),
-        status=2,
-    )
+    file = tmp_path / "results" / "cpu" / "x.json"
+    file.write_text("{")
+    given = ["-m", "benchmarks.report", "--output", str(tmp_path / "out"), "--results"]
+    out = python(*given, str(tmp_path / "results"), status=2)
     assert "x.json: expected a result as JSON" in out and "Traceback" not in out
-    out = python("-m", "benchmarks.report", "--results", str(tmp_path / "none"), status=2)
+    out = python(*given, str(tmp_path / "none"), status=2)
     assert "none" in out and "Traceback" not in out
+    file.write_text(json.dumps({"kind": "soup", "environment": FACTS}))
+    out = python("-m", "benchmarks.report", str(file), status=2)
+    assert "'kind': expected one of" in out and "'soup'" in out and "Traceback" not in out
+
+
+@pytest.mark.skipif(not results.FOLDER.exists(), reason="an sdist has no results")
+def test_the_performance_page_has_the_committed_figures():
+    """Those of its tables that are written by hand."""
+    text = (results.ROOT / "docs" / "performance.md").read_text("utf-8")
+    rows = [" ".join(line.split()) for line in text.splitlines() if line.startswith("| ")]
+
+    def read(name):
+        return results.read(results.FOLDER / "amd-epyc-family-25-model-17" / f"{name}.json")
+
+    for row in read("table3")["rows"]:
+        seconds = {name: duration(found["median"]) for name, found in row["seconds"].items()}
+        dit, _, mar = (ratios for *_, ratios in table3.pairs(row))
+        cells = [
+            *(f"{figures(dit['measured'])}x", f"{dit['paper, i9-13900K']:.1f}x"),
+            *(f"{dit['paper, RTX 4090']:.1f}x", f"{table3.MARS[row['size']]}: "),
+        ]
+        peer = f"{table3.PAIRS[row['size']]}/2: {seconds['dit']}"
+        start = f"| {row['size']} | {seconds['ecar']} | {peer} | {' | '.join(cells)}"
+        end = f"{seconds['mar, 256 AR steps']} | {figures(mar['measured'])}x |"
+        assert f"{start}{end}" in rows
+    (whole, *others) = read("ablation")["rows"][0]["seconds"].values()
+    for found in others:
+        assert any(row.endswith(f"| {found['median'] / whole['median']:.2f}x |") for row in rows)
+    record = read("memory")
+    for row in record["sampling"]:
+        end = (
+            f"E-CAR-{row['size']} | {row['weights'] / MIB:.0f} MiB | {row['peak'] / MIB:.0f} MiB |"
+        )
+        assert any(line.endswith(end) for line in rows)
+    for way in ("eager", "ours"):
+        end = f"| {record['training'][0][way]['peak'] / MIB:.0f} MiB |"
+        assert any(line.endswith(end) for line in rows)
+    for row in json.loads(launches.RESULTS.read_text("utf-8"))["rows"]:
+        if row["accelerated"] and not row["guided"]:
+            steps = " / ".join(str(sum(step.values())) for step in row["steps"])
+            assert f"| {row['size']} | {steps} | {sum(row['image'].values()):,} |" in rows
