@@ -23,7 +23,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from pathlib import Path
@@ -33,6 +32,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.gpu import STARTED, carry, report
+from benchmarks.gpu.process import follow_process
 from benchmarks.gpu.work import Work
 
 BUILD = {"build": ("checks:build", 110.0)}
@@ -65,55 +65,32 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("commands", nargs="*", metavar="COMMAND", help="default: all three")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="folder of the records; default: $OUT, or benchmarks/results/<device>",
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=SECONDS, help="of each command (default: %(default)s)"
-    )
-    parser.add_argument("--only", nargs="+", metavar="PART", help="these parts, after the build")
-    parser.add_argument(
-        "-k",
-        nargs="+",
-        default=[],
-        metavar="WORD",
-        dest="words",
-        help="rows whose names have all of these",
-    )
-    parser.add_argument(
-        "--carried",
-        type=Path,
-        nargs="?",
-        const=carry.FOLDER,
-        metavar="FOLDER",
-        help="take what `make gpu-pack` left there (build/gpu-carry), if it fits",
-    )
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--part", help=argparse.SUPPRESS)
-    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("commands", nargs="*", metavar="COMMAND", help="default: all three")
+    add("--output", type=Path, help="folder; default: $OUT, or benchmarks/results/<device>")
+    add("--seconds", type=float, default=SECONDS, help="of each command (default: %(default)s)")
+    add("--only", nargs="+", metavar="PART", help="these parts, after the build")
+    add("-k", nargs="+", default=[], metavar="WORD", dest="words", help="rows with all of these")
+    carried = "take what `make gpu-pack` left there (build/gpu-carry), if it fits"
+    add("--carried", type=Path, nargs="?", const=carry.FOLDER, metavar="FOLDER", help=carried)
+    add("--dry-run", action="store_true")
+    add("--part", help=argparse.SUPPRESS)
+    add("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     commands = options.commands or list(COMMANDS)
-    known = {
-        "argument COMMAND": (commands, list(COMMANDS)),
-        "argument --only": (
-            options.only or [],
-            sorted({part for command in commands for part in COMMANDS.get(command, ())}),
-        ),
-    }
-    for name, (given, expected) in known.items():
+    parts = sorted({part for name in commands for part in COMMANDS.get(name, ())})
+    for argument, given, expected in (
+        ("COMMAND", commands, list(COMMANDS)),
+        ("--only", options.only or [], parts),
+    ):
         if unknown := [word for word in given if word not in expected]:
-            parser.error(f"{name}: expected {', '.join(expected)}, got {unknown[0]!r}")
+            said = f"expected {', '.join(expected)}, got {unknown[0]!r}"
+            parser.error(f"argument {argument}: {said}")
     if options.part is not None:
         return _part(options, commands[0])
     if not options.dry_run and not torch.cuda.is_available():
-        print(
-            f"error: torch {torch.__version__} sees no CUDA GPU here; --dry-run shows what "
-            "would run",
-            file=sys.stderr,
-        )
+        said = f"torch {torch.__version__} sees no CUDA GPU here; --dry-run shows what would run"
+        print(f"error: {said}", file=sys.stderr)
         return STOPPED
     if options.carried is not None:
         os.environ["TRITON_CACHE_DIR"] = str(results.ROOT / "build" / "triton-cache")
@@ -133,18 +110,16 @@ def _terminated(*ignored: object) -> None:
 def _part(options: argparse.Namespace, command: str) -> int:
     """One part, in this process."""
     module, name = COMMANDS[command][options.part][0].split(":")
-    function = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), name)
-    function(
-        Work(
-            command,
-            options.part,
-            options.output,
-            options.deadline,
-            options.dry_run,
-            tuple(options.words),
-            options.carried,
-        )
+    work = Work(
+        command,
+        options.part,
+        options.output,
+        options.deadline,
+        options.dry_run,
+        tuple(options.words),
+        options.carried,
     )
+    getattr(importlib.import_module(f"benchmarks.gpu.{module}"), name)(work)
     return 0
 
 
@@ -186,64 +161,27 @@ def _process(
     command: str, name: str, file: Path, seconds: float, options: argparse.Namespace
 ) -> dict[str, Any]:
     """The part's record: it has written the rows itself, one by one."""
-    from benchmarks.gpu.checks import wait
-
-    begin = time.perf_counter()
-    argv = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu",
-        command,
-        "--part",
-        name,
-        "--output",
-        str(file),
-        "--deadline",
-        str(time.time() + seconds - MARGIN),
-    ]
-    if options.dry_run:
-        argv.append("--dry-run")
-    if options.carried is not None:
-        argv += ["--carried", str(options.carried)]
-    if options.words:
-        argv += ["-k", *options.words]
-    process = subprocess.Popen(
-        argv,
-        cwd=results.ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        errors="replace",
-        start_new_session=True,
-    )
+    begin, deadline = time.perf_counter(), time.time() + seconds - MARGIN
+    argv = [sys.executable, "-m", "benchmarks.gpu", command, "--part", name]
+    argv += ["--output", str(file), "--deadline", str(deadline)]
+    argv += ["--dry-run"] * options.dry_run
+    argv += ["--carried", str(options.carried)] if options.carried is not None else []
+    argv += ["-k", *options.words] if options.words else []
     tail: deque[str] = deque(maxlen=TAIL)
 
-    def follow() -> None:
-        for line in process.stdout:
-            tail.append(line)
-            print(line, end="", flush=True)
+    def follow(line: str) -> None:
+        tail.append(line)
+        print(line, end="", flush=True)
 
-    reader = threading.Thread(target=follow, daemon=True)
-    reader.start()
-    code = wait(process, seconds)
-    reader.join(1)
-    status = (
-        "done"
-        if code == 0
-        else f"cut off after {seconds:.0f} s"
-        if code is None
-        else f"failed with status {code}"
-    )
+    code = follow_process(argv, seconds, follow)
+    status = "done" if code == 0 else f"failed with status {code}"
+    if code is None:
+        status = f"cut off after {seconds:.0f} s"
     rows = results.read(file)["parts"].get(name, {}).get("rows", [])
     taken = time.perf_counter() - begin
     print(f"{name}: {status}, {len(rows)} rows, {taken:.0f} s", flush=True)
-    return {
-        "status": status,
-        "seconds": taken,
-        "rows": rows,
-        "output": "" if status == "done" else "".join(tail),
-    }
+    output = "" if status == "done" else "".join(tail)
+    return {"status": status, "seconds": taken, "rows": rows, "output": output}
 
 
 def _gpu(dry: bool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 python -m benchmarks.gpu.calls cuda     # each once, on small tensors: for the sanitizers
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -43,13 +44,10 @@ class Call:
 
     def once(self) -> None:
         given = self.given()
-        if not self.gradients:
-            with torch.no_grad():
-                self.function(**given)
-            return
         with torch.no_grad():
-            weights = [torch.randn_like(y) for y in run(self.function, given)]
-        run(self.function, given, None, weights)
+            outputs = self.function(**given) if not self.gradients else run(self.function, given)
+        if self.gradients:
+            run(self.function, given, None, [torch.randn_like(y) for y in outputs])
 
 
 def calls(
@@ -61,13 +59,8 @@ def calls(
     for layout in layouts:
         for dtype in sorted(dtypes, key=lambda dtype: dtype is not torch.bfloat16):
             for op in OPS:
-
-                def given(
-                    op: str = op, dtype: torch.dtype = dtype, layout: str = layout
-                ) -> dict[str, Any]:
-                    return _given(op, device, dtype, layout)
-
-                width = _width(given()) if layout in SMALL else _model_width(op)
+                given = functools.partial(_given, op, device, dtype, layout)
+                width = _width(given()) if layout in SMALL else _case(op).op_width
                 for backend in BACKENDS:
                     try:
                         function = resolve(
@@ -78,40 +71,24 @@ def calls(
                     yield Call(op, backend, dtype, layout, function, given)
 
 
+def _case(op: str) -> cases.Case:
+    return cases.Case(op, 256, 2, "-" if op in cases.WIDTHLESS else "L", whole=True)
+
+
 def _given(op: str, device: torch.device | str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
     with torch.device(device):  # made there: a view's copy would be contiguous
-        if layout in SMALL:
-            found = arguments(op, dtype=dtype, optional=layout == "views")
-            return (
-                found
-                if layout == "views"
-                else {
-                    name: value.contiguous() if isinstance(value, Tensor) else value
-                    for name, value in found.items()
-                }
-            )
-        widthless = op in cases.WIDTHLESS
-        case = cases.Case(op, 256, 2, "-" if widthless else "L", whole=True)
-        found = cases.inputs(case, cases.Arena(2**26, dtype))
+        if layout == "views":
+            return arguments(op, dtype=dtype)
+        if layout == "plain":
+            found = arguments(op, dtype=dtype, optional=False)
+            return {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in found.items()}
+        found = cases.inputs(_case(op), cases.Arena(2**26, dtype))
     return found | {"device": torch.device(device).type} if "device" in found else found
 
 
 def _width(given: dict[str, Any]) -> int:
-    return next(
-        (
-            value.shape[-1]
-            for value in given.values()
-            if isinstance(value, Tensor) and value.is_floating_point()
-        ),
-        0,
-    )
-
-
-def _model_width(op: str) -> int:
-    if op in cases.WIDTHLESS:
-        return 0
-    model = cases.MODELS["L"]
-    return model.width // model.heads if op == "stage_attention" else model.width
+    tensors = [v for v in given.values() if isinstance(v, Tensor) and v.is_floating_point()]
+    return tensors[0].shape[-1] if tensors else 0
 
 
 def main(device: str) -> int:

@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parent.parent.parent
+from benchmarks.results import ROOT
+
 FOLDER = ROOT / "build" / "gpu-carry"
 LIBRARY = ("libecar_cpu.so", "libecar_cuda.so")
 KERNELS, MANIFEST = "kernels.tar.xz", "manifest.json"
@@ -220,21 +221,10 @@ def _pack_library(output: Path, scratch: Path, architecture: int) -> dict[str, A
             f"error: torch {torch.__version__} has no CUDA, and so would the library; "
             "pack by the Python of an environment like the machine's"
         )
-    subprocess.run(
-        [
-            sys.executable,
-            "setup.py",
-            "-q",
-            "build_ext",
-            "--build-lib",
-            str(scratch / "lib"),
-            "--build-temp",
-            str(scratch / "temp"),
-        ],
-        cwd=ROOT,
-        check=True,
-        env={**os.environ, **build_variables(architecture)},
-    )
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    command += ["--build-lib", str(scratch / "lib"), "--build-temp", str(scratch / "temp")]
+    environment = {**os.environ, **build_variables(architecture)}
+    subprocess.run(command, cwd=ROOT, check=True, env=environment)
     (output / "library").mkdir(exist_ok=True)
     for name in LIBRARY:
         shutil.copyfile(scratch / "lib" / "ecar_kernels" / name, output / "library" / name)
@@ -247,29 +237,20 @@ def _pack_kernels(
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(scratch / "cache")
     for command in commands:
-        running = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "benchmarks.gpu.carry",
-                    "warm",
-                    command,
-                    "--fake",
-                    str(architecture),
-                    "--share",
-                    f"{i}/{processes}",
-                ],
-                cwd=ROOT,
-                env=environment,
-            )
-            for i in range(processes)
-        ]
+        running = []
+        for i in range(processes):
+            argv = [*warm_command(command, i, processes), "--fake", str(architecture)]
+            running.append(subprocess.Popen(argv, cwd=ROOT, env=environment))
         if any([process.wait() for process in running]):
             raise SystemExit(f"error: the kernels of {command} could not be compiled")
     count = archive(scratch / "cache", output / KERNELS)
     print(f"{count} kernels")
     return kernel_facts(architecture)
+
+
+def warm_command(command: str, index: int, processes: int) -> list[str]:
+    share = f"{index}/{processes}"
+    return [sys.executable, "-m", "benchmarks.gpu.carry", "warm", command, "--share", share]
 
 
 def warm(command: str, share: str, architecture: int | None, words: Sequence[str] = ()) -> None:

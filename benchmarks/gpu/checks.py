@@ -4,10 +4,7 @@ import importlib.util
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,15 +13,16 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu import calls, carry, image, ops
+from benchmarks.gpu.process import run
 from benchmarks.gpu.work import Work, served
-from ecar.sampling import sample
+from benchmarks.results import ROOT
+from ecar import ECARPipeline, sample
 from ecar_kernels import _native, testing, use_backend
 from ecar_kernels.registry import OPS, resolve
 
-ROOT = Path(__file__).parent.parent.parent
 TAIL = 2000  # characters kept of what failed
 PROCESSES = 12  # that compile at once
-# What is told of first, where a run is cut off: the sampler as it is used, then the ops.
+# What is run first, in case a run is cut off: the sampler as it is used, then the ops.
 FIRST_TESTS = (
     "test_graph_gpu",
     "test_flow_step_cuda",
@@ -36,29 +34,22 @@ OUTCOME = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)")
 
 
 def build(work: Work) -> None:
-    """The library for this device alone, carried along or built here, whose halves must load; then
+    """The library for this device, carried along or built here, whose CUDA half must load; then
     Triton's kernels of the command."""
     why_not = carry.install_library(work.carried, work.dry) if work.carried else "none is carried"
     if work.carried:
         work.add("carried library", why_not or "used", used=why_not is None, why_not=why_not)
     reason = None
     if why_not is not None:
-        code, output = run(
-            work,
-            [sys.executable, "setup.py", "build_ext", "--inplace"],
-            carry.build_variables(carry.architecture(work.dry)),
-        )
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        code, output = run(work, command, carry.build_variables(carry.architecture(work.dry)))
         if code != 0:  # a library of an earlier build may load all the same
             reason = f"the build failed: {(output.strip().splitlines() or [str(code)])[-1]}"
         work.add("build", ok=code == 0, output=output[-TAIL:] if code else "")
     # This process has loaded nothing yet: what it finds is what the next parts will.
     reason = reason or (_native.why_not() if work.dry else _native.why_not_cuda())
-    work.add(
-        "C++ library" if work.dry else "CUDA half",
-        reason or "loaded",
-        ok=reason is None,
-        stop=reason,
-    )
+    name = "C++ library" if work.dry else "CUDA half"
+    work.add(name, reason or "loaded", ok=reason is None, stop=reason)
     if reason is None:
         names = {op: served(op, work.device, torch.bfloat16) for op in OPS}
         work.add("backends", ", ".join(f"{op}: {name}" for op, name in names.items()), served=names)
@@ -75,31 +66,17 @@ def warm_items(work: Work) -> list[tuple[str, Callable[[], object]]]:
 def compile_kernels(work: Work) -> None:
     """Triton's kernels of this command's rows into its cache: carried along, or by all cores."""
     if work.carried is not None:
-        chip = carry.architecture(work.dry)
-        why_not, count = carry.install_kernels(work.carried, chip)
+        why_not, count = carry.install_kernels(work.carried, carry.architecture(work.dry))
         work.add("carried kernels", why_not or f"{count} used", count=count, why_not=why_not)
         if why_not is None:
             return
     count = 1 if work.dry else min(PROCESSES, os.cpu_count() or 1)
-    commands = [
-        [
-            sys.executable,
-            "-m",
-            "benchmarks.gpu.carry",
-            "warm",
-            work.command,
-            "--share",
-            f"{i}/{count}",
-        ]
-        for i in range(count)
-    ]
+    commands = [carry.warm_command(work.command, i, count) for i in range(count)]
     with ThreadPoolExecutor(count) as pool:
         for i, (code, output) in enumerate(pool.map(lambda argv: run(work, argv), commands)):
-            work.add(
-                f"kernels compiled, {i + 1} of {count}",
-                ok=code in (0, 124),
-                output=output[-TAIL:] if code else "",
-            )
+            output = output[-TAIL:] if code else ""
+            name = f"kernels compiled, {i + 1} of {count}"
+            work.add(name, ok=code in (0, 124), output=output)
 
 
 def accuracy(work: Work) -> None:
@@ -115,11 +92,15 @@ def accuracy(work: Work) -> None:
                     call.function, reference, call.given(), gradients=call.gradients
                 )
         except Exception as error:  # one op's failure is its row, and the others go on
-            said = f"{type(error).__name__}: {str(error)[:TAIL]}"
-            work.add(call.name, said.splitlines()[0], ok=False, output=said, **row)
+            _failed(work, call.name, error, **row)
             continue
         worst = _worst(found)
         work.add(call.name, str(worst), **row, **_judged(worst))
+
+
+def _failed(work: Work, name: str, error: Exception, **row: object) -> None:
+    said = f"{type(error).__name__}: {str(error)[:TAIL]}"
+    work.add(name, said.splitlines()[0], ok=False, output=said, **row)
 
 
 def _worst(found: list[testing.Verdict]) -> testing.Verdict:
@@ -130,28 +111,21 @@ def _worst(found: list[testing.Verdict]) -> testing.Verdict:
 
 
 def _judged(verdict: testing.Verdict) -> dict[str, object]:
-    return {
-        "ok": verdict.ok,
-        "what": verdict.what,
-        "found": verdict.found,
-        "allowed": verdict.allowed,
-    }
+    return {name: getattr(verdict, name) for name in ("ok", "what", "found", "allowed")}
 
 
 def images(work: Work) -> None:
     """One image of each size, by the same rule: accelerated, with graphs, in each dtype, against
     the references on the device, and float64's on the CPU."""
     for size in "S" if work.dry else "SBL":
-        pipe = image.pipeline(work, size)
-        stages = pipe.model.config.num_stages
+        if not work.begins(f"E-CAR-{size}, the CPU's", 10):
+            continue
+        model = image.pipeline(work, size).model
         given = {
             "class_labels": torch.tensor([3]),
             "seeds": torch.tensor([7]),
-            "steps": [2] * stages,
+            "steps": [2] * model.config.num_stages,
         }
-        if not work.begins(f"E-CAR-{size}, the CPU's", 10):
-            continue
-        model = pipe.model
         with use_backend("reference"):
             state = {name: value.cpu() for name, value in model.state_dict().items()}
             exact = sample(model.cpu().double(), **given).latents
@@ -165,33 +139,23 @@ def images(work: Work) -> None:
             model.to(dtype)
             with use_backend("reference"):
                 usual = sample(model, **given, graphs=False, tf32=False).latents.cpu()
-            pipe = image.ECARPipeline(model, accelerate=True)
-            pipe._accelerate()
+            ECARPipeline(model, accelerate=True)._accelerate()
             try:
                 output = sample(model, **given, graphs=not work.dry, tf32=False)
                 # The state is float32, whatever the network's dtype.
                 worst = _worst(testing.verdicts([output.latents.cpu()], [usual], [exact], dtype))
-                work.add(
-                    name,
-                    str(worst),
-                    graph=output.why_not_graph is None,
-                    served=output.served,
-                    **_judged(worst),
-                )
             except (RuntimeError, AssertionError) as error:
-                work.add(name, str(error).splitlines()[0], ok=False, output=str(error)[:TAIL])
+                _failed(work, name, error)
+                continue
+            graph = output.why_not_graph is None
+            work.add(name, str(worst), graph=graph, served=output.served, **_judged(worst))
 
 
 def suites() -> dict[str, list[str]]:
     """pytest's arguments; only files with a test for GPUs, others may need what is not here."""
-    files = sorted(
-        (
-            file
-            for file in (ROOT / "tests").rglob("test_*.py")
-            if "mark.gpu" in file.read_text("utf-8")
-        ),
-        key=lambda file: (_place(file.stem), str(file)),
-    )
+    files = (ROOT / "tests").rglob("test_*.py")
+    files = [file for file in files if "mark.gpu" in file.read_text("utf-8")]
+    files = sorted(files, key=lambda file: (_place(file.stem), str(file)))
     return {
         "marked gpu": ["-m", "gpu", *(str(file.relative_to(ROOT)) for file in files)],
         "Triton's kernels, compiled": ["tests/ecar_kernels/triton"],
@@ -229,12 +193,8 @@ def run_tests(work: Work, suite: str, chosen: list[str]) -> None:
         else:
             print(f"{work.part}: {name}: {outcome[1].lower()}", flush=True)
 
-    code, output = run(
-        work,
-        [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *chosen],
-        {"PYTEST_ADDOPTS": ""},
-        line,
-    )
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    code, output = run(work, [*command, *chosen], {"PYTEST_ADDOPTS": ""}, line)
     work.add(
         suite,
         ", ".join(f"{count} {name}" for name, count in counts.items()),
@@ -255,21 +215,9 @@ def memcheck(work: Work) -> None:
     if not work.begins("memcheck", 15):
         return
     # An allocation each: what lies beyond a tensor is not another one's.
-    code, output = run(
-        work,
-        [
-            program or "compute-sanitizer",
-            "--tool",
-            "memcheck",
-            "--error-exitcode",
-            "9",
-            sys.executable,
-            "-m",
-            "benchmarks.gpu.calls",
-            work.device.type,
-        ],
-        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-    )
+    watch = [program or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+    command = [*watch, sys.executable, "-m", "benchmarks.gpu.calls", work.device.type]
+    code, output = run(work, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     errors = re.search(r"ERROR SUMMARY: (\d+) error", output)
     done = len(re.findall(r"^\w+ (?:native|triton) \w+ \w+$", output, re.MULTILINE))
     work.add(
@@ -281,67 +229,3 @@ def memcheck(work: Work) -> None:
         skipped="cut off, no time left" if code == 124 else "",
         output="" if code == 0 else output[-TAIL:],
     )
-
-
-def run(
-    work: Work,
-    command: list[str],
-    environment: dict[str, str] | None = None,
-    line: Callable[[str], None] | None = None,
-) -> tuple[int, str]:
-    """Exit status and output, each line given to `line` as it comes.
-
-    A command cut off at the part's deadline has status 124. A dry run runs none.
-    """
-    if work.dry:
-        return 0, f"dry run, not run: {' '.join(command)}"
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **(environment or {}), "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    lines: list[str] = []
-
-    def follow() -> None:
-        for text in process.stdout:
-            lines.append(text)
-            if line is not None:
-                line(text.rstrip())
-
-    reader = threading.Thread(target=follow, daemon=True)
-    reader.start()
-    code = wait(process, max(work.left, 1))
-    reader.join(1)
-    return (124 if code is None else code), "".join(lines)
-
-
-def wait(process: subprocess.Popen, seconds: float) -> int | None:
-    """The exit status of what leads a session of its own; None where it was ended, with all that
-    it had started, for it was not done in time."""
-    try:
-        return process.wait(None if seconds == float("inf") else seconds)
-    except subprocess.TimeoutExpired:
-        end(process)
-        return None
-    except BaseException:
-        end(process)
-        raise
-
-
-def end(process: subprocess.Popen) -> None:
-    """First asked to, so that it ends what it has started in sessions of their own."""
-    for signal_number, seconds in ((signal.SIGTERM, 2), (signal.SIGKILL, None)):
-        try:
-            os.killpg(process.pid, signal_number)
-            process.wait(seconds)
-            return
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue

@@ -7,15 +7,15 @@ for each stage, over the keys that it sees.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import cases, peers
-from benchmarks.gpu import rates
-from benchmarks.gpu.timing import Timer, interleave
+from benchmarks.cases import Case
+from benchmarks.gpu.timing import Timer, interleave, measure_rates
 from benchmarks.gpu.work import Work, served
 from benchmarks.results import duration
 from ecar_kernels.costs import BACKWARD_READS, Rates, backward_cost, cost, floor_seconds
@@ -25,75 +25,59 @@ from ecar_kernels.testing import tensors
 DTYPE = torch.bfloat16
 MAX_SETS = 256
 WHOLE = ("L", "L-512px", "L-1024px", cases.VAR, "S", "B")  # 336, 1,344, 5,440 and 680 tokens
-COMPILED = "compiled"
+BACKENDS = ("reference", "native", "triton")
+Functions = dict[str, Callable]
 
 
 class Arena(cases.Arena):
     """Random numbers on the device that inputs are cut from."""
 
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device) -> None:
         with torch.device(device):
-            super().__init__(size, dtype)
+            super().__init__(size, DTYPE)
 
 
 def attention(work: Work) -> None:
     """Training's whole attentions first, then the sampler's, then what has to be compiled."""
-    rates.run(work)
-    eager = [*_whole(work), *_newest(work, FAMILIES["stage_attention"])]
-    _rows(work, eager)
+    measure_rates(work)
+    _rows(work, [*_whole(work), *_newest(work, FAMILIES["stage_attention"])])
     _rows(work, _whole(work)[-1 if work.dry else 0 :], compiled=True)
 
 
 def others(work: Work) -> None:
     """The adaLN family forward and with its backward, the flow step, the flow block's products."""
-    _rows(
-        work,
-        [
-            *_family(work, "adaln"),
-            *_newest(work, FAMILIES["flow_step"]),
-            *_family(work, "flow_block"),
-        ],
-    )
-    _rows(
-        work,
-        [
-            case
-            for case in _family(work, "adaln")
-            if case.batch == 1 and (work.dry or case.size == "L")
-        ][: 1 if work.dry else None],
-        compiled=True,
-    )
+    family = _family(work, "adaln")
+    newest = _newest(work, FAMILIES["flow_step"])
+    _rows(work, [*family, *newest, *_family(work, "flow_block")])
+    large = [case for case in family if case.batch == 1 and case.size == "L"]
+    _rows(work, family[:1] if work.dry else large, compiled=True)
 
 
 def warm_items(work: Work) -> Iterator[tuple[str, Callable[[], object]]]:
     """One call of each case that Triton serves."""
-    for case in [
-        *_whole(work),
-        *_newest(work, FAMILIES["stage_attention"]),
-        *_family(work, "adaln"),
-        *_family(work, "flow_block"),
-    ]:
-        if "triton" in (found := _ours(work, case)):
-            yield case.name, lambda case=case, function=found["triton"]: _warm(work, case, function)
+    newest = _newest(work, FAMILIES["stage_attention"])
+    families = [case for name in ("adaln", "flow_block") for case in _family(work, name)]
+    for case in [*_whole(work), *newest, *families]:
+        if (function := _ours(work, case).get("triton")) is not None:
+            yield case.name, lambda case=case, function=function: _warm(work, case, function)
 
 
-def _warm(work: Work, case: cases.Case, function: Callable) -> None:
+def _warm(work: Work, case: Case, function: Callable) -> None:
     with torch.set_grad_enabled(case.backward):
-        arena = Arena(2**24, DTYPE, work.device)
-        _call(case, function, next(_inputs(case, arena, work.device, 0)))()
+        given = next(_inputs(case, Arena(2**24, work.device), work.device, 0))
+        _call(case, function, given)()
 
 
-def _rows(work: Work, chosen: list[cases.Case], *, compiled: bool = False) -> None:
-    arena = Arena(2**22 if work.dry else 2**30, DTYPE, work.device)
+def _rows(work: Work, chosen: Sequence[Case], *, compiled: bool = False) -> None:
+    arena = Arena(2**22 if work.dry else 2**30, work.device)
     for case in chosen:
-        name = f"{case.name}, {COMPILED}" if compiled else case.name
-        if not work.begins(name, 15 if compiled else 2):
-            continue
-        with torch.set_grad_enabled(case.backward):
-            _measure(work, name, case, arena, _variants(work, case, compiled))
+        name = f"{case.name}, compiled" if compiled else case.name
+        if work.begins(name, 15 if compiled else 2):
+            with torch.set_grad_enabled(case.backward):
+                _measure(work, name, case, arena, _variants(work, case, compiled))
 
 
-def _variants(work: Work, case: cases.Case, compiled: bool) -> dict[str, Callable]:
+def _variants(work: Work, case: Case, compiled: bool) -> Functions:
     """Ours and eager peers; or what torch.compile has to make first, next to ours."""
     ours = _ours(work, case)
     others = peers.functions(case.op, per_stage=True)
@@ -104,98 +88,78 @@ def _variants(work: Work, case: cases.Case, compiled: bool) -> dict[str, Callabl
     last = dict(list(ours.items())[-1:])
     if flex is not None:
         return {"FlexAttention": flex, **last}
-    return {
-        "torch.compile": torch.compile(ours["reference"], fullgraph=True, dynamic=False),
-        **last,
-    }
+    made = torch.compile(ours["reference"], fullgraph=True, dynamic=False)
+    return {"torch.compile": made, **last}
 
 
-def _whole(work: Work) -> list[cases.Case]:
+def _whole(work: Work) -> list[Case]:
     """All stages at once, forward and backward, at batch 1, and E-CAR-L's at 32."""
     if work.dry:
         return [
-            cases.Case("stage_attention", 16, 1, "S", backward, whole=not backward)
+            Case("stage_attention", 16, 1, "S", backward, whole=not backward)
             for backward in (False, True)
         ]
     one = [case for size in WHOLE for case in cases.attention(size)]
     return [*one, *(dataclasses.replace(case, batch=32) for case in cases.attention("L"))]
 
 
-def _newest(work: Work, ops: tuple[str, ...]) -> list[cases.Case]:
+def _newest(work: Work, ops: tuple[str, ...]) -> list[Case]:
     """The sampler's calls: E-CAR's stages, the longest first, larger images' and VAR's."""
     if work.dry:
-        return [
-            *(cases.Case(op, 16, 1, "-" if op in cases.WIDTHLESS else "S") for op in ops),
-            *(cases.Case(op, 9, 1, cases.VAR) for op in ops if op not in cases.WIDTHLESS),
-        ]
+        known = [op for op in ops if op not in cases.WIDTHLESS]
+        small = [Case(op, 16, 1, "S" if op in known else "-") for op in ops]
+        return [*small, *(Case(op, 9, 1, cases.VAR) for op in known)]
     found = sorted(
         cases.select(forward=(1, 8, 64), ops=ops),
         key=lambda case: (case.batch, "-LSB".index(case.size), -case.tokens),
     )
     larger = [case for pixels in (1024, 512) for case in cases.large(pixels)]
-    return [
-        case
-        for case in [*found, *larger, *reversed(cases.var())]
-        if case.op in ops and not case.backward
-    ]
+    every = [*found, *larger, *reversed(cases.var())]
+    return [case for case in every if case.op in ops and not case.backward]
 
 
-def _family(work: Work, family: str) -> list[cases.Case]:
+def _family(work: Work, family: str) -> list[Case]:
     """A family's ops at E-CAR's stages, forward and, where they have one, backward."""
+    ops = FAMILIES[family]
     if work.dry:
         return [
-            cases.Case(op, 16, 1, "S", backward)
-            for op in FAMILIES[family]
+            Case(op, 16, 1, "S", backward)
+            for op in ops
             for backward in (False, True)
             if not backward or op in BACKWARD_READS
         ]
-    found = cases.select(forward=(1, 8, 64), backward=(1, 8, 64), ops=FAMILIES[family])
     return sorted(
-        found,
+        cases.select(forward=(1, 8, 64), backward=(1, 8, 64), ops=ops),
         key=lambda case: (case.tokens != 256, case.batch, "LSB".index(case.size), case.backward),
     )
 
 
-def _width(case: cases.Case) -> int:
-    if case.size == "-":
-        return 0
-    return case.width // case.heads if case.op == "stage_attention" else case.width
-
-
-def _ours(work: Work, case: cases.Case) -> dict[str, Callable]:
+def _ours(work: Work, case: Case) -> Functions:
     """The op by backend, the reference first and what "auto" takes last."""
     found = {}
-    for name in ("reference", "native", "triton"):
+    for name in BACKENDS:
         try:
             found[name] = resolve(
-                case.op, device=work.device, dtype=DTYPE, width=_width(case), backend=name
+                case.op, device=work.device, dtype=DTYPE, width=case.op_width, backend=name
             )
         except BackendUnavailableError:
             continue
     return found
 
 
-def _inputs(
-    case: cases.Case, arena: Arena, device: torch.device, cache: int
-) -> Iterator[dict[str, Any]]:
+def _inputs(case: Case, arena: Arena, device: torch.device, cache: int) -> Iterator[dict[str, Any]]:
     size, sets = 0, 0
     while sets < 2 or (size < 3 * cache and sets < MAX_SETS):
-        given = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in cases.inputs(case, arena).items()
-        }
+        made = cases.inputs(case, arena)
+        given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in made.items()}
         if "device" in given:
             given["device"] = device
         yield given
         sets += 1
-        size += sum(
-            value.numel() * value.element_size()
-            for value in given.values()
-            if isinstance(value, Tensor)
-        )
+        size += sum(v.numel() * v.element_size() for v in given.values() if isinstance(v, Tensor))
 
 
-def _call(case: cases.Case, function: Callable, given: dict[str, Any]) -> Callable[[], object]:
+def _call(case: Case, function: Callable, given: dict[str, Any]) -> Callable[[], object]:
     """Forward, or forward with its backward, which a CUDA graph can hold only together."""
     if not case.backward:
         return lambda: function(**given)
@@ -203,22 +167,21 @@ def _call(case: cases.Case, function: Callable, given: dict[str, Any]) -> Callab
         name: value.detach().requires_grad_() if isinstance(value, Tensor) else value
         for name, value in given.items()
     }
-    wanted = [value for value in leaves.values() if isinstance(value, Tensor)]
+    sources = [value for value in leaves.values() if isinstance(value, Tensor)]
     like = "q" if case.op == "stage_attention" else "x"
     gradient = torch.randn_like(given[like])  # of each output, all of one shape
 
     def call() -> object:
         outputs = tensors(function(**leaves))
-        return torch.autograd.grad(outputs, wanted, [gradient] * len(outputs), allow_unused=True)
+        return torch.autograd.grad(outputs, sources, [gradient] * len(outputs), allow_unused=True)
 
     return call
 
 
-def _measure(
-    work: Work, name: str, case: cases.Case, arena: Arena, variants: dict[str, Callable]
-) -> None:
+def _measure(work: Work, name: str, case: Case, arena: Arena, variants: Functions) -> None:
     sets = list(_inputs(case, arena, work.device, work.cache_bytes))
-    timers, failed = {}, {}
+    timers: dict[str, Timer] = {}
+    failed: dict[str, str] = {}
     for variant, function in variants.items():
 
         def add(variant: str = variant, function: Callable = function) -> None:
@@ -226,20 +189,15 @@ def _measure(
 
         if (reason := peers.why_not(add)) is not None:  # a cell that says so
             failed[variant] = reason
+    forward = "training forward" if case.whole else "eager"
     row: dict[str, Any] = {
         "op": case.op,
         "size": case.size,
         "tokens": case.tokens,
         "batch": case.batch,
-        "group": (
-            "forward and backward"
-            if case.backward
-            else "training forward"
-            if case.whole
-            else "eager"
-        ),
+        "group": "forward and backward" if case.backward else forward,
         "sets": len(sets),
-        "served": served(case.op, work.device, DTYPE, _width(case)),
+        "served": served(case.op, work.device, DTYPE, case.op_width),
         "failed": failed,
     }
     if timers:
@@ -252,16 +210,13 @@ def _measure(
     row |= {"bytes": least.bytes, "multiply_adds": least.multiply_adds}
     if {"copy", "bfloat16"} <= work.rates.keys():
         row["floor"] = floor_seconds(least, Rates(work.rates["copy"], work.rates["bfloat16"]))
+    timed = row.get("variants", {}).items()
+    said = ", ".join(f"{variant} {duration(found['median'])}" for variant, found in timed)
     # One of ours that fails is a failure; a peer's is its reason.
-    bad = [variant for variant in failed if variant in ("reference", "native", "triton")]
-    said = ", ".join(
-        f"{variant} {duration(found['median'])}"
-        for variant, found in row.get("variants", {}).items()
-    )
-    work.add(name, said, ok=not bad, **row)
+    work.add(name, said, ok=not set(BACKENDS) & failed.keys(), **row)
 
 
-def _outputs(case: cases.Case, given: dict[str, Any]) -> Any:
+def _outputs(case: Case, given: dict[str, Any]) -> Any:
     """Of the sizes alone where that can be: a whole attention's scores may be large."""
     if case.op == "stage_attention":
         return torch.empty_like(given["q"])

@@ -2,57 +2,53 @@
 
 An event pair around single launches times the host that is late with them. So the calls of a
 variant, one for each set of inputs, are captured as one graph, and a replay is timed. What can't
-be captured is queued behind a kernel that waits, and said to be so ("stream").
+be captured is queued behind a kernel that waits ("stream"). Without a GPU, the host's clock counts.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from benchmarks.gpu.work import Work
+from benchmarks.timing import seconds_of, summary
 from ecar.sampling.graph import CudaRecorder
 
 Call = Callable[[], Any]
 WAIT_CYCLES = 20_000_000  # about 10 ms: time to queue the calls behind it
+COPY_BYTES, SIDE, LAUNCHES = 2**30, 8192, 1000
 
 
 class Timer:
     """One variant's calls, warmed up, ready to be timed as often as needed."""
 
-    def __init__(self, calls: Sequence[Call], *, capture: bool = True) -> None:
+    def __init__(self, calls: Sequence[Call]) -> None:
         self.calls = calls
+        self._run: Call = self._all
+        self.how = "host"
         for call in calls[:3]:
             call()
-        self.how, self._replay = "host", None
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self.how = "stream"
-            if capture:
-                self._capture()
+            try:
+                recorder = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
+                self._run, self.how = recorder.record(self._all), "graph"
+                self._run()
+            except RuntimeError:
+                torch.cuda.synchronize()
 
-    def _capture(self) -> None:
-        def run() -> None:
-            # All alive together: each call writes to memory of its own.
-            outputs = [call() for call in self.calls]
-            del outputs
-
-        try:
-            recorder = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
-            self._replay, self.how = recorder.record(run), "graph"
-        except RuntimeError:
-            torch.cuda.synchronize()
-            return
-        self._replay()
+    def _all(self) -> None:
+        # All alive together: in a graph, each call writes to memory of its own.
+        outputs = [call() for call in self.calls]
+        del outputs
 
     def once(self) -> float:
         """Seconds of one call, the mean over the sets of inputs."""
         if self.how == "host":
-            begin = time.perf_counter()
-            self._run()
-            return (time.perf_counter() - begin) / len(self.calls)
+            return seconds_of(self._run) / len(self.calls)
         torch.cuda.synchronize()
         if self.how == "stream":
             torch.cuda._sleep(WAIT_CYCLES)
@@ -62,47 +58,64 @@ class Timer:
         self._end.synchronize()
         return self._begin.elapsed_time(self._end) / 1e3 / len(self.calls)
 
-    def _run(self) -> None:
-        if self._replay is not None:
-            self._replay()
-            return
-        for call in self.calls:
-            call()
 
-
-def interleave(
-    timers: Mapping[str, Timer], seconds: float, *, rounds: int = 5
+def rounds(
+    measures: Mapping[str, Callable[[], float]], seconds: float, *, at_least: int = 5
 ) -> dict[str, dict[str, Any]]:
-    """Quartiles of each variant, one measurement a round, for `seconds` or at least `rounds`."""
-    times: dict[str, list[float]] = {name: [] for name in timers}
-    end = time.perf_counter() + seconds
-    while len(next(iter(times.values()), [0] * rounds)) < rounds or time.perf_counter() < end:
-        for name, timer in timers.items():
-            times[name].append(timer.once())
-    return {name: summary(values) | {"how": timers[name].how} for name, values in times.items()}
-
-
-def summary(values: Sequence[float]) -> dict[str, Any]:
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "q1": q1, "q3": q3, "rounds": len(values)}
-
-
-def wall(
-    calls: Mapping[str, Call], seconds: float, *, rounds: int = 5
-) -> dict[str, dict[str, Any]]:
-    """Quartiles of each call's wall time, until the device has finished, one a round."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    while len(next(iter(times.values()), [0] * rounds)) < rounds or time.perf_counter() < end:
-        for name, call in calls.items():
-            synchronize()
-            begin = time.perf_counter()
-            call()
-            synchronize()
-            times[name].append(time.perf_counter() - begin)
+    """Median and quartiles of each, one measurement a round, for `seconds`."""
+    times: dict[str, list[float]] = {name: [] for name in measures}
+    end, count = time.perf_counter() + seconds, 0
+    while count < at_least or time.perf_counter() < end:
+        for name, measure in measures.items():
+            times[name].append(measure())
+        count += 1
     return {name: summary(values) for name, values in times.items()}
+
+
+def interleave(timers: Mapping[str, Timer], seconds: float) -> dict[str, dict[str, Any]]:
+    found = rounds({name: timer.once for name, timer in timers.items()}, seconds)
+    return {name: values | {"how": timers[name].how} for name, values in found.items()}
+
+
+def wall(calls: Mapping[str, Call], seconds: float, at_least: int = 5) -> dict[str, dict[str, Any]]:
+    """Of each call's wall time, until the device has finished."""
+
+    def finished(call: Call) -> None:
+        call()
+        synchronize()
+
+    def measure(call: Call) -> float:
+        synchronize()
+        return seconds_of(lambda: finished(call))
+
+    measures = {name: lambda call=call: measure(call) for name, call in calls.items()}
+    return rounds(measures, seconds, at_least=at_least)
 
 
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def measure_rates(work: Work) -> None:
+    """Rows {name, value, unit}: copies, launches in a graph, products by number format."""
+    size, side, count = (2**16, 64, 10) if work.dry else (COPY_BYTES, SIDE, LAUNCHES)
+
+    def median(calls: Sequence[Call]) -> float:
+        return interleave({"": Timer(calls)}, work.span(1.0))[""]["median"]
+
+    source = torch.randn(size // 4, device=work.device)
+    target = torch.empty_like(source)
+    copy = median([lambda: target.copy_(source)])
+    work.add(name="copy", value=2 * size / copy, unit="bytes/s")
+    one = torch.zeros(1, device=work.device)
+    work.add(name="launch", value=median([lambda: one.add_(1)] * count), unit="s")
+    for name, dtype, precision in (
+        ("bfloat16", torch.bfloat16, "ieee"),
+        ("tf32", torch.float32, "tf32"),
+        ("float32", torch.float32, "ieee"),
+    ):
+        torch.backends.cuda.matmul.fp32_precision = precision
+        a, b = (torch.randn(side, side, device=work.device).to(dtype) for _ in range(2))
+        product = median([lambda a=a, b=b: a @ b])
+        work.add(name=name, value=side**3 / product, unit="multiply-adds/s")

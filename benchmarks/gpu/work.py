@@ -10,17 +10,10 @@ from typing import Any
 import torch
 
 from benchmarks import results
-from ecar.config import ECARConfig
-from ecar_kernels.registry import AUTO_ORDER, BackendUnavailableError, resolve
+from ecar import ECARConfig
+from ecar_kernels.registry import resolve, server
 
-TINY = {
-    "stage_sides": (4, 8),
-    "num_classes": 10,
-    "width": 32,
-    "heads": 2,
-    "ar_layers": 2,
-    "flow_blocks": 2,
-}
+TINY = ECARConfig(stage_sides=(4, 8), num_classes=10, width=32, heads=2, ar_layers=2, flow_blocks=2)
 
 
 @dataclass
@@ -28,9 +21,8 @@ class Work:
     """A part's settings and rows; each row is in the command's record before the next is begun.
 
     file: the record, None to keep none. deadline: by time.time(). dry: tiny sizes on the CPU, to
-    show that the code runs. words: rows are those whose names have all of them. carried: folder
-    that `benchmarks.gpu.carry` wrote, for another machine. place: puts a module on a device that
-    is not there (`tools.fake_gpu`).
+    show that the code runs. words: only rows whose names have all of them. carried: folder that
+    `benchmarks.gpu.carry` wrote. place: puts a module on a fake GPU (`tools.fake_gpu`).
     """
 
     command: str
@@ -46,12 +38,8 @@ class Work:
     def __post_init__(self) -> None:
         self.record = {} if self.file is None else results.read(self.file)
         if self.record:
-            self.record["parts"][self.part] = {
-                "status": "under way",
-                "seconds": 0.0,
-                "rows": self.rows,
-                "output": "",
-            }
+            started = {"status": "under way", "seconds": 0.0, "rows": self.rows, "output": ""}
+            self.record["parts"][self.part] = started
         self.on = on(self.record.get("environment", {}))
 
     @property
@@ -65,14 +53,17 @@ class Work:
 
     @property
     def rates(self) -> dict[str, float]:
-        """What the rates' part of this command measured."""
-        return rates(self.record)
+        """As `timing.measure_rates` found them: by name, bytes, multiply-adds or launches."""
+        parts = self.record.get("parts", {}).values()
+        return {
+            row["name"]: row["value"] for part in parts for row in part["rows"] if "unit" in row
+        }
 
     def chosen(self, name: str) -> bool:
         return all(word in name for word in self.words)
 
     def begins(self, name: str, seconds: float) -> bool:
-        """Is the row chosen and is there time for it? Where there is none, a row says so."""
+        """Is the row chosen and is there time for it? If there is none, a row says so."""
         if not self.chosen(name):
             return False
         if self.left < seconds:
@@ -94,7 +85,7 @@ class Work:
         print(f"{self.part}: {name}: {said or 'done'}", flush=True)
 
     def config(self, size: str) -> ECARConfig:
-        return ECARConfig(**TINY) if self.dry else ECARConfig.preset(size)
+        return TINY if self.dry else ECARConfig.preset(size)
 
     @property
     def cache_bytes(self) -> int:
@@ -102,41 +93,15 @@ class Work:
         return 2**16 if self.dry else torch.cuda.get_device_properties(self.device).L2_cache_size
 
 
-def rates(record: dict[str, Any]) -> dict[str, float]:
-    """By name: "copy" bytes, "bfloat16" multiply-adds a second, "launch" seconds, ..."""
-    return {
-        row["name"]: row["value"]
-        for part in record.get("parts", {}).values()
-        for row in part["rows"]
-        if "unit" in row
-    }
-
-
 def on(facts: dict[str, Any]) -> str:
     """The device and the versions that a row was measured with."""
     if not facts:
         return ""
     versions = {"CUDA": facts["gpu"].get("CUDA"), **facts["versions"]}
-    return ", ".join(
-        [
-            facts["gpu"]["name"],
-            *(
-                f"{name} {versions[name]}"
-                for name in ("torch", "triton", "CUDA")
-                if versions.get(name)
-            ),
-        ]
-    )
+    found = [f"{n} {versions[n]}" for n in ("torch", "triton", "CUDA") if versions.get(n)]
+    return ", ".join([facts["gpu"]["name"], *found])
 
 
-def served(op: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> str:
+def served(op: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> str | None:
     """The backend that "auto" takes for the op."""
-    chosen = resolve(op, device=device, dtype=dtype, width=width, backend="auto")
-    for name in AUTO_ORDER:
-        try:
-            found = resolve(op, device=device, dtype=dtype, width=width, backend=name)
-        except BackendUnavailableError:
-            continue
-        if found is chosen:
-            return name
-    raise AssertionError(f"{op}: none of {', '.join(AUTO_ORDER)}")
+    return server(resolve(op, device=device, dtype=dtype, width=width, backend="auto"))
