@@ -93,27 +93,26 @@ def _kinds(launches: Sequence[Any]) -> dict[str, int]:
 
 
 def compare(rows: Sequence[dict[str, Any]], committed: Sequence[dict[str, Any]]) -> list[str]:
-    """Where a row launches more than the committed one, or has none."""
+    """Where a row launches more than the committed one, or there is none."""
     before, complaints = {_name(row): row for row in committed}, []
     for row in rows:
         name = _name(row)
         if name not in before:
             complaints.append(f"{name}: not among the committed counts")
             continue
-        for what, now, then in _totals(row, before[name]):
-            if now > then:
-                complaints.append(f"{name}, {what}: {now} launches, {then} committed")
+        for (what, now), then in zip(_parts(row), _parts(before[name]), strict=True):
+            if (count := sum(now.values())) > (least := sum(then[1].values())):
+                complaints.append(f"{name}, {what}: {count} launches, {least} committed")
     return complaints
 
 
-def _totals(row: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, int, int]]:
-    found = [
-        (f"{what} at stage {stage}", a, b)
-        for what, key in (("a step", "steps"), ("AR", "ar"))
-        for stage, (a, b) in enumerate(zip(row[key], other[key], strict=True), 1)
+def _parts(row: dict[str, Any]) -> list[tuple[str, dict[str, int]]]:
+    steps = [(f"a step at stage {i}", part) for i, part in enumerate(row["steps"], 1)]
+    return [
+        *steps,
+        *((f"AR at stage {i}", part) for i, part in enumerate(row["ar"], 1)),
+        ("an image", row["image"]),
     ]
-    found.append(("an image", row["image"], other["image"]))
-    return [(what, sum(a.values()), sum(b.values())) for what, a, b in found]
 
 
 def _name(row: dict[str, Any]) -> str:

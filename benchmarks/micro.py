@@ -144,14 +144,15 @@ def overhead(case: Case, arena: cases.Arena, best: Rates, seconds: float) -> Row
     for calls in variants.values():
         next(calls)()
     times = timing.interleave(variants, seconds, max_rounds=200)
-    return _identity(case) | {
+    return identity(case) | {
         "overhead": True,
         "calls": CALLS,
         "seconds": timing.summaries(times, CALLS),
     }
 
 
-def _identity(case: Case) -> Row:
+def identity(case: Case) -> Row:
+    """What a row is of."""
     return {"op": case.op, "size": case.size, "tokens": case.tokens, "batch": case.batch}
 
 
@@ -197,7 +198,7 @@ def measure(case: Case, arena: cases.Arena, best: Rates, seconds: float) -> Row:
         variants, seconds, min_rounds=LONG_ROUNDS if long else MIN_ROUNDS, max_rounds=MAX_ROUNDS
     )
     needed = case_cost(case, sets[0])
-    return _identity(case) | {
+    return identity(case) | {
         "backward": case.backward,
         "whole": case.whole,
         "sets": len(sets),
@@ -290,7 +291,7 @@ def case_cost(case: Case, arguments: dict[str, Any]) -> Cost:
     meta = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in arguments.items()}
     if case.op == "initial_noise":
         shape = len(arguments["seeds"]), *arguments["shape"]
-        outputs: Any = torch.empty(shape, dtype=DTYPE, device="meta")
+        outputs: Any = torch.empty(shape, dtype=arguments["dtype"], device="meta")
     elif case.op == "upsample_renoise_euler":
         x = meta["x"]
         outputs = (x, x.new_empty(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3]))

@@ -1,12 +1,11 @@
-"""What other libraries have for an op: PyTorch, flash-attn, xformers, Liger, flashinfer.
+"""What other libraries have for an op: PyTorch, flash-attn and xformers, for attention.
 
 Each peer is a function with the op's signature, on any device. One that is not installed, or that
 the device or the case is not for, raises when it is called, and `why_not` makes its reason a line.
 
 A query of the newest stage sees every key, so attention needs no mask there and gets none. For the
 queries of all stages, PyTorch's get the stages' mask, and flash-attn and xformers, which know no
-such mask, a call for each stage. None has adaLN with a modulation for each token: the nearest is
-a norm with one weight and bias for all, which reads and computes less.
+such mask, a call for each stage. No library has adaLN with a modulation for each token.
 """
 
 import functools
@@ -39,27 +38,20 @@ def functions(op: str, *, per_stage: bool = False) -> dict[str, Callable]:
     per_stage: PyTorch's attention, too, in a call for each stage without a mask, which not all of
     its backends take.
     """
-    if op == "stage_attention":
+    if op != "stage_attention":
+        return {}
 
-        def sdpa(backend: SDPBackend) -> Callable:
-            if per_stage:
-                return functools.partial(by_stage, functools.partial(_dense_sdpa, backend))
-            return functools.partial(_sdpa, backend)
+    def sdpa(backend: SDPBackend) -> Callable:
+        if per_stage:
+            return functools.partial(by_stage, functools.partial(_dense_sdpa, backend))
+        return functools.partial(_sdpa, backend)
 
-        return {
-            "FlexAttention": _flex(),
-            **{f"SDPA {name}": sdpa(backend) for name, backend in SDPA.items()},
-            "flash-attn": functools.partial(by_stage, _flash_attn),
-            "xformers": functools.partial(by_stage, _xformers),
-        }
-    if op == "adaln":
-        return {"Liger, LayerNorm": _liger_norm, "flashinfer, LayerNorm": _flashinfer_norm}
-    if op == "gated_residual_adaln":
-        return {
-            "Liger, add + RMSNorm": _liger_add_norm,
-            "flashinfer, add + RMSNorm": _flashinfer_add_norm,
-        }
-    return {}
+    return {
+        "FlexAttention": _flex(),
+        **{f"SDPA {name}": sdpa(backend) for name, backend in SDPA.items()},
+        "flash-attn": functools.partial(by_stage, _flash_attn),
+        "xformers": functools.partial(by_stage, _xformers),
+    }
 
 
 def why_not(call: Callable[[], object]) -> str | None:
@@ -175,36 +167,3 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _load("xformers", "xformers.ops", "memory_efficient_attention")(q, k, v)
-
-
-# The norms take [C] of a token-wise modulation, and ignore the step's part and the gate.
-
-
-def _liger_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, **_: Tensor) -> Tensor:
-    norm = _load("liger-kernel", "liger_kernel.ops.layer_norm", "LigerLayerNormFunction")
-    return norm.apply(x, scale[0, 0], shift[0, 0], eps)
-
-
-def _liger_add_norm(
-    x: Tensor, branch: Tensor, scale: Tensor, eps: float = 1e-6, **_: Tensor
-) -> tuple[Tensor, Tensor]:
-    module = "liger_kernel.ops.fused_add_rms_norm"
-    norm = _load("liger-kernel", module, "LigerFusedAddRMSNormFunction")
-    y, x = norm.apply(branch, x, scale[0, 0], eps)
-    return x, y
-
-
-def _flashinfer_norm(
-    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, **_: Tensor
-) -> Tensor:
-    norm = _load("flashinfer", "flashinfer.norm", "layernorm")
-    return norm(x.flatten(0, 1), scale[0, 0].float(), shift[0, 0].float(), eps).view_as(x)
-
-
-def _flashinfer_add_norm(
-    x: Tensor, branch: Tensor, scale: Tensor, eps: float = 1e-6, **_: Tensor
-) -> tuple[Tensor, Tensor]:
-    """In place, so that x and the branch are other numbers at each turn."""
-    norm = _load("flashinfer", "flashinfer.norm", "fused_add_rmsnorm")
-    norm(branch.flatten(0, 1), x.flatten(0, 1), scale[0, 0], eps)
-    return x, branch

@@ -15,15 +15,17 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks import micro, results
-from benchmarks.paper import complexity, table3
 from benchmarks.results import ROOT, duration, figures
 from ecar.files import atomic_path
 
 WIDTH = 8.6  # inches
 DPI = 110
-COLOURS = ("#E69F00", "#56B4E9", "#CC79A7", "#009E73")
-OURS, BOUND = "#0072B2", "#777777"
-FIXED = {"ours": OURS, "measured": OURS, "its matrix products alone": BOUND, "multiply-adds": BOUND}
+COLOURS = {
+    "eager": "#E69F00",
+    "torch.compile": "#56B4E9",
+    "ours": "#0072B2",
+    "its matrix products alone": "#777777",
+}
 SETTINGS = {
     "font.family": "DejaVu Sans",  # the one that matplotlib brings
     "font.size": 9.5,
@@ -94,8 +96,6 @@ def bars(
     if not groups:
         return None
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
-    others = iter(COLOURS)
-    colours = {name: FIXED.get(name) or next(others) for name in names}
     count = sum(len(group) + 1 for group in groups.values())
     made = figure(1.3 + 0.17 * count, title, facts)
     axes, place, ticks = made.subplots(), 0.0, []
@@ -103,13 +103,13 @@ def bars(
         ticks.append(place + (len(group) - 1) / 2)
         for name, value in group.items():
             start = 1 if log else 0
-            axes.barh(place, value - start, left=start, height=0.85, color=colours[name])
+            axes.barh(place, value - start, left=start, height=0.85, color=COLOURS[name])
             end = (max(value, start), place)
             style = {"textcoords": "offset points", "va": "center", "fontsize": 8}
             axes.annotate(text(value), end, (4, 0), **style)
             place += 1
         place += 1
-    handles = [matplotlib.patches.Patch(color=colours[name], label=name) for name in names]
+    handles = [matplotlib.patches.Patch(color=COLOURS[name], label=name) for name in names]
     axes.legend(
         handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(names), fontsize=8.5
     )
@@ -169,32 +169,6 @@ def image(record: Record) -> Figure | None:
     return bars(title, record["environment"], groups, "seconds", duration)
 
 
-def peers(record: Record) -> Figure | None:
-    groups = {
-        f"E-CAR-{row['size']}, {peer}": ratios
-        for row in record["rows"]
-        for peer, _, ratios in table3.pairs(row)
-    }
-    title = "Table 3: time of an image of DiT and MAR over E-CAR's"
-    return bars(title, record["environment"], groups, "time / E-CAR's time", times, log=True)
-
-
-def attention(record: Record) -> Figure | None:
-    made = figure(4.2, "A.2: attention over the generation of n tokens", record["environment"])
-    axes = made.subplots()
-    for (way, rows), colour in zip(complexity.curves(record).items(), COLOURS, strict=False):
-        x, y = ([row[name] for row in rows] for name in ("tokens", "seconds"))
-        label = f"{way}: n^{figures(complexity.exponent(rows))}"
-        axes.plot(x, y, "o-", color=colour, label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(x, x)
-    axes.set_xlabel("tokens n")
-    axes.set_ylabel("seconds of one layer's attention")
-    axes.legend()
-    return made
-
-
 def stages() -> Figure:
     """The end state of each stage of the two checkpoints, one column for each digit."""
     from ecar import ECARPipeline
@@ -223,9 +197,4 @@ def strip(images: np.ndarray) -> np.ndarray:
     return np.concatenate([part for cell in large for part in (cell, gap)][:-1], axis=1)
 
 
-PICTURES: dict[str, Callable[[Record], Figure | None]] = {
-    "micro": ops,
-    "end_to_end": image,
-    "table3": peers,
-    "complexity": attention,
-}
+PICTURES: dict[str, Callable[[Record], Figure | None]] = {"micro": ops, "end_to_end": image}

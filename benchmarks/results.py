@@ -17,16 +17,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "results"
-PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "diffusers",
-    "flash-attn",
-    "xformers",
-    "liger-kernel",
-    "flashinfer-python",
-)
+PACKAGES = ("torch", "triton", "numpy", "diffusers", "flash-attn", "xformers")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 ASSUMED_CACHE = 32 * 2**20
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h

@@ -11,6 +11,7 @@ of 50 MB) a step can be faster than that; weights, modulation and activations ar
 Launches are one an op, and one for each of PyTorch's own (LayerNorm, linear, GELU, addition).
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -83,101 +84,72 @@ class Roofline:
     def total(self) -> Work:
         return sum(self.parts().values(), Work())
 
-    def linear(self, rows: int, inputs: int, outputs: int, *, bias: bool = True) -> Work:
-        weights = inputs * outputs + (outputs if bias else 0)
-        return self._work(
-            weights=weights,
-            activations=rows * (inputs + outputs),
-            multiply_adds=rows * inputs * outputs,
+    def linears(self, rows: int, *widths: int, bias: bool = True) -> Work:
+        """Linear layers one after another, from each width to the next."""
+        return sum(
+            (
+                self._work(
+                    weights=inputs * outputs + (outputs if bias else 0),
+                    activations=rows * (inputs + outputs),
+                    multiply_adds=rows * inputs * outputs,
+                )
+                for inputs, outputs in itertools.pairwise(widths)
+            ),
+            Work(),
         )
+
+    def block(self, rows: int) -> Work:
+        """The linear layers of a transformer's block."""
+        d = self.config.width
+        mlp = self.linears(rows, d, self.config.mlp_width, d)
+        return self.linears(rows, d, 3 * d) + self.linears(rows, d, d) + mlp
 
     def ar(self, stage: int) -> Work:
         """One stage's pass: its tokens' queries over the keys of all stages so far."""
         config, n = self.config, self.config.stage_tokens[stage - 1]
         rows, d, keys = self.rows * n, config.width, sum(config.stage_tokens[:stage])
         norm = self._work(weights=2 * d, activations=2 * rows * d)
-        elementwise = self._work(activations=2 * rows * config.mlp_width)
-        add = self._work(activations=3 * rows * d)
-        cache = self._work(activations=2 * rows * d)
+        add, cache = (self._work(activations=count * rows * d) for count in (3, 2))
+        gelu = self._work(activations=2 * rows * config.mlp_width)
         attention = self._work(
             activations=2 * rows * d + 2 * self.rows * keys * d, multiply_adds=2 * rows * keys * d
         )
-        layer = (
-            norm
-            + self.linear(rows, d, 3 * d)
-            + cache * 2
-            + attention
-            + self.linear(rows, d, d)
-            + add
-            + norm
-            + self.linear(rows, d, config.mlp_width)
-            + elementwise
-            + self.linear(rows, config.mlp_width, d)
-            + add
-        )
+        layer = self.block(rows) + (norm + cache + add) * 2 + attention + gelu
         # The class embedding's rows, or the stage before's end embedded; and the positions.
         first = self._work(weights=self.rows * d, activations=rows * d)
         if stage > 1:
             values = config.channels * max(config.patch_size // 2, 1) ** 2
-            first = self.linear(self.batch * n, values, d)
+            first = self.linears(self.batch * n, values, d)
         positions = self._work(weights=n * d, activations=2 * rows * d)
         return first + positions + layer * config.ar_layers + norm
 
     def modulation(self, stage: int) -> Work:
+        """Of the stage's tokens, and of the times of its steps; SiLU where it is applied."""
         config, d = self.config, self.config.width
         rows, count = self.rows * config.stage_tokens[stage - 1], self.counts[stage - 1]
         outputs = (6 * config.flow_blocks + 2) * d
-
-        def silu(n: int, width: int) -> Work:
-            return self._work(activations=2 * n * width)
-
-        tokens = (
-            self.linear(rows, d, 4 * d)
-            + silu(rows, 4 * d)
-            + self.linear(rows, 4 * d, d)
-            + silu(rows, d)
-            + self.linear(rows, d, outputs)
-        )
-        times = (
-            self.linear(count, TIME_CHANNELS, d)
-            + silu(count, d)
-            + self.linear(count, d, d)
-            + silu(count, d)
-            + self.linear(count, d, outputs, bias=False)
-        )
-        return tokens + times
+        silus = [self._work(activations=2 * size) for size in (4 * rows * d, rows * d)]
+        silus += [self._work(activations=2 * count * d)] * 2
+        tokens = self.linears(rows, d, 4 * d, d, outputs)
+        times = self.linears(count, TIME_CHANNELS, d, d)
+        return sum(silus, tokens + times + self.linears(count, d, outputs, bias=False))
 
     def step(self, stage: int) -> Work:
         """One network call with what is around it: 5 launches a block and one boundary."""
         config, n = self.config, self.config.stage_tokens[stage - 1]
-        rows, d, hidden = self.rows * n, config.width, config.mlp_width
+        rows, d = self.rows * n, config.width
         part = self._work(modulation=rows * d + d, launches=0)
         attention = self._work(activations=4 * rows * d, multiply_adds=2 * rows * n * d)
         residual = self._work(activations=rows * d, launches=0)
-        block = (
-            self.linear(rows, d, 3 * d)
-            + part * 2
-            + attention
-            + self.linear(rows, d, d)
-            + part
-            + residual
-            + self.linear(rows, d, hidden)
-            + part * 2
-            + self.linear(rows, hidden, d)
-            + part
-            + residual
+        block = self.block(rows) + part * 6 + attention + residual * 2
+        values = self.patch_values
+        boundary = self._work(
+            weights=2 * d * values + values + d + n * d,
+            activations=2 * rows * d,
+            multiply_adds=(rows + self.batch * n) * d * values,
         )
-        values, state = self.patch_values, self.batch * n * self.patch_values
-        boundary = (
-            part * 2
-            + self._work(
-                weights=2 * d * values + values + d + n * d,
-                activations=2 * rows * d,
-                multiply_adds=(rows + self.batch * n) * d * values,
-            )
-            + Work(activations=2 * 4 * state)
-        )
-        return block * config.flow_blocks + boundary
+        state = Work(activations=2 * 4 * self.batch * n * values)
+        return block * config.flow_blocks + part * 2 + boundary + state
 
     def noise(self, stage: int) -> Work:
         """What makes the stage's start: drawn, or jumped to with the step before it."""
@@ -187,18 +159,10 @@ class Roofline:
             return Work(activations=written, launches=1)
         return Work(activations=written + 3 * written // 4, launches=1)
 
-    def _work(
-        self,
-        *,
-        weights: int = 0,
-        modulation: int = 0,
-        activations: int = 0,
-        multiply_adds: int = 0,
-        launches: int = 1,
-    ) -> Work:
+    def _work(self, *, launches: int = 1, multiply_adds: int = 0, **elements: int) -> Work:
         """From elements to bytes."""
-        size = self.itemsize
-        return Work(size * weights, size * modulation, size * activations, multiply_adds, launches)
+        size = {name: self.itemsize * count for name, count in elements.items()}
+        return Work(**size, multiply_adds=multiply_adds, launches=launches)
 
 
 @dataclass(frozen=True)

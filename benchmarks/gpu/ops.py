@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import cases, peers
+from benchmarks import cases, micro, peers
 from benchmarks.cases import Case
 from benchmarks.gpu.timing import Timer, interleave, measure_rates
 from benchmarks.gpu.work import Work, served
 from benchmarks.results import duration
-from ecar_kernels.costs import BACKWARD_READS, Rates, backward_cost, cost, floor_seconds
+from ecar_kernels.costs import BACKWARD_READS, Rates, floor_seconds
 from ecar_kernels.registry import FAMILIES, BackendUnavailableError, resolve
 from ecar_kernels.testing import tensors
 
@@ -190,11 +190,7 @@ def _measure(work: Work, name: str, case: Case, arena: Arena, variants: Function
         if (reason := peers.why_not(add)) is not None:  # a cell that says so
             failed[variant] = reason
     forward = "training forward" if case.whole else "eager"
-    row: dict[str, Any] = {
-        "op": case.op,
-        "size": case.size,
-        "tokens": case.tokens,
-        "batch": case.batch,
+    row: dict[str, Any] = micro.identity(case) | {
         "group": "forward and backward" if case.backward else forward,
         "sets": len(sets),
         "served": served(case.op, work.device, DTYPE, case.op_width),
@@ -202,11 +198,9 @@ def _measure(work: Work, name: str, case: Case, arena: Arena, variants: Function
     }
     if timers:
         row["variants"] = interleave(timers, work.span(0.05))
-    with torch.no_grad():
-        outputs = _outputs(case, sets[0])
-    least = cost(case.op, sets[0], outputs)
+    least = micro.case_cost(dataclasses.replace(case, backward=False), sets[0])
     if case.backward:
-        least += backward_cost(case.op, sets[0], outputs)
+        least += micro.case_cost(case, sets[0])
     row |= {"bytes": least.bytes, "multiply_adds": least.multiply_adds}
     if {"copy", "bfloat16"} <= work.rates.keys():
         row["floor"] = floor_seconds(least, Rates(work.rates["copy"], work.rates["bfloat16"]))
@@ -214,11 +208,3 @@ def _measure(work: Work, name: str, case: Case, arena: Arena, variants: Function
     said = ", ".join(f"{variant} {duration(found['median'])}" for variant, found in timed)
     # One of ours that fails is a failure; a peer's is its reason.
     work.add(name, said, ok=not set(BACKENDS) & failed.keys(), **row)
-
-
-def _outputs(case: Case, given: dict[str, Any]) -> Any:
-    """Of the sizes alone where that can be: a whole attention's scores may be large."""
-    if case.op == "stage_attention":
-        return torch.empty_like(given["q"])
-    device = next(value.device for value in given.values() if isinstance(value, Tensor))
-    return resolve(case.op, device=device, dtype=DTYPE, backend="reference")(**given)

@@ -49,20 +49,13 @@ def build(size: DiTSize) -> torch.nn.Module:
 
 
 class Sampler:
-    """The loop of diffusers' DiTPipeline for one image without guidance, the decoder left out.
+    """The loop of diffusers' DiTPipeline for one image without guidance, the decoder left out."""
 
-    Args:
-        size: of the model.
-        steps: of the image.
-        compile: under torch.compile.
-    """
-
-    def __init__(self, size: DiTSize, steps: int, *, compile: bool = False) -> None:
+    def __init__(self, size: DiTSize, steps: int) -> None:
         from diffusers import DDIMScheduler
 
         self.size, self.steps = size, steps
         self.model = build(size)
-        self.run = torch.compile(self.model, dynamic=False) if compile else self.model
         self.scheduler = DDIMScheduler(clip_sample=False)
         self.scheduler.set_timesteps(steps)
 
@@ -75,7 +68,7 @@ class Sampler:
         seconds = []
         for t in self.scheduler.timesteps[spread]:
             begin = time.perf_counter()
-            predicted = self.run(x, timestep=t[None], class_labels=label).sample
+            predicted = self.model(x, timestep=t[None], class_labels=label).sample
             noise = predicted.split(4, dim=1)[0]  # the other half is the variance
             x = self.scheduler.step(noise, t, x).prev_sample
             seconds.append(time.perf_counter() - begin)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ecar_kernels
+from benchmarks.timing import seconds_of
 from ecar.flow import TIME_CHANNELS, time_frequencies
 from ecar_kernels import Accelerated, Linear, OpsModule, StageBlock, accelerates
 
@@ -107,37 +108,33 @@ class MAR(nn.Module):
         super().__init__()
         width, places = size.width, size.buffer + size.tokens
         self.size = size
+
+        def learned(count: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(1, count, width))
+
+        def blocks() -> nn.ModuleList:
+            return nn.ModuleList(StageBlock(width, size.heads) for _ in range(size.layers))
+
         self.label = nn.Embedding(CLASSES, width)
-        self.embed, self.embed_norm = Linear(CHANNELS, width), nn.LayerNorm(width, eps=1e-6)
-        self.decoder_embed = Linear(width, width)
-        self.mask_token = nn.Parameter(torch.randn(1, 1, width))
-        self.encoder_positions, self.decoder_positions = (
-            nn.Parameter(torch.randn(1, places, width)) for _ in range(2)
+        self.embed, self.decoder_embed = Linear(CHANNELS, width), Linear(width, width)
+        self.mask_token = learned(1)
+        self.encoder_positions, self.decoder_positions = learned(places), learned(places)
+        self.diffusion_positions = learned(size.tokens)
+        self.encoder, self.decoder = blocks(), blocks()
+        self.embed_norm, self.encoder_norm, self.decoder_norm = (
+            nn.LayerNorm(width, eps=1e-6) for _ in range(3)
         )
-        self.diffusion_positions = nn.Parameter(torch.randn(1, size.tokens, width))
-        self.encoder, self.decoder = (
-            nn.ModuleList(StageBlock(width, size.heads) for _ in range(size.layers))
-            for _ in range(2)
-        )
-        self.encoder_norm, self.decoder_norm = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
         self.mlp = DiffusionMLP(size)
 
     def condition(self, label: Tensor, latents: Tensor, known: Tensor, wanted: Tensor) -> Tensor:
-        """What the latents of some tokens are denoised with.
+        """What the latents of some tokens are denoised with: [1, wanted, width].
 
-        Args:
-            label: [1].
-            latents: of all tokens [1, 256, 16]; those that are not known are not read.
-            known, wanted: indices of tokens.
-
-        Returns:
-            [1, wanted, width].
+        label: [1]. latents: of all tokens [1, 256, 16]; those that are not known are not read.
+        known, wanted: indices of tokens.
         """
         buffer = self.size.buffer
-        x = torch.cat(
-            [self.label(label)[:, None].expand(-1, buffer, -1), self.embed(latents[:, known])],
-            dim=1,
-        )
+        label = self.label(label)[:, None].expand(-1, buffer, -1)
+        x = torch.cat([label, self.embed(latents[:, known])], dim=1)
         places = torch.cat([torch.arange(buffer, device=known.device), buffer + known])
         x = self.embed_norm(x + self.encoder_positions[:, places])
         for block in self.encoder:
@@ -162,12 +159,7 @@ def next_tokens(steps: int, tokens: int = TOKENS) -> list[int]:
 
 
 class Sampler:
-    """Times an image without guidance, drawn by a MAR with random weights.
-
-    Args:
-        size: of the model.
-        accelerate: bind the ops to backends, as a user does.
-    """
+    """Times an image without guidance, drawn by a MAR with random weights."""
 
     def __init__(self, size: MARSize, *, accelerate: bool = True) -> None:
         self.size = size
@@ -179,15 +171,8 @@ class Sampler:
         left = (torch.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2).clamp(min=1e-8)
         keep = (left[1:] / left[:-1]).clamp(min=1e-3)
         floor = ((1 - keep) * (1 - left[:-1]) / (1 - left[1:])).clamp(min=1e-8)
-        self.schedule = torch.stack(
-            [
-                keep.rsqrt(),
-                (1 - keep) / (1 - left[1:]).sqrt(),
-                (1 - keep).clamp(min=1e-8).log(),
-                floor.log(),
-            ],
-            1,
-        ).float()
+        share, most = (1 - keep) / (1 - left[1:]).sqrt(), (1 - keep).clamp(min=1e-8)
+        self.schedule = torch.stack([keep.rsqrt(), share, most.log(), floor.log()], 1).float()
 
     @torch.no_grad()
     def denoise(self, z: Tensor, steps: Sequence[int]) -> Tensor:
@@ -221,11 +206,7 @@ class Sampler:
             begin = time.perf_counter()
             z = self.model.condition(label, latents, order[:known], wanted)
             seconds.append(time.perf_counter() - begin)
-            denoising = []
-            for diffusion_step in spread:
-                begin = time.perf_counter()
-                self.denoise(z, [diffusion_step])
-                denoising.append(time.perf_counter() - begin)
+            denoising = [seconds_of(lambda i=i, z=z: self.denoise(z, [i])) for i in spread]
             seconds[-1] += statistics.median(denoising) * DIFFUSION_STEPS
         return statistics.fmean(seconds) * ar_steps
 
@@ -235,13 +216,8 @@ def multiply_adds(size: MARSize, ar_steps: int) -> int:
     with torch.device("meta"):
         model = MAR(size)
 
-    def weights(*modules: nn.Module) -> int:
-        return sum(
-            layer.weight.numel()
-            for module in modules
-            for layer in module.modules()
-            if isinstance(layer, nn.Linear)
-        )
+    def weights(module: nn.Module) -> int:
+        return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
     def layers(blocks: nn.ModuleList, rows: int) -> int:
         return rows * weights(blocks) + len(blocks) * 2 * rows * rows * size.width

@@ -17,25 +17,6 @@ RECORDS = {
         "environment": FACTS,
         "rows": [{"size": "S", "seconds": dict.fromkeys(("eager", "ours", "linears"), SUMMARY)}],
     },
-    "table3": {
-        "environment": FACTS,
-        "rows": [
-            {
-                "size": "S",
-                "ratio": SUMMARY,
-                "mar_ratios": {"mar, 64 AR steps": SUMMARY},
-                "multiply_adds": {"ecar": 1, "dit": 2, "mar, 64 AR steps": 3},
-            }
-        ],
-    },
-    "complexity": {
-        "environment": FACTS,
-        "rows": [
-            {"way": way, "tokens": n, "seconds": n**2}
-            for way in ("in stages", "token by token")
-            for n in (3, 7)
-        ],
-    },
 }
 RECORDS["end_to_end"]["rows"][0]["seconds"]["attention"] = SUMMARY
 
