@@ -72,8 +72,22 @@ def test_the_page_written_is_of_what_is_there_now(gate):
     assert gate("--changed") == (0, cuda_gate.SAMPLE)
 
 
-def test_a_page_that_lost_a_row_differs(gate):
+def test_a_page_that_lost_a_row_or_a_chip_differs(gate):
     page = gate.folder / "page.md"
-    lines = page.read_text("utf-8").splitlines(keepends=True)
-    page.write_text("".join(line for line in lines if "sm_90" not in line), "utf-8")
+    text = page.read_text("utf-8")
+    page.write_text("".join(t for t in text.splitlines(keepends=True) if "euler" not in t), "utf-8")
     assert gate("--changed")[0] == 1
+    page.write_text(text.replace("sm_90", "sm_91"), "utf-8")
+    assert gate("--changed")[0] == 1
+
+
+def test_a_cell_has_registers_loads_and_what_spills():
+    row = Row("sm_90", "euler float32 wide", 32, 0, 0, 3, 1)
+    assert cuda_gate.cell(row) == "32 (3, 1)"
+    assert cuda_gate.cell(Row("sm_90", "x", 255, 8, 4)) == "255 (-, -), 8 stack, 4 spilled"
+    page = cuda_gate.page([row], "nvcc V1")
+    assert cuda_gate.recorded_cells(page) == {("euler float32 wide", "sm_90"): "32 (3, 1)"}
+    assert cuda_gate.differences([row], page) == []
+    slower = Row("sm_90", "euler float32 wide", 33, 0, 0, 3, 1)
+    said = ["euler float32 wide sm_90: 32 (3, 1) on the page, 33 (3, 1) here"]
+    assert cuda_gate.differences([slower], page) == said

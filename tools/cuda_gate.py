@@ -150,33 +150,57 @@ def digest() -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
 
 
-def cells(row: Row) -> str:
-    seen = ["-" if n is None else str(n) for n in (row.loads, row.stores)]
-    return (
-        f"| {row.chip} | {row.kernel} | {row.registers} | {row.stack} | {row.spills} "
-        f"| {seen[0]} | {seen[1]} |"
-    )
+def cell(row: Row) -> str:
+    """Registers, and in brackets 128-bit loads and stores."""
+    loads, stores = ("-" if n is None else n for n in (row.loads, row.stores))
+    spilled = f", {row.stack} stack, {row.spills} spilled" if row.stack or row.spills else ""
+    return f"{row.registers} ({loads}, {stores}){spilled}"
 
 
 def page(rows: list[Row], compiler: str) -> str:
-    lines = [
-        "# CUDA C++ kernels: the compile gate",
-        "",
-        f"`make cuda-gate`; {compiler}; sources {digest()}. Compiled, not run. "
-        '"wide" is the kernel for rows that begin on 16 bytes.',
-        "",
-        "| chip | kernel | registers | stack | spilled bytes | 128-bit loads | stores |",
-        "|---|---|---|---|---|---|---|",
-        *map(cells, rows),
-    ]
-    return "\n".join(lines) + "\n"
+    chips = list(dict.fromkeys(row.chip for row in rows))
+    found = {(row.kernel, row.chip): cell(row) for row in rows}
+    return "\n".join(
+        [
+            "# CUDA C++ kernels: the compile gate",
+            "",
+            f"`make cuda-gate`; {compiler}; sources {digest()}. Compiled, not run. A cell holds "
+            'registers and, in brackets, 128-bit loads and stores. "wide" is the kernel for rows '
+            "that begin on 16 bytes. The gate fails if a kernel spills registers.",
+            "",
+            f"| kernel | {' | '.join(chips)} |",
+            "|---" * (len(chips) + 1) + "|",
+            *(
+                f"| {kernel} | {' | '.join(found.get((kernel, chip), '') for chip in chips)} |"
+                for kernel in sorted({row.kernel for row in rows})
+            ),
+            "",
+        ]
+    )
+
+
+def recorded_cells(text: str) -> dict[tuple[str, str], str]:
+    """A page's cells by kernel and chip."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    _, *chips = (name.strip() for name in lines[0].strip("|").split("|")) if lines else ("",)
+    found = {}
+    for line in lines[1:]:
+        kernel, *cells = (text.strip() for text in line.strip("|").split("|"))
+        found |= {(kernel, chip): cell for chip, cell in zip(chips, cells, strict=True)}
+    return found
 
 
 def differences(rows: list[Row], recorded: str) -> list[str]:
-    """Of the page's rows for these chips, those that are not as they were, both ways."""
+    """What is not as on the page, of these rows' chips, both ways."""
     chips = {row.chip for row in rows}
-    before = {line for line in recorded.splitlines() if line[2:].partition(" ")[0] in chips}
-    return sorted(before ^ set(map(cells, rows)))
+    before = {key: text for key, text in recorded_cells(recorded).items() if key[1] in chips}
+    now = {(row.kernel, row.chip): cell(row) for row in rows}
+    return [
+        f"{kernel} {chip}: {before.get((kernel, chip), 'none')} on the page, "
+        f"{now.get((kernel, chip), 'none')} here"
+        for kernel, chip in sorted(before.keys() | now.keys())
+        if before.get((kernel, chip)) != now.get((kernel, chip))
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -212,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
         temporary.write_text(page(rows, compiler), "utf-8")
         temporary.replace(path)
     elif cuobjdump and f"; {compiler};" in recorded:
-        bad += [f"not both here and in {path.name}: {line}" for line in differences(rows, recorded)]
+        bad += differences(rows, recorded)
     else:
         print(
             f"cuda-gate: not compared with {path.name}: "
