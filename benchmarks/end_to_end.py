@@ -49,16 +49,19 @@ def measure(
     if compile is not None:
         runs["compiled"]()
     compile_seconds = time.perf_counter() - begin
-    taken: dict[str, list[float]] = {}
-    for done in models.rounds({**runs, "gemms": lambda: gemms.time(timed_steps)}, seconds):
-        alone = done.pop("gemms")
-        for name, stages in (done | alone).items():
-            taken.setdefault(name, []).append(image_seconds(stages, steps))
+    runs["gemms"] = lambda: gemms.time(timed_steps)
+    taken = timing.rounds(runs, seconds, at_least=3, warm_up=True)
+    for alone in taken.pop("gemms"):
+        for name, stages in alone.items():
+            taken.setdefault(name, []).append(stages)
     row = {
         "size": size,
         "steps": steps,
         "timed_steps_of_a_stage": max(3, timed_steps),
-        "seconds": timing.summaries(taken),
+        "seconds": {
+            name: timing.summary([image_seconds(stages, steps) for stages in values])
+            for name, values in taken.items()
+        },
         "compile": compile,
         "compile_seconds": compile_seconds,
     }

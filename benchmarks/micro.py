@@ -143,7 +143,7 @@ def overhead(case: Case, arena: cases.Arena, best: Rates, seconds: float) -> Row
     variants = {name: turns(*way) for name, way in ways.items()}
     for calls in variants.values():
         next(calls)()
-    times = timing.interleave(variants, seconds, max_rounds=200)
+    times = timing.interleave(variants, seconds, at_most=200)
     return identity(case) | {
         "overhead": True,
         "calls": CALLS,
@@ -195,7 +195,7 @@ def measure(case: Case, arena: cases.Arena, best: Rates, seconds: float) -> Row:
         next(turns)()
     long = time.perf_counter() - start > LONG_ROUND
     times = timing.interleave(
-        variants, seconds, min_rounds=LONG_ROUNDS if long else MIN_ROUNDS, max_rounds=MAX_ROUNDS
+        variants, seconds, at_least=LONG_ROUNDS if long else MIN_ROUNDS, at_most=MAX_ROUNDS
     )
     needed = case_cost(case, sets[0])
     return identity(case) | {

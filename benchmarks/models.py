@@ -5,9 +5,8 @@ import copy
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -149,15 +148,3 @@ def _more_rows(head: nn.Module, timed: int, count: int) -> float:
 def image_seconds(stages: Sequence[StageTime], steps: int = STEPS) -> float:
     counts = split_steps(steps, len(stages))
     return sum(stage.total(count) for stage, count in zip(stages, counts, strict=True))
-
-
-def rounds(
-    runs: Mapping[str, Callable[[], Any]], seconds: float, min_rounds: int = 3
-) -> Iterator[dict[str, Any]]:
-    """Interleaved rounds of all runs until the time is over, after one that is not counted."""
-    for run in runs.values():
-        run()
-    end, done = time.perf_counter() + seconds, 0
-    while done < min_rounds or time.perf_counter() < end:
-        yield {name: run() for name, run in runs.items()}
-        done += 1

@@ -3,9 +3,7 @@
 import itertools
 import statistics
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,28 +26,11 @@ def measure(
     width: int = GEMM_WIDTH,
 ) -> tuple[Rates, dict[str, float]]:
     """The best rates found, and all that were tried: bytes and multiply-adds per second."""
-    copies = _copies(copy_bytes, seconds / 2)
-    gemms = _gemms(dtype, width, seconds / 2)
-    return Rates(max(copies.values()), max(gemms.values())), copies | gemms
-
-
-def _copies(size: int, seconds: float) -> dict[str, float]:
-    """Torch's copy, and the C library's with one piece for each thread."""
-    source = torch.randn(size // 4)
+    source = torch.randn(copy_bytes // 4)
     target = torch.empty_like(source)
-    threads = torch.get_num_threads()
-    pieces = [
-        (a.numpy(), b.numpy())
-        for a, b in zip(target.chunk(threads), source.chunk(threads), strict=True)
-    ]
-    with ThreadPoolExecutor(threads) as pool:
-        ways = {
-            "copy: Tensor.copy_": lambda: target.copy_(source),
-            "copy: memcpy on each thread": lambda: list(
-                pool.map(lambda piece: np.copyto(*piece), pieces)
-            ),
-        }
-        return _rates(ways, 2 * size, seconds)
+    copies = _rates({"copy": lambda: target.copy_(source)}, 2 * copy_bytes, seconds / 2)
+    gemms = _gemms(dtype, width, seconds / 2)
+    return Rates(copies["copy"], max(gemms.values())), copies | gemms
 
 
 def _gemms(dtype: torch.dtype, width: int, seconds: float) -> dict[str, float]:

@@ -5,8 +5,10 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 Call = Callable[[], object]
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -28,27 +30,42 @@ def seconds_of(call: Call) -> float:
     return time.perf_counter() - start
 
 
-def interleave(
-    variants: Mapping[str, Iterator[Call]],
+def rounds(
+    measures: Mapping[str, Callable[[], T]],
     seconds: float,
     *,
-    min_rounds: int = 5,
-    max_rounds: int = 100_000,
+    at_least: int = 5,
+    at_most: int = 100_000,
+    warm_up: bool = False,
+) -> dict[str, list[T]]:
+    """What each measure returns, one call of each a round, for `seconds`.
+
+    warm_up: one round before that is not counted.
+    """
+    for measure in measures.values() if warm_up else ():
+        measure()
+    found: dict[str, list[T]] = {name: [] for name in measures}
+    with no_collection():
+        count, end = 0, time.perf_counter() + seconds
+        while count < at_least or (count < at_most and time.perf_counter() < end):
+            for name, measure in measures.items():
+                found[name].append(measure())
+            count += 1
+    return found
+
+
+def interleave(
+    variants: Mapping[str, Iterator[Call]], seconds: float, **limits: int
 ) -> dict[str, list[float]]:
-    """Seconds of each variant's calls, one a round, for `seconds`.
+    """Seconds of each variant's calls, one a round; limits: of `rounds`.
 
     What an iterator does to give its next call is not timed; freeing the result is. The caller
     warms the variants up.
     """
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    rounds = 0
-    with no_collection():
-        end = time.perf_counter() + seconds
-        while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() < end):
-            for name, calls in variants.items():
-                times[name].append(seconds_of(next(calls)))
-            rounds += 1
-    return times
+    measures = {
+        name: lambda calls=calls: seconds_of(next(calls)) for name, calls in variants.items()
+    }
+    return rounds(measures, seconds, **limits)
 
 
 def summary(values: list[float], unit: float = 1.0) -> dict[str, float]:

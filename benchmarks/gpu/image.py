@@ -147,13 +147,13 @@ def _measure(work: Work, pipe: ECARPipeline, row: Row, given: dict[str, Any]) ->
         graphs(not work.dry)
         synchronize()
         first = time.perf_counter() - begin
-        found |= wall({"graphs": lambda: graphs(not work.dry)}, work.span(1.0), at_least=3)
+        found["graphs"] = wall(lambda: graphs(not work.dry), work.span(1.0), at_least=3)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         why_not, first = str(error).splitlines()[0], None
         graphs(False)
-    found |= wall({"eager": lambda: graphs(False)}, 0.0, at_least=2)
+    found["eager"] = wall(lambda: graphs(False), 0.0, at_least=2)
     steps = given.get("num_inference_steps", pipe.defaults["num_inference_steps"])
     needed = Roofline(
         pipe.model.config, batch=row.batch, steps=steps, itemsize=pipe.dtype.itemsize

@@ -5,12 +5,12 @@ variant, one for each set of inputs, are captured as one graph, and a replay is 
 be captured is queued behind a kernel that waits ("stream"). Without a GPU, the host's clock counts.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from benchmarks import timing
 from benchmarks.gpu.work import Work
 from benchmarks.timing import seconds_of, summary
 from ecar.sampling.graph import CudaRecorder
@@ -59,37 +59,24 @@ class Timer:
         return self._begin.elapsed_time(self._end) / 1e3 / len(self.calls)
 
 
-def rounds(
-    measures: Mapping[str, Callable[[], float]], seconds: float, *, at_least: int = 5
-) -> dict[str, dict[str, Any]]:
-    """Median and quartiles of each, one measurement a round, for `seconds`."""
-    times: dict[str, list[float]] = {name: [] for name in measures}
-    end, count = time.perf_counter() + seconds, 0
-    while count < at_least or time.perf_counter() < end:
-        for name, measure in measures.items():
-            times[name].append(measure())
-        count += 1
-    return {name: summary(values) for name, values in times.items()}
-
-
 def interleave(timers: Mapping[str, Timer], seconds: float) -> dict[str, dict[str, Any]]:
-    found = rounds({name: timer.once for name, timer in timers.items()}, seconds)
-    return {name: values | {"how": timers[name].how} for name, values in found.items()}
+    """Median and quartiles of each, one measurement a round, for `seconds`."""
+    times = timing.rounds({name: timer.once for name, timer in timers.items()}, seconds)
+    return {name: summary(found) | {"how": timers[name].how} for name, found in times.items()}
 
 
-def wall(calls: Mapping[str, Call], seconds: float, at_least: int = 5) -> dict[str, dict[str, Any]]:
-    """Of each call's wall time, until the device has finished."""
+def wall(call: Call, seconds: float, at_least: int = 5) -> dict[str, Any]:
+    """Of a call's wall time, until the device has finished."""
 
-    def finished(call: Call) -> None:
+    def finished() -> None:
         call()
         synchronize()
 
-    def measure(call: Call) -> float:
+    def measure() -> float:
         synchronize()
-        return seconds_of(lambda: finished(call))
+        return seconds_of(finished)
 
-    measures = {name: lambda call=call: measure(call) for name, call in calls.items()}
-    return rounds(measures, seconds, at_least=at_least)
+    return summary(timing.rounds({"": measure}, seconds, at_least=at_least)[""])
 
 
 def synchronize() -> None:

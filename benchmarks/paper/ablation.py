@@ -136,10 +136,7 @@ def measure(
         name: lambda way=way: image_seconds(time_image(way, timed_steps, steps), steps)
         for name, way in ways.items()
     }
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for done in models.rounds(runs, seconds):
-        for name, value in done.items():
-            taken[name].append(value)
+    taken = timing.rounds(runs, seconds, at_least=3, warm_up=True)
     return {
         "size": size,
         "steps": steps,

@@ -71,7 +71,7 @@ def _attention_seconds(attention: Callable, queries: int, keys: int, seconds: fl
 
     call()
     return statistics.median(
-        timing.interleave({"": itertools.repeat(call)}, seconds, min_rounds=3)[""]
+        timing.interleave({"": itertools.repeat(call)}, seconds, at_least=3)[""]
     )
 
 

@@ -6,6 +6,7 @@ steps with 100 diffusion steps each. A few steps are run and scaled. The models 
 turns; figures are medians over the rounds.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,8 +45,9 @@ def measure(
     way = Way(models.accelerated(models.random_model(config)), "auto")
     ours = {"ecar": lambda: image_seconds(time_image(way, timed_steps, steps), steps)}
     # One peer after the other, for their weights and packed ones fill a memory.
-    pair = _take_turns(ours | _dit(peer, steps, timed_steps), seconds * DIT_SHARE)
-    others = _take_turns(ours | _mar(masked, timed_steps), seconds * (1 - DIT_SHARE))
+    turns = functools.partial(timing.rounds, at_least=3, warm_up=True)
+    pair = turns(ours | _dit(peer, steps, timed_steps), seconds * DIT_SHARE)
+    others = turns(ours | _mar(masked, timed_steps), seconds * (1 - DIT_SHARE))
     counts = {name(ar_steps): mar.multiply_adds(masked, ar_steps) for ar_steps in mar.AR_STEPS}
     work = sum(stage.total for stage in count_multiply_adds(config, steps=steps))
     return {
@@ -76,11 +78,6 @@ def _mar(masked: mar.MARSize, timed_steps: int) -> Runs:
 
 def name(ar_steps: int) -> str:
     return f"mar, {ar_steps} AR steps"
-
-
-def _take_turns(runs: Runs, seconds: float) -> dict[str, list[float]]:
-    done = list(models.rounds(runs, seconds))
-    return {name: [values[name] for values in done] for name in runs}
 
 
 def _ratios(taken: dict[str, list[float]]) -> dict[str, dict[str, float]]:
