@@ -205,6 +205,12 @@ def test_the_committed_table_is_of_these_cases(listed, version):
         assert groups < products or groups == products in ((0, 4) if single else (0,)), name
 
 
+def test_the_committed_page_sums_up_the_committed_table():
+    text = TABLE.with_suffix(".md").read_text("utf-8")
+    assert text == gate_table.page(VERSIONS)
+    assert all(f"| {name} | " in text for name in ("adaln", "stage_attention_keys"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -106,49 +106,56 @@ def write(path: Path, text: str) -> None:
 
 
 def page(table: dict[str, dict[Key, Entry]]) -> str:
-    """The table of the newest Triton as Markdown, and a line on each older one."""
+    """A row for each kernel by the newest Triton, and a line for each Triton."""
     versions = sorted((version for version in table if table[version]), key=_natural)
     newest = versions[-1]
+    chips = sorted({chip for _, _, chip in table[newest]})
     lines = [
         "# What the Triton kernels take of each chip",
         "",
-        "Made by `make compile-gate`, without a GPU: every kernel under every launch setting that",
-        "the defaults can choose. A cell holds registers a thread, shared memory a block in KiB,",
-        "and, where it multiplies matrices, the instructions for that: UTCHMMA (Blackwell's tensor",
-        "memory), HGMMA (Hopper's warp groups), HMMA (one warp), or FFMA alone. The gate fails",
-        "where a kernel spills registers, and where each HGMMA waits for the one before it.",
-        "Nothing on this page is a time.",
+        "Made by `make compile-gate`, without a GPU, and from",
+        "[compile-gate.json](compile-gate.json), which lists every kernel under every launch",
+        "setting. A cell holds the range of registers a thread, the most shared memory a block in",
+        "KiB, and the instructions that multiply matrices: UTCHMMA (Blackwell's tensor memory),",
+        "HGMMA (Hopper's warp groups), HMMA (one warp), or FFMA alone. The gate fails where a",
+        "kernel spills registers, and where each HGMMA waits for the one before it. Nothing on",
+        "this page is a time.",
         "",
+        f"| Triton {newest} | cases | " + " | ".join(f"sm_{chip}" for chip in chips) + " |",
+        "|---|--:|" + "---|" * len(chips),
     ]
+    kernels: dict[tuple[str, str], list[dict[int, Entry]]] = {}
+    for family, cases in _grouped(table[newest]).items():
+        for case, its in cases.items():
+            kernels.setdefault((family, case.partition(" ")[0]), []).append(its)
+    for (family, kernel), cases in kernels.items():
+        name = kernel if kernel.startswith(family) else f"{family}: {kernel}"
+        cells = [_cell([its[chip] for its in cases if chip in its]) for chip in chips]
+        lines.append(f"| {name} | {len(cases)} | " + " | ".join(cells) + " |")
+    lines.append("")
     lines += [
         f"Triton {version}: {len(table[version])} compiled, most registers "
         f"{max(entry.registers for entry in table[version].values())}, most shared memory "
         f"{max(entry.shared_bytes for entry in table[version].values()) / 1024:.0f} KiB."
         for version in versions
     ]
-    chips = sorted({chip for _, _, chip in table[newest]})
-    for family, cases in _grouped(table[newest]).items():
-        lines += [
-            "",
-            f"## {family} (Triton {newest})",
-            "",
-            "| case | " + " | ".join(f"sm_{chip}" for chip in chips) + " |",
-            "|---" * (1 + len(chips)) + "|",
-        ]
-        lines += [
-            f"| {case} | " + " | ".join(_cell(its.get(chip)) for chip in chips) + " |"
-            for case, its in cases.items()
-        ]
     return "\n".join(lines) + "\n"
 
 
-def _cell(entry: Entry | None) -> str:
-    if entry is None:
+def _cell(entries: list[Entry]) -> str:
+    if not entries:
         return ""
-    kinds = [kind for kind in entry.instructions if kind.endswith("HMMA") or kind == "HGMMA"]
-    multiplies = "+".join(kinds) or ("FFMA" if entry.instructions else "")
-    cell = f"{entry.registers}, {entry.shared_bytes / 1024:.1f}"
-    return f"{cell}, {multiplies}" if multiplies else cell
+    kinds = {
+        kind
+        for entry in entries
+        for kind in entry.instructions
+        if kind.endswith("HMMA") or kind == "HGMMA"
+    }
+    if any(entry.instructions for entry in entries) and not kinds:
+        kinds = {"FFMA"}
+    registers = [entry.registers for entry in entries]
+    shared = max(entry.shared_bytes for entry in entries) / 1024
+    return ", ".join([f"{min(registers)}-{max(registers)}", f"{shared:.1f}", *sorted(kinds)])
 
 
 def digest(*parts) -> str:
