@@ -7,7 +7,7 @@ and where a case says `whole`, it is the training's: the queries of all stages u
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor
 from benchmarks.results import last_level_cache
 from ecar import ECARConfig
 from ecar_kernels.costs import BACKWARD_READS
-from ecar_kernels.registry import FAMILIES, OPS
+from ecar_kernels.ops import Argument
+from ecar_kernels.registry import FAMILIES, OPS, RECORDS
+from ecar_kernels.testing import Draw, SampleSizes
 
 SIZES = ("S", "B", "L")
 STAGES = ECARConfig.preset("S").stage_tokens  # of S, B and L alike
@@ -25,7 +27,7 @@ LARGE = {512: (64, 256, 1024), 1024: (64, 256, 1024, 4096), 2048: (64, 256, 1024
 VAR = "VAR-d16"
 VAR_STAGES = tuple(side**2 for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 BATCHES = (1, 8, 32)
-WIDTHLESS = tuple(op for op in FAMILIES["flow_step"] if op != "flow_boundary")
+WIDTHLESS = tuple(op for op in OPS if not RECORDS[op].width)
 CHANNELS, PATCH = 4, 2
 # Inputs used in turn hold this many times what the cache does, unless that takes too many sets.
 ROTATION = 4
@@ -214,13 +216,51 @@ class Arena:
         return taken.view(shape)
 
 
+class ArenaDraw(Draw):
+    """Arguments cut from an arena: modulations and steps are each chunks of one projection."""
+
+    def __init__(self, sizes: SampleSizes, arena: Arena) -> None:
+        super().__init__(sizes, arena.values.dtype, "cpu")
+        self.arena = arena
+
+    def one_of(self, names: tuple[str, ...]) -> str:
+        return "seeds" if "seeds" in names else names[0]
+
+    def takes(self, argument: Argument) -> bool:
+        """Steps' parts; numbers have their defaults."""
+        return argument.is_tensor or not argument.optional
+
+    def tensor(self, argument: Argument, shape: tuple[int, ...]) -> Tensor:
+        if argument.dtype is not None:
+            return super().tensor(argument, shape)
+        return self.arena.take(*shape, weights=argument.weight)
+
+    def projection(self, arguments: Sequence[Argument], shape: tuple[int, ...]) -> list[Tensor]:
+        if len(shape) == 4:  # heads: queries alone, over a cache of keys and values
+            return [self.arena.take(*shape) for _ in arguments]
+        whole = self.arena.take(*shape[:-1], len(arguments) * shape[-1])
+        return list(whole.chunk(len(arguments), -1))
+
+
 def inputs(case: Case, arena: Arena) -> dict[str, Any]:
     """One set of arguments by name; modulations are chunks of one projection, as in a model."""
-    if case.op in WIDTHLESS:
-        return _flow_step(case, arena)
-    if case.op == "stage_attention":
-        return _attention(case, arena)
-    return _modulated(case, arena)
+    side = PATCH * math.isqrt(case.tokens)
+    sizes = SampleSizes(
+        batch=case.batch, stages=(case.tokens,), image=(CHANNELS, side, side), guided=False
+    )
+    if case.op not in WIDTHLESS:
+        attends = case.op in FAMILIES["stage_attention"]
+        sizes = replace(
+            sizes,
+            stages=case.stages if attends else sizes.stages,
+            queries=None if case.backward or case.whole else case.tokens,
+            heads=case.heads,
+            head_dim=case.width // case.heads,
+            channels=case.width,
+            hidden=4 * case.width,
+            outputs=PATCH**2 * CHANNELS,
+        )
+    return ArenaDraw(sizes, arena)(RECORDS[case.op])
 
 
 def input_sets(case: Case, arena: Arena) -> Iterator[dict[str, Any]]:
@@ -235,72 +275,3 @@ def input_sets(case: Case, arena: Arena) -> Iterator[dict[str, Any]]:
     wanted = math.ceil(ROTATION * last_level_cache() / size)
     for _ in range(min(wanted, MAX_SETS) - 1):
         yield inputs(case, arena)
-
-
-def _modulated(case: Case, arena: Arena) -> dict[str, Any]:
-    b, n, c = case.batch, case.tokens, case.width
-
-    def tokens(channels: int = c) -> Tensor:
-        return arena.take(b, n, channels)
-
-    def modulation(*names: str) -> dict[str, Tensor]:
-        spatial = tokens(len(names) * c).chunk(len(names), -1)
-        step = arena.take(1, 1, len(names) * c).chunk(len(names), -1)
-        return {
-            **dict(zip(names, spatial, strict=True)),
-            **{f"step_{name}": part for name, part in zip(names, step, strict=True)},
-        }
-
-    def linear(outputs: int, inputs: int) -> dict[str, Tensor]:
-        return {"weight": arena.take(outputs, inputs, weights=True), "bias": arena.take(outputs)}
-
-    if case.op == "adaln":
-        return {"x": tokens(), **modulation("shift", "scale")}
-    if case.op == "flow_boundary":
-        outputs = PATCH**2 * CHANNELS
-        embed = {f"embed_{name}": value for name, value in linear(c, outputs).items()}
-        return {
-            "x": tokens(),
-            "state": tokens(outputs),
-            **modulation("shift", "scale"),
-            **linear(outputs, c),
-            **embed,
-            "positions": arena.take(n, c),
-            "dt": 0.01,
-        }
-    if case.op == "gated_residual":
-        return {"x": tokens(), "branch": tokens(), **modulation("gate")}
-    if case.op == "gated_residual_adaln":
-        return {"x": tokens(), "branch": tokens(), **modulation("gate", "shift", "scale")}
-    if case.op == "adaln_linear":
-        return {
-            "x": tokens(),
-            **modulation("shift", "scale"),
-            **linear(4 * c, c),
-            "activation": "gelu_tanh",
-        }
-    return {"h": tokens(4 * c), **linear(c, 4 * c), "residual": tokens(), **modulation("gate")}
-
-
-def _attention(case: Case, arena: Arena) -> dict[str, Any]:
-    stages = case.stages
-    queries = sum(stages) if case.backward or case.whole else case.tokens
-    heads = (case.heads, case.width // case.heads)
-    q, k, v = (arena.take(case.batch, n, *heads) for n in (queries, sum(stages), sum(stages)))
-    return {"q": q, "k": k, "v": v, "stage_lengths": stages}
-
-
-def _flow_step(case: Case, arena: Arena) -> dict[str, Any]:
-    side = PATCH * math.isqrt(case.tokens)
-    shape = (CHANNELS, side, side)
-    seeds = torch.randint(2**62, (case.batch,))
-    if case.op == "initial_noise":
-        return {"seeds": seeds, "shape": shape, "device": "cpu", "dtype": arena.values.dtype}
-    given = {
-        "x": arena.take(case.batch, *shape),
-        "velocity": arena.take(case.batch, *shape),
-        "dt": 0.01,
-    }
-    if case.op == "euler_step":
-        return given
-    return given | {"time": 1 / 3, "stage": 2, "seeds": seeds}

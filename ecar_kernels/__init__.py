@@ -25,6 +25,7 @@ from ecar_kernels.modules import (
     StageBlock,
 )
 from ecar_kernels.registry import (
+    RECORDS,
     BackendUnavailableError,
     active_backend,
     backends,
@@ -67,3 +68,9 @@ __all__ = [
     "upsample_renoise_euler",
     "use_backend",
 ]
+
+# Ops that the lines above, which are for type checkers, do not name: a record makes an op public.
+for _op in RECORDS.values():
+    globals()[_op.name] = _op.public
+    if _op.name not in __all__:
+        __all__.append(_op.name)

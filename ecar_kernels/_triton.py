@@ -56,6 +56,13 @@ def why_not() -> str | None:
     return None
 
 
+def serves() -> dict[str, Any]:
+    """What every Triton implementation says of itself in its op's record."""
+    # Interpreted, kernels serve CPU tensors too, but so slowly that none gets them unasked.
+    devices = ("cuda", "cpu") if interpreting() else ("cuda",)
+    return {"devices": devices, "named_only": devices if interpreting() else (), "missing": why_not}
+
+
 def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 

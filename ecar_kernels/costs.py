@@ -9,7 +9,6 @@ floor that a measured time is held against.
 Only sizes are read, so that tensors on the meta device do.
 """
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ecar_kernels.registry import FAMILIES, OPS
+from ecar_kernels.registry import OPS, RECORDS
 
-ATTENTION_BACKWARD = 2.5  # q k^T anew, and four products for dq, dk, dv and the scores' gradient
+# The arguments that a backward reads, in addition to the gradients of the outputs.
+BACKWARD_READS = {
+    name: op.cost.backward_reads
+    for name, op in RECORDS.items()
+    if op.cost.backward_reads is not None
+}
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,8 @@ def cost(op: str, arguments: Mapping[str, Any], outputs: Tensor | Sequence[Tenso
 
     op: a name out of `registry.OPS`. arguments: the call's, by the names of the op's signature;
     what is no tensor is free. outputs: what it returned. Every tensor is read or written once,
-    a broadcast one at its own size. Elementwise arithmetic is free. Multiply-adds:
-
-        stage_attention                      2 B H D (visible pairs of a query and a key)
-        adaln_linear, linear_gated_residual  B N C K
-        flow_boundary                        R N C P + B N P C
-        all others                           0
+    a broadcast one at its own size. Elementwise arithmetic is free; the multiply-adds of matrix
+    products are those of the op's record.
 
     Raises ValueError for an unknown op.
     """
@@ -77,45 +77,28 @@ def backward_cost(
     ValueError for an unknown op, and for one without a backward.
     """
     _check(op)
-    if op not in BACKWARD_READS:
+    its = RECORDS[op].cost
+    if its.backward_reads is None:
         raise ValueError(f"argument 'op': expected one with a backward, got {op!r}")
     given = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     results = _sequence(outputs)
-    read = [given[name] for name in BACKWARD_READS[op] if name in given]
+    read = [given[name] for name in its.backward_reads if name in given]
     written = [
         value
         for name, value in given.items()
-        if value.is_floating_point() and not _is_free(op, name, value, results)
+        if value.is_floating_point() and not (name in its.free and value.shape == results[-1].shape)
     ]
-    if op == "stage_attention" or op == "gated_residual_adaln":
-        read.append(results[0])  # the softmax's output, and the stream that LN was taken of
+    if its.reads_output:
+        read.append(results[0])
     return Cost(
         _bytes((*read, *results, *written)),
-        round(ATTENTION_BACKWARD * _multiply_adds(op, arguments)),
+        round(its.backward_products * _multiply_adds(op, arguments)),
     )
-
-
-# The arguments that a backward reads, beside the gradients of the outputs.
-BACKWARD_READS = {
-    "stage_attention": ("q", "k", "v"),
-    "adaln": ("x", "scale", "step_scale"),
-    "gated_residual": ("branch", "gate", "step_gate"),
-    "gated_residual_adaln": ("branch", "gate", "scale", "step_gate", "step_scale"),
-    "euler_step": (),
-    "upsample_renoise_euler": (),
-}
 
 
 def _check(op: str) -> None:
     if op not in OPS:
         raise ValueError(f"argument 'op': expected one of {', '.join(OPS)}, got {op!r}")
-
-
-def _is_free(op: str, name: str, value: Tensor, outputs: Sequence[Tensor]) -> bool:
-    """Is the argument's gradient the very gradient of an output?"""
-    if op in ("gated_residual", "euler_step"):
-        return name == "x"
-    return op in FAMILIES["adaln"] and name == "shift" and value.shape == outputs[-1].shape
 
 
 def _sequence(outputs: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
@@ -137,20 +120,5 @@ def _elements(tensor: Tensor) -> int:
 
 
 def _multiply_adds(op: str, arguments: Mapping[str, Any]) -> int:
-    if op == "stage_attention":
-        batch, queries, heads, head_dim = arguments["q"].shape
-        return 2 * batch * heads * head_dim * _pairs(arguments["stage_lengths"], queries)
-    if op in FAMILIES["flow_block"]:
-        tokens = arguments["x" if op == "adaln_linear" else "h"]
-        return math.prod(tokens.shape[:-1]) * arguments["weight"].numel()
-    if op == "flow_boundary":
-        rows = arguments["x"].shape[0] + arguments["state"].shape[0]
-        return rows * arguments["x"].shape[1] * arguments["weight"].numel()
-    return 0
-
-
-def _pairs(stage_lengths: Sequence[int], queries: int) -> int:
-    """Visible pairs of the last `queries` of the stages' tokens and all keys."""
-    ends = itertools.accumulate(stage_lengths)
-    first = sum(stage_lengths) - queries
-    return sum(length * end for length, end in zip(stage_lengths, ends, strict=True) if end > first)
+    record = RECORDS[op]
+    return record.cost.multiply_adds(record.sizes(arguments), arguments)

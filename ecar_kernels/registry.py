@@ -11,15 +11,17 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from ecar_kernels import _native, _numbers, _transforms, _triton
+from ecar_kernels import _transforms
+from ecar_kernels.ops import KERNEL_DTYPES as KERNEL_DTYPES
+from ecar_kernels.ops import Family, Implementation, Op
 
 BACKENDS = ("reference", "native", "triton")
 AUTO_ORDER = ("triton", "native", "reference")
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ENVIRONMENT_VARIABLE = "ECAR_BACKEND"
 
 
@@ -27,73 +29,29 @@ class BackendUnavailableError(RuntimeError):
     """A backend asked for by name cannot serve the op; the message says why."""
 
 
-def _always_available() -> str | None:
-    return None
+def _families() -> Iterator[Family]:
+    """What the folders here declare, each in its record.py."""
+    for path in sorted(Path(__file__).parent.glob("*/record.py")):
+        yield importlib.import_module(f"ecar_kernels.{path.parent.name}.record").FAMILY
 
 
-@dataclass
-class Implementation:
-    """One backend's implementation of one op, and what it can serve."""
+RECORDS: dict[str, Op] = {}
+IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {}
+DECLARED = {family.name: family for family in _families()}
+FAMILIES = {name: tuple(op.name for op in family.ops) for name, family in DECLARED.items()}
+for _family in DECLARED.values():
+    for _op in _family.ops:
+        RECORDS[_op.name] = _op
+        IMPLEMENTATIONS[_op.name] = _op.backends
+OPS = tuple(RECORDS)
 
-    target: str  # "module:function", imported on first use
-    dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
-    devices: tuple[str, ...] | None = None  # None: any
-    max_width: int | None = None  # largest last dimension; None: any
-    width_step: int = 1  # the last dimension is a multiple of it
-    named_only: tuple[str, ...] = ()  # devices that it serves only where asked for by name
-    missing: Callable[[], str | None] = _always_available  # what this machine lacks
-    # what this machine lacks for one of the devices
-    missing_on: dict[str, Callable[[], str | None]] = field(default_factory=dict)
-    backend: str = ""  # its own name
-    function: Callable | None = None  # the loaded target: the op's signature, no validation
-    compiled: Callable | None = None  # the same as a graph of torch.compile calls it
-    bound: Callable | None = None  # what `resolve` gives: it, or the reference under a transform
 
-    def why_not(self, device_type: str, dtype: torch.dtype) -> str | None:
-        """None where it can serve, else the reason."""
-        if (reason := self.missing()) is not None:
-            return reason
-        if self.devices is not None and device_type not in self.devices:
-            return f"it serves {' and '.join(self.devices)} tensors, not {device_type}"
-        if dtype not in self.dtypes:
-            return f"it does not serve {dtype}"
-        return self.missing_on.get(device_type, _always_available)()
-
-    def why_not_width(self, width: int) -> str | None:
-        """None where it can serve this last dimension, else the reason."""
-        if self.max_width is not None and width > self.max_width:
-            return f"it serves a last dimension of at most {self.max_width}, not {width}"
-        if self.width_step > 1 and width % self.width_step:
-            return f"it serves a last dimension in steps of {self.width_step}, not {width}"
-        return None
-
-    def limits(self) -> str:
-        """What it serves, in words: "cuda tensors; last dimension at most 8192"."""
-        said = [] if self.devices is None else [f"{' and '.join(self.devices)} tensors"]
-        widths = [] if self.max_width is None else [f"at most {self.max_width}"]
-        if self.width_step > 1:
-            widths.append(f"in steps of {self.width_step}")
-        if widths:
-            said.append(f"last dimension {', '.join(widths)}")
-        if not set(KERNEL_DTYPES) <= set(self.dtypes):
-            said.append(" and ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes))
-        said += [
-            f"not {device}: {reason}"
-            for device, missing in self.missing_on.items()
-            if (reason := missing()) is not None
-        ]
-        return "; ".join(said)
-
-    def load(self) -> None:
-        if self.function is None:
-            module, name = self.target.split(":")
-            self.function = getattr(importlib.import_module(module), name)
-            self.compiled = self.function
-            if self.backend != "reference":  # whose arithmetic torch.compile sees
-                self.compiled = _numbers.opening(self.function)
-            self.bound = _unless_transformed(self, name)
-            if self.backend:  # one that was put in the table
-                _backends_of[self.function] = _backends_of[self.bound] = self.backend
+def _load(found: Implementation) -> None:
+    if found.bound is None:
+        found.load()
+        found.bound = _unless_transformed(found, found.target.partition(":")[2])
+        if found.backend:  # one that was put in the table
+            _backends_of[found.function] = _backends_of[found.bound] = found.backend
 
 
 def _unless_transformed(served: Implementation, op: str) -> Callable:
@@ -115,68 +73,6 @@ def _unless_transformed(served: Implementation, op: str) -> Callable:
 
 
 _backends_of: dict[Callable, str] = {}
-
-FAMILIES = {
-    "stage_attention": ("stage_attention",),
-    "adaln": ("adaln", "gated_residual", "gated_residual_adaln"),
-    "flow_block": ("adaln_linear", "linear_gated_residual"),
-    "flow_step": ("euler_step", "upsample_renoise_euler", "initial_noise", "flow_boundary"),
-}
-OPS = tuple(op for family in FAMILIES.values() for op in family)
-
-IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
-    op: {
-        "reference": Implementation(
-            f"ecar_kernels.{family}.reference:{op}", dtypes=(*KERNEL_DTYPES, torch.float64)
-        )
-    }
-    for family, ops in FAMILIES.items()
-    for op in ops
-}
-IMPLEMENTATIONS["stage_attention"]["native"] = Implementation(
-    "ecar_kernels.stage_attention.native:stage_attention", missing_on={"cpu": _native.why_not}
-)
-for op in FAMILIES["flow_step"]:
-    IMPLEMENTATIONS[op]["native"] = Implementation(
-        f"ecar_kernels.flow_step.native:{op}",
-        devices=("cpu", "cuda"),
-        missing=_native.why_not,
-        missing_on={"cuda": _native.why_not_cuda},
-    )
-IMPLEMENTATIONS["flow_boundary"]["native"] = Implementation(
-    "ecar_kernels.flow_step.boundary:flow_boundary",
-    devices=("cpu", "cuda"),
-    max_width=8192,
-    missing=_native.why_not,
-    missing_on={"cuda": _native.why_not_cuda},
-)
-for family in ("adaln", "flow_block"):
-    for op in FAMILIES[family]:
-        IMPLEMENTATIONS[op]["native"] = Implementation(
-            f"ecar_kernels.{family}.native:{op}", devices=("cpu",), missing=_native.why_not
-        )
-# Interpreted, Triton's kernels serve CPU tensors too, but so slowly that none gets them unasked.
-_TRITON_DEVICES = ("cuda", "cpu") if _triton.interpreting() else ("cuda",)
-_TRITON = {
-    "devices": _TRITON_DEVICES,
-    "named_only": _TRITON_DEVICES if _triton.interpreting() else (),
-    "missing": _triton.why_not,
-}
-IMPLEMENTATIONS["stage_attention"]["triton"] = Implementation(
-    "ecar_kernels.stage_attention.triton:stage_attention", max_width=256, width_step=8, **_TRITON
-)
-for op in FAMILIES["adaln"]:
-    IMPLEMENTATIONS[op]["triton"] = Implementation(
-        f"ecar_kernels.adaln.triton:{op}", max_width=8192, **_TRITON
-    )
-for op in FAMILIES["flow_block"]:
-    IMPLEMENTATIONS[op]["triton"] = Implementation(
-        f"ecar_kernels.flow_block.triton:{op}", **_TRITON
-    )
-
-for _implementations in IMPLEMENTATIONS.values():
-    for _name, _implementation in _implementations.items():
-        _implementation.backend = _name
 
 _outside = os.environ.get(ENVIRONMENT_VARIABLE, "auto")  # in force outside every block
 _active: ContextVar[str | None] = ContextVar("ecar_kernels_backend", default=None)
@@ -313,7 +209,7 @@ def _search(op: str, backend: str, device_type: str, dtype: torch.dtype) -> tupl
             continue
         reason = _not_implemented(op, name) if found is None else found.why_not(device_type, dtype)
         if reason is None:
-            found.load()
+            _load(found)
             names.append(name)
         else:
             reasons.append(f"backend '{name}' cannot serve {op}: {reason}")

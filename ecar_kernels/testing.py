@@ -11,24 +11,21 @@ because algorithms differ in their worst element: a flash backward recomputes a 
 exp(score - logsumexp), which errs by |score| ulp where a plain softmax errs by one.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ecar_kernels.registry import FAMILIES, OPS
+from ecar_kernels.ops import Argument, Op, size_of
+from ecar_kernels.registry import RECORDS
 
 WORST_ELEMENT_ULPS = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 4}
 
-# The sizes of `arguments`.
-STAGES = (1, 4, 16)
-TOKENS, HEADS, HEAD_DIM, CHANNELS, HIDDEN = 21, 3, 8, 24, 40
-IMAGE, OUTPUTS = (3, 4, 6), 12
-INFERENCE_ONLY = (*FAMILIES["flow_block"], "flow_boundary")
-DIFFERENTIABLE = tuple(op for op in OPS if op not in (*INFERENCE_ONLY, "initial_noise"))
-# Arguments that no backend takes as views.
-CONTIGUOUS = {"flow_boundary": ("weight", "bias", "embed_weight", "embed_bias", "positions")}
+INFERENCE_ONLY = tuple(name for name, op in RECORDS.items() if op.gradients == "refused")
+DIFFERENTIABLE = tuple(name for name, op in RECORDS.items() if op.gradients == "all")
 
 
 def tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -150,99 +147,148 @@ def assert_accurate(
         assert verdict.ok, str(verdict)
 
 
+@dataclass(frozen=True)
+class SampleSizes:
+    """What the letters of an op's shapes are in a sample."""
+
+    batch: int = 2
+    stages: tuple[int, ...] = (1, 4, 16)  # their sum is the number of tokens
+    queries: int | None = None  # of attention; None: all tokens
+    heads: int = 3
+    head_dim: int = 8
+    channels: int = 24
+    hidden: int = 40
+    outputs: int = 12
+    image: tuple[int, int, int] = (3, 4, 6)
+    guided: bool = True  # conditional and unconditional rows
+
+    @property
+    def letters(self) -> dict[str, int]:
+        tokens = sum(self.stages)
+        return {
+            "B": self.batch,
+            "R": (1 + self.guided) * self.batch,
+            "N": tokens,
+            "Nq": tokens if self.queries is None else self.queries,
+            "H": self.heads,
+            "D": self.head_dim,
+            "K": self.hidden,
+            "P": self.outputs,
+            "C": self.channels,
+            "h": self.image[1],
+            "w": self.image[2],
+        }
+
+
+SIZES = SampleSizes()
+
+
+class Draw:
+    """A way to draw the arguments of any op from its record; subclasses draw them in others.
+
+    As a user has them: random normal tensors, modulations cut from one projection, a step's part
+    for the whole batch. optional: with the optional arguments, too.
+    """
+
+    def __init__(
+        self,
+        sizes: SampleSizes = SIZES,
+        dtype: torch.dtype = torch.float32,
+        device: str | None = None,
+        *,
+        optional: bool = True,
+    ) -> None:
+        self.sizes, self.dtype, self.optional = sizes, dtype, optional
+        self.device = torch.get_default_device().type if device is None else device
+
+    def __call__(self, op: Op) -> dict[str, Any]:
+        """Valid arguments by name, the leading tensor first."""
+        letters = self.letters(op)
+        left_out = {name for name in op.exclusive if name != self.one_of(op.exclusive)}
+        parts: dict[tuple[int, ...], list[Argument]] = {}
+        found: dict[str, Any] = {}
+        for argument in op.arguments:
+            name = argument.name
+            if name in left_out or not self.takes(argument):
+                continue
+            if argument.unguided is not None and not self.sizes.guided:
+                found[name] = argument.unguided
+            elif not argument.is_tensor:
+                values = argument.values
+                found[name] = self.choose(values(self) if callable(values) else values)
+            elif argument.nullable and name not in op.exclusive and self.is_none():
+                found[name] = None
+            else:
+                shape = tuple(size_of(part, letters) for part in self.shape(argument))
+                found[name] = None  # its place
+                if argument.part:
+                    parts.setdefault(shape, []).append(argument)
+                else:
+                    found[name] = self.tensor(argument, shape)
+        for shape, its in parts.items():
+            for argument, part in zip(its, self.projection(its, shape), strict=True):
+                found[argument.name] = part
+        return found
+
+    def letters(self, op: Op) -> dict[str, int]:
+        letters = self.sizes.letters
+        if op.width == "":  # images
+            letters["C"] = self.sizes.image[0]
+        return letters
+
+    def one_of(self, names: tuple[str, ...]) -> str:
+        return names[0] if self.optional else names[-1]
+
+    def takes(self, argument: Argument) -> bool:
+        """Is the argument given, where it has a default?"""
+        return self.optional or not argument.optional or argument.unguided is not None
+
+    def is_none(self) -> bool:
+        """Of an argument that may be None."""
+        return False
+
+    def choose(self, values: tuple) -> Any:
+        return values[0]
+
+    def shapes(self, argument: Argument) -> list[tuple[str, ...]]:
+        """Those that the argument may have; twice as many rows only where guided."""
+        return [s for s in argument.shapes if self.sizes.guided or not s[0].startswith("2")]
+
+    def shape(self, argument: Argument) -> tuple[str, ...]:
+        return self.shapes(argument)[0]
+
+    def tensor(self, argument: Argument, shape: tuple[int, ...]) -> Tensor:
+        if argument.dtype is torch.int64:
+            return torch.randint(-(2**63), 2**63 - 1, shape, device=self.device)
+        return self.normal(*shape)
+
+    def projection(self, arguments: Sequence[Argument], shape: tuple[int, ...]) -> list[Tensor]:
+        """Parts of one tensor [B, N, ..], side by side."""
+        count = len(arguments)
+        whole = self.normal(*shape[:2], count * math.prod(shape[2:]))
+        return [part.unflatten(-1, shape[2:]) for part in whole.chunk(count, -1)]
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device=self.device).to(self.dtype)
+
+
 def arguments(
-    op: str, *, batch: int = 2, dtype: torch.dtype = torch.float32, optional: bool = True
+    op: str,
+    *,
+    batch: int = 2,
+    dtype: torch.dtype = torch.float32,
+    optional: bool = True,
+    sizes: SampleSizes = SIZES,
 ) -> dict:
     """Random valid arguments of an op on torch's default device, views where users have views.
 
     optional: include the optional ones.
     """
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape).to(dtype)
-
-    def modulation(*names: str, rows: int = batch) -> dict:
-        """Chunks of one packed projection, as a model has them."""
-        packed = normal(rows, TOKENS, len(names) * CHANNELS).chunk(len(names), -1)
-        return dict(zip(names, packed, strict=True))
-
-    def steps(*names: str) -> dict:
-        return {name: normal(1, 1, CHANNELS) for name in names} if optional else {}
-
-    x = {"x": normal(batch, TOKENS, CHANNELS)}
-    branch = {"branch": normal(batch, TOKENS, CHANNELS)}
-    seeds = torch.randint(-(2**63), 2**63 - 1, (batch,))
-    image = {
-        "x": normal(batch, *IMAGE),
-        "velocity": normal(2 * batch, *IMAGE),
-        "dt": 0.125,
-        "guidance_scale": 1.5,
-    }
-    if op == "stage_attention":
-        packed = normal(batch, TOKENS, 3 * HEADS * HEAD_DIM).chunk(3, -1)
-        q, k, v = (part.unflatten(-1, (HEADS, HEAD_DIM)) for part in packed)
-        return {"q": q, "k": k, "v": v, "stage_lengths": STAGES}
-    if op == "adaln":
-        return x | modulation("shift", "scale") | steps("step_shift", "step_scale")
-    if op == "gated_residual":
-        return x | branch | modulation("gate") | steps("step_gate")
-    if op == "gated_residual_adaln":
-        return (
-            x
-            | branch
-            | modulation("gate", "shift", "scale")
-            | steps("step_gate", "step_shift", "step_scale")
-        )
-    if op == "adaln_linear":
-        return (
-            x
-            | modulation("shift", "scale")
-            | {"weight": normal(HIDDEN, CHANNELS), "bias": normal(HIDDEN)}
-            | steps("step_shift", "step_scale")
-            | {"activation": "gelu_tanh"}
-            | ({"scale_offset": 0.5} if optional else {})
-        )
-    if op == "linear_gated_residual":
-        return (
-            {
-                "h": normal(batch, TOKENS, HIDDEN),
-                "weight": normal(CHANNELS, HIDDEN),
-                "bias": normal(CHANNELS),
-                "residual": normal(batch, TOKENS, CHANNELS),
-            }
-            | modulation("gate")
-            | steps("step_gate")
-        )
-    if op == "flow_boundary":
-        return (
-            {"x": normal(2 * batch, TOKENS, CHANNELS), "state": normal(batch, TOKENS, OUTPUTS)}
-            | modulation("shift", "scale", rows=2 * batch)
-            | {
-                "weight": normal(OUTPUTS, CHANNELS),
-                "bias": normal(OUTPUTS),
-                "embed_weight": normal(CHANNELS, OUTPUTS),
-                "embed_bias": normal(CHANNELS),
-                "positions": normal(TOKENS, CHANNELS),
-                "dt": 0.125,
-                "guidance_scale": 1.5,
-            }
-            | steps("step_shift", "step_scale")
-        )
-    if op == "euler_step":
-        return image
-    if op == "upsample_renoise_euler":
-        channels, height, width = IMAGE
-        noise = (
-            {"details": normal(batch, channels, 3, height, width)} if optional else {"seeds": seeds}
-        )
-        return image | {"time": 1 / 3, "stage": 2} | noise
-    return {"seeds": seeds, "shape": IMAGE, "device": seeds.device.type, "dtype": dtype}
+    draw = Draw(replace(sizes, batch=batch), dtype, optional=optional)
+    return draw(RECORDS[op])
 
 
 def tensor_names(op: str) -> list[str]:
-    """The floating tensor arguments, the one that sets type and device first."""
-    return [
-        name
-        for name, value in arguments(op).items()
-        if isinstance(value, Tensor) and value.is_floating_point()
-    ]
+    """The floating tensor arguments that a sample has, the one that sets type and device first."""
+    left_out = RECORDS[op].exclusive[1:]
+    return [name for name in RECORDS[op].tensor_names if name not in left_out]

@@ -6,6 +6,7 @@ is timed. Times are of CUDA graphs, in turn, and their medians decide.
 """
 
 import contextlib
+import importlib
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,13 +15,12 @@ import torch
 from torch import Tensor
 
 from ecar_kernels import _triton, tuning
-from ecar_kernels.adaln import launch as adaln_launch
-from ecar_kernels.flow_block import launch as flow_block_launch
-from ecar_kernels.registry import FAMILIES, resolve
+from ecar_kernels.registry import DECLARED, resolve
 from ecar_kernels.stage_attention import launch as attention_launch
+from ecar_kernels.testing import tensors
 
 # What `problems` makes of widths and rows; stage attention has `attention_problems`.
-TUNED_FAMILIES = ("adaln", "flow_block")
+TUNED_FAMILIES = tuple(name for name, family in DECLARED.items() if family.tuning)
 ROUNDS = 15
 # What is no faster than this is noise: then the usual settings stay.
 GAIN = 0.98
@@ -83,10 +83,11 @@ def problems(
     """Every op of the families, forward and backward, at each width and number of rows."""
     found: dict[tuple, Problem] = {}
     for family in families:
+        its = importlib.import_module(DECLARED[family].tuning)
         for channels in widths:
             for count in rows:
-                for run in _RUNS[family](channels, int(mlp_ratio * channels), count, dtype, device):
-                    problem = _asked(run, device)[-1]
+                for run in its.runs(channels, int(mlp_ratio * channels), count, dtype, device):
+                    problem = _asked(run, device, its.candidates)[-1]
                     found[problem.op, problem.key, problem.rows] = problem
     return list(found.values())
 
@@ -113,7 +114,7 @@ def attention_problems(
 
     def forward():
         with torch.no_grad():
-            return _several(function(q, k, v, stage_lengths))
+            return tensors(function(q, k, v, stage_lengths))
 
     out = function(q, k, v, stage_lengths)
     gradient = torch.randn_like(out)
@@ -121,95 +122,31 @@ def attention_problems(
     def backward():
         return torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
 
-    return [*_asked(forward, device), *_asked(backward, device)]
+    def candidates(op: str, key: tuple, rows: int, sms: int, arch: int) -> list:
+        return attention_launch.candidates(op, *key[:2], arch)
+
+    return [*_asked(forward, device, candidates), *_asked(backward, device, candidates)]
 
 
-def _asked(run: Callable[[], Sequence[Tensor]], device: str) -> list[Problem]:
+def _asked(
+    run: Callable[[], Sequence[Tensor]], device: str, candidates: Callable[..., Sequence]
+) -> list[Problem]:
     """The settings that the run asks for, each as a problem."""
     with tuning.recording() as asked:
         run()
+    index = torch.device(device).index
+    chip = _triton.multiprocessors(index), _triton.architecture(index)
     return [
         Problem(
             op,
             key,
             rows,
             usual,
-            tuple(dict.fromkeys((usual, *_candidates(op, key, rows, device)))),
+            tuple(dict.fromkeys((usual, *candidates(op, key, rows, *chip)))),
             run,
         )
         for op, key, rows, usual in asked
     ]
-
-
-def _candidates(op: str, key: tuple, rows: int, device: str) -> list:
-    index = torch.device(device).index
-    arch = _triton.architecture(index)
-    if op in FAMILIES["flow_block"]:
-        return flow_block_launch.candidates(rows, *key, _triton.multiprocessors(index), arch)
-    if op in attention_launch.OPS:
-        return attention_launch.candidates(op, *key[:2], arch)
-    return adaln_launch.candidates(op, key[0], rows, arch)
-
-
-def _adaln_runs(channels: int, hidden: int, rows: int, dtype: torch.dtype, device: str):
-    def tensors(count: int) -> list[Tensor]:
-        return [
-            torch.randn(1, rows, channels, dtype=dtype, device=device, requires_grad=True)
-            for _ in range(count)
-        ]
-
-    for op, count in (("adaln", 3), ("gated_residual", 3), ("gated_residual_adaln", 5)):
-        function = resolve(op, device=device, dtype=dtype, width=channels, backend="triton")
-        inputs = tensors(count)
-        # As in training: one modulation for each token, and one for the step.
-        step = torch.randn(1, 1, channels, dtype=dtype, device=device, requires_grad=True)
-        steps = {"step_gate" if op == "gated_residual" else "step_scale": step}
-
-        def forward(function=function, inputs=inputs, steps=steps):
-            with torch.no_grad():
-                return _several(function(*inputs, **steps))
-
-        outputs = _several(function(*inputs, **steps))
-        gradients = [torch.randn_like(output) for output in outputs]
-
-        def backward(outputs=outputs, inputs=(*inputs, step), gradients=gradients):
-            return torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)
-
-        yield forward
-        yield backward
-
-
-def _flow_block_runs(channels: int, hidden: int, rows: int, dtype: torch.dtype, device: str):
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=dtype, device=device)
-
-    bound = {
-        op: resolve(op, device=device, dtype=dtype, width=channels, backend="triton")
-        for op in FAMILIES["flow_block"]
-    }
-    for outputs in (3 * channels, hidden):
-        args = (
-            *(normal(1, rows, channels) for _ in range(3)),
-            normal(outputs, channels) * channels**-0.5,
-            normal(outputs),
-        )
-        yield lambda args=args: _several(bound["adaln_linear"](*args, activation="gelu_tanh"))
-    for inputs in (channels, hidden):
-        args = (
-            normal(1, rows, inputs),
-            normal(channels, inputs) * inputs**-0.5,
-            normal(channels),
-            normal(1, rows, channels),
-            normal(1, rows, channels),
-        )
-        yield lambda args=args: _several(bound["linear_gated_residual"](*args))
-
-
-_RUNS = {"adaln": _adaln_runs, "flow_block": _flow_block_runs}
-
-
-def _several(results: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return (results,) if isinstance(results, Tensor) else tuple(results)
 
 
 def measure(problem: Problem, clock: Clock | None = None, rounds: int = ROUNDS) -> Choice:

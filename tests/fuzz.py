@@ -1,37 +1,27 @@
 """Random calls of every op, valid and invalid mixed: python -m tests.fuzz --cases 10000.
 
-Whether a call is valid is decided here, from the contract alone. A valid one must agree with the
-reference in float64, in its gradients too; an invalid one must raise ValueError or TypeError
-naming an argument. The C++ ops behind the public functions then get the same tensors unchecked:
-they may raise RuntimeError, and with `make sanitize`'s library nothing may be read or written out
-of bounds.
+Calls are drawn from the ops' records, and these say whether a call is valid; the public functions
+check on their own. A valid call must agree with the reference in float64, in its gradients too; an
+invalid one must raise ValueError or TypeError naming an argument. The C++ ops behind the public
+functions then get the same tensors unchecked: they may raise RuntimeError, and with
+`make sanitize`'s library nothing may be read or written out of bounds.
 """
 
 import argparse
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 import ecar_kernels
 from ecar_kernels import registry
-from ecar_kernels.registry import KERNEL_DTYPES, OPS
-from tests.support.accuracy import largest_error, run, tensors, ulp
-from tests.support.ops import DIFFERENTIABLE
+from ecar_kernels.ops import DTYPES, Argument, Op
+from ecar_kernels.registry import OPS, RECORDS
+from ecar_kernels.testing import DIFFERENTIABLE, Draw, SampleSizes, largest_error, run, tensors, ulp
 
-TOKEN_OPS = (
-    "adaln",
-    "gated_residual",
-    "gated_residual_adaln",
-    "adaln_linear",
-    "linear_gated_residual",
-)
-IMAGE_OPS = ("euler_step", "upsample_renoise_euler")
-OF_TOKENS = (*TOKEN_OPS, "flow_boundary")
-DTYPES = (*KERNEL_DTYPES, torch.float64)  # the last one by the references alone
 PERTURBED = 3  # draws of the inputs within their rounding
 
 
@@ -58,105 +48,51 @@ def in_memory(rng: random.Random, shape: list[int], dtype: torch.dtype) -> Tenso
     return torch.randn(shape).to(dtype)
 
 
-def valid_call(rng: random.Random, op: str) -> dict:
-    dtype = rng.choice(DTYPES)
-    batch = rng.choice([0, 1, 1, 2, 3])
+class RandomDraw(Draw):
+    """Random sizes, layouts, values and dtypes of what an op's record allows."""
 
-    def tensor(*shape):
-        return in_memory(rng, list(shape), dtype)
-
-    if op == "stage_attention":
+    def __init__(self, rng: random.Random, op: Op) -> None:
+        attends = any(argument.name == "stage_lengths" for argument in op.arguments)
         stages = tuple(rng.randint(1, 9) for _ in range(rng.randint(1, 4)))
-        heads, dim = rng.randint(1, 3), rng.choice([1, 5, 8, 40, 72])
-        queries = sum(stages[rng.randrange(len(stages)) :])
-        return {
-            "q": tensor(batch, queries, heads, dim),
-            **{name: tensor(batch, sum(stages), heads, dim) for name in "kv"},
-            "stage_lengths": stages,
-            "scale": rng.choice([None, 0.5]),
-        }
-    if op in TOKEN_OPS:
-        count, channels, hidden = rng.randint(0, 12), rng.randint(1, 70), rng.randint(1, 50)
-
-        def spatial():
-            return tensor(batch, rng.choice([1, count]), channels)
-
-        def step():
-            return rng.choice([None, tensor(1, 1, channels), tensor(batch, 1, channels)])
-
-        x, branch = (tensor(batch, count, channels) for _ in range(2))
-        gate = {"gate": spatial(), "step_gate": step()}
-        norm = {
-            "shift": spatial(),
-            "scale": spatial(),
-            "step_shift": step(),
-            "step_scale": step(),
-            "eps": rng.choice([1e-6, 1e-3]),
-        }
-        if op == "adaln":
-            return {"x": x} | norm
-        if op == "gated_residual":
-            return {"x": x, "branch": branch} | gate
-        if op == "gated_residual_adaln":
-            return {"x": x, "branch": branch} | gate | norm
-        if op == "adaln_linear":
-            return {
-                "x": x,
-                "weight": tensor(hidden, channels),
-                "activation": rng.choice([None, "gelu_tanh"]),
-                "bias": rng.choice([None, tensor(hidden)]),
-                "scale_offset": rng.choice([1.0, 1, 0.0, -2.5]),
-            } | norm
-        return {
-            "h": tensor(batch, count, hidden),
-            "weight": tensor(channels, hidden),
-            "bias": rng.choice([None, tensor(channels)]),
-            "residual": x,
-        } | gate
-    if op == "flow_boundary":
-        return boundary_call(rng, tensor, batch)
-    shape = (rng.randint(1, 4), rng.randint(1, 9), rng.randint(1, 35))
-    seeds = torch.randint(-(2**63), 2**63 - 1, (batch,))
-    if op == "initial_noise":
-        return {"seeds": seeds, "shape": shape, "device": "cpu", "dtype": dtype}
-    guided = rng.random() < 0.5
-    call = {
-        "x": tensor(batch, *shape),
-        "velocity": tensor(batch * (1 + guided), *shape),
-        "dt": rng.choice([1.0, 0.1, 1]),
-        "guidance_scale": rng.choice([1.5, 0.0]) if guided else 1.0,
-    }
-    if op == "upsample_renoise_euler":
-        call |= {"time": rng.choice([0.0, 1 / 3]), "stage": rng.randint(2, 4)} | rng.choice(
-            [{"seeds": seeds}, {"details": tensor(batch, shape[0], 3, *shape[1:])}]
+        sizes = SampleSizes(
+            batch=rng.choice([0, 1, 1, 2, 3]),
+            stages=stages if attends else (rng.randint(0, 12),),
+            queries=sum(stages[rng.randrange(len(stages)) :]) if attends else None,
+            heads=rng.randint(1, 3),
+            head_dim=rng.choice([1, 5, 8, 40, 72]),
+            channels=rng.randint(1, 70),
+            hidden=rng.randint(1, 50),
+            outputs=rng.choice([1, 4, 16, 64]),
+            image=(rng.randint(1, 4), rng.randint(1, 9), rng.randint(1, 35)),
+            guided=rng.random() < 0.5,
         )
-    return call
+        super().__init__(sizes, rng.choice(DTYPES), "cpu")
+        self.rng = rng
 
+    def one_of(self, names: tuple[str, ...]) -> str:
+        return self.rng.choice(names)
 
-def boundary_call(rng: random.Random, tensor: Callable[..., Tensor], batch: int) -> dict:
-    guided, count, channels = rng.random() < 0.5, rng.randint(0, 12), rng.randint(1, 70)
-    rows, outputs = batch * (1 + guided), rng.choice([1, 4, 16, 64])
-    state = tensor(batch, count, outputs)
-    shapes = {
-        "weight": (outputs, channels),
-        "bias": (outputs,),
-        "embed_weight": (channels, outputs),
-        "embed_bias": (channels,),
-        "positions": (count, channels),
-    }
-    return {
-        "x": tensor(rows, count, channels),
-        "state": rng.choice([state, state.float()]),
-        **{name: tensor(rows, rng.choice([1, count]), channels) for name in ("shift", "scale")},
-        **{name: tensor(*shape).contiguous() for name, shape in shapes.items()},
-        "dt": rng.choice([1.0, 0.1, 1]),
-        "guidance_scale": rng.choice([1.5, 0.0]) if guided else 1.0,
-        "eps": rng.choice([1e-6, 1e-3]),
-        **{
-            name: rng.choice([None, tensor(1, 1, channels), tensor(rows, 1, channels)])
-            for name in ("step_shift", "step_scale")
-        },
-    }
+    def is_none(self) -> bool:
+        return self.rng.random() < 1 / 3
+
+    def choose(self, values: tuple) -> object:
+        return self.rng.choice(values)
+
+    def shape(self, argument: Argument) -> tuple[str, ...]:
+        if self.sizes.guided and argument.shapes[0][0].startswith("2"):
+            return argument.shapes[0]
+        return self.rng.choice(self.shapes(argument))
+
+    def tensor(self, argument: Argument, shape: tuple[int, ...]) -> Tensor:
+        if argument.dtype is not None:
+            return super().tensor(argument, shape)
+        found = in_memory(self.rng, list(shape), self.dtype)
+        if argument.either is not None and self.rng.random() < 0.5:
+            found = found.to(argument.either)
+        return found.contiguous() if argument.contiguous else found
+
+    def projection(self, arguments: Sequence[Argument], shape: tuple[int, ...]) -> list[Tensor]:
+        return [self.tensor(argument, shape) for argument in arguments]
 
 
 def other_tensor(rng: random.Random, value: Tensor) -> object:
@@ -221,132 +157,6 @@ def corrupted(rng: random.Random, call: dict) -> dict:
     return call | {name: value}
 
 
-def is_valid(op: str, call: dict) -> bool:
-    """The contract, restated: nothing here is shared with the checks in the package."""
-
-    def number(value):
-        return type(value) in (int, float) and abs(value) < float("inf")
-
-    def count(value):
-        return type(value) is int and value >= 1
-
-    def good(value, like=None):
-        return (
-            isinstance(value, Tensor)
-            and value.dtype in DTYPES
-            and value.device.type == "cpu"
-            and (like is None or value.dtype == like.dtype)
-            and (not value.ndim or value.shape[-1] <= 1 or value.stride(-1) == 1)
-        )
-
-    def shaped(name, *shapes):
-        return good(call[name], leading) and tuple(call[name].shape) in shapes
-
-    def stages(value):
-        return isinstance(value, (tuple, list)) and len(value) > 0 and all(map(count, value))
-
-    def triple(value):
-        return isinstance(value, (tuple, list)) and len(value) == 3 and all(map(count, value))
-
-    def seeds(value):
-        return isinstance(value, Tensor) and value.dtype == torch.int64 and value.ndim == 1
-
-    if op == "initial_noise":
-        return (
-            seeds(call["seeds"])
-            and not call["seeds"].is_meta
-            and triple(call["shape"])
-            and call["device"] == "cpu"
-            and call["dtype"] in DTYPES
-        )
-    leading = next(iter(call.values()))
-    if not good(leading) or leading.ndim != (3 if op in OF_TOKENS else 4):
-        return False
-    if op == "stage_attention":
-        if not stages(call["stage_lengths"]):
-            return False
-        lengths, (b, queries, h, d) = call["stage_lengths"], leading.shape
-        suffixes = [sum(lengths[first:]) for first in range(len(lengths))]
-        return (
-            queries in suffixes
-            and (call["scale"] is None or number(call["scale"]))
-            and all(shaped(name, (b, suffixes[0], h, d)) for name in "kv")
-        )
-    if op in IMAGE_OPS:
-        b, c, h, w = leading.shape
-        if not shaped("velocity", (b, c, h, w), (2 * b, c, h, w)):
-            return False
-        plain = call["velocity"].shape[0] != 2 * b
-        fine = (
-            number(call["dt"])
-            and number(call["guidance_scale"])
-            and not (plain and call["guidance_scale"] != 1)
-        )
-        if op == "euler_step" or not fine:
-            return fine
-        fine = (
-            number(call["time"])
-            and 0 <= call["time"] < 1
-            and count(call["stage"])
-            and call["stage"] >= 2
-        )
-        given = call.get("seeds")
-        if (given is None) == (call.get("details") is None):
-            return False
-        if given is None:
-            return fine and shaped("details", (b, c, 3, h, w))
-        return fine and seeds(given) and given.shape == (b,) and given.device.type == "cpu"
-    b, n, c = leading.shape
-    if op == "flow_boundary":
-        state, weight = call["state"], call["weight"]
-        if not good(weight, leading) or weight.ndim != 2 or not 1 <= weight.shape[0] <= 64:
-            return False
-        p = weight.shape[0]
-        if not good(state) or state.dtype not in (torch.float32, leading.dtype):
-            return False
-        rows = len(state) if state.ndim == 3 else -1
-        if state.shape[1:] != (n, p) or b not in (rows, 2 * rows):
-            return False
-        flat = {
-            "weight": (p, c),
-            "bias": (p,),
-            "embed_weight": (c, p),
-            "embed_bias": (c,),
-            "positions": (n, c),
-        }
-        if not all(
-            shaped(name, shape) and call[name].is_contiguous() for name, shape in flat.items()
-        ):
-            return False
-        if not (number(call["dt"]) and number(call["guidance_scale"])) or (
-            b != 2 * rows and call["guidance_scale"] != 1
-        ):
-            return False
-    if op in ("adaln_linear", "linear_gated_residual"):
-        weight = call["weight"]
-        if not good(weight, leading) or weight.ndim != 2 or weight.shape[1] != c:
-            return False
-        if call["bias"] is not None and not shaped("bias", (weight.shape[0],)):
-            return False
-        if op == "linear_gated_residual":
-            c = weight.shape[0]
-            if not shaped("residual", (b, n, c)):
-                return False
-        elif call["activation"] not in (None, "gelu_tanh") or not number(call["scale_offset"]):
-            return False
-    if "branch" in call and not shaped("branch", (b, n, c)):
-        return False
-    if "eps" in call and not (number(call["eps"]) and call["eps"] > 0):
-        return False
-    for name in {"gate", "shift", "scale"} & set(call):
-        step = call[f"step_{name}"]
-        if not shaped(name, (b, n, c), (b, 1, c)):
-            return False
-        if step is not None and not shaped(f"step_{name}", (b, 1, c), (1, 1, c)):
-            return False
-    return True
-
-
 def nearby(
     reference: Callable, call: dict, weights: list[Tensor] | None, exact: tuple[Tensor, ...]
 ) -> list[tuple[float, float]]:
@@ -401,7 +211,7 @@ def judge(op: str, call: dict, backend: str) -> None:
     public = getattr(ecar_kernels, op)
     if (
         backend != "auto"
-        and is_valid(op, call)
+        and RECORDS[op].is_valid(call)
         and torch.float64 in (call[next(iter(call))].dtype, call.get("dtype"))
     ):
         try:
@@ -410,7 +220,7 @@ def judge(op: str, call: dict, backend: str) -> None:
         except registry.BackendUnavailableError:
             return
         raise AssertionError("a backend served float64")
-    if not is_valid(op, call):
+    if not RECORDS[op].is_valid(call):
         try:
             with ecar_kernels.use_backend(backend):
                 public(**call)
@@ -485,10 +295,10 @@ def main(argv: list[str] | None = None) -> int:
         rng = random.Random(f"{seed} {case}")
         torch.manual_seed(rng.randrange(2**32))
         op = OPS[case % len(OPS)]
-        call = valid_call(rng, op)
+        call = RandomDraw(rng, RECORDS[op])(RECORDS[op])
         if rng.random() < 0.5:
             call = corrupted(rng, call)
-        valid = is_valid(op, call)
+        valid = RECORDS[op].is_valid(call)
         try:
             judge(op, call, arguments.backend)
             if op in native and not valid:

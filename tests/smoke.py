@@ -4,6 +4,7 @@ Needs the installed package alone. Every op is held against the reference; the C
 there, or, where REASON is given, be reported missing for it.
 """
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -13,54 +14,9 @@ import torch
 import ecar
 import ecar_kernels as ek
 from ecar_kernels import _native, registry
+from ecar_kernels.testing import SampleSizes, arguments
 
-
-def normal(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(*shape).to(dtype)
-
-
-def calls(dtype: torch.dtype) -> dict[str, dict]:
-    """Arguments of every op."""
-
-    def rows(names: str, *shape: int) -> dict:
-        return {name: normal(*shape, dtype=dtype) for name in names.split()}
-
-    b, n, c, hidden = 2, 21, 100, 75
-    norm, gate = rows("shift scale", b, n, c) | rows("step_scale", 1, 1, c), rows("gate", b, 1, c)
-    state = (
-        rows("x", b, 3, 4, 6)
-        | rows("velocity", 2 * b, 3, 4, 6)
-        | {"dt": 0.125, "guidance_scale": 1.5}
-    )
-    seeds = torch.tensor([7, -7])
-    return {
-        "stage_attention": rows("q k v", b, n, 3, 8) | {"stage_lengths": (1, 4, 16)},
-        "adaln": rows("x", b, n, c) | norm,
-        "gated_residual": rows("x branch", b, n, c) | gate,
-        "gated_residual_adaln": rows("x branch", b, n, c) | gate | norm,
-        "adaln_linear": rows("x", b, n, c)
-        | rows("weight", hidden, c)
-        | rows("bias", hidden)
-        | norm
-        | {"activation": "gelu_tanh", "scale_offset": 0.5},
-        "linear_gated_residual": rows("h", b, n, hidden)
-        | rows("weight", c, hidden)
-        | rows("bias", c)
-        | rows("residual", b, n, c)
-        | gate,
-        "euler_step": state,
-        "upsample_renoise_euler": state | {"time": 1 / 3, "stage": 2, "seeds": seeds},
-        "flow_boundary": rows("x", 2 * b, n, c)
-        | rows("shift scale", 2 * b, 1, c)
-        | rows("state", b, n, 12)
-        | rows("weight", 12, c)
-        | rows("bias", 12)
-        | rows("embed_weight", c, 12)
-        | rows("embed_bias", c)
-        | rows("positions", n, c)
-        | {"dt": 0.125, "guidance_scale": 1.5},
-        "initial_noise": {"seeds": seeds, "shape": (3, 4, 6), "device": "cpu", "dtype": dtype},
-    }
+SIZES = SampleSizes(channels=100, hidden=75)
 
 
 def results(op: str, backend: str, call: dict) -> list[torch.Tensor]:
@@ -69,16 +25,16 @@ def results(op: str, backend: str, call: dict) -> list[torch.Tensor]:
     return [x.double() for x in (out if isinstance(out, tuple) else (out,))]
 
 
-def compare(op: str, backend: str, dtype: torch.dtype) -> None:
+def compare(op: str, backend: str, dtype: torch.dtype, optional: bool) -> None:
     """The root mean square error is at most twice the reference's, plus an ulp."""
-    call = calls(dtype)[op]
+    call = arguments(op, dtype=dtype, optional=optional, sizes=SIZES)
     exact_call = {
         name: value.double()
         if isinstance(value, torch.Tensor) and value.is_floating_point()
         else value
         for name, value in call.items()
     }
-    if op == "initial_noise":
+    if "dtype" in call:
         exact_call["dtype"] = torch.float64
     exact = results(op, "reference", exact_call)
     for ours, usual, oracle in zip(
@@ -99,19 +55,18 @@ def main() -> None:
     reason = sys.argv[1] if len(sys.argv) > 1 else None
     for package in (ecar, ek):
         assert "site-packages" in package.__file__, f"not installed: {package.__file__}"
-    assert set(calls(torch.float32)) == set(registry.OPS)
     table = printed(sys.executable, "-I", "-m", "ecar_kernels").splitlines()
-    for op in calls(torch.float32):
+    for op in registry.OPS:
         (row,) = [line for line in table if line.split()[:2] == [op, "native"]]
         wanted = "yes" if reason is None else f"the C++ library is not built: {reason}"
         assert wanted in row, f"expected {wanted!r}, got {row!r}"
     if (_native.FOLDER / _native.CUDA_NAME).is_file():  # it loads without a GPU, too
         assert (why_not := _native.load_cuda()) is None, why_not
-    for op in calls(torch.float32):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            compare(op, "auto", dtype)
+    for op in registry.OPS:
+        for dtype, optional in itertools.product(registry.KERNEL_DTYPES, (True, False)):
+            compare(op, "auto", dtype, optional)
             if reason is None:
-                compare(op, "native", dtype)
+                compare(op, "native", dtype, optional)
     used = ek.resolve("adaln", device="cpu", dtype=torch.float32).__module__
     assert used == f"ecar_kernels.adaln.{'native' if reason is None else 'reference'}", used
     said = printed(str(Path(sys.executable).with_name("ecar")), "--version")

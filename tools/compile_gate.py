@@ -7,9 +7,9 @@
     python -m tools.compile_gate --changed --output docs/compile-gate.json
     PYTHONPATH=build/triton-3.6.0 python -m tools.compile_gate --triton 3.6.0
 
-The cases are those that ecar_kernels/<family>/compile_cases.py yields. One fails where it does
-not compile, keeps a stack (its registers spilled to memory), needs more shared or tensor memory
-than a block can have on the chip, or where ptxas serialised its wgmma.
+The cases are those that a family's record names (ecar_kernels/<family>/compile_cases.py). One
+fails where it does not compile, keeps a stack (its registers spilled to memory), needs more shared
+or tensor memory than a block can have on the chip, or where ptxas serialised its wgmma.
 
 --output records registers, shared memory and the machine code's matrix instructions of what
 passes, as it comes, in the JSON file (tools/gate_table.py) and at the end in the Markdown page of
@@ -21,7 +21,6 @@ Nothing is read from Triton's cache, nor left there.
 
 import argparse
 import functools
-import importlib
 import math
 import multiprocessing
 import os
@@ -47,6 +46,8 @@ from triton.compiler import ASTSource
 
 from ecar_kernels import _triton
 from ecar_kernels._triton import CompileCase
+from ecar_kernels.ops import load
+from ecar_kernels.registry import DECLARED
 from tools import gate_table
 from tools.gate_table import Entry, Key
 
@@ -55,7 +56,7 @@ SAVE_EVERY = 5.0  # seconds
 SAMPLE = 0.03  # of the cases of a family on a chip
 Case = tuple[str, int, int]  # family, chip, index among its cases
 PACKAGE = Path(_triton.__file__).parent
-FAMILIES = tuple(sorted(path.parent.name for path in PACKAGE.glob("*/compile_cases.py")))
+FAMILIES = tuple(name for name, family in DECLARED.items() if family.compile_cases)
 # Shared memory that one block may have, in KiB (CUDA C++ Programming Guide, compute capabilities).
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 ARCHITECTURES = (80, 90, 100, 120)
@@ -246,8 +247,7 @@ def cuobjdump() -> str:
 
 @functools.cache
 def cases(family: str, architecture: int) -> tuple[CompileCase, ...]:
-    module = importlib.import_module(f"ecar_kernels.{family}.compile_cases")
-    return tuple(module.compile_cases(architecture))
+    return tuple(load(DECLARED[family].compile_cases)(architecture))
 
 
 def _compile_one(family: str, architecture: int, index: int) -> Result:

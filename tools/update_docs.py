@@ -23,7 +23,7 @@ from pathlib import Path
 import ecar_kernels
 from benchmarks import micro, report, results
 from ecar.files import atomic_path
-from ecar_kernels.registry import OPS
+from ecar_kernels.registry import BACKENDS, OPS, RECORDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = re.compile(r"<!-- (figures|contract): ([\w-]+) -->\n.*?<!-- end of \1 -->", re.DOTALL)
@@ -53,6 +53,15 @@ def contract(op: str) -> str:
     return f"```text\n{wrapped}\n\n{inspect.getdoc(function)}\n```"
 
 
+def ops() -> str:
+    """Every op, what it does, and the backends that it has."""
+    rows = []
+    for name, op in RECORDS.items():
+        backends = ", ".join(backend for backend in BACKENDS if backend in op.backends)
+        rows.append((f"[`{name}`]({name}.md)", op.summary, backends))
+    return results.markdown(("op", "what it does", "backends"), rows)
+
+
 def measured(name: str, root: Path = ROOT) -> str:
     """An op's table, or those of a kind of results, of every device that it was measured on."""
     kind = "micro" if name in OPS else name
@@ -73,6 +82,8 @@ def updated(text: str, root: Path = ROOT) -> str:
         kind, name = place.groups()
         if kind == "contract":
             made = contract(name)
+        elif name == "ops":
+            made = ops()
         elif name in OPS or name in report.KINDS:
             made = measured(name, root)
         else:

@@ -7,10 +7,9 @@ import torch
 
 import ecar_kernels
 from ecar_kernels import registry, use_backend
-from ecar_kernels.registry import BACKENDS, KERNEL_DTYPES, OPS
+from ecar_kernels.registry import BACKENDS, KERNEL_DTYPES, OPS, RECORDS
 from tests.support.accuracy import tensors
 from tests.support.ops import (
-    CONTIGUOUS,
     DIFFERENTIABLE,
     arguments,
     function,
@@ -19,8 +18,7 @@ from tests.support.ops import (
     without_tokens,
 )
 
-IMAGE_OPS = ("euler_step", "upsample_renoise_euler")
-WITH_TENSORS = tuple(op for op in OPS if op != "initial_noise")
+WITH_TENSORS = tuple(op for op in OPS if tensor_names(op))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -108,9 +106,10 @@ def test_gradients_of_nothing(op, empty, backend):
 def test_views_give_what_copies_give(op):
     """Padding around every dimension but the last one's stride."""
     call = arguments(op)
+    contiguous_alone = {its.name for its in RECORDS[op].arguments if its.contiguous}
     padded = {}
     for name in tensor_names(op):
-        if name in CONTIGUOUS.get(op, ()):
+        if name in contiguous_alone:
             continue
         value = call[name]
         room = torch.randn([size + 2 for size in value.shape])
@@ -136,24 +135,23 @@ def test_same_inputs_same_bits(op):
 
 @pytest.mark.parametrize("op", WITH_TENSORS)
 def test_autocast(op):
-    """Into the autocast type, as a product; the flow step into the widest, as an addition.
-
-    The boundary is a product too, but its state keeps its type.
-    """
+    """Into the autocast type, as a product; or into the widest, as an addition. What may be of
+    another type than the leading tensor (the boundary's state) keeps its own."""
     call = arguments(op)
     first = tensor_names(op)[0]
     mixed = call | {first: call[first].bfloat16()}
-    target = torch.float32 if op in IMAGE_OPS else torch.bfloat16
+    target = {"low": torch.bfloat16, "widest": torch.float32}[RECORDS[op].autocast]
+    kept = {its.name for its in RECORDS[op].arguments if its.either}
     expected = tensors(
         function(op)(
             **{
-                name: value.to(target) if name in tensor_names(op) and name != "state" else value
+                name: value.to(target) if name in tensor_names(op) and name not in kept else value
                 for name, value in mixed.items()
             }
         )
     )
     assert [result.dtype for result in expected] == (
-        [torch.float32, target] if op == "flow_boundary" else [target] * len(expected)
+        [torch.float32, target] if kept else [target] * len(expected)
     )
     with torch.autocast("cpu", torch.bfloat16):
         results = tensors(function(op)(**mixed))

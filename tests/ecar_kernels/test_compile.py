@@ -11,7 +11,9 @@ import ecar_kernels
 from ecar_kernels import stage_attention, use_backend
 from ecar_kernels.registry import OPS
 from tests.support.accuracy import assert_accurate, run, tensors
-from tests.support.ops import CHANNELS, DIFFERENTIABLE, IMAGE, TOKENS, arguments, function
+from tests.support.ops import DIFFERENTIABLE, SIZES, arguments, function
+
+TOKENS, CHANNELS, IMAGE = sum(SIZES.stages), SIZES.channels, SIZES.image
 
 
 @pytest.fixture(autouse=True)

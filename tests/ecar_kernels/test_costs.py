@@ -6,9 +6,9 @@ import torch
 from ecar_kernels import costs, resolve
 from ecar_kernels.registry import FAMILIES, OPS
 from tests.support.native import needs_native
-from tests.support.ops import DIFFERENTIABLE, OUTPUTS, arguments, function, tensor_names
+from tests.support.ops import DIFFERENTIABLE, SIZES, arguments, function, tensor_names
 
-B, N, C, H, D, K, P = 2, 21, 24, 3, 8, 40, OUTPUTS  # of tests.support.ops; stages 1, 4, 16
+B, N, C, H, D, K, P = (SIZES.letters[letter] for letter in "BNCHDKP")  # stages 1, 4, 16
 TOKENS, STEP, IMAGE = 4 * B * N * C, 4 * C, 4 * B * 3 * 4 * 6
 HEADS = 4 * B * N * H * D
 

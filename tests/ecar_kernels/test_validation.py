@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ecar_kernels import BackendUnavailableError, use_backend
-from ecar_kernels.registry import OPS
+from ecar_kernels.registry import OPS, RECORDS
 from tests.support.accuracy import tensors
 from tests.support.ops import INFERENCE_ONLY, arguments, function, tensor_names
 
@@ -126,20 +126,12 @@ def test_inference_only_ops_refuse_gradients(op):
 
 
 NUMBERS = [
-    ("stage_attention", "scale"),
-    ("adaln", "eps"),
-    ("gated_residual_adaln", "eps"),
-    ("adaln_linear", "eps"),
-    ("adaln_linear", "scale_offset"),
-    ("euler_step", "dt"),
-    ("euler_step", "guidance_scale"),
-    ("upsample_renoise_euler", "dt"),
-    ("upsample_renoise_euler", "time"),
-    ("upsample_renoise_euler", "guidance_scale"),
-    ("flow_boundary", "dt"),
-    ("flow_boundary", "guidance_scale"),
-    ("flow_boundary", "eps"),
+    (op, argument.name)
+    for op, record in RECORDS.items()
+    for argument in record.arguments
+    if argument.number
 ]
+INVALID = [(op, invalid) for op, record in RECORDS.items() for invalid in record.invalid]
 
 
 @pytest.mark.parametrize("op, name", NUMBERS)
@@ -155,174 +147,18 @@ def test_numbers(op, name):
         refused(op, TypeError, f"argument '{name}': expected a float, got {kind}", **{name: value})
 
 
-OTHERS = [
-    ("adaln", {"eps": 0.0}, ValueError, "argument 'eps': expected a positive number, got 0.0"),
-    ("adaln", {"eps": -1.0}, ValueError, "argument 'eps': expected a positive number, got -1.0"),
-    (
-        "adaln_linear",
-        {"activation": "relu"},
-        ValueError,
-        "argument 'activation': expected None or 'gelu_tanh', got 'relu'",
-    ),
-    (
-        "upsample_renoise_euler",
-        {"time": 1.0},
-        ValueError,
-        "argument 'time': expected a number in [0, 1), got 1.0",
-    ),
-    (
-        "upsample_renoise_euler",
-        {"time": -0.1},
-        ValueError,
-        "argument 'time': expected a number in [0, 1), got -0.1",
-    ),
-    (
-        "upsample_renoise_euler",
-        {"stage": 1},
-        ValueError,
-        "argument 'stage': expected at least 2, the stage that begins, got 1",
-    ),
-    (
-        "upsample_renoise_euler",
-        {"stage": 0},
-        ValueError,
-        "argument 'stage': expected at least 1, got 0",
-    ),
-    (
-        "upsample_renoise_euler",
-        {"stage": 2.0},
-        TypeError,
-        "argument 'stage': expected an integer, got float",
-    ),
-    (
-        "upsample_renoise_euler",
-        {"details": None},
-        ValueError,
-        "arguments 'seeds' and 'details': expected exactly one of them, got none",
-    ),
-    (
-        "upsample_renoise_euler",
-        {"seeds": torch.tensor([1, 2])},
-        ValueError,
-        "arguments 'seeds' and 'details': expected exactly one of them, got both",
-    ),
-    (
-        "upsample_renoise_euler",
-        {"details": None, "seeds": [1, 2]},
-        TypeError,
-        "argument 'seeds': expected a tensor, got list",
-    ),
-    (
-        "upsample_renoise_euler",
-        {"details": None, "seeds": torch.ones(2)},
-        TypeError,
-        "argument 'seeds': expected torch.int64, got torch.float32",
-    ),
-    (
-        "upsample_renoise_euler",
-        {"details": None, "seeds": torch.tensor([1, 2, 3])},
-        ValueError,
-        "argument 'seeds': expected a tensor of shape [B] with B=2, got [3]",
-    ),
-    (
-        "upsample_renoise_euler",
-        {"details": None, "seeds": torch.tensor([1, 2]).to("meta")},
-        ValueError,
-        "argument 'seeds': expected a tensor on cpu like 'x', got meta",
-    ),
-    ("initial_noise", {"seeds": [1]}, TypeError, "argument 'seeds': expected a tensor, got list"),
-    (
-        "initial_noise",
-        {"seeds": torch.tensor([1], dtype=torch.int32)},
-        TypeError,
-        "argument 'seeds': expected torch.int64, got torch.int32",
-    ),
-    (
-        "initial_noise",
-        {"seeds": torch.tensor([[1]])},
-        ValueError,
-        "argument 'seeds': expected a tensor of shape [B], got [1, 1]",
-    ),
-    (
-        "initial_noise",
-        {"shape": 4},
-        TypeError,
-        "argument 'shape': expected (C, h, w), a tuple or list of integers, got int",
-    ),
-    (
-        "initial_noise",
-        {"shape": (8, 8)},
-        ValueError,
-        "argument 'shape': expected (C, h, w), got [8, 8]",
-    ),
-    (
-        "initial_noise",
-        {"shape": (4, 0, 8)},
-        ValueError,
-        "argument 'shape[1]': expected at least 1, got 0",
-    ),
-    (
-        "initial_noise",
-        {"shape": (4, 8, 8.0)},
-        TypeError,
-        "argument 'shape[2]': expected an integer, got float",
-    ),
-    (
-        "initial_noise",
-        {"dtype": torch.int64},
-        TypeError,
-        "argument 'dtype': expected torch.float32, torch.bfloat16, torch.float16 or",
-    ),
-    (
-        "stage_attention",
-        {"stage_lengths": 21},
-        TypeError,
-        "argument 'stage_lengths': expected a tuple or list of integers, got int",
-    ),
-    (
-        "stage_attention",
-        {"stage_lengths": ()},
-        ValueError,
-        "argument 'stage_lengths': expected at least one stage, got none",
-    ),
-    (
-        "stage_attention",
-        {"stage_lengths": (1, 0, 20)},
-        ValueError,
-        "argument 'stage_lengths[1]': expected at least 1, got 0",
-    ),
-    (
-        "stage_attention",
-        {"stage_lengths": (1, 4.0, 16)},
-        TypeError,
-        "argument 'stage_lengths[1]': expected an integer, got float",
-    ),
-    (
-        "stage_attention",
-        {"stage_lengths": (1, True, 19)},
-        TypeError,
-        "argument 'stage_lengths[1]': expected an integer, got bool",
-    ),
-    (
-        "stage_attention",
-        {"stage_lengths": (2, 3, 17)},
-        ValueError,
-        "argument 'q': expected as many queries as a suffix of stage_lengths=[2, 3, 17] has "
-        "tokens, got 21",
-    ),
-    (
-        "stage_attention",
-        {"stage_lengths": (2, 1, 4, 16)},
-        ValueError,
-        "argument 'k': expected a tensor of shape [B, N, H, D] with B=2, N=23, H=3, D=8, "
-        "got [2, 21, 3, 8]",
-    ),
-]
+@pytest.mark.parametrize("op, invalid", INVALID, ids=[f"{op}: {i.message}" for op, i in INVALID])
+def test_values(op, invalid):
+    """What the records say is invalid, and by their own rules it is."""
+    changes = invalid.arguments()
+    refused(op, invalid.error, invalid.message, **changes)
+    assert not RECORDS[op].is_valid(arguments(op) | changes)
 
 
-@pytest.mark.parametrize("op, changes, error, message", OTHERS)
-def test_values(op, changes, error, message):
-    refused(op, error, message, **changes)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("optional", [True, False])
+def test_samples_are_valid_by_their_records(op, optional):
+    assert RECORDS[op].is_valid(arguments(op, optional=optional))
 
 
 @pytest.mark.parametrize("op", ["euler_step", "upsample_renoise_euler"])

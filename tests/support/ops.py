@@ -2,29 +2,27 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 import ecar_kernels
-from ecar_kernels.registry import FAMILIES
+from ecar_kernels.registry import FAMILIES, RECORDS
 from ecar_kernels.testing import (  # noqa: F401
-    CHANNELS,
-    CONTIGUOUS,
     DIFFERENTIABLE,
-    HEAD_DIM,
-    HEADS,
-    HIDDEN,
-    IMAGE,
     INFERENCE_ONLY,
-    OUTPUTS,
-    STAGES,
-    TOKENS,
+    SIZES,
+    SampleSizes,
     arguments,
     tensor_names,
 )
 
 FAMILY = {op: family for family, ops in FAMILIES.items() for op in ops}
+# Few enough numbers for whole Jacobians; what backends ask of sizes still holds.
+SMALL = SampleSizes(
+    stages=(1, 4), heads=1, head_dim=8, channels=8, hidden=8, outputs=8, image=(1, 2, 3)
+)
 
 
 def function(op: str) -> Callable:
@@ -41,38 +39,20 @@ def opcheck(op: Callable, args: Sequence) -> None:
 
 
 def small_arguments(op: str, *, dtype: torch.dtype = torch.float32, optional: bool = True) -> dict:
-    """Few enough numbers for whole Jacobians; what backends ask of sizes still holds."""
-    call = arguments(op, dtype=dtype, optional=optional)
-    if op == "stage_attention":
-        return {name: call[name][:, :5, :1].contiguous() for name in "qkv"} | {
-            "stage_lengths": (1, 4)
-        }
-    for name in tensor_names(op):
-        if name not in call:
-            continue
-        value = call[name]
-        if op in FAMILIES["flow_step"] and op != "flow_boundary":
-            value = value[:, :1, ..., :2, :3]
-        elif value.ndim == 3:
-            value = value[:, :3, :8]
-        elif name == "positions":
-            value = value[:3, :8]
-        else:
-            value = value[:8, :8] if value.ndim == 2 else value[:8]
-        call[name] = value.contiguous()
-    return call
+    call = arguments(op, dtype=dtype, optional=optional, sizes=SMALL)
+    return {
+        name: value.contiguous() if isinstance(value, Tensor) else value
+        for name, value in call.items()
+    }
 
 
 def without_tokens(op: str) -> dict:
-    """The arguments cut to no tokens; of attention to no heads, of an image to no rows."""
-
-    def cut(name, value):
-        if name == "positions":
-            return value[:0]
-        if isinstance(value, Tensor) and value.ndim >= 4:
-            return value[..., :0, :]
-        if isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == TOKENS:
-            return value[:, :0]
-        return value
-
-    return {name: cut(name, value) for name, value in arguments(op).items()}
+    """No tokens; of attention no heads, of an image no rows."""
+    record = RECORDS[op]
+    if not record.tensor_names:
+        return arguments(op)
+    if record.width == "":
+        return arguments(op, sizes=replace(SIZES, image=(3, 0, 6)))
+    if any(argument.name == "stage_lengths" for argument in record.arguments):
+        return arguments(op, sizes=replace(SIZES, heads=0))
+    return arguments(op, sizes=replace(SIZES, stages=()))

@@ -1,0 +1,73 @@
+"""The fused GEMMs of a flow block, declared."""
+
+from ecar_kernels import _native, _triton
+from ecar_kernels.ops import (
+    EPS,
+    Cost,
+    Family,
+    Implementation,
+    Invalid,
+    Op,
+    modulation,
+    number,
+    tensor,
+    value,
+)
+
+
+def _backends(op: str) -> dict[str, Implementation]:
+    return {
+        "native": Implementation(
+            f"ecar_kernels.flow_block.native:{op}", devices=("cpu",), missing=_native.why_not
+        ),
+        "triton": Implementation(f"ecar_kernels.flow_block.triton:{op}", **_triton.serves()),
+    }
+
+
+_COST = Cost(lambda sizes, given: sizes["B"] * sizes["N"] * sizes["C"] * sizes["K"])
+ACTIVATIONS = ("gelu_tanh", None)
+
+FAMILY = Family(
+    "flow_block",
+    compile_cases="ecar_kernels.flow_block.compile_cases:compile_cases",
+    tuning="ecar_kernels.flow_block.tuning_cases",
+    ops=(
+        Op(
+            "adaln_linear",
+            "adaln, a linear layer and GELU; inference",
+            (
+                tensor("x", "[B, N, C]"),
+                *modulation("shift", "scale"),
+                tensor("weight", "[K, C]", weight=True),
+                tensor("bias", "[K]", nullable=True),
+                value("activation", ACTIVATIONS, lambda name: name in ACTIVATIONS, nullable=True),
+                EPS,
+                number("scale_offset", 0.5, 1.0, 1, 0.0, -2.5, optional=True),
+            ),
+            _backends("adaln_linear"),
+            gradients="refused",
+            invalid=(
+                Invalid(
+                    {"activation": "relu"},
+                    ValueError,
+                    "argument 'activation': expected None or 'gelu_tanh', got 'relu'",
+                ),
+            ),
+            cost=_COST,
+        ),
+        Op(
+            "linear_gated_residual",
+            "a linear layer, its gate and the residual; inference",
+            (
+                tensor("h", "[B, N, K]"),
+                tensor("weight", "[C, K]", weight=True),
+                tensor("bias", "[C]", nullable=True),
+                tensor("residual", "[B, N, C]"),
+                *modulation("gate"),
+            ),
+            _backends("linear_gated_residual"),
+            gradients="refused",
+            cost=_COST,
+        ),
+    ),
+)

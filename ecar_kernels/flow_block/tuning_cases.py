@@ -1,0 +1,45 @@
+"""What `ecar tune` runs of the family, and the launch settings that it tries."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ecar_kernels.flow_block import launch
+from ecar_kernels.flow_block.record import FAMILY
+from ecar_kernels.registry import resolve
+from ecar_kernels.testing import tensors
+
+Run = Callable[[], Sequence[Tensor]]
+
+
+def candidates(op: str, key: tuple, rows: int, sms: int, arch: int) -> Sequence:
+    return launch.candidates(rows, *key, sms, arch)
+
+
+def runs(channels: int, hidden: int, rows: int, dtype: torch.dtype, device: str) -> Iterator[Run]:
+    """Each product of a flow block."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, device=device)
+
+    bound = {
+        op.name: resolve(op.name, device=device, dtype=dtype, width=channels, backend="triton")
+        for op in FAMILY.ops
+    }
+    for outputs in (3 * channels, hidden):
+        args = (
+            *(normal(1, rows, channels) for _ in range(3)),
+            normal(outputs, channels) * channels**-0.5,
+            normal(outputs),
+        )
+        yield lambda args=args: tensors(bound["adaln_linear"](*args, activation="gelu_tanh"))
+    for inputs in (channels, hidden):
+        args = (
+            normal(1, rows, inputs),
+            normal(channels, inputs) * inputs**-0.5,
+            normal(channels),
+            normal(1, rows, channels),
+            normal(1, rows, channels),
+        )
+        yield lambda args=args: tensors(bound["linear_gated_residual"](*args))

@@ -1,0 +1,345 @@
+"""The record of an op: one declaration from which all that knows an op by name is derived.
+
+A family's folder holds a `record.py` with `FAMILY = Family(name, ops=(Op(...), ...))`. The
+registry finds it there. The table of backends, the public names of `ecar_kernels`, tests, fuzzing,
+the smoke test, costs, benchmarks, the gates and the tables of the docs read it. A record is data:
+what computes is named as "module:function" and imported on first use.
+"""
+
+import functools
+import importlib
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ecar_kernels import _numbers
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (*KERNEL_DTYPES, torch.float64)  # of every reference
+
+Sizes = dict[str, int]  # what the letters of shapes stand for
+
+
+def load(target: str) -> Any:
+    """The object named "module:name"."""
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _always_available() -> str | None:
+    return None
+
+
+@dataclass
+class Implementation:
+    """One backend's implementation of one op, and what it serves."""
+
+    target: str  # "module:function", imported on first use
+    dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
+    devices: tuple[str, ...] | None = None  # None: any
+    max_width: int | None = None  # largest last dimension; None: any
+    width_step: int = 1  # the last dimension is a multiple of it
+    named_only: tuple[str, ...] = ()  # devices that it serves only where asked for by name
+    missing: Callable[[], str | None] = _always_available  # what this machine lacks
+    # what this machine lacks for one of the devices
+    missing_on: dict[str, Callable[[], str | None]] = field(default_factory=dict)
+    op: str = ""  # the op's name and the backend's, which the registry fills in
+    backend: str = ""
+    function: Callable | None = None  # the loaded target: the op's signature, no validation
+    compiled: Callable | None = None  # the same as a graph of torch.compile calls it
+    bound: Callable | None = None  # what `resolve` gives: it, or the reference under a transform
+
+    def load(self) -> None:
+        if self.function is None:
+            self.function = self.compiled = load(self.target)
+            if self.backend != "reference":  # whose arithmetic torch.compile sees
+                self.compiled = _numbers.opening(self.function)
+
+    def why_not(self, device_type: str, dtype: torch.dtype) -> str | None:
+        """None where it can serve, else the reason."""
+        if (reason := self.missing()) is not None:
+            return reason
+        if self.devices is not None and device_type not in self.devices:
+            return f"it serves {' and '.join(self.devices)} tensors, not {device_type}"
+        if dtype not in self.dtypes:
+            return f"it does not serve {dtype}"
+        return self.missing_on.get(device_type, _always_available)()
+
+    def why_not_width(self, width: int) -> str | None:
+        """None where it can serve this last dimension, else the reason."""
+        if self.max_width is not None and width > self.max_width:
+            return f"it serves a last dimension of at most {self.max_width}, not {width}"
+        if self.width_step > 1 and width % self.width_step:
+            return f"it serves a last dimension in steps of {self.width_step}, not {width}"
+        return None
+
+    def limits(self) -> str:
+        """What it serves, in words: "cuda tensors; last dimension at most 8192"."""
+        said = [] if self.devices is None else [f"{' and '.join(self.devices)} tensors"]
+        widths = [] if self.max_width is None else [f"at most {self.max_width}"]
+        if self.width_step > 1:
+            widths.append(f"in steps of {self.width_step}")
+        if widths:
+            said.append(f"last dimension {', '.join(widths)}")
+        if not set(KERNEL_DTYPES) <= set(self.dtypes):
+            said.append(" and ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes))
+        said += [
+            f"not {device}: {reason}"
+            for device, missing in self.missing_on.items()
+            if (reason := missing()) is not None
+        ]
+        return "; ".join(said)
+
+
+def is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf
+
+
+def is_count(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of an op, by the contract; made by the functions below.
+
+    A tensor has `shapes`, each a list of dimensions: a number, a letter, or "2B" for twice one.
+    Anything else has `values`, some that are valid (a function gives them for a draw's sizes), and
+    `is_valid`.
+    """
+
+    name: str
+    shapes: tuple[tuple[str, ...], ...] = ()
+    values: tuple | Callable[[Any], tuple] = ()
+    is_valid: Callable[[object], bool] = is_number
+    optional: bool = False  # has a default
+    nullable: bool = False  # may be None
+    number: bool = False
+    dtype: torch.dtype | None = None  # of a tensor of another dtype than the leading one
+    either: torch.dtype | None = None  # this dtype or the leading tensor's, whatever autocast says
+    part: bool = False  # of a projection that a model cuts its modulations from
+    weight: bool = False
+    contiguous: bool = False  # no views
+    unguided: object = None  # the one valid value where there are no unconditional rows
+
+    @property
+    def is_tensor(self) -> bool:
+        return bool(self.shapes)
+
+    @property
+    def floating(self) -> bool:
+        return self.is_tensor and self.dtype is None
+
+
+def tensor(name: str, shapes: str, **options: Any) -> Argument:
+    """A tensor of one of the shapes, "[B, N, C] or [B, 1, C]"; of the leading tensor's dtype."""
+    alternatives = tuple(tuple(part.split(", ")) for part in re.findall(r"\[([^]]*)\]", shapes))
+    return Argument(name, alternatives, **options)
+
+
+def modulation(*names: str, rows: str = "B") -> tuple[Argument, ...]:
+    """The tokens' parts, [rows, N, C] or [rows, 1, C], and then the steps', which are optional."""
+    tokens = (tensor(name, f"[{rows}, N, C] or [{rows}, 1, C]", part=True) for name in names)
+    steps = (
+        tensor(f"step_{name}", f"[1, 1, C] or [{rows}, 1, C]", optional=True, nullable=True)
+        for name in names
+    )
+    return (*tokens, *steps)
+
+
+def value(name: str, values: Any, is_valid: Callable[[object], bool], **options: Any) -> Argument:
+    """What is no tensor: values that are valid, the first what samples have, and all that are."""
+    return Argument(name, values=values, is_valid=is_valid, **options)
+
+
+def number(
+    name: str, *values: float, within: Callable[[float], bool] | None = None, **options: Any
+) -> Argument:
+    """A finite number; `within`: of those, which."""
+
+    def is_valid(value: object) -> bool:
+        return is_number(value) and (within is None or within(value))
+
+    return value(name, values, is_valid, number=True, **options)
+
+
+EPS = number("eps", 1e-6, 1e-3, within=lambda eps: eps > 0, optional=True)
+GUIDANCE_SCALE = number("guidance_scale", 1.5, 0.0, optional=True, unguided=1.0)
+
+
+def _split(dimension: str) -> tuple[int | None, str]:
+    """Of "2B": 2 and "B"; of "B": none and "B"; of "3": 3 and ""."""
+    times, letter = re.fullmatch(r"(\d*)(\w*)", dimension).groups()
+    return int(times) if times else None, letter
+
+
+def size_of(dimension: str, sizes: Sizes) -> int:
+    times, letter = _split(dimension)
+    return (1 if times is None else times) * (sizes[letter] if letter else 1)
+
+
+def matches(shape: tuple[str, ...], found: torch.Size, sizes: Sizes) -> bool:
+    """Does a tensor's shape fit one that is given in letters? Letters seen first are added."""
+    if len(shape) != len(found):
+        return False
+    new = dict(sizes)
+    for dimension, size in zip(shape, found, strict=True):
+        times, letter = _split(dimension)
+        if times is None and letter not in new:
+            new[letter] = size
+        elif (letter and letter not in new) or size != size_of(dimension, new):
+            return False
+    sizes.update(new)
+    return True
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """Changes to a sample's arguments, and the error that they raise. A function gives changes
+    that hold tensors."""
+
+    changes: dict[str, Any] | Callable[[], dict[str, Any]]
+    error: type[Exception]
+    message: str  # a part of it
+
+    def arguments(self) -> dict[str, Any]:
+        return self.changes if isinstance(self.changes, dict) else self.changes()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a call must move and multiply; see costs.py, which counts the bytes of arguments.
+
+    multiply_adds: of a forward, from the sizes and the arguments. backward_reads: the arguments
+    that gradients need, beside those of the outputs; None for an op without a backward.
+    reads_output: the first output, too. free: arguments whose gradient is an output's, unchanged,
+    where their shapes are the same. backward_products: multiply-adds of a backward, as a multiple
+    of its forward's.
+    """
+
+    multiply_adds: Callable[[Sizes, Mapping[str, Any]], int] = lambda sizes, given: 0
+    backward_reads: tuple[str, ...] | None = None
+    reads_output: bool = False
+    free: tuple[str, ...] = ()
+    backward_products: float = 0.0
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op, declared by its family.
+
+    arguments: in the public function's order, the tensor first that sets dtype and device.
+    `backends` need not have the reference, which every op has in its family's reference.py.
+    width: the letter of the last dimension that backends limit; "" for none. rules: of arguments
+    that are valid each on its own, those that must hold for all of them together. exclusive:
+    arguments of which exactly one is given. gradients: "all" that are floating tensors, "refused"
+    (for inference), or "none" to ask for. autocast: to its own dtype ("low"), to the arguments'
+    widest ("widest"), or none ("").
+    """
+
+    name: str
+    summary: str
+    arguments: tuple[Argument, ...]
+    backends: dict[str, Implementation] = field(default_factory=dict)
+    width: str = "C"
+    rules: tuple[Callable[[Sizes, Mapping[str, Any]], bool], ...] = ()
+    exclusive: tuple[str, ...] = ()
+    invalid: tuple[Invalid, ...] = ()
+    gradients: str = "all"
+    autocast: str = "low"
+    cost: Cost = Cost()
+    family: str = ""  # filled in by it
+
+    @functools.cached_property
+    def public(self) -> Callable:
+        module = "boundary_api" if self.name == "flow_boundary" else "api"
+        return load(f"ecar_kernels.{self.family}.{module}:{self.name}")
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The floating tensor arguments, the one that sets dtype and device first."""
+        return tuple(argument.name for argument in self.arguments if argument.floating)
+
+    def sizes(self, given: Mapping[str, Any]) -> Sizes:
+        """What the letters of the shapes stand for in a call that is valid."""
+        found: Sizes = {}
+        for argument in self.arguments:
+            tensor = given.get(argument.name)
+            if isinstance(tensor, Tensor):
+                any(matches(shape, tensor.shape, found) for shape in argument.shapes)
+        return found
+
+    def is_valid(self, given: Mapping[str, Any], device: str = "cpu") -> bool:
+        """Is a call within the contract? By the record alone: the public function's own checks,
+        which tests hold against this, are not asked."""
+        sizes: Sizes = {}
+        leading = given.get(self.arguments[0].name)
+        for argument in self.arguments:
+            found = given.get(argument.name)
+            if found is None and argument.nullable:
+                continue
+            if argument.optional and argument.name not in given:
+                continue
+            if not argument.is_tensor:
+                if not argument.is_valid(found):
+                    return False
+                continue
+            if not isinstance(found, Tensor) or found.device.type != device:
+                return False
+            dtypes = (argument.dtype,) if argument.dtype else (leading.dtype, argument.either)
+            if found.dtype not in dtypes or not (argument.dtype or found.dtype in DTYPES):
+                return False
+            lies = not found.ndim or found.shape[-1] <= 1 or found.stride(-1) == 1
+            if argument.floating and not lies:
+                return False
+            if argument.contiguous and not found.is_contiguous():
+                return False
+            if not any(matches(shape, found.shape, sizes) for shape in argument.shapes):
+                return False
+        one = sum(given.get(name) is not None for name in self.exclusive)
+        if self.exclusive and one != 1:
+            return False
+        return all(rule(sizes, given) for rule in self.rules)
+
+
+def guided(rows: str, of: str) -> Callable[[Sizes, Mapping[str, Any]], bool]:
+    """The rule of a guidance scale: 1 where `rows` are not twice those of `of`; letters, or the
+    name of a tensor with as many rows."""
+
+    def count(name: str, sizes: Sizes, given: Mapping[str, Any]) -> int:
+        return sizes[name] if name in sizes else len(given[name])
+
+    def rule(sizes: Sizes, given: Mapping[str, Any]) -> bool:
+        return (
+            count(rows, sizes, given) == 2 * count(of, sizes, given)
+            or given.get("guidance_scale", 1.0) == 1
+        )
+
+    return rule
+
+
+@dataclass(frozen=True)
+class Family:
+    """A folder's ops. compile_cases: "module:function" that gives the compile gate's cases for an
+    architecture. tuning: a module with `runs` and `candidates` for `ecar tune`, of a family whose
+    settings depend on a width and a number of rows."""
+
+    name: str
+    ops: tuple[Op, ...]
+    compile_cases: str | None = None
+    tuning: str | None = None
+
+    def __post_init__(self) -> None:
+        for op in self.ops:
+            object.__setattr__(op, "family", self.name)
+            op.backends.setdefault(
+                "reference",
+                Implementation(f"ecar_kernels.{self.name}.reference:{op.name}", dtypes=DTYPES),
+            )
+            for name, implementation in op.backends.items():
+                implementation.op, implementation.backend = op.name, name

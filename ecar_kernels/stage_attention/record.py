@@ -1,0 +1,123 @@
+"""Stage attention, declared."""
+
+import itertools
+
+from ecar_kernels import _native, _triton
+from ecar_kernels.ops import (
+    Cost,
+    Family,
+    Implementation,
+    Invalid,
+    Op,
+    is_count,
+    number,
+    tensor,
+    value,
+)
+
+
+def _is_stages(stages: object) -> bool:
+    return isinstance(stages, (tuple, list)) and len(stages) > 0 and all(map(is_count, stages))
+
+
+def _suffixes(stages) -> list[int]:
+    return list(itertools.accumulate(reversed(stages)))
+
+
+def _multiply_adds(sizes, given) -> int:
+    """2 B H D for each visible pair of a query and a key."""
+    stages = given["stage_lengths"]
+    first = sizes["N"] - sizes["Nq"]
+    pairs = sum(
+        length * end
+        for length, end in zip(stages, itertools.accumulate(stages), strict=True)
+        if end > first
+    )
+    return 2 * sizes["B"] * sizes["H"] * sizes["D"] * pairs
+
+
+def _invalid(stages: object, error: type[Exception], message: str) -> Invalid:
+    return Invalid({"stage_lengths": stages}, error, message)
+
+
+FAMILY = Family(
+    "stage_attention",
+    compile_cases="ecar_kernels.stage_attention.compile_cases:compile_cases",
+    ops=(
+        Op(
+            "stage_attention",
+            "block-causal attention over stages, without a mask",
+            (
+                tensor("q", "[B, Nq, H, D]", part=True),
+                tensor("k", "[B, N, H, D]", part=True),
+                tensor("v", "[B, N, H, D]", part=True),
+                value("stage_lengths", lambda draw: (draw.sizes.stages,), _is_stages),
+                number("scale", None, 0.5, optional=True, nullable=True),
+            ),
+            {
+                "native": Implementation(
+                    "ecar_kernels.stage_attention.native:stage_attention",
+                    missing_on={"cpu": _native.why_not},
+                ),
+                "triton": Implementation(
+                    "ecar_kernels.stage_attention.triton:stage_attention",
+                    max_width=256,
+                    width_step=8,
+                    **_triton.serves(),
+                ),
+            },
+            width="D",
+            rules=(
+                lambda sizes, given: sizes["D"] >= 1,
+                lambda sizes, given: sizes["N"] == sum(given["stage_lengths"]),
+                lambda sizes, given: sizes["Nq"] in _suffixes(given["stage_lengths"]),
+            ),
+            invalid=(
+                _invalid(
+                    21,
+                    TypeError,
+                    "argument 'stage_lengths': expected a tuple or list of integers, got int",
+                ),
+                _invalid(
+                    (),
+                    ValueError,
+                    "argument 'stage_lengths': expected at least one stage, got none",
+                ),
+                _invalid(
+                    (1, 0, 20),
+                    ValueError,
+                    "argument 'stage_lengths[1]': expected at least 1, got 0",
+                ),
+                _invalid(
+                    (1, 4.0, 16),
+                    TypeError,
+                    "argument 'stage_lengths[1]': expected an integer, got float",
+                ),
+                _invalid(
+                    (1, True, 19),
+                    TypeError,
+                    "argument 'stage_lengths[1]': expected an integer, got bool",
+                ),
+                _invalid(
+                    (2, 3, 17),
+                    ValueError,
+                    "argument 'q': expected as many queries as a suffix of "
+                    "stage_lengths=[2, 3, 17] has tokens, got 21",
+                ),
+                _invalid(
+                    (2, 1, 4, 16),
+                    ValueError,
+                    "argument 'k': expected a tensor of shape [B, N, H, D] with B=2, N=23, H=3, "
+                    "D=8, got [2, 21, 3, 8]",
+                ),
+            ),
+            cost=Cost(
+                _multiply_adds,
+                backward_reads=("q", "k", "v"),
+                reads_output=True,
+                # q k^T again, and four products for dq, dk, dv and the scores' gradient
+                backward_products=2.5,
+            ),
+        ),
+    ),
+)
