@@ -25,7 +25,7 @@ from benchmarks.cases import Case
 from benchmarks.results import duration, figures, markdown
 from benchmarks.timing import Call
 from ecar_kernels.costs import Cost, Rates, backward_cost, cost, floor_seconds
-from ecar_kernels.registry import FAMILIES, resolve, server
+from ecar_kernels.registry import FAMILIES, resolve
 
 DTYPE = cases.DTYPE
 MIN_ROUNDS, MAX_ROUNDS = 5, 2000
@@ -202,7 +202,7 @@ def measure(case: Case, arena: cases.Arena, best: Rates, seconds: float) -> Row:
         "backward": case.backward,
         "whole": case.whole,
         "sets": len(sets),
-        "backend": server(ways["ours"]),
+        "backend": ways["ours"].backend,
         "bytes": needed.bytes,
         "multiply_adds": needed.multiply_adds,
         "floor_seconds": floor_seconds(needed, best),

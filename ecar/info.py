@@ -16,8 +16,7 @@ from ecar.config import ECARConfig
 from ecar.model import ECAR
 from ecar.sampling import sample, split_steps
 from ecar.sampling.plain import boundary_op
-from ecar_kernels import BackendUnavailableError, active_backend, resolve, use_backend
-from ecar_kernels.registry import AUTO_ORDER
+from ecar_kernels import resolve, use_backend
 
 __all__ = ["StageCost", "backends_in_use", "count_multiply_adds", "count_parameters"]
 
@@ -127,33 +126,12 @@ def backends_in_use(
     Raises:
         BackendUnavailableError: a backend is asked for by name and cannot serve an op.
     """
-    active, serving = active_backend(), {}
+    serving = {}
     boundary = ("flow_boundary",) if boundary_op(device, dtype, config.width) else ()
     for op in (*SAMPLING_OPS, *boundary):
         width = config.head_dim if op == "stage_attention" else config.width
-        chosen = resolve(op, device=device, dtype=dtype, width=width)
-        serving[op] = (
-            active
-            if active != "auto"
-            else next(
-                name for name in AUTO_ORDER if _serves(name, chosen, op, device, dtype, width)
-            )
-        )
+        serving[op] = resolve(op, device=device, dtype=dtype, width=width).backend
     return serving
-
-
-def _serves(
-    backend: str,
-    chosen: Callable,
-    op: str,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    width: int,
-) -> bool:
-    try:
-        return resolve(op, device=device, dtype=dtype, width=width, backend=backend) is chosen
-    except BackendUnavailableError:
-        return False
 
 
 def _meta_model(config: ECARConfig) -> ECAR:

@@ -7,7 +7,6 @@ method) and calls the ops that `Accelerated.ops` bound.
 """
 
 import functools
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,7 +54,7 @@ def _bound(
             run = registry.implementation(op, device_type, dtype, size, backend=backend)
         except registry.BackendUnavailableError as error:
             return functools.partial(_refuse, str(error))  # a module need not use every op
-        return registry.recorded(op, run) if recorded else run
+        return registry.recorded(run) if recorded else run
 
     return Ops(*map(resolve, Ops._fields))
 
@@ -445,7 +444,7 @@ def _resolve(replacement: type[Accelerated], module: nn.Module, backend: str) ->
 def _serving(module: Accelerated) -> dict[str, str]:
     """Each op's backend, for the place where its parameters are now."""
     found = _resolve(type(module), module, module._binding.backend)
-    return {op: registry.server(run) for op, run in found.items()}
+    return {op: run.backend for op, run in found.items()}
 
 
 def _prepare_weights(module: Accelerated, keep: bool) -> None:
@@ -455,8 +454,7 @@ def _prepare_weights(module: Accelerated, keep: bool) -> None:
     run = registry.implementation(
         "adaln_linear", device_type, dtype, backend=module._binding.backend
     )
-    prepare = getattr(sys.modules[run.__module__], "prepare_weight", None)
-    if prepare is not None:
+    if run.prepare_weight is not None:
         for _, layer in _layers(module, type(module)):
             if as_written(layer, nn.Linear):
-                prepare(layer.weight, keep)
+                run.prepare_weight(layer.weight, keep)

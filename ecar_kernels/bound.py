@@ -118,8 +118,8 @@ class BoundFlowStep:
             return f"the positions are a {type(positions).__name__} of {positions.dtype}"
         try:
             for op, run in _functions(blocks, positions.shape[-1], dtype):
-                if (server := registry.server(run)) != "native":
-                    return f"{op} is served by {server}"
+                if run.backend != "native":
+                    return f"{op} is served by {run.backend}"
         except registry.BackendUnavailableError as error:
             return str(error)
         return None

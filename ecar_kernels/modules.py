@@ -12,7 +12,7 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ecar_kernels import fused, recompute, registry
+from ecar_kernels import fused, recompute
 from ecar_kernels._written import as_written, remember
 from ecar_kernels.acceleration import PUBLIC, Accelerated, Ops, accelerates, unit_gate
 from ecar_kernels.fused import rows
@@ -371,7 +371,7 @@ def _multiply(layer: Linear, x: Tensor, bias: Tensor | None, plain: Callable) ->
         ops is PUBLIC
         or not (x.ndim >= 2 and x.numel())
         or not as_written(layer, nn.Linear)
-        or registry.server(ops.linear_gated_residual) != "native"
+        or getattr(ops.linear_gated_residual, "prepare_weight", None) is None
     ):
         return plain(layer, x)
     tokens = rows(x.reshape(-1, *x.shape[-2:]))

@@ -48,17 +48,25 @@ class Implementation:
     missing: Callable[[], str | None] = _always_available  # what this machine lacks
     # what this machine lacks for one of the devices
     missing_on: dict[str, Callable[[], str | None]] = field(default_factory=dict)
-    op: str = ""  # the op's name and the backend's, which the registry fills in
+    prepare: str = ""  # "module:function" of (weight, keep), where it packs weights
+    op: str = ""  # the op's name and the backend's, which its family fills in
     backend: str = ""
-    function: Callable | None = None  # the loaded target: the op's signature, no validation
-    compiled: Callable | None = None  # the same as a graph of torch.compile calls it
-    bound: Callable | None = None  # what `resolve` gives: it, or the reference under a transform
 
-    def load(self) -> None:
-        if self.function is None:
-            self.function = self.compiled = load(self.target)
-            if self.backend != "reference":  # whose arithmetic torch.compile sees
-                self.compiled = _numbers.opening(self.function)
+    @functools.cached_property
+    def function(self) -> Callable:
+        """The loaded target: the op's signature, no validation."""
+        return load(self.target)
+
+    @functools.cached_property
+    def loaded(self) -> "BoundOp":
+        return BoundOp(self, self.function)
+
+    @functools.cached_property
+    def compiled(self) -> "BoundOp":
+        """The same as a graph of torch.compile calls it, which may leave numbers open."""
+        if self.backend == "reference":  # whose arithmetic torch.compile sees
+            return self.loaded
+        return BoundOp(self, _numbers.opening(self.function))
 
     def why_not(self, device_type: str, dtype: torch.dtype) -> str | None:
         """None where it can serve, else the reason."""
@@ -94,6 +102,35 @@ class Implementation:
             if (reason := missing()) is not None
         ]
         return "; ".join(said)
+
+
+class BoundOp:
+    """An op on one backend, called with the op's signature.
+
+    It neither validates, casts nor looks anything up: arguments must meet the op's contract.
+
+    op, backend: their names. function: what a call runs. limits: what the backend serves, in
+    words. prepare_weight: a function of (weight, keep) that packs a weight ahead of its first use,
+    next to the plain one or, with keep False, in its place; None where weights are used as they
+    are.
+    """
+
+    __slots__ = ("backend", "function", "implementation", "op", "prepare_weight")
+
+    def __init__(self, implementation: Implementation, function: Callable) -> None:
+        self.implementation, self.function = implementation, function
+        self.op, self.backend = implementation.op, implementation.backend
+        self.prepare_weight = load(implementation.prepare) if implementation.prepare else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    @property
+    def limits(self) -> str:
+        return self.implementation.limits()
+
+    def __repr__(self) -> str:
+        return f"<{self.op} by {self.backend}>"
 
 
 def is_number(value: object) -> bool:

@@ -18,7 +18,7 @@ import torch
 
 from ecar_kernels import _transforms
 from ecar_kernels.ops import KERNEL_DTYPES as KERNEL_DTYPES
-from ecar_kernels.ops import Family, Implementation, Op
+from ecar_kernels.ops import BoundOp, Family, Implementation, Op
 
 BACKENDS = ("reference", "native", "triton")
 AUTO_ORDER = ("triton", "native", "reference")
@@ -45,34 +45,6 @@ for _family in DECLARED.values():
         IMPLEMENTATIONS[_op.name] = _op.backends
 OPS = tuple(RECORDS)
 
-
-def _load(found: Implementation) -> None:
-    if found.bound is None:
-        found.load()
-        found.bound = _unless_transformed(found, found.target.partition(":")[2])
-        if found.backend:  # one that was put in the table
-            _backends_of[found.function] = _backends_of[found.bound] = found.backend
-
-
-def _unless_transformed(served: Implementation, op: str) -> Callable:
-    """The function of a bound op, which the registry is not asked for call by call."""
-    found = IMPLEMENTATIONS[op]["reference"]
-    found.load()
-    reference, active = found.function, _transforms.active  # looked up here, not in each call
-    function, compiled, compiling = served.function, served.compiled, torch.compiler.is_compiling
-    if function is reference:
-        return function
-
-    @functools.wraps(function)
-    def bound(*args, **kwargs):
-        if active():
-            return reference(*args, **kwargs)
-        return compiled(*args, **kwargs) if compiling() else function(*args, **kwargs)
-
-    return bound
-
-
-_backends_of: dict[Callable, str] = {}
 
 _outside = os.environ.get(ENVIRONMENT_VARIABLE, "auto")  # in force outside every block
 _active: ContextVar[str | None] = ContextVar("ecar_kernels_backend", default=None)
@@ -178,22 +150,16 @@ def note(op: str, backend: str) -> None:
         log.setdefault(op, set()).add(backend)
 
 
-def recorded(op: str, function: Callable) -> Callable:
-    """A bound op's function, which also notes each of its calls."""
-    backend = _backends_of[function]
+def recorded(run: BoundOp) -> BoundOp:
+    """A bound op which also notes each of its calls."""
+    function = run.function
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        note(op, backend)
+        note(run.op, run.backend)
         return function(*args, **kwargs)
 
-    _backends_of[call] = backend
-    return call
-
-
-def server(function: Callable) -> str | None:
-    """The backend of a function that `implementation`, `resolve` or `recorded` gave; else None."""
-    return _backends_of.get(function)
+    return BoundOp(run.implementation, call)
 
 
 def _not_implemented(op: str, backend: str) -> str:
@@ -209,7 +175,8 @@ def _search(op: str, backend: str, device_type: str, dtype: torch.dtype) -> tupl
             continue
         reason = _not_implemented(op, name) if found is None else found.why_not(device_type, dtype)
         if reason is None:
-            _load(found)
+            found.op, found.backend = op, name  # of one that was put in the table, too
+            found.loaded, found.compiled  # noqa: B018 (imported now, not in a call)
             names.append(name)
         else:
             reasons.append(f"backend '{name}' cannot serve {op}: {reason}")
@@ -233,29 +200,28 @@ _candidates._dynamo_marked_constant = True
 
 def implementation(
     op: str, device_type: str, dtype: torch.dtype, width: int = 0, *, backend: str | None = None
-) -> Callable:
-    """The function for an op: a few look-ups a call, no search.
+) -> BoundOp:
+    """The op on the backend that serves: a few look-ups a call, no search.
 
-    That of the backend in force, or of the reference where a transform is active that kernels
-    know nothing of (_transforms.py). That of a backend named here, whatever is active.
+    The backend in force, or the reference where a transform is active that kernels know nothing of
+    (_transforms.py). A backend named here serves whatever is active. Public functions call the
+    result's `function`.
     """
     if backend is None:
         backend = "reference" if _transforms.active() else _current()
         found = _find(op, device_type, dtype, width, backend)
         if torch.compiler.is_compiling():
-            return found.compiled
+            return found.implementation.compiled
         note(op, found.backend)
-        return found.function
-    return _find(op, device_type, dtype, width, backend).function
+        return found
+    return _find(op, device_type, dtype, width, backend)
 
 
-def _find(
-    op: str, device_type: str, dtype: torch.dtype, width: int, backend: str
-) -> Implementation:
+def _find(op: str, device_type: str, dtype: torch.dtype, width: int, backend: str) -> BoundOp:
     for name in _candidates(op, backend, device_type, dtype):
         found = IMPLEMENTATIONS[op][name]
         if (reason := found.why_not_width(width)) is None:
-            return found
+            return found.loaded
     raise BackendUnavailableError(f"backend '{backend}' cannot serve {op}: {reason}")
 
 
@@ -266,15 +232,15 @@ def resolve(
     dtype: torch.dtype,
     width: int = 0,
     backend: str | None = None,
-) -> Callable:
-    """Bind an op's implementation ahead of time.
+) -> BoundOp:
+    """Bind an op to a backend ahead of time.
 
     op: a name out of `OPS`. width: the last dimension's size (D of stage_attention, C of the
     adaLN and fused ops), which some backends limit; 0 asks for no particular one. backend: None
-    for the active one. Returns a function with the op's signature that neither validates, casts
-    nor looks anything up: its arguments must meet the op's contract. Under a transform of
-    torch.func or forward-mode AD it is the reference. Raises ValueError for an unknown op or
-    backend, BackendUnavailableError where the backend cannot serve it.
+    for the active one. Returns a callable object with the op's signature, a `BoundOp`, which
+    neither validates, casts nor looks anything up: its arguments must meet the op's contract.
+    Under a transform of torch.func or forward-mode AD it calls the reference. Raises ValueError
+    for an unknown op or backend, BackendUnavailableError where the backend cannot serve it.
     """
     if op not in IMPLEMENTATIONS:
         raise ValueError(f"argument 'op': expected one of {', '.join(OPS)}, got {op!r}")
@@ -282,7 +248,32 @@ def resolve(
         backend = _current()
     else:
         _check_backend(backend, "argument 'backend'")
-    return _find(op, torch.device(device).type, dtype, width, backend).bound
+    found = _find(op, torch.device(device).type, dtype, width, backend)
+    key = op, found.backend
+    if key not in _resolved or _resolved[key].implementation is not found.implementation:
+        _resolved[key] = BoundOp(found.implementation, _unless_transformed(found))
+    return _resolved[key]
+
+
+_resolved: dict[tuple[str, str], BoundOp] = {}
+
+
+def _unless_transformed(found: BoundOp) -> Callable:
+    """The function of a bound op, which the registry is not asked for call by call."""
+    # Looked up here, not in each call.
+    reference, active = IMPLEMENTATIONS[found.op]["reference"].function, _transforms.active
+    function, compiled = found.function, found.implementation.compiled.function
+    compiling = torch.compiler.is_compiling
+    if function is reference:
+        return function
+
+    @functools.wraps(function)
+    def bound(*args, **kwargs):
+        if active():
+            return reference(*args, **kwargs)
+        return compiled(*args, **kwargs) if compiling() else function(*args, **kwargs)
+
+    return bound
 
 
 @dataclass(frozen=True)

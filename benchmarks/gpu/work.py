@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import results
 from ecar import ECARConfig
-from ecar_kernels.registry import resolve, server
+from ecar_kernels.registry import resolve
 
 TINY = ECARConfig(stage_sides=(4, 8), num_classes=10, width=32, heads=2, ar_layers=2, flow_blocks=2)
 
@@ -104,4 +104,4 @@ def on(facts: dict[str, Any]) -> str:
 
 def served(op: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> str | None:
     """The backend that "auto" takes for the op."""
-    return server(resolve(op, device=device, dtype=dtype, width=width, backend="auto"))
+    return resolve(op, device=device, dtype=dtype, width=width, backend="auto").backend

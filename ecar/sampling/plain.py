@@ -6,7 +6,6 @@ then a step ends in one op, which also embeds the next step's tokens.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -110,11 +109,8 @@ class PlainEngine:
 
 def boundary_op(device: torch.device | str, dtype: torch.dtype, width: int) -> Callable | None:
     """flow_boundary where a kernel serves it on this device: composed, it would only cost."""
-    resolve = functools.partial(
-        registry.resolve, "flow_boundary", device=device, dtype=dtype, width=width
-    )
     try:
-        chosen = resolve()
+        chosen = registry.resolve("flow_boundary", device=device, dtype=dtype, width=width)
     except registry.BackendUnavailableError:
         return None
-    return None if chosen is resolve(backend="reference") else ecar_kernels.flow_boundary
+    return None if chosen.backend == "reference" else ecar_kernels.flow_boundary

@@ -43,7 +43,7 @@ def adaln(
     """
     check_leading("x", x, "[B, N, C]")
     _check_modulation(x, shift, scale, step_shift, step_scale, eps)
-    run = registry.implementation("adaln", x.device.type, x.dtype, x.shape[-1])
+    run = registry.implementation("adaln", x.device.type, x.dtype, x.shape[-1]).function
     return run(x, shift, scale, step_shift=step_shift, step_scale=step_scale, eps=eps)
 
 
@@ -58,7 +58,7 @@ def gated_residual(
     """
     check_leading("x", x, "[B, N, C]")
     _check_gated(x, branch, gate, step_gate)
-    run = registry.implementation("gated_residual", x.device.type, x.dtype, x.shape[-1])
+    run = registry.implementation("gated_residual", x.device.type, x.dtype, x.shape[-1]).function
     return run(x, branch, gate, step_gate=step_gate)
 
 
@@ -82,7 +82,9 @@ def gated_residual_adaln(
     check_leading("x", x, "[B, N, C]")
     _check_gated(x, branch, gate, step_gate)
     _check_modulation(x, shift, scale, step_shift, step_scale, eps)
-    run = registry.implementation("gated_residual_adaln", x.device.type, x.dtype, x.shape[-1])
+    run = registry.implementation(
+        "gated_residual_adaln", x.device.type, x.dtype, x.shape[-1]
+    ).function
     return run(
         x,
         branch,

@@ -72,7 +72,7 @@ def adaln_linear(
         step_shift=step_shift,
         step_scale=step_scale,
     )
-    run = registry.implementation("adaln_linear", x.device.type, x.dtype, x.shape[-1])
+    run = registry.implementation("adaln_linear", x.device.type, x.dtype, x.shape[-1]).function
     return run(
         x,
         shift,
@@ -113,7 +113,9 @@ def linear_gated_residual(
     check_inference(
         h=h, weight=weight, bias=bias, gate=gate, residual=residual, step_gate=step_gate
     )
-    run = registry.implementation("linear_gated_residual", h.device.type, h.dtype, channels)
+    run = registry.implementation(
+        "linear_gated_residual", h.device.type, h.dtype, channels
+    ).function
     return run(h, weight, bias, gate, residual, step_gate=step_gate)
 
 

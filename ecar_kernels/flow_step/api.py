@@ -41,7 +41,7 @@ def euler_step(
     """
     check_leading("x", x, "[B, C, h, w]")
     _check_step(x, velocity, dt, guidance_scale)
-    run = registry.implementation("euler_step", x.device.type, x.dtype)
+    run = registry.implementation("euler_step", x.device.type, x.dtype).function
     return run(x, velocity, dt, guidance_scale=guidance_scale)
 
 
@@ -98,7 +98,7 @@ def upsample_renoise_euler(
             raise shape_error(
                 "details", details, "[B, C, 3, h, w]", B=batch, C=channels, h=height, w=width
             )
-    run = registry.implementation("upsample_renoise_euler", x.device.type, x.dtype)
+    run = registry.implementation("upsample_renoise_euler", x.device.type, x.dtype).function
     return run(
         x,
         velocity,
@@ -133,7 +133,7 @@ def initial_noise(
     where = check_device("device", device).type
     if seeds.is_meta and where != "meta":
         raise ValueError("argument 'seeds': expected a tensor with data, got one on meta")
-    run = registry.implementation("initial_noise", where, dtype)
+    run = registry.implementation("initial_noise", where, dtype).function
     return run(seeds, shape, device=device, dtype=dtype)
 
 

@@ -108,7 +108,7 @@ def flow_boundary(
         step_shift=step_shift,
         step_scale=step_scale,
     )
-    run = registry.implementation("flow_boundary", x.device.type, x.dtype, channels)
+    run = registry.implementation("flow_boundary", x.device.type, x.dtype, channels).function
     return run(
         x,
         state,

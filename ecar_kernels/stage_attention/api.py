@@ -45,7 +45,7 @@ def stage_attention(
         raise shape_error("q", q, "[B, Nq, H, D] with D >= 1")
     if scale is not None:
         check_number("scale", scale)
-    run = registry.implementation("stage_attention", q.device.type, q.dtype, head_dim)
+    run = registry.implementation("stage_attention", q.device.type, q.dtype, head_dim).function
     return run(q, k, v, stage_lengths, scale=scale)
 
 

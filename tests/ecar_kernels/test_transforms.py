@@ -175,7 +175,7 @@ def test_torch_func_in_one_thread_leaves_the_others_their_backend():
     found = []
 
     def look():
-        found.append(registry.implementation("adaln", "cpu", torch.float32).__module__)
+        found.append(registry.implementation("adaln", "cpu", torch.float32).backend)
 
     def inside(x):
         thread = threading.Thread(target=look)

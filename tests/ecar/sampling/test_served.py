@@ -68,17 +68,11 @@ class Calls(TorchDispatchMode):
             for name in names:
                 known = registry.IMPLEMENTATIONS[op][name]
                 computes = registry.IMPLEMENTATIONS[op][name if machine == "cpu" else "reference"]
-                computes.load()
                 noting = self._noting(op, name, computes.function)
-                monkeypatch.setitem(registry._backends_of, noting, name)
                 own[name] = registry.Implementation(
-                    known.target,
-                    max_width=known.max_width,
-                    width_step=known.width_step,
-                    backend=name,
-                    function=noting,
-                    bound=noting,
+                    known.target, max_width=known.max_width, width_step=known.width_step
                 )
+                own[name].function = noting
             monkeypatch.setitem(registry.IMPLEMENTATIONS, op, own)
         monkeypatch.setattr(registry, "_servers", {})
 
