@@ -11,8 +11,8 @@ from ecar_kernels.acceleration import Accelerated, accelerate, accelerates, repo
 from ecar_kernels.adaln.api import adaln, gated_residual, gated_residual_adaln
 from ecar_kernels.bound import BoundFlowStep
 from ecar_kernels.flow_block.api import adaln_linear, linear_gated_residual
+from ecar_kernels.flow_boundary.api import flow_boundary
 from ecar_kernels.flow_step.api import euler_step, initial_noise, upsample_renoise_euler
-from ecar_kernels.flow_step.boundary_api import flow_boundary
 from ecar_kernels.flow_step.reference import haar_high_pass
 from ecar_kernels.modules import (
     MLP,

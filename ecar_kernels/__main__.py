@@ -5,7 +5,7 @@ import sys
 import torch
 
 from ecar_kernels import _native
-from ecar_kernels.registry import active_backend, backends
+from ecar_kernels.registry import RECORDS, active_backend, backends
 from ecar_kernels.version import __version__
 
 HEADER = ("op", "backend", "available", "serves", "why not")
@@ -20,6 +20,7 @@ def main() -> int:
     rows = [
         (row.op, row.backend, "yes" if row.available else "no", row.limits or "-", row.why_not)
         for row in backends()
+        if row.backend in RECORDS[row.op].backends
     ]
     widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
     print(f"ecar_kernels {__version__}, torch {torch.__version__}, active: {active}")

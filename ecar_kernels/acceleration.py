@@ -167,7 +167,7 @@ class Accelerated:
         )
 
     def extra_repr(self) -> str:
-        """The module's own, and which backend serves what: "adaln_linear: native"."""
+        """The module's own, and which backend serves what: "adaln_linear: cpp"."""
         served = ", ".join(f"{op}: {name}" for op, name in _serving(self).items())
         return ", ".join(filter(None, (super().extra_repr(), served)))
 

@@ -79,7 +79,7 @@ class BoundFlowStep:
         values: int,
         dtype: torch.dtype,
     ) -> None:
-        from ecar_kernels.flow_block import native
+        from ecar_kernels.flow_block import cpp
 
         def buffer(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(size, dtype=dtype, device="cpu")
@@ -90,7 +90,7 @@ class BoundFlowStep:
         self._wide = buffer(rows * tokens * max(4 * width, hidden), dtype)
         self._state = buffer(batch * tokens * values)
         self._workspace = buffer(
-            max(native.workspace_size(rows * tokens, depth) for depth in (width, hidden))
+            max(cpp.workspace_size(rows * tokens, depth) for depth in (width, hidden))
         )
         self._calls: list[list[Call]] = []
 
@@ -118,7 +118,7 @@ class BoundFlowStep:
             return f"the positions are a {type(positions).__name__} of {positions.dtype}"
         try:
             for op, run in _functions(blocks, positions.shape[-1], dtype):
-                if run.backend != "native":
+                if run.backend != "cpp":
                     return f"{op} is served by {run.backend}"
         except registry.BackendUnavailableError as error:
             return str(error)
@@ -143,8 +143,8 @@ class BoundFlowStep:
                 blocks (`FlowBlock.infer`), then the shift and scale before the output.
             eps: of the norm before the output.
         """
-        from ecar_kernels.flow_block import native
-        from ecar_kernels.flow_step.boundary import flow_boundary_out
+        from ecar_kernels.flow_block import cpp
+        from ecar_kernels.flow_boundary.cpp import flow_boundary_out
 
         (rows, tokens, _), width, values = spatial.shape, output.in_features, output.out_features
         batch = self._batch
@@ -157,7 +157,7 @@ class BoundFlowStep:
                 *(
                     value
                     for layer in (block.qkv, block.proj, block.mlp.fc1, block.mlp.fc2)
-                    for value in (native.packed_weight(layer.weight), layer.bias)
+                    for value in (cpp.packed_weight(layer.weight), layer.bias)
                 ),
                 block.heads,
                 block.mlp.fc1.out_features,
@@ -169,10 +169,10 @@ class BoundFlowStep:
         ]
         self._ends = output.weight, output.bias, embed.weight, embed.bias, positions
         self._eps = eps
-        self._flow_block, self._flow_boundary = native.flow_block_, flow_boundary_out
+        self._flow_block, self._flow_boundary = cpp.flow_block_, flow_boundary_out
         self._rows = rows
         for op in (*BLOCK_OPS, "flow_boundary"):
-            registry.note(op, "native")
+            registry.note(op, "cpp")
 
     def add(self, time: Tensor, *, rows: int, dt: float, guidance_scale: float = 1.0) -> None:
         """Lay out the next step.
@@ -229,9 +229,9 @@ class BoundFlowStep:
             start: [B, C, 2 h, 2 w], float32, written to.
             time, stage, seeds: of `upsample_renoise_euler`.
         """
-        from ecar_kernels.flow_step.native import jump_out
+        from ecar_kernels.flow_step.cpp import jump_out
 
-        registry.note("upsample_renoise_euler", "native")
+        registry.note("upsample_renoise_euler", "cpp")
         # An Euler step of no length: the step itself is done.
         jump_out(end, end, 0.0, 1.0, time, stage, seeds, end, start)
 

@@ -8,6 +8,7 @@ what computes is named as "module:function" and imported on first use.
 
 import functools
 import importlib
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -205,6 +206,7 @@ def number(
     return value(name, values, is_valid, number=True, **options)
 
 
+DT = number("dt", 0.125, 1.0, 0.1, 1)
 EPS = number("eps", 1e-6, 1e-3, within=lambda eps: eps > 0, optional=True)
 GUIDANCE_SCALE = number("guidance_scale", 1.5, 0.0, optional=True, unguided=1.0)
 
@@ -294,13 +296,18 @@ class Op:
 
     @functools.cached_property
     def public(self) -> Callable:
-        module = "boundary_api" if self.name == "flow_boundary" else "api"
-        return load(f"ecar_kernels.{self.family}.{module}:{self.name}")
+        return load(f"ecar_kernels.{self.family}.api:{self.name}")
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
         """The floating tensor arguments, the one that sets dtype and device first."""
         return tuple(argument.name for argument in self.arguments if argument.floating)
+
+    @functools.cached_property
+    def defaults(self) -> dict[str, Any]:
+        """Of the public function's arguments, where they have one."""
+        parameters = inspect.signature(self.public).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
 
     def sizes(self, given: Mapping[str, Any]) -> Sizes:
         """What the letters of the shapes stand for in a call that is valid."""

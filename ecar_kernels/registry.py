@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from ecar_kernels import _transforms
 from ecar_kernels.ops import KERNEL_DTYPES as KERNEL_DTYPES
 from ecar_kernels.ops import BoundOp, Family, Implementation, Op
 
-BACKENDS = ("reference", "native", "triton")
-AUTO_ORDER = ("triton", "native", "reference")
+BACKENDS = ("reference", "cpp", "cuda", "sdpa", "triton")
+AUTO_ORDER = ("triton", "cuda", "cpp", "sdpa", "reference")
+# Names of an earlier version, which work in this one: the backends that they stood for.
+FORMER = {"native": ("cuda", "cpp", "sdpa")}
 ENVIRONMENT_VARIABLE = "ECAR_BACKEND"
 
 
@@ -55,7 +58,15 @@ _servers: dict[tuple, tuple[str, ...]] = {}
 
 
 def _check_backend(name: str, source: str) -> None:
-    if name not in (*BACKENDS, "auto"):
+    if name in FORMER:
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                f"{source}: {name!r} is now {', '.join(map(repr, FORMER[name]))}, whichever "
+                "serves, and will be removed",
+                DeprecationWarning,
+                stacklevel=3,
+            )
+    elif name not in (*BACKENDS, "auto"):
         expected = ", ".join(repr(backend) for backend in (*BACKENDS, "auto"))
         raise ValueError(f"{source}: expected one of {expected}, got {name!r}")
 
@@ -66,7 +77,8 @@ def active_backend() -> str:
     Raises ValueError for an unknown name in the environment variable: importing never does.
     """
     name = _current()
-    _check_backend(name, f"environment variable {ENVIRONMENT_VARIABLE}")
+    if name == _outside:
+        _check_backend(name, f"environment variable {ENVIRONMENT_VARIABLE}")
     return name
 
 
@@ -79,11 +91,12 @@ def _current() -> str:
 class use_backend:
     """Context manager: serve every op from one backend.
 
-    "reference", "native" and "triton" never fall back: an op that the backend cannot serve
-    raises `BackendUnavailableError`. "auto" takes the first of triton, native and reference
-    that can. The choice holds for the block's thread or asyncio task, as torch.no_grad does, and
-    ends with the block; graphs of torch.compile follow the block entered last in any thread. The
-    environment variable ECAR_BACKEND sets the choice outside every block.
+    "reference", "cpp" (C++ on the CPU), "cuda" (CUDA C++), "sdpa" (PyTorch's
+    scaled_dot_product_attention) and "triton" never fall back: an op that the backend cannot serve
+    raises `BackendUnavailableError`. "auto" takes the first of triton, cuda, cpp, sdpa and
+    reference that can. The choice holds for the block's thread or asyncio task, as torch.no_grad
+    does, and ends with the block; graphs of torch.compile follow the block entered last in any
+    thread. The environment variable ECAR_BACKEND sets the choice outside every block.
     """
 
     def __init__(self, name: str):
@@ -167,9 +180,10 @@ def _not_implemented(op: str, backend: str) -> str:
 
 
 def _search(op: str, backend: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
-    _check_backend(backend, f"environment variable {ENVIRONMENT_VARIABLE}")
+    if backend == _outside:
+        _check_backend(backend, f"environment variable {ENVIRONMENT_VARIABLE}")
     names, reasons = [], []
-    for name in AUTO_ORDER if backend == "auto" else (backend,):
+    for name in AUTO_ORDER if backend == "auto" else FORMER.get(backend, (backend,)):
         found = IMPLEMENTATIONS[op].get(name)
         if found is not None and backend == "auto" and device_type in found.named_only:
             continue

@@ -190,6 +190,8 @@ class Draw:
     for the whole batch. optional: with the optional arguments, too.
     """
 
+    says_defaults = False  # else a value that is the argument's default is left out
+
     def __init__(
         self,
         sizes: SampleSizes = SIZES,
@@ -215,7 +217,9 @@ class Draw:
                 found[name] = argument.unguided
             elif not argument.is_tensor:
                 values = argument.values
-                found[name] = self.choose(values(self) if callable(values) else values)
+                chosen = self.choose(values(self) if callable(values) else values)
+                if self.says_defaults or name not in op.defaults or chosen != op.defaults[name]:
+                    found[name] = chosen
             elif argument.nullable and name not in op.exclusive and self.is_none():
                 found[name] = None
             else:

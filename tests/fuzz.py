@@ -51,6 +51,8 @@ def in_memory(rng: random.Random, shape: list[int], dtype: torch.dtype) -> Tenso
 class RandomDraw(Draw):
     """Random sizes, layouts, values and dtypes of what an op's record allows."""
 
+    says_defaults = True
+
     def __init__(self, rng: random.Random, op: Op) -> None:
         attends = any(argument.name == "stage_lengths" for argument in op.arguments)
         stages = tuple(rng.randint(1, 9) for _ in range(rng.randint(1, 4)))
@@ -262,7 +264,7 @@ def judge(op: str, call: dict, backend: str) -> None:
 
 def unchecked(op: str, call: dict) -> None:
     """The backend's own function, without the public checks: it may only raise."""
-    function = registry.resolve(op, device="cpu", dtype=torch.float32, backend="native")
+    function = registry.resolve(op, device="cpu", dtype=torch.float32, backend="cpp")
     try:
         with torch.no_grad():
             function(**call)
@@ -284,24 +286,25 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--backend", default="auto", choices=("auto", "native"))
+    parser.add_argument("--backend", default="auto", choices=("auto", "cpp"))
+    parser.add_argument("--ops", nargs="+", default=OPS, choices=OPS)
     arguments = parser.parse_args(argv)
     seed = random.SystemRandom().randrange(2**32) if arguments.seed is None else arguments.seed
     print(f"seed {seed}, {arguments.cases} cases", flush=True)
-    found = {op: registry.IMPLEMENTATIONS[op].get("native") for op in OPS}
-    native = {op for op in OPS if found[op] and not found[op].why_not("cpu", torch.float32)}
-    begin, counts = time.monotonic(), {op: [0, 0] for op in OPS}
+    found = {op: registry.IMPLEMENTATIONS[op].get("cpp") for op in OPS}
+    cpp = {op for op in OPS if found[op] and not found[op].why_not("cpu", torch.float32)}
+    begin, counts = time.monotonic(), {op: [0, 0] for op in arguments.ops}
     for case in range(arguments.cases):
         rng = random.Random(f"{seed} {case}")
         torch.manual_seed(rng.randrange(2**32))
-        op = OPS[case % len(OPS)]
+        op = arguments.ops[case % len(arguments.ops)]
         call = RandomDraw(rng, RECORDS[op])(RECORDS[op])
         if rng.random() < 0.5:
             call = corrupted(rng, call)
         valid = RECORDS[op].is_valid(call)
         try:
             judge(op, call, arguments.backend)
-            if op in native and not valid:
+            if op in cpp and not valid:
                 unchecked(op, call)
         except Exception as error:
             said = {

@@ -26,7 +26,7 @@ SOURCES = [
 MAX_LINES = 660
 PICKLES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 # Kernels and what leads to them: an oracle that calls one would judge it by itself.
-NOT_FOR_A_REFERENCE = {"api", "modules", "native", "registry", "triton"}
+NOT_FOR_A_REFERENCE = {"api", "autograd", "cpp", "cuda", "modules", "registry", "sdpa", "triton"}
 
 
 def name(path: Path) -> str:

@@ -26,7 +26,9 @@ from ecar.files import atomic_path
 from ecar_kernels.registry import BACKENDS, OPS, RECORDS
 
 ROOT = Path(__file__).resolve().parent.parent
-PLACE = re.compile(r"<!-- (figures|contract): ([\w-]+) -->\n.*?<!-- end of \1 -->", re.DOTALL)
+PLACE = re.compile(
+    r"^<!-- (figures|contract): ([\w-]+) -->\n.*?^<!-- end of \1 -->", re.DOTALL | re.MULTILINE
+)
 NOT_MEASURED = "Not measured yet."
 
 

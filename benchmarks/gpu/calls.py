@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import cases
-from ecar_kernels.registry import KERNEL_DTYPES, OPS, BackendUnavailableError, resolve
+from ecar_kernels.registry import BACKENDS, KERNEL_DTYPES, OPS, BackendUnavailableError, resolve
 from ecar_kernels.testing import DIFFERENTIABLE, arguments, run
 
 # Small views with all optional arguments; small, contiguous and without them; a model's sizes:
 # E-CAR-L's, whose width is no power of two and whose heads are 72 wide.
 SMALL = ("views", "plain")
 LAYOUTS = (*SMALL, "E-CAR-L")
-BACKENDS = ("native", "triton")
+KERNELS = tuple(name for name in BACKENDS if name != "reference")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def calls(
             for op in OPS:
                 given = functools.partial(_given, op, device, dtype, layout)
                 width = _width(given()) if layout in SMALL else _case(op).op_width
-                for backend in BACKENDS:
+                for backend in KERNELS:
                     try:
                         function = resolve(
                             op, device=device, dtype=dtype, width=width, backend=backend

@@ -19,13 +19,12 @@ from benchmarks.gpu.timing import Timer, interleave, measure_rates
 from benchmarks.gpu.work import Work, served
 from benchmarks.results import duration
 from ecar_kernels.costs import BACKWARD_READS, Rates, floor_seconds
-from ecar_kernels.registry import FAMILIES, BackendUnavailableError, resolve
+from ecar_kernels.registry import BACKENDS, FAMILIES, BackendUnavailableError, resolve
 from ecar_kernels.testing import tensors
 
 DTYPE = torch.bfloat16
 MAX_SETS = 256
 WHOLE = ("L", "L-512px", "L-1024px", cases.VAR, "S", "B")  # 336, 1,344, 5,440 and 680 tokens
-BACKENDS = ("reference", "native", "triton")
 Functions = dict[str, Callable]
 
 

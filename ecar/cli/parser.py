@@ -152,6 +152,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--backend",
-        choices=("auto", "reference", "native", "triton"),
-        help="kernels; by default $ECAR_BACKEND, or auto: the best that can serve",
+        choices=("auto", "reference", "cpp", "cuda", "sdpa", "triton", "native"),
+        help="kernels; by default $ECAR_BACKEND, or auto: the best that can serve; native is a "
+        "former name of cpp, cuda and sdpa",
     )

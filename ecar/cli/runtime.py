@@ -53,7 +53,7 @@ def chosen_backend(name: str | None) -> AbstractContextManager[Any]:
 
 
 def describe_backends(config: ECARConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """ "native (stage_attention), reference (adaln_linear, ..)".
+    """ "cpp (stage_attention), reference (adaln_linear, ..)".
 
     Raises:
         BackendUnavailableError: the backend asked for cannot serve an op.

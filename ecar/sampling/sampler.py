@@ -42,7 +42,7 @@ class SampleOutput:
         stage_ends: with ``return_stage_ends``, the end state of every stage, coarse to fine.
         why_not_graph: None where a CUDA graph was replayed, else the reason.
         served: for each op of ``ecar_kernels`` that drew them, the backend that served it, or
-            several, as in "native, reference". A model's class is there too, with "torch" where
+            several, as in "cpp, reference". A model's class is there too, with "torch" where
             its layers are torch's own (as without ``accelerate``), or with "unknown" where it
             stands in for one of ours.
     """

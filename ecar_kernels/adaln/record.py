@@ -6,8 +6,8 @@ from ecar_kernels.ops import EPS, Cost, Family, Implementation, Invalid, Op, mod
 
 def _backends(op: str) -> dict[str, Implementation]:
     return {
-        "native": Implementation(
-            f"ecar_kernels.adaln.native:{op}", devices=("cpu",), missing=_native.why_not
+        "cpp": Implementation(
+            f"ecar_kernels.adaln.cpp:{op}", devices=("cpu",), missing=_native.why_not
         ),
         "triton": Implementation(
             f"ecar_kernels.adaln.triton:{op}", max_width=8192, **_triton.serves()

@@ -8,69 +8,15 @@ import torch
 from torch import Tensor
 
 from ecar_kernels import _triton, tuning
-from ecar_kernels._transforms import differentiable_again
-from ecar_kernels.adaln import kernels, launch
-from ecar_kernels.adaln._autograd import (
-    adaln_gradients,
-    any_requires_grad,
-    both_gradients,
-    gated_residual_gradients,
-    rows_of,
-    shape_of,
-)
-
-
-def adaln(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    *,
-    step_shift: Tensor | None = None,
-    step_scale: Tensor | None = None,
-    eps: float = 1e-6,
-) -> Tensor:
-    """y = LN(x) (1 + scale + step_scale) + shift + step_shift."""
-    if torch.is_grad_enabled() and any_requires_grad(x, shift, scale, step_shift, step_scale):
-        return _AdaLN.apply(x, shift, scale, step_shift, step_scale, eps)
-    return _adaln(x, shift, scale, step_shift, step_scale, eps)
-
-
-def gated_residual(
-    x: Tensor, branch: Tensor, gate: Tensor, *, step_gate: Tensor | None = None
-) -> Tensor:
-    """x + (gate + step_gate) branch."""
-    if torch.is_grad_enabled() and any_requires_grad(x, branch, gate, step_gate):
-        return _GatedResidual.apply(x, branch, gate, step_gate)
-    return _gated_residual(x, branch, gate, step_gate)
-
-
-def gated_residual_adaln(
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    *,
-    step_gate: Tensor | None = None,
-    step_shift: Tensor | None = None,
-    step_scale: Tensor | None = None,
-    eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
-    """The new residual stream, and its adaLN, in one pass."""
-    tensors = (x, branch, gate, shift, scale, step_gate, step_shift, step_scale)
-    if torch.is_grad_enabled() and any_requires_grad(*tensors):
-        return _GatedResidualAdaLN.apply(*tensors, eps)
-    return _both(*tensors, eps)
+from ecar_kernels.adaln import autograd, kernels, launch
 
 
 def _sums_asked(
-    x: Tensor, wanted: tuple, shapes: tuple, steps_wanted: tuple, step_shapes: tuple
+    wanted: tuple, whole: tuple, steps_wanted: tuple, shared: tuple
 ) -> tuple[list[bool], bool, bool]:
     """Which modulations' gradients are summed over tokens; whether for each image; over all."""
-    broadcast = [want and shape != x.shape for want, shape in zip(wanted, shapes, strict=True)]
-    whole_batch = [
-        want and shape[0] == 1 for want, shape in zip(steps_wanted, step_shapes, strict=True)
-    ]
+    broadcast = [want and not its for want, its in zip(wanted, whole, strict=True)]
+    whole_batch = [want and its for want, its in zip(steps_wanted, shared, strict=True)]
     summed = [a or b for a, b in zip(broadcast, steps_wanted, strict=True)]
     images = any(broadcast) or whole_batch != list(steps_wanted)
     return summed, images, any(whole_batch)
@@ -78,23 +24,24 @@ def _sums_asked(
 
 def _modulation_gradients(
     x: Tensor,
+    gradients: tuple,
     wanted: tuple,
-    wholes: tuple,
-    shapes: tuple,
+    whole: tuple,
     steps_wanted: tuple,
-    step_shapes: tuple,
+    shared: tuple,
     summed: list[bool],
     sums: Tensor,
 ) -> list[Tensor | None]:
-    """Those of the tokens' parts, then those of the steps'; `wholes`: where nothing is summed."""
+    """Those of the tokens' parts, then those of the steps'; `gradients`: where nothing is
+    summed."""
     parts, steps, slot = [], [], 0
-    for i, whole in enumerate(wholes):
+    for i, gradient in enumerate(gradients):
         part = step = None
         if wanted[i]:
-            part = whole if shapes[i] == x.shape else sums[slot, : x.shape[0], None]
+            part = gradient if whole[i] else sums[slot, : x.shape[0], None]
         if steps_wanted[i]:
             # The sum over all images is the last row.
-            rows = sums[slot, -1:] if step_shapes[i][0] == 1 else sums[slot, : x.shape[0]]
+            rows = sums[slot, -1:] if shared[i] else sums[slot, : x.shape[0]]
             step = rows[:, None]
         parts.append(part)
         steps.append(step)
@@ -102,125 +49,69 @@ def _modulation_gradients(
     return parts + steps
 
 
-class _AdaLN(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, shift, scale, step_shift, step_scale, eps):
-        ctx.save_for_backward(x, scale, step_scale)
-        ctx.shapes = shift.shape, shape_of(step_shift)
-        ctx.eps = eps
-        return _adaln(x, shift, scale, step_shift, step_scale, eps)
-
-    @staticmethod
-    @differentiable_again(adaln_gradients)
-    def backward(ctx, grad_y):
-        x, scale, step_scale = ctx.saved_tensors
-        x_wanted, *wanted, _ = ctx.needs_input_grad
-        asked = (
-            (wanted[0], wanted[1]),
-            (ctx.shapes[0], scale.shape),
-            (wanted[2], wanted[3]),
-            (ctx.shapes[1], shape_of(step_scale)),
-        )
-        summed, images, total = _sums_asked(x, *asked)
-        grad_y = rows_of(grad_y)
-        grad_x, grad_scale, sums = _adaln_backward(
-            grad_y,
-            x,
-            scale,
-            step_scale,
-            ctx.eps,
-            [x_wanted, wanted[1] and scale.shape == x.shape],
-            summed,
-            images,
-            total,
-        )
-        gradients = _modulation_gradients(
-            x, asked[0], (grad_y, grad_scale), *asked[1:], summed, sums
-        )
-        return grad_x if x_wanted else None, *gradients, None
+def _adaln_gradients(grad_y, x, scale, step_scale, eps, wanted, whole, shared):
+    x_wanted, *others = wanted
+    asked = others[:2], whole, others[2:], shared
+    summed, images, total = _sums_asked(*asked)
+    grad_x, grad_scale, sums = _adaln_backward(
+        grad_y, x, scale, step_scale, eps, [x_wanted, others[1] and whole[1]], summed, images, total
+    )
+    gradients = _modulation_gradients(x, (grad_y, grad_scale), *asked, summed, sums)
+    return grad_x if x_wanted else None, *gradients
 
 
-class _GatedResidual(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, branch, gate, step_gate):
-        ctx.save_for_backward(branch, gate, step_gate)
-        return _gated_residual(x, branch, gate, step_gate)
-
-    @staticmethod
-    @differentiable_again(gated_residual_gradients)
-    def backward(ctx, grad):
-        branch, gate, step_gate = ctx.saved_tensors
-        x_wanted, branch_wanted, gate_wanted, step_wanted = ctx.needs_input_grad
-        grad_x = grad if x_wanted else None
-        if not (branch_wanted or gate_wanted or step_wanted):
-            return grad_x, None, None, None
-        asked = (gate_wanted,), (gate.shape,), (step_wanted,), (shape_of(step_gate),)
-        summed, images, total = _sums_asked(branch, *asked)
-        grad_branch, grad_gate, sums = _gated_residual_backward(
-            rows_of(grad),
-            branch,
-            gate,
-            step_gate,
-            [branch_wanted, gate_wanted and gate.shape == branch.shape],
-            summed,
-            images,
-            total,
-        )
-        gradients = _modulation_gradients(branch, asked[0], (grad_gate,), *asked[1:], summed, sums)
-        return grad_x, grad_branch if branch_wanted else None, *gradients
+def _gated_residual_gradients(grad, branch, gate, step_gate, wanted, whole, shared):
+    branch_wanted, gate_wanted, step_wanted = wanted
+    asked = (gate_wanted,), whole, (step_wanted,), shared
+    summed, images, total = _sums_asked(*asked)
+    grad_branch, grad_gate, sums = _gated_residual_backward(
+        grad,
+        branch,
+        gate,
+        step_gate,
+        [branch_wanted, gate_wanted and whole[0]],
+        summed,
+        images,
+        total,
+    )
+    gradients = _modulation_gradients(branch, (grad_gate,), *asked, summed, sums)
+    return grad_branch if branch_wanted else None, *gradients
 
 
-class _GatedResidualAdaLN(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, branch, gate, shift, scale, step_gate, step_shift, step_scale, eps):
-        new_x, y = _both(x, branch, gate, shift, scale, step_gate, step_shift, step_scale, eps)
-        ctx.save_for_backward(new_x, branch, gate, scale, step_gate, step_scale)
-        ctx.shapes = shift.shape, shape_of(step_shift)
-        ctx.eps = eps
-        return new_x, y
-
-    @staticmethod
-    @differentiable_again(both_gradients)
-    def backward(ctx, grad_new_x, grad_y):
-        new_x, branch, gate, scale, step_gate, step_scale = ctx.saved_tensors
-        x_wanted, branch_wanted, *wanted, _ = ctx.needs_input_grad
-        asked = (
-            tuple(wanted[:3]),
-            (gate.shape, ctx.shapes[0], scale.shape),
-            tuple(wanted[3:]),
-            (shape_of(step_gate), ctx.shapes[1], shape_of(step_scale)),
-        )
-        summed, images, total = _sums_asked(new_x, *asked)
-        grad_y = rows_of(grad_y)
-        grad_x, grad_branch, grad_gate, grad_scale, sums = _both_backward(
-            rows_of(grad_new_x),
-            grad_y,
-            new_x,
-            branch,
-            gate,
-            scale,
-            step_gate,
-            step_scale,
-            ctx.eps,
-            [
-                x_wanted,
-                branch_wanted,
-                wanted[0] and gate.shape == new_x.shape,
-                wanted[2] and scale.shape == new_x.shape,
-            ],
-            summed,
-            images,
-            total,
-        )
-        gradients = _modulation_gradients(
-            new_x, asked[0], (grad_gate, grad_y, grad_scale), *asked[1:], summed, sums
-        )
-        return (
-            grad_x if x_wanted else None,
-            grad_branch if branch_wanted else None,
-            *gradients,
-            None,
-        )
+def _both_gradients(
+    grad_new_x,
+    grad_y,
+    new_x,
+    branch,
+    gate,
+    scale,
+    step_gate,
+    step_scale,
+    eps,
+    wanted,
+    whole,
+    shared,
+):
+    x_wanted, branch_wanted, *others = wanted
+    asked = others[:3], whole, others[3:], shared
+    summed, images, total = _sums_asked(*asked)
+    grad_x, grad_branch, grad_gate, grad_scale, sums = _both_backward(
+        grad_new_x,
+        grad_y,
+        new_x,
+        branch,
+        gate,
+        scale,
+        step_gate,
+        step_scale,
+        eps,
+        [x_wanted, branch_wanted, others[0] and whole[0], others[2] and whole[2]],
+        summed,
+        images,
+        total,
+    )
+    gradients = _modulation_gradients(new_x, (grad_gate, grad_y, grad_scale), *asked, summed, sums)
+    return (grad_x if x_wanted else None, grad_branch if branch_wanted else None, *gradients)
 
 
 def _run_adaln(x, shift, scale, step_shift, step_scale, eps):
@@ -652,3 +543,7 @@ _both_backward = _triton.register(
     _run_both_backward,
     _fake_both_backward,
 )
+
+adaln = autograd.adaln(_adaln, _adaln_gradients)
+gated_residual = autograd.gated_residual(_gated_residual, _gated_residual_gradients)
+gated_residual_adaln = autograd.gated_residual_adaln(_both, _both_gradients)

@@ -17,11 +17,11 @@ from ecar_kernels.ops import (
 
 def _backends(op: str) -> dict[str, Implementation]:
     return {
-        "native": Implementation(
-            f"ecar_kernels.flow_block.native:{op}",
+        "cpp": Implementation(
+            f"ecar_kernels.flow_block.cpp:{op}",
             devices=("cpu",),
             missing=_native.why_not,
-            prepare="ecar_kernels.flow_block.native:prepare_weight",
+            prepare="ecar_kernels.flow_block.cpp:prepare_weight",
         ),
         "triton": Implementation(f"ecar_kernels.flow_block.triton:{op}", **_triton.serves()),
     }

@@ -146,7 +146,7 @@ def _check_step(x: Tensor, velocity: object, dt: object, guidance_scale: object)
             f"{[2 * batch, *x.shape[1:]]}, got {list(velocity.shape)}"
         )
     check_number("dt", dt)
-    _check_guidance(guidance_scale, x)
+    check_guidance(guidance_scale, x)
     if velocity.shape[0] != 2 * batch and (
         isinstance(guidance_scale, Tensor) or guidance_scale != 1
     ):
@@ -156,7 +156,7 @@ def _check_step(x: Tensor, velocity: object, dt: object, guidance_scale: object)
         )
 
 
-def _check_guidance(scale: object, x: Tensor) -> None:
+def check_guidance(scale: object, x: Tensor) -> None:
     """A Python number, or one float32 on x's device."""
     if not isinstance(scale, Tensor) or scale.ndim != 0:
         check_number("guidance_scale", scale)

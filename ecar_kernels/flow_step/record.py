@@ -4,8 +4,8 @@ import torch
 
 from ecar_kernels import _native
 from ecar_kernels.ops import (
+    DT,
     DTYPES,
-    EPS,
     GUIDANCE_SCALE,
     Cost,
     Family,
@@ -14,22 +14,20 @@ from ecar_kernels.ops import (
     Op,
     guided,
     is_count,
-    modulation,
     number,
     tensor,
     value,
 )
 
 
-def _backends(op: str, module: str = "native", **limits: int) -> dict[str, Implementation]:
+def _backends(op: str) -> dict[str, Implementation]:
     return {
-        "native": Implementation(
-            f"ecar_kernels.flow_step.{module}:{op}",
-            devices=("cpu", "cuda"),
-            missing=_native.why_not,
-            missing_on={"cuda": _native.why_not_cuda},
-            **limits,
-        )
+        "cpp": Implementation(
+            f"ecar_kernels.flow_step.cpp:{op}", devices=("cpu",), missing=_native.why_not
+        ),
+        "cuda": Implementation(
+            f"ecar_kernels.flow_step.cuda:{op}", devices=("cuda",), missing=_native.why_not_cuda
+        ),
     }
 
 
@@ -44,11 +42,10 @@ def _is_device(device: object) -> bool:
         return False
 
 
-_DT = number("dt", 0.125, 1.0, 0.1, 1)
 _STEP = (
     tensor("x", "[B, C, h, w]"),
     tensor("velocity", "[2B, C, h, w] or [B, C, h, w]"),
-    _DT,
+    DT,
     GUIDANCE_SCALE,
 )
 _SEEDS = tensor("seeds", "[B]", dtype=torch.int64, nullable=True)
@@ -169,35 +166,6 @@ FAMILY = Family(
             invalid=_NOISE_INVALID,
             gradients="none",
             autocast="",
-        ),
-        Op(
-            "flow_boundary",
-            "from the last block to the next step's tokens; inference",
-            (
-                tensor("x", "[R, N, C]"),
-                tensor("state", "[B, N, P]", either=torch.float32),
-                *modulation("shift", "scale", rows="R"),
-                tensor("weight", "[P, C]", weight=True, contiguous=True),
-                tensor("bias", "[P]", contiguous=True),
-                tensor("embed_weight", "[C, P]", weight=True, contiguous=True),
-                tensor("embed_bias", "[C]", contiguous=True),
-                tensor("positions", "[N, C]", contiguous=True),
-                _DT,
-                GUIDANCE_SCALE,
-                EPS,
-            ),
-            _backends("flow_boundary", "boundary", max_width=8192),
-            rules=(
-                lambda sizes, given: sizes["R"] in (sizes["B"], 2 * sizes["B"]),
-                lambda sizes, given: 1 <= sizes["P"] <= 64,
-                guided("R", "B"),
-            ),
-            gradients="refused",
-            cost=Cost(
-                lambda sizes, given: (
-                    (sizes["R"] + sizes["B"]) * sizes["N"] * sizes["C"] * sizes["P"]
-                )
-            ),
         ),
     ),
 )

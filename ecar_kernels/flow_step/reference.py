@@ -9,11 +9,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ecar_kernels._precision import accumulation_dtype, widen
-from ecar_kernels.adaln.reference import adaln
 
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -120,7 +118,7 @@ def haar_high_pass(details: Tensor) -> Tensor:
     return blocks.flatten(4, 5).flatten(2, 3).to(details.dtype)
 
 
-def _euler(x: Tensor, velocity: Tensor, dt: float, guidance_scale: float | Tensor) -> Tensor:
+def guided_euler(x: Tensor, velocity: Tensor, dt: float, guidance_scale: float | Tensor) -> Tensor:
     """x + dt v in the wide type; v is guided where the velocity has both halves."""
     v = widen(velocity)
     batch = x.shape[0]
@@ -134,7 +132,7 @@ def euler_step(
     x: Tensor, velocity: Tensor, dt: float, *, guidance_scale: float | Tensor = 1.0
 ) -> Tensor:
     """x + dt v, v = v_u + guidance_scale (v_c - v_u) for a velocity of 2B rows, v_c first."""
-    return _euler(x, velocity, dt, guidance_scale).to(x.dtype)
+    return guided_euler(x, velocity, dt, guidance_scale).to(x.dtype)
 
 
 def upsample_renoise_euler(
@@ -149,34 +147,9 @@ def upsample_renoise_euler(
     guidance_scale: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """end = x + dt v;  start = (1 + t)/2 up(end) + (1 - t) h, with t = time."""
-    end = _euler(x, velocity, dt, guidance_scale)
+    end = guided_euler(x, velocity, dt, guidance_scale)
     if details is None:
         details = block_details(seeds, stage, x.shape[1:], end.dtype)
     upsampled = end.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     start = (1 + time) / 2 * upsampled + (1 - time) * haar_high_pass(widen(details))
     return end.to(x.dtype), start.to(x.dtype)
-
-
-def flow_boundary(
-    x: Tensor,
-    state: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    embed_weight: Tensor,
-    embed_bias: Tensor,
-    positions: Tensor,
-    dt: float,
-    *,
-    step_shift: Tensor | None = None,
-    step_scale: Tensor | None = None,
-    guidance_scale: float | Tensor = 1.0,
-    eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
-    """v = adaln(x) weight^T + bias;  state' = state + dt v;  state' embed^T + bias + positions."""
-    y = adaln(x, shift, scale, step_shift=step_shift, step_scale=step_scale, eps=eps)
-    velocity = F.linear(y, weight, bias)
-    moved = _euler(state, velocity, dt, guidance_scale).to(state.dtype)
-    embedded = F.linear(moved.to(x.dtype), embed_weight, embed_bias) + positions
-    return moved, embedded.repeat(x.shape[0] // max(state.shape[0], 1), 1, 1)

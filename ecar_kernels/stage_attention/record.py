@@ -55,9 +55,14 @@ FAMILY = Family(
                 number("scale", None, 0.5, optional=True, nullable=True),
             ),
             {
-                "native": Implementation(
-                    "ecar_kernels.stage_attention.native:stage_attention",
-                    missing_on={"cpu": _native.why_not},
+                "cpp": Implementation(
+                    "ecar_kernels.stage_attention.cpp:stage_attention",
+                    devices=("cpu",),
+                    missing=_native.why_not,
+                ),
+                "sdpa": Implementation(
+                    "ecar_kernels.stage_attention.sdpa:stage_attention",
+                    missing_on={"cpu": lambda: "the C++ backend serves its tensors"},
                 ),
                 "triton": Implementation(
                     "ecar_kernels.stage_attention.triton:stage_attention",

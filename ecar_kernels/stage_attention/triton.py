@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from ecar_kernels import _triton, tuning
-from ecar_kernels.stage_attention import gradient_kernels, kernels, launch, tiles
-from ecar_kernels.stage_attention._autograd import differentiable
+from ecar_kernels.stage_attention import autograd, gradient_kernels, kernels, launch, tiles
 from ecar_kernels.stage_attention.unaligned_kernels import (
     unaligned_forward_kernel,
     unaligned_key_gradients_kernel,
@@ -30,16 +29,6 @@ _KERNELS = {
         unaligned_query_gradients_kernel,
     ),
 }
-
-
-def stage_attention(
-    q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int], *, scale: float | None = None
-) -> Tensor:
-    """q [B, Nq, H, D], k and v [B, N, H, D] -> [B, Nq, H, D]."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _StageAttention.apply(q, k, v, stage_lengths, scale)
-    return _forward(q, k, v, stage_lengths, scale)
 
 
 def _run_forward(q: Tensor, k: Tensor, v: Tensor, stage_lengths: list[int], scale: float) -> Tensor:
@@ -347,4 +336,4 @@ _backward = _triton.register(
     _run_backward,
     _fake_backward,
 )
-_StageAttention = differentiable(_training, _backward)
+stage_attention = autograd.stage_attention(_forward, _training, _backward)

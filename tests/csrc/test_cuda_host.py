@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ecar_kernels.flow_boundary.reference import flow_boundary
 from ecar_kernels.flow_step import reference
 from ecar_kernels.registry import KERNEL_DTYPES
 from tests.support.accuracy import assert_accurate
@@ -111,7 +112,7 @@ def test_initial_noise(host, images, shape, wide, dtype):
 
 
 def boundary_reference(scale_, **call):
-    return reference.flow_boundary(scale=scale_, **call)
+    return flow_boundary(scale=scale_, **call)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_counts_are_those_of_a_real_sampling(settings, monkeypatch):
     monkeypatch.setattr(registry, "_servers", {})
     # The counter does not see into those in C++.
     for op in (*registry.FAMILIES["flow_block"], "flow_boundary", "stage_attention"):
-        monkeypatch.delitem(registry.IMPLEMENTATIONS[op], "native")
+        monkeypatch.delitem(registry.IMPLEMENTATIONS[op], "cpp")
     zero = torch.zeros(1, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         sample(ECAR(TINY).eval(), zero, seeds=zero, **settings)
@@ -95,15 +95,15 @@ def test_backends_in_use_under_reference_and_auto():
         "upsample_renoise_euler",
         "initial_noise",
     } | ({"flow_boundary"} if _native.why_not() is None else set())
-    assert set(serving.values()) <= {"reference", "native", "triton"}
+    assert set(serving.values()) <= {"reference", "cpp", "triton"}
 
 
 def test_flow_boundary_is_in_use_where_a_kernel_serves_it(monkeypatch):
     kernel = registry.Implementation("ecar_kernels.adaln.reference:adaln")
-    monkeypatch.setitem(registry.IMPLEMENTATIONS["flow_boundary"], "native", kernel)
+    monkeypatch.setitem(registry.IMPLEMENTATIONS["flow_boundary"], "cpp", kernel)
     monkeypatch.setattr(registry, "_servers", {})
     with use_backend("auto"):
-        assert backends_in_use(TINY, "cpu", torch.float32)["flow_boundary"] == "native"
+        assert backends_in_use(TINY, "cpu", torch.float32)["flow_boundary"] == "cpp"
 
 
 def test_a_named_backend_that_cannot_serve_says_why(monkeypatch):

@@ -115,7 +115,7 @@ def test_print_shows_what_serves_each_module(model):
 
 @needs_native
 def test_print_names_the_native_backend(model):
-    assert "linear_gated_residual: native" in str(accelerated(model, backend="native"))
+    assert "linear_gated_residual: cpp" in str(accelerated(model, backend="cpp"))
 
 
 def test_accelerating_twice_and_restoring_what_is_plain(model, x):
@@ -130,7 +130,7 @@ def test_accelerating_twice_and_restoring_what_is_plain(model, x):
 def test_the_backend_is_bound_ahead_of_time(model, x):
     with use_backend("reference"):
         accelerate(model)
-    assert "adaln: reference" in str(model) and "native" not in str(model)
+    assert "adaln: reference" in str(model) and "cpp" not in str(model)
     first = infer(model, x)
     accelerate(model)
     bound = infer(model, x)
@@ -313,8 +313,8 @@ def test_what_accelerate_refuses(model):
 
 def test_a_backend_that_cannot_serve_changes_nothing(model):
     text = str(model.double())
-    with pytest.raises(BackendUnavailableError, match=r"module 'block' \(StageBlock\): .*native"):
-        accelerate(model, backend="native")
+    with pytest.raises(BackendUnavailableError, match=r"module 'block' \(StageBlock\): .*cpp"):
+        accelerate(model, backend="cpp")
     assert str(model) == text
 
 
@@ -322,7 +322,7 @@ def test_a_bound_backend_never_falls_back(model, x):
     accelerate(model, backend="reference")
     assert "reference" in str(model.double())  # which it serves
     if ecar_kernels._native.why_not() is None:
-        accelerated(model.float(), backend="native").double()
+        accelerated(model.float(), backend="cpp").double()
         with pytest.raises(BackendUnavailableError, match=r"does not serve torch\.float64"):
             infer(model, x.double())
 

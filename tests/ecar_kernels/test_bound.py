@@ -131,7 +131,7 @@ def test_what_serves_it_is_recorded():
             seeds=torch.tensor([1]),
         )
     ops = "adaln_linear", "stage_attention", "linear_gated_residual", "flow_boundary"
-    assert log == {op: {"native"} for op in (*ops, "upsample_renoise_euler")}
+    assert log == {op: {"cpp"} for op in (*ops, "upsample_renoise_euler")}
 
 
 class TestWhyNot:

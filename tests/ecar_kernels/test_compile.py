@@ -137,7 +137,7 @@ def test_a_graph_follows_the_backend_in_force():
     counter = CompileCounter()
     compiled = torch.compile(stage_attention, fullgraph=True, backend=counter)
     call = arguments("stage_attention")
-    for backend, graphs in (("native", 1), ("reference", 2), ("native", 2)):
+    for backend, graphs in (("cpp", 1), ("reference", 2), ("cpp", 2)):
         with use_backend(backend):
             assert compiled(**call).equal(stage_attention(**call))
         assert counter.frame_count == graphs

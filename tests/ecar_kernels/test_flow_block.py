@@ -53,7 +53,7 @@ def test_fused_is_unfused(dtype, optional):
     assert reference.linear_gated_residual(**call).equal(expected)
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_native)])
 def test_what_is_added_to_scale(backend):
     """scale_offset + scale is one number: the same bits for whichever part holds the 1, which is
     scale_offset where none is given."""
@@ -68,7 +68,7 @@ def test_what_is_added_to_scale(backend):
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_native)])
 def test_a_layer_norm_in_front_of_a_linear_layer(backend, dtype):
     """Its weight and bias, small and large, are scale and shift where scale_offset is 0."""
 

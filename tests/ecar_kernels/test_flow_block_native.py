@@ -27,14 +27,14 @@ LAYOUTS = ("contiguous", "chunk", "transposed", "expanded", "sliced")
 
 
 @pytest.fixture
-def native():
-    from ecar_kernels.flow_block import native
+def cpp():
+    from ecar_kernels.flow_block import cpp
 
-    return native
+    return cpp
 
 
 def kernel(op):
-    return resolve(op, device="cpu", dtype=torch.float32, backend="native")
+    return resolve(op, device="cpu", dtype=torch.float32, backend="cpp")
 
 
 def tokens(batch, count, channels, dtype=torch.float32, layout="contiguous"):
@@ -268,13 +268,13 @@ for dtype in KERNEL_DTYPES:
         pytest.skip(f"this CPU has no {isa}")
 
 
-def test_a_weight_is_packed_once(native):
+def test_a_weight_is_packed_once(cpp):
     call = call_of("adaln_linear", 1, 3, 40, 50)
-    packed = native.packed_weight(call["weight"])
+    packed = cpp.packed_weight(call["weight"])
     adaln_linear(**call)
-    assert native.packed_weight(call["weight"]) is packed
-    native.forget_packed()
-    again = native.packed_weight(call["weight"])
+    assert cpp.packed_weight(call["weight"]) is packed
+    cpp.forget_packed()
+    again = cpp.packed_weight(call["weight"])
     assert again is not packed and again.equal(packed)
 
 
@@ -308,10 +308,10 @@ def test_a_changed_weight_is_packed_anew(op):
     assert all(not a.equal(b) for a, b in itertools.pairwise(results))
 
 
-def test_a_packed_weight_dies_with_its_weight(native):
-    native.forget_packed()
+def test_a_packed_weight_dies_with_its_weight(cpp):
+    cpp.forget_packed()
     layer = nn.Linear(64, 80)
-    native.packed_weight(layer.weight)
+    cpp.packed_weight(layer.weight)
     assert len(packing._packed) == 1
     del layer
     gc.collect()
@@ -328,15 +328,15 @@ def test_weights_made_in_inference_mode(op):
             call["weight"].add_(1)
 
 
-def test_a_large_packed_weight_lies_on_large_pages(native):
-    packed = native.packed_weight(torch.randn(1000, 1000))
+def test_a_large_packed_weight_lies_on_large_pages(cpp):
+    packed = cpp.packed_weight(torch.randn(1000, 1000))
     assert packed.data_ptr() % 2**21 == 0
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("optional", [True, False])
 @pytest.mark.parametrize("op", OPS)
-def test_opcheck(op, optional, dtype, native):
+def test_opcheck(op, optional, dtype, cpp):
     steps = ("one", "rows") if optional else (None, None)
     call = call_of(
         op,
@@ -349,7 +349,7 @@ def test_opcheck(op, optional, dtype, native):
         bias=optional,
         layouts=("transposed", "chunk", "sliced", "chunk", "expanded", "sliced", "sliced"),
     )
-    packed = native.packed_weight(call["weight"])
+    packed = cpp.packed_weight(call["weight"])
     if op == "adaln_linear":
         first = [call["x"], call["shift"], call["scale"]]
         rest = [call["bias"], call.get("step_shift"), call.get("step_scale")]
@@ -394,9 +394,9 @@ def test_export():
     assert exported.module()(*arguments).equal(block(*arguments))
 
 
-def test_the_ops_refuse_what_would_leave_their_tensors(native):
+def test_the_ops_refuse_what_would_leave_their_tensors(cpp):
     x, shift, scale = torch.randn(3, 2, 5, 24).unbind()
-    packed = native.packed_weight(torch.randn(40, 24))
+    packed = cpp.packed_weight(torch.randn(40, 24))
     op = torch.ops.ecar.packed_adaln_linear.default
     whole = [x, shift, scale, packed, 40, None, None, None, False, 1e-6, 1.0]
     op(*whole)

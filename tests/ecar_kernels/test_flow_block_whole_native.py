@@ -29,17 +29,15 @@ def made(batch=2, tokens=16, width=24, heads=2, hidden=40, dtype=torch.float32):
 
 def arguments(block, x, spatial, step, part):
     """What the op takes, x a copy."""
-    from ecar_kernels.flow_block import native
+    from ecar_kernels.flow_block import cpp
 
     batch, tokens, width = x.shape
     hidden = block.mlp.fc1.out_features
     layers = (block.qkv, block.proj, block.mlp.fc1, block.mlp.fc2)
-    weights = [
-        value for layer in layers for value in (native.packed_weight(layer.weight), layer.bias)
-    ]
+    weights = [value for layer in layers for value in (cpp.packed_weight(layer.weight), layer.bias)]
     wide = torch.empty(batch * tokens * max(4 * width, hidden), dtype=x.dtype)
     workspace = torch.empty(
-        max(native.workspace_size(batch * tokens, depth) for depth in (width, hidden))
+        max(cpp.workspace_size(batch * tokens, depth) for depth in (width, hidden))
     )
     return [
         x.clone(),
@@ -56,10 +54,10 @@ def arguments(block, x, spatial, step, part):
 
 
 def whole(block, *call):
-    from ecar_kernels.flow_block import native
+    from ecar_kernels.flow_block import cpp
 
     given = arguments(block, *call)
-    native.flow_block_(*given)
+    cpp.flow_block_(*given)
     return given[0]
 
 
@@ -80,7 +78,7 @@ def test_it_has_the_bits_of_the_five_ops(batch, tokens, size, hidden, dtype, see
     torch.manual_seed(seed)
     width, heads = size
     block, call = made(batch, tokens, width, heads, hidden, dtype)
-    ecar_kernels.accelerate(block, backend="native")
+    ecar_kernels.accelerate(block, backend="cpp")
     assert whole(block, *call).equal(by_ops(block, *call))
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ecar_kernels import flow_boundary, use_backend
-from ecar_kernels.flow_step import reference
+from ecar_kernels.flow_boundary import reference
 from ecar_kernels.registry import KERNEL_DTYPES, resolve
 from tests.ecar_kernels.test_flow_step_cuda import boundary
 from tests.support.accuracy import assert_accurate
@@ -19,12 +19,12 @@ OPTIONAL = ("step_shift", "step_scale")
 
 
 def kernel(dtype=torch.float32):
-    return resolve("flow_boundary", device="cpu", dtype=dtype, backend="native")
+    return resolve("flow_boundary", device="cpu", dtype=dtype, backend="cpp")
 
 
 def in_place(call):
     """The outputs of `flow_boundary_out`, written over copies of the state and of x."""
-    from ecar_kernels.flow_step.boundary import flow_boundary_out
+    from ecar_kernels.flow_boundary.cpp import flow_boundary_out
 
     x, state = call["x"].clone(), call["state"].contiguous().clone()
     names = ("shift", "scale", "weight", "bias", "embed_weight", "embed_bias", "positions", "dt")
@@ -163,7 +163,7 @@ def test_inductor_equals_eager():
     torch._dynamo.reset()
     for guided in (False, True):
         call = boundary(guided=guided)
-        with use_backend("native"):
+        with use_backend("cpp"):
             compiled = torch.compile(flow_boundary, fullgraph=True)(**call)
             assert all(map(Tensor.equal, compiled, flow_boundary(**call)))
 

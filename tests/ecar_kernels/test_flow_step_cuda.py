@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ecar_kernels import _native, flow_boundary, use_backend
+from ecar_kernels.flow_boundary import reference as boundary_reference
 from ecar_kernels.flow_step import reference
 from ecar_kernels.registry import KERNEL_DTYPES, resolve
 from tests.support.accuracy import assert_accurate
@@ -62,11 +63,11 @@ def test_the_boundary_is_its_formula(guided, dtype):
         v = v[2:] + 1.5 * (v[:2] - v[2:])
     state = wide["state"] + 0.125 * v
     embedded = state @ wide["embed_weight"].T + wide["embed_bias"] + wide["positions"]
-    found = reference.flow_boundary(**wide)
+    found = boundary_reference.flow_boundary(**wide)
     torch.testing.assert_close(found[0], state)
     torch.testing.assert_close(found[1], torch.cat([embedded] * (1 + guided)))
     with use_backend("auto"):
-        assert_accurate(flow_boundary, reference.flow_boundary, call)
+        assert_accurate(flow_boundary, boundary_reference.flow_boundary, call)
 
 
 @pytest.mark.parametrize(
@@ -106,13 +107,13 @@ def test_a_scale_in_a_tensor_is_its_number(op):
 @pytest.mark.parametrize("guided", [False, True])
 def test_fakes_without_a_gpu(guided):
     """The library loads beside a CPU torch too; shapes and types need no device."""
-    from ecar_kernels.flow_step import boundary as native
+    from ecar_kernels.flow_boundary import cuda
 
     call = {
         name: value.to("meta") if isinstance(value, torch.Tensor) else value
         for name, value in boundary(torch.bfloat16, guided).items()
     }
-    state, embedded = native.flow_boundary(**call)
+    state, embedded = cuda.flow_boundary(**call)
     assert state.shape == call["state"].shape and embedded.shape == call["x"].shape
 
 
@@ -124,16 +125,16 @@ class TestOnTheGPU:
     def test_accuracy(self, op, dtype):
         for optional in (True, False):
             call = on_gpu(arguments(op, dtype=dtype, optional=optional))
-            native = resolve(op, device="cuda", dtype=dtype, backend="native")
-            assert_accurate(native, getattr(reference, op), call)
+            cuda = resolve(op, device="cuda", dtype=dtype, backend="cuda")
+            assert_accurate(cuda, getattr(reference, op), call)
 
     @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
     @pytest.mark.parametrize("guided", [False, True])
     @pytest.mark.parametrize("tokens, channels", [(16, 72), (600, 1152), (5, 8192)])
     def test_boundary(self, tokens, channels, guided, dtype):
         call = boundary(dtype, guided, "cuda", tokens=tokens, channels=channels)
-        native = resolve("flow_boundary", device="cuda", dtype=dtype, backend="native")
-        assert_accurate(native, reference.flow_boundary, call)
+        cuda = resolve("flow_boundary", device="cuda", dtype=dtype, backend="cuda")
+        assert_accurate(cuda, boundary_reference.flow_boundary, call)
 
     def test_the_same_seed_gives_the_cpu_s_noise(self):
         seeds = torch.randint(-(2**63), 2**63 - 1, (5,))
@@ -151,11 +152,11 @@ class TestOnTheGPU:
         flow_boundary(**call)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph), use_backend("native"):
+        with torch.cuda.graph(graph), use_backend("cuda"):
             state, embedded = flow_boundary(**call)
         call["guidance_scale"].fill_(3.0)
         graph.replay()
-        with use_backend("native"):
+        with use_backend("cuda"):
             expected = flow_boundary(**call | {"guidance_scale": 3.0})
         assert state.equal(expected[0]) and embedded.equal(expected[1])
 

@@ -19,8 +19,8 @@ SEEDS = st.integers(-(2**63), 2**63 - 1)
 KINDS = st.sampled_from(["plain", "guided"])
 
 
-def native(op, dtype=torch.float32):
-    return resolve(op, device="cpu", dtype=dtype, backend="native")
+def cpp(op, dtype=torch.float32):
+    return resolve(op, device="cpu", dtype=dtype, backend="cpp")
 
 
 def images(shape, dtype, layout):
@@ -74,14 +74,14 @@ def calls(draw, op):
 def test_outputs_and_gradients(op, data):
     call = data.draw(calls(op))
     with torch.no_grad():
-        assert_accurate(native(op), getattr(reference, op), call)
-    assert_accurate(native(op), getattr(reference, op), call, gradients=True)
+        assert_accurate(cpp(op), getattr(reference, op), call)
+    assert_accurate(cpp(op), getattr(reference, op), call, gradients=True)
 
 
 @given(st.data())
 def test_an_euler_step_has_the_bits_of_the_reference(data):
     call = data.draw(calls("euler_step"))
-    assert native("euler_step")(**call).equal(reference.euler_step(**call))
+    assert cpp("euler_step")(**call).equal(reference.euler_step(**call))
 
 
 @given(
@@ -92,7 +92,7 @@ def test_an_euler_step_has_the_bits_of_the_reference(data):
 def test_the_same_seeds_give_the_reference_s_noise(seeds, shape, dtype):
     """To float rounding: an angle near a whole turn is rounded by 2^-22, a radius is below 7."""
     options = {"device": "cpu", "dtype": dtype}
-    ours = native("initial_noise", dtype)(torch.tensor(seeds), shape, **options)
+    ours = cpp("initial_noise", dtype)(torch.tensor(seeds), shape, **options)
     plain = reference.initial_noise(torch.tensor(seeds), shape, **options)
     assert ours.shape == plain.shape and ours.dtype == dtype
     allowed = 2e-6 + torch.finfo(dtype).eps * plain.double().abs()
@@ -105,7 +105,7 @@ def test_noise_is_as_accurate_as_the_reference():
     ours, plain, oracle = (
         op(seeds, (4, 32, 32), device="cpu", dtype=dtype)
         for op, dtype in (
-            (native("initial_noise"), torch.float32),
+            (cpp("initial_noise"), torch.float32),
             (reference.initial_noise, torch.float32),
             (reference.initial_noise, torch.float64),
         )
@@ -120,9 +120,7 @@ def test_a_jump_draws_the_reference_s_details(stage):
     """From a state of zero, start is half the noise: the details can be read off it."""
     seeds = torch.randint(-(2**63), 2**63 - 1, (3,))
     zero = torch.zeros(3, 2, 5, 7)
-    end, start = native("upsample_renoise_euler")(
-        zero, zero, 0.5, time=0.0, stage=stage, seeds=seeds
-    )
+    end, start = cpp("upsample_renoise_euler")(zero, zero, 0.5, time=0.0, stage=stage, seeds=seeds)
     expected = reference.haar_high_pass(
         reference.block_details(seeds, stage, (2, 5, 7), torch.float64)
     )
@@ -132,11 +130,11 @@ def test_a_jump_draws_the_reference_s_details(stage):
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_a_jump_into_given_tensors_has_the_same_bits_and_may_replace_x(dtype):
-    from ecar_kernels.flow_step.native import jump_out
+    from ecar_kernels.flow_step.cpp import jump_out
 
     x, velocity = torch.randn(2, 3, 4, 5).to(dtype), torch.randn(4, 3, 4, 5).to(dtype)
     seeds = torch.tensor([3, -4])
-    expected = native("upsample_renoise_euler", dtype)(
+    expected = cpp("upsample_renoise_euler", dtype)(
         x, velocity, 0.1, time=0.5, stage=2, seeds=seeds, guidance_scale=1.5
     )
     start = torch.empty(2, 3, 8, 10, dtype=dtype)
@@ -166,7 +164,7 @@ def test_edge_words_through_the_vector_functions():
         wanted[word, edge] = (column.argmin() if edge == "low" else column.argmax()).item()
     quarter = (words[:, 1] - 2**30).abs().argmin().item()
     extremes = torch.tensor([*wanted.values(), quarter])
-    noise = native("initial_noise")(extremes, (1, 1, 4), device="cpu", dtype=torch.float32)
+    noise = cpp("initial_noise")(extremes, (1, 1, 4), device="cpu", dtype=torch.float32)
     oracle = reference.normals(words[extremes], torch.float64)
     assert noise.isfinite().all()
     assert (noise.flatten(1).double() - oracle).abs().max() <= 4e-6
@@ -176,14 +174,14 @@ def test_seeds_may_be_strided_and_noise_fills_whole_images():
     """Elements in the last partial call and block, for counts around their sizes."""
     seeds = torch.randint(-(2**63), 2**63 - 1, (6,))[::3]
     for count in (1, 3, 4, 5, 63, 64, 65, 1023, 1024, 1025, 2051):
-        ours = native("initial_noise")(seeds, (1, 1, count), device="cpu", dtype=torch.float32)
+        ours = cpp("initial_noise")(seeds, (1, 1, count), device="cpu", dtype=torch.float32)
         plain = reference.initial_noise(seeds, (1, 1, count), device="cpu", dtype=torch.float32)
         assert ours.shape == (2, 1, 1, count)
         assert (ours - plain).abs().max() <= 4e-6
 
 
 def test_noise_of_no_image():
-    noise = native("initial_noise")(
+    noise = cpp("initial_noise")(
         torch.zeros(0, dtype=torch.int64), (4, 8, 8), device="cpu", dtype=torch.float32
     )
     assert noise.shape == (0, 4, 8, 8)
@@ -192,7 +190,7 @@ def test_noise_of_no_image():
 def test_a_guided_step_extrapolates():
     x, conditional, unconditional = torch.randn(3, 2, 4, 8, 8)
     velocity = torch.cat((conditional, unconditional))
-    found = native("euler_step")(x, velocity, 0.25, guidance_scale=3.0)
+    found = cpp("euler_step")(x, velocity, 0.25, guidance_scale=3.0)
     expected = x + 0.25 * (unconditional + 3 * (conditional - unconditional))
     torch.testing.assert_close(found, expected)
     assert math.isclose(found.std().item(), expected.std().item(), rel_tol=1e-5)

@@ -19,7 +19,11 @@ from tests.support.native import needs_native
 from tests.support.ops import DIFFERENTIABLE, INFERENCE_ONLY, arguments, function
 
 ROOT = Path(__file__).parent.parent.parent
-ELEMENTWISE = tuple(op for op in OPS if op not in ("stage_attention", *INFERENCE_ONLY))
+ELEMENTWISE = tuple(
+    op
+    for op in OPS
+    if "cpp" in registry.RECORDS[op].backends and op not in ("stage_attention", *INFERENCE_ONLY)
+)
 SETS = ("avx512", "avx2", "baseline")
 
 
@@ -99,7 +103,7 @@ NAMES = (
 def test_opcheck(name):
     """Schema (nothing mutated, nothing aliased), fake against real, tracing."""
     for op in ELEMENTWISE:
-        registry.IMPLEMENTATIONS[op]["native"].loaded  # noqa: B018 (its fakes)
+        registry.IMPLEMENTATIONS[op]["cpp"].loaded  # noqa: B018 (its fakes)
     for call in samples(name):
         torch.library.opcheck(getattr(torch.ops.ecar, name).default, call)
 
@@ -116,7 +120,7 @@ def test_inductor_equals_eager(op, fresh_graphs):
     """Bit for bit: the same op runs in both."""
     for optional in (True, False):
         call = arguments(op, optional=optional)
-        with use_backend("native"):
+        with use_backend("cpp"):
             compiled = tensors(torch.compile(function(op), fullgraph=True)(**call))
             for result, eager in zip(compiled, tensors(function(op)(**call)), strict=True):
                 torch.testing.assert_close(result, eager, rtol=1e-6, atol=1e-6)
@@ -127,7 +131,7 @@ def test_inductor_equals_eager(op, fresh_graphs):
 def test_inductor_gradients_by_the_accuracy_rule(op, fresh_graphs):
     compiled = torch.compile(function(op), fullgraph=True)
     reference = registry.resolve(op, device="cpu", dtype=torch.float32, backend="reference")
-    with use_backend("native"):
+    with use_backend("cpp"):
         weights = [torch.randn_like(y) for y in tensors(function(op)(**arguments(op)))]
         call = arguments(op)
         for ours, eager in zip(
@@ -178,7 +182,7 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, threads):
     assert set(calls) == set(ELEMENTWISE)
     for op, call in calls.items():
         results = {}
-        with use_backend("native"):
+        with use_backend("cpp"):
             weights = (
                 None
                 if op == "initial_noise"
@@ -201,7 +205,7 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, threads):
 def test_an_image_does_not_depend_on_its_batch(op, batch, seed):
     torch.manual_seed(seed)
     call = arguments(op, batch=batch, optional=False)
-    with use_backend("native"):
+    with use_backend("cpp"):
         whole = tensors(function(op)(**call))
         for image in range(batch):
             rows = [image, batch + image]
@@ -227,7 +231,7 @@ def test_outputs_too_large_for_a_cache_have_the_same_bits(dtype, channels):
         "gated_residual": (x, branch, gate),
         "gated_residual_adaln": (x, branch, gate, shift, scale),
     }
-    with use_backend("native"):
+    with use_backend("cpp"):
         for op, call in calls.items():
             whole = tensors(function(op)(*call))
             for half in (0, 1):
@@ -283,7 +287,7 @@ def test_an_unknown_instruction_set_changes_nothing():
 @needs_native
 def test_a_wrong_call_of_the_op_itself_is_refused():
     """Behind the public functions: nothing that reaches a kernel is trusted."""
-    registry.IMPLEMENTATIONS["adaln"]["native"].loaded  # noqa: B018
+    registry.IMPLEMENTATIONS["adaln"]["cpp"].loaded  # noqa: B018
     x, row = torch.randn(2, 3, 8), torch.randn(2, 1, 8)
     wrong = [
         ((x, row[:1], row, None, None, 1e-6), r"argument 'shift': expected \[2, 1, 8\], got "),
@@ -359,7 +363,7 @@ class TestAbsence:
             x = torch.randn(1, 2, 4)
             assert ek.resolve("adaln", device="cpu", dtype=x.dtype).backend == "reference"
             try:
-                with ek.use_backend("native"):
+                with ek.use_backend("cpp"):
                     ek.adaln(x, x, x)
             except ek.BackendUnavailableError as error:
                 print(error)
@@ -371,6 +375,6 @@ class TestAbsence:
         assert done.returncode == 0, done.stderr
         said = "the C++ library is not built: run pip install ."
         lines = done.stdout.splitlines()
-        assert lines[0] == f"backend 'native' cannot serve adaln: {said}"
-        table = [line for line in lines if line.split()[:2] == ["adaln", "native"]]
+        assert lines[0] == f"backend 'cpp' cannot serve adaln: {said}"
+        table = [line for line in lines if line.split()[:2] == ["adaln", "cpp"]]
         assert table[0].split()[2] == "no" and table[0].endswith(f"  {said}")

@@ -13,6 +13,7 @@ import torch
 import ecar_kernels
 from ecar_kernels import (
     BackendUnavailableError,
+    _native,
     _triton,
     active_backend,
     backends,
@@ -36,11 +37,11 @@ def bound(op: str, **kwargs) -> object:
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Gives adaln a native implementation with limits of the test's choosing."""
+    """Gives adaln a cpp implementation with limits of the test's choosing."""
 
     def install(**limits) -> Implementation:
         implementation = Implementation("ecar_kernels.adaln.reference:gated_residual", **limits)
-        monkeypatch.setitem(registry.IMPLEMENTATIONS["adaln"], "native", implementation)
+        monkeypatch.setitem(registry.IMPLEMENTATIONS["adaln"], "cpp", implementation)
         monkeypatch.setattr(registry, "_servers", {})
         return implementation
 
@@ -48,7 +49,7 @@ def fake(monkeypatch):
 
 
 def test_auto_prefers_the_dense_attention_per_stage():
-    assert bound("stage_attention").backend == "native"
+    assert bound("stage_attention").backend == "cpp"
     assert bound("stage_attention", backend="reference").backend == "reference"
 
 
@@ -86,8 +87,8 @@ def test_use_backend_nests_and_ends_with_its_block():
     outside = ecar_kernels.active_backend()
     with use_backend("reference"):
         assert bound("stage_attention").backend == "reference"
-        with use_backend("native"):
-            assert bound("stage_attention").backend == "native"
+        with use_backend("cpp"):
+            assert bound("stage_attention").backend == "cpp"
         assert ecar_kernels.active_backend() == "reference"
         with pytest.raises(ZeroDivisionError), use_backend("triton"):
             raise ZeroDivisionError
@@ -97,7 +98,7 @@ def test_use_backend_nests_and_ends_with_its_block():
 
 def test_one_use_backend_may_be_entered_again():
     choice = use_backend("reference")
-    with choice, use_backend("native"), choice:
+    with choice, use_backend("cpp"), choice:
         assert ecar_kernels.active_backend() == "reference"
     assert ecar_kernels.active_backend() == "auto"
 
@@ -128,8 +129,8 @@ def test_auto_falls_back_where_a_named_backend_refuses(fake):
         fake(**{limit: value})
         assert bound("adaln", width=9).function.__name__ == "adaln", limit
         with pytest.raises(BackendUnavailableError) as caught:
-            bound("adaln", width=9, backend="native")
-        assert str(caught.value) == f"backend 'native' cannot serve adaln: {reason}"
+            bound("adaln", width=9, backend="cpp")
+        assert str(caught.value) == f"backend 'cpp' cannot serve adaln: {reason}"
 
 
 def test_an_implementation_within_its_limits_is_chosen(fake):
@@ -143,7 +144,7 @@ def test_an_implementation_within_its_limits_is_chosen(fake):
 def test_what_serves_by_name_alone_is_not_taken_by_auto(fake):
     fake(named_only=("cpu",))
     assert bound("adaln").function.__name__ == "adaln"
-    assert bound("adaln", backend="native").function.__name__ == "gated_residual"
+    assert bound("adaln", backend="cpp").function.__name__ == "gated_residual"
 
 
 @pytest.mark.parametrize("dtype", registry.KERNEL_DTYPES, ids=str)
@@ -162,7 +163,7 @@ def test_the_search_runs_once(fake):
 
 def test_what_this_machine_lacks_is_in_the_table(fake):
     fake(missing=lambda: "no compiler was found")
-    row = next(row for row in backends() if (row.op, row.backend) == ("adaln", "native"))
+    row = next(row for row in backends() if (row.op, row.backend) == ("adaln", "cpp"))
     assert (row.available, row.why_not) == (False, "no compiler was found")
 
 
@@ -177,7 +178,7 @@ def test_what_a_backend_serves_is_in_the_table(fake):
         ),
     ):
         fake(**limits)
-        row = next(row for row in backends() if (row.op, row.backend) == ("adaln", "native"))
+        row = next(row for row in backends() if (row.op, row.backend) == ("adaln", "cpp"))
         assert row.limits == said
 
 
@@ -209,8 +210,32 @@ def test_triton_says_what_it_lacks(monkeypatch):
     assert _triton.why_not() == "triton is not installed"
 
 
+def test_the_former_name_of_a_backend_serves_and_warns():
+    meant = "'native' is now 'cuda', 'cpp', 'sdpa', whichever serves"
+    call = arguments("adaln")
+    with pytest.warns(DeprecationWarning, match=meant):
+        block = use_backend("native")
+    with block, registry.record() as log:
+        assert active_backend() == "native"
+        function("adaln")(**call)
+    expected = "reference" if _native.why_not() else "cpp"
+    assert log == {"adaln": {expected}}
+    with pytest.warns(DeprecationWarning, match=meant):
+        assert bound("stage_attention", backend="native").backend == expected
+    with pytest.warns(DeprecationWarning), pytest.raises(BackendUnavailableError) as caught:
+        bound("adaln", backend="native", dtype=torch.float64)
+    assert "backend 'cpp' cannot serve adaln" in str(caught.value)
+    code = """if True:
+        import torch, ecar_kernels
+        print(ecar_kernels.resolve("adaln", device="cpu", dtype=torch.float32))
+    """
+    done = python(code, ECAR_BACKEND="native", PYTHONWARNINGS="always::DeprecationWarning")
+    assert done.stdout.strip() == f"<adaln by {expected}>", done.stderr
+    assert f"environment variable ECAR_BACKEND: {meant}" in done.stderr
+
+
 def test_unknown_names_are_refused():
-    expected = "expected one of 'reference', 'native', 'triton', 'auto', got 'fast'"
+    expected = "expected one of 'reference', 'cpp', 'cuda', 'sdpa', 'triton', 'auto', got 'fast'"
     with pytest.raises(ValueError, match=f"argument 'name': {expected}"):
         use_backend("fast")
     with pytest.raises(ValueError, match=f"argument 'backend': {expected}"):
@@ -251,8 +276,8 @@ def test_a_wrong_environment_variable_is_named_on_use_not_on_import():
     """
     result = python(code, ECAR_BACKEND="fast")
     expected = (
-        "environment variable ECAR_BACKEND: expected one of 'reference', 'native', "
-        "'triton', 'auto', got 'fast'"
+        "environment variable ECAR_BACKEND: expected one of 'reference', 'cpp', "
+        "'cuda', 'sdpa', 'triton', 'auto', got 'fast'"
     )
     assert result.stdout.splitlines() == [expected] * 2, result.stderr
 
@@ -285,7 +310,8 @@ def test_the_command_prints_the_table():
     head, columns, *rows = result.stdout.splitlines()
     assert head.startswith(f"ecar_kernels {ecar_kernels.__version__}, ")
     assert re.split("  +", columns) == ["op", "backend", "available", "serves", "why not"]
-    for row, line in zip(backends(), rows, strict=True):
+    declared = [row for row in backends() if row.backend in registry.RECORDS[row.op].backends]
+    for row, line in zip(declared, rows, strict=True):
         said = [
             row.op,
             row.backend,
@@ -337,7 +363,7 @@ def overlapping(first, second):
     return seen
 
 
-@pytest.mark.parametrize("second", ["reference", "native", "auto"])
+@pytest.mark.parametrize("second", ["reference", "cpp", "auto"])
 def test_threads_have_each_their_own_choice(second):
     outside = active_backend()
     seen = overlapping("reference", second)
@@ -355,9 +381,9 @@ def test_asyncio_tasks_have_each_their_own_choice():
         return seen
 
     async def both():
-        return await asyncio.gather(task("reference", 2), task("native", 5), task("auto", 3))
+        return await asyncio.gather(task("reference", 2), task("cpp", 5), task("auto", 3))
 
-    assert asyncio.run(both()) == [["reference"] * 2, ["native"] * 5, ["auto"] * 3]
+    assert asyncio.run(both()) == [["reference"] * 2, ["cpp"] * 5, ["auto"] * 3]
     assert registry._traced == registry._outside
 
 

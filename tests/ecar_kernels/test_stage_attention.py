@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ecar_kernels import stage_attention, use_backend
 from ecar_kernels.registry import KERNEL_DTYPES
-from ecar_kernels.stage_attention import native, reference
+from ecar_kernels.stage_attention import cpp, reference
 from tests.support.accuracy import assert_accurate, largest_error
 
 VAR_STAGES = (1, 4, 9, 16, 25, 36, 64, 100, 169, 256)
@@ -76,23 +76,23 @@ ONE_TOKEN = {"stages": (1,), "queries": 1, "batch": 1, "heads": 1, "head_dim": 8
 @example(ONE_TOKEN | {"stages": (16, 64, 256), "queries": 256, "head_dim": 64}, torch.float16, 4)
 def test_native_is_as_accurate_as_the_reference(shape, dtype, seed):
     call = packed(**shape, dtype=dtype, seed=seed)
-    assert_accurate(native.stage_attention, reference.stage_attention, call)
+    assert_accurate(cpp.stage_attention, reference.stage_attention, call)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_native_gradients_are_as_accurate(dtype, seed):
     for queries in (29, 25, 16):
         call = packed((4, 9, 16), queries=queries, head_dim=40, dtype=dtype, seed=seed)
-        assert_accurate(native.stage_attention, reference.stage_attention, call, gradients=True)
+        assert_accurate(cpp.stage_attention, reference.stage_attention, call, gradients=True)
 
 
 @pytest.mark.parametrize("queries", [680, 425, 256])
 def test_var_s_ten_stages(queries, seed):
     call = packed(VAR_STAGES, queries=queries, batch=1, seed=seed)
-    assert_accurate(native.stage_attention, reference.stage_attention, call)
+    assert_accurate(cpp.stage_attention, reference.stage_attention, call)
 
 
-@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_suffix_queries_are_the_end_of_all_queries(backend, seed):
     """What a KV cache computes is what training computed."""
     with use_backend(backend):
@@ -103,7 +103,7 @@ def test_suffix_queries_are_the_end_of_all_queries(backend, seed):
             torch.testing.assert_close(part, whole[:, -queries:], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_a_stage_does_not_see_later_stages(backend, seed):
     call = packed((4, 9, 16), seed=seed)
     with use_backend(backend):
@@ -117,7 +117,7 @@ def test_a_stage_does_not_see_later_stages(backend, seed):
     assert largest_error(after[:, 13:], before[:, 13:].double()) > 0.1
 
 
-@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_scale(backend, seed):
     call = packed((4, 9), seed=seed)
     with use_backend(backend):
@@ -137,4 +137,4 @@ def test_native_on_a_gpu(dtype, seed):
     for head_dim in HEAD_DIMS:
         call = packed((16, 64, 256), head_dim=head_dim, dtype=dtype, seed=seed)
         call |= {name: call[name].cuda() for name in "qkv"}
-        assert_accurate(native.stage_attention, reference.stage_attention, call)
+        assert_accurate(cpp.stage_attention, reference.stage_attention, call)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ecar_kernels.registry import KERNEL_DTYPES
-from ecar_kernels.stage_attention import native, reference
+from ecar_kernels.stage_attention import cpp, reference
 from tests.support.accuracy import assert_accurate
 from tests.support.native import needs_native
 
@@ -67,13 +67,13 @@ def call_of(
 
 
 def check(call, *, gradients=True):
-    assert_accurate(native.stage_attention, reference.stage_attention, call, gradients=gradients)
+    assert_accurate(cpp.stage_attention, reference.stage_attention, call, gradients=gradients)
 
 
 def backward(call, *, scale=None):
     """The outputs and the gradients of q, k and v, for random gradients of the outputs."""
     inputs = [call[name].detach().requires_grad_() for name in "qkv"]
-    out = native.stage_attention(*inputs, call["stage_lengths"], scale=scale)
+    out = cpp.stage_attention(*inputs, call["stage_lengths"], scale=scale)
     generator = torch.Generator().manual_seed(1)
     grad = torch.randn(out.shape, generator=generator).to(out.dtype)
     return (out.detach(), *torch.autograd.grad(out, inputs, grad))
@@ -176,7 +176,7 @@ def test_exponentials_are_exact_to_a_few_units():
     k[..., 0] = -1e6
     k[0, :2, 0, 0] = torch.tensor([0.0, -1.0])
     v[0, :2, 0] = torch.eye(2)
-    first, second = native.stage_attention(q, k, v, (len(x),), scale=math.log(2))[0, :, 0].T
+    first, second = cpp.stage_attention(q, k, v, (len(x),), scale=math.log(2))[0, :, 0].T
     error = (second.double() / first.double() / torch.exp2(-x.double()) - 1).abs()
     # The scaled x is rounded too.
     assert (error <= (4 + 2 * x) * 2**-24).all()
@@ -191,10 +191,10 @@ def test_large_scores_do_not_overflow():
     (first, second), (best, _) = (x.T for x in scores.topk(2))
     clear = first - second > 2000
     assert clear.sum() > 40
-    out = native.stage_attention(**call)[0, 4:, 0]
+    out = cpp.stage_attention(**call)[0, 4:, 0]
     assert out[clear].equal(call["v"][0, best[clear], 0])
     huge = call | {"q": call["q"] * 1e14, "k": call["k"] * 1e14}
-    assert native.stage_attention(**huge).isfinite().all()
+    assert cpp.stage_attention(**huge).isfinite().all()
 
 
 def test_weights_far_below_the_largest_are_no_nan():
@@ -207,16 +207,16 @@ def test_weights_far_below_the_largest_are_no_nan():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_stays_with_who_sees_it(bad):
     call = call_of((20, 30), heads=2, head_dim=24)
-    clean = native.stage_attention(**call)
+    clean = cpp.stage_attention(**call)
     broken = call | {"q": call["q"].clone()}
     broken["q"][0, 33, 1, 5] = bad
-    out = native.stage_attention(**broken)
+    out = cpp.stage_attention(**broken)
     assert not out[0, 33, 1].isfinite().any()
     out[0, 33, 1] = clean[0, 33, 1]
     assert out.equal(clean)
     broken = call | {"k": call["k"].clone()}
     broken["k"][0, 27, 0, 3] = math.nan
-    out = native.stage_attention(**broken)
+    out = cpp.stage_attention(**broken)
     assert out[0, 20:, 0].isnan().all()
     assert out[0, :20].equal(clean[0, :20]) and out[0, :, 1].equal(clean[0, :, 1])
 
@@ -239,14 +239,14 @@ def test_nothing_beyond_the_views_is_read(dtype):
 def test_a_query_is_the_same_bits_alone_and_with_others():
     """Of an image, a head and a suffix: the sums know nothing of what else is computed."""
     call = call_of((7, 60, 150), batch=2, heads=3, head_dim=40)
-    whole = native.stage_attention(**call)
+    whole = cpp.stage_attention(**call)
     for newest, queries in ((1, 150), (2, 210)):
-        part = native.stage_attention(**call | {"q": call["q"][:, -queries:]})
+        part = cpp.stage_attention(**call | {"q": call["q"][:, -queries:]})
         assert part.equal(whole[:, -queries:]), newest
     for image in range(2):
         for head in range(3):
             alone = {name: call[name][image : image + 1, :, head : head + 1] for name in "qkv"}
-            assert native.stage_attention(**call | alone).equal(
+            assert cpp.stage_attention(**call | alone).equal(
                 whole[image : image + 1, :, head : head + 1]
             )
 
@@ -271,7 +271,7 @@ def test_the_gradient_of_a_sum(seed):
     """It comes expanded from one number."""
     call = call_of((4, 9), head_dim=16)
     inputs = [call[name].requires_grad_() for name in "qkv"]
-    found = torch.autograd.grad(native.stage_attention(**call).sum(), inputs)
+    found = torch.autograd.grad(cpp.stage_attention(**call).sum(), inputs)
     exact = torch.autograd.grad(reference.stage_attention(**call).sum(), inputs)
     for ours, theirs in zip(found, exact, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -283,7 +283,7 @@ def test_what_training_keeps():
     inputs = [call[name].requires_grad_() for name in "qkv"]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        out = native.stage_attention(**call)
+        out = cpp.stage_attention(**call)
     own = [x for x in kept if x.data_ptr() not in {x.data_ptr() for x in (*inputs, out)}]
     assert [tuple(x.shape) for x in own] == [(1, 4, 336)] and len(kept) == 5
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ecar_kernels import stage_attention, use_backend
-from ecar_kernels.stage_attention import native
+from ecar_kernels.stage_attention import cpp
 from tests.ecar_kernels.test_stage_attention_native import call_of
 from tests.support.native import needs_native
 
@@ -74,14 +74,14 @@ def test_the_ops_refuse_what_would_leave_their_tensors():
 
 def test_inductor_s_graph_is_ours():
     torch._dynamo.reset()
-    compiled = torch.compile(native.stage_attention, fullgraph=True)
+    compiled = torch.compile(cpp.stage_attention, fullgraph=True)
     call = call_of((4, 20), 1, head_dim=24)
-    assert compiled(**call).equal(native.stage_attention(**call))
+    assert compiled(**call).equal(cpp.stage_attention(**call))
     inputs = [call[name].requires_grad_() for name in "qkv"]
     grad = torch.randn_like(call["q"])
     results = [
         torch.autograd.grad(attend(**call), inputs, grad)
-        for attend in (compiled, native.stage_attention)
+        for attend in (compiled, cpp.stage_attention)
     ]
     for ours, eager in zip(*results, strict=True):
         assert ours.equal(eager)
@@ -89,13 +89,13 @@ def test_inductor_s_graph_is_ours():
 
 def test_under_autocast_and_the_public_name():
     call = call_of((4, 20), head_dim=24)
-    with use_backend("native"):
-        assert stage_attention(**call).equal(native.stage_attention(**call))
+    with use_backend("cpp"):
+        assert stage_attention(**call).equal(cpp.stage_attention(**call))
         with torch.autocast("cpu", torch.bfloat16):
             low = stage_attention(**call)
     assert low.dtype == torch.bfloat16
     assert low.equal(
-        native.stage_attention(
+        cpp.stage_attention(
             **{name: value.bfloat16() if name in "qkv" else value for name, value in call.items()}
         )
     )
@@ -107,24 +107,25 @@ def test_in_its_absence_the_reference_serves():
         from ecar_kernels import _native
         _native.FOLDER = Path("/nonexistent")
         import torch, ecar_kernels
-        from ecar_kernels.stage_attention import native
+        from ecar_kernels.stage_attention import sdpa
         bound = ecar_kernels.resolve("stage_attention", device="cpu", dtype=torch.float32)
         assert bound.backend == "reference", bound
         x = torch.randn(1, 3, 2, 8)
         try:
-            with ecar_kernels.use_backend("native"):
+            with ecar_kernels.use_backend("cpp"):
                 ecar_kernels.stage_attention(x, x, x, (1, 2))
         except ecar_kernels.BackendUnavailableError as error:
             print(error)
         meta = x.to("meta")
-        assert native.stage_attention(meta, meta, meta, (1, 2)).shape == x.shape
-        (row,) = [row for row in ecar_kernels.backends()
-                  if (row.op, row.backend) == ("stage_attention", "native")]
-        assert row.available and "not cpu: the C++ library is not built" in row.limits
+        assert sdpa.stage_attention(meta, meta, meta, (1, 2)).shape == x.shape
+        rows = {row.backend: row for row in ecar_kernels.backends() if row.op == "stage_attention"}
+        assert not rows["cpp"].available
+        assert "the C++ library is not built" in rows["cpp"].why_not
+        assert rows["sdpa"].available and "not cpu: " in rows["sdpa"].limits
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == (
-        "backend 'native' cannot serve stage_attention: the C++ library is not "
+        "backend 'cpp' cannot serve stage_attention: the C++ library is not "
         "built: run pip install .\n"
     )

@@ -28,7 +28,7 @@ from tests.support.ops import (
 BACKENDS = [
     (op, backend)
     for op in OPS
-    for backend in ("auto", "native", "triton")
+    for backend in ("auto", *registry.BACKENDS[1:])
     if backend == "auto" or backend in IMPLEMENTATIONS[op]
 ]
 WITHOUT_DERIVATIVES = (*INFERENCE_ONLY, "initial_noise")

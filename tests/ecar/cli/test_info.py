@@ -15,7 +15,7 @@ def test_info_of_a_checkpoint_as_tables(folder, run, pipe):
     assert re.search(r"^ +1 +4 +4 +1 ", output, re.MULTILINE)
     assert re.search(r"^ +2 +8 +16 +3 ", output, re.MULTILINE)
     assert re.search(r"^ +all +20 +4 ", output, re.MULTILINE)
-    assert re.search(r"^ +stage_attention +(native|reference|triton)$", output, re.MULTILINE)
+    assert re.search(r"^ +stage_attention +(cpp|reference|triton)$", output, re.MULTILINE)
 
 
 def test_presets(run):

@@ -94,9 +94,9 @@ WAYS = {
     "plain": lambda made: made,
     "accelerated": accelerated,
     "accelerated, packed alone": lambda made: accelerated(made, keep_weights=False),
-    "native": lambda made: (
-        accelerated(made, backend="native")
-        if any(row.backend == "native" and row.available for row in ecar_kernels.backends())
+    "cpp": lambda made: (
+        accelerated(made, backend="cpp")
+        if any(row.backend == "cpp" and row.available for row in ecar_kernels.backends())
         else accelerated(made)
     ),
 }

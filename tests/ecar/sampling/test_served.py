@@ -40,15 +40,15 @@ def backends(attention, block, step):
 
 PLAIN = ("reference",)
 MACHINES = {  # the backends of each op, best first
-    "cpu": backends(*[("native", "reference")] * 3),
+    "cpu": backends(*[("cpp", "reference")] * 3),
     "cpu without C++": backends(PLAIN, PLAIN, PLAIN),
     "cuda": backends(
-        ("triton", "native", "reference"), ("triton", "reference"), ("native", "reference")
+        ("triton", "sdpa", "reference"), ("triton", "reference"), ("cuda", "reference")
     ),
     "cuda without its half": backends(
-        ("triton", "native", "reference"), ("triton", "reference"), PLAIN
+        ("triton", "sdpa", "reference"), ("triton", "reference"), PLAIN
     ),
-    "cuda without Triton": backends(("native", "reference"), PLAIN, ("native", "reference")),
+    "cuda without Triton": backends(("sdpa", "reference"), PLAIN, ("cuda", "reference")),
 }
 DIRECT = {  # what a bound step's C++ ops are
     "ecar::flow_block_": ("stage_attention", *BLOCK),
@@ -85,7 +85,7 @@ class Calls(TorchDispatchMode):
         return noting
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.found.update((op, "native") for op in DIRECT.get(function._schema.name, ()))
+        self.found.update((op, "cpp") for op in DIRECT.get(function._schema.name, ()))
         return function(*args, **(kwargs or {}))
 
     def of(self, run):
@@ -138,7 +138,7 @@ CHANGES = {
     "calls, backend",
     [
         *((machine, backend) for machine in MACHINES for backend in ("auto", "reference")),
-        ("cpu", "native"),
+        ("cpu", "cpp"),
     ],
     indirect=["calls"],
 )
@@ -158,11 +158,11 @@ def test_an_accelerated_model_on_each_machine(model, calls):
     """As a reader expects it, not from what was called."""
     served = draw(accelerated(model)).served
     attention, block, step = {
-        "cpu": ("native",) * 3,
+        "cpu": ("cpp",) * 3,
         "cpu without C++": PLAIN * 3,
-        "cuda": ("triton", "triton", "native"),
+        "cuda": ("triton", "triton", "cuda"),
         "cuda without its half": ("triton", "triton", "reference"),
-        "cuda without Triton": ("native", "reference", "native"),
+        "cuda without Triton": ("sdpa", "reference", "cuda"),
     }[calls.machine]
     expected = backends(attention, block, step)
     if step == "reference":  # it costs more than the steps that it is made of

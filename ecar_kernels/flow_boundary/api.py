@@ -19,7 +19,7 @@ from ecar_kernels._validation import (
     check_tensor,
     shape_error,
 )
-from ecar_kernels.flow_step.api import _check_guidance
+from ecar_kernels.flow_step.api import check_guidance
 
 MAX_OUTPUTS = 64
 
@@ -88,7 +88,7 @@ def flow_boundary(
                 f"{list(value.stride())}"
             )
     check_number("dt", dt)
-    _check_guidance(guidance_scale, x)
+    check_guidance(guidance_scale, x)
     if rows != 2 * batch and (isinstance(guidance_scale, Tensor) or guidance_scale != 1):
         raise ValueError(
             "argument 'guidance_scale': expected 1.0 for x without unconditional "

@@ -1,0 +1,32 @@
+"""The oracle of the boundary between two network calls: plain PyTorch."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ecar_kernels.adaln.reference import adaln
+from ecar_kernels.flow_step.reference import guided_euler
+
+
+def flow_boundary(
+    x: Tensor,
+    state: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    embed_weight: Tensor,
+    embed_bias: Tensor,
+    positions: Tensor,
+    dt: float,
+    *,
+    step_shift: Tensor | None = None,
+    step_scale: Tensor | None = None,
+    guidance_scale: float | Tensor = 1.0,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """v = adaln(x) weight^T + bias;  state' = state + dt v;  state' embed^T + bias + positions."""
+    y = adaln(x, shift, scale, step_shift=step_shift, step_scale=step_scale, eps=eps)
+    velocity = F.linear(y, weight, bias)
+    moved = guided_euler(state, velocity, dt, guidance_scale).to(state.dtype)
+    embedded = F.linear(moved.to(x.dtype), embed_weight, embed_bias) + positions
+    return moved, embedded.repeat(x.shape[0] // max(state.shape[0], 1), 1, 1)
