@@ -201,7 +201,11 @@ class Draw:
         optional: bool = True,
     ) -> None:
         self.sizes, self.dtype, self.optional = sizes, dtype, optional
-        self.device = torch.get_default_device().type if device is None else device
+        self.device = device  # None: torch's default one
+
+    @property
+    def device_type(self) -> str:
+        return torch.empty(0, device=self.device).device.type
 
     def __call__(self, op: Op) -> dict[str, Any]:
         """Valid arguments by name, the leading tensor first."""

@@ -46,7 +46,7 @@ def attention(work: Work) -> None:
 def others(work: Work) -> None:
     """The adaLN family forward and with its backward, the flow step, the flow block's products."""
     family = _family(work, "adaln")
-    newest = _newest(work, FAMILIES["flow_step"])
+    newest = _newest(work, (*FAMILIES["flow_step"], *FAMILIES["flow_boundary"]))
     _rows(work, [*family, *newest, *_family(work, "flow_block")])
     large = [case for case in family if case.batch == 1 and case.size == "L"]
     _rows(work, family[:1] if work.dry else large, compiled=True)

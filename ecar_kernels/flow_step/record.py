@@ -158,7 +158,7 @@ FAMILY = Family(
             (
                 tensor("seeds", "[B]", dtype=torch.int64),
                 value("shape", lambda draw: (draw.sizes.image,), _is_shape),
-                value("device", lambda draw: (draw.device,), _is_device),
+                value("device", lambda draw: (draw.device_type,), _is_device),
                 value("dtype", lambda draw: (draw.dtype,), lambda dtype: dtype in DTYPES),
             ),
             _backends("initial_noise"),

@@ -1,15 +1,24 @@
-"""The flow step: the oracles against the formulas, guidance, and the jump between stages."""
+"""The flow step: the references against the formulas, and C++ and CUDA C++ against them."""
+
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ecar_kernels import euler_step, use_backend
+from ecar_kernels import _native, euler_step, use_backend
 from ecar_kernels.flow_step import reference
-from ecar_kernels.registry import KERNEL_DTYPES
-from tests.support.accuracy import largest_error, run, ulp
+from ecar_kernels.registry import KERNEL_DTYPES, resolve
+from tests.support.accuracy import assert_accurate, error, largest_error, run, ulp
+from tests.support.backends import on_gpu
+from tests.support.native import needs_native
 from tests.support.ops import arguments
 
+REASON = _native.why_not_cuda()
+gpu = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+OPS = ("euler_step", "upsample_renoise_euler")
 CLOSE = {"rtol": 1e-13, "atol": 1e-13}
 
 
@@ -127,3 +136,238 @@ def test_integers_are_numbers_too():
         assert euler_step(**call | {"dt": 1, "guidance_scale": 2}).equal(
             euler_step(**call | {"dt": 1.0, "guidance_scale": 2.0})
         )
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_scale_in_a_tensor_is_its_number(op):
+    call = arguments(op)
+    run = resolve(op, device="cpu", dtype=torch.float32)
+    numbers, tensor = (
+        run(**call | {"guidance_scale": scale}) for scale in (1.5, torch.tensor(1.5))
+    )
+    for a, b in zip(
+        *((r if isinstance(r, tuple) else (r,)) for r in (numbers, tensor)), strict=True
+    ):
+        assert a.equal(b)
+
+
+# C++ on the CPU.
+
+LAYOUTS = ("contiguous", "channels first", "sliced", "expanded", "tall")
+SEEDS = st.integers(-(2**63), 2**63 - 1)
+KINDS = st.sampled_from(["plain", "guided"])
+
+
+def cpp(op, dtype=torch.float32):
+    return resolve(op, device="cpu", dtype=dtype, backend="cpp")
+
+
+def images(shape, dtype, layout):
+    """Random [B, .., h, w] in memory as asked."""
+    batch, *middle, height, width = shape
+
+    def normal(*sizes):
+        return torch.randn(*sizes).to(dtype)
+
+    if layout == "channels first":
+        return normal(*middle[::-1], batch, height, width).permute(
+            len(middle), *range(len(middle))[::-1], -2, -1
+        )
+    if layout == "sliced":
+        return normal(batch + 1, *middle, height + 2, width + 3)[1:, ..., 1:-1, 2:-1]
+    if layout == "expanded":
+        return normal(1, *middle, 1, width).expand(*shape)
+    if layout == "tall":
+        return normal(batch, *middle, 2 * height, width)[..., ::2, :]
+    return normal(*shape)
+
+
+@st.composite
+def calls(draw, op):
+    shape = [draw(st.integers(*limits)) for limits in ((0, 3), (1, 4), (0, 9), (1, 41))]
+    dtype = draw(st.sampled_from(KERNEL_DTYPES))
+    layouts = [draw(st.sampled_from(LAYOUTS)) for _ in range(3)]
+    guided = draw(st.booleans())
+    torch.manual_seed(draw(st.integers(0, 2**32)))
+    call = {
+        "x": images(shape, dtype, layouts[0]),
+        "velocity": images([shape[0] * (1 + guided), *shape[1:]], dtype, layouts[1]),
+        "dt": draw(st.sampled_from([1.0, 0.1, 1 / 83])),
+        "guidance_scale": draw(st.sampled_from([1.0, 1.5, 4.0])) if guided else 1.0,
+    }
+    if op == "upsample_renoise_euler":
+        call |= {
+            "time": draw(st.sampled_from([0.0, 1 / 3, 2 / 3])),
+            "stage": draw(st.integers(2, 5)),
+        }
+        if draw(st.booleans()):
+            details = [shape[0], shape[1], 3, *shape[2:]]
+            call["details"] = images(details, dtype, layouts[2])
+        else:
+            call["seeds"] = torch.randint(-(2**63), 2**63 - 1, (2 * shape[0],))[::2]
+    return call
+
+
+@needs_native
+@pytest.mark.parametrize("op", OPS)
+@given(st.data())
+def test_outputs_and_gradients(op, data):
+    call = data.draw(calls(op))
+    with torch.no_grad():
+        assert_accurate(cpp(op), getattr(reference, op), call)
+    assert_accurate(cpp(op), getattr(reference, op), call, gradients=True)
+
+
+@needs_native
+@given(st.data())
+def test_an_euler_step_has_the_bits_of_the_reference(data):
+    call = data.draw(calls("euler_step"))
+    assert cpp("euler_step")(**call).equal(reference.euler_step(**call))
+
+
+@needs_native
+@given(
+    st.lists(SEEDS, min_size=1, max_size=5),
+    st.tuples(st.integers(1, 5), st.integers(1, 30), st.integers(1, 30)),
+    st.sampled_from(KERNEL_DTYPES),
+)
+def test_the_same_seeds_give_the_reference_s_noise(seeds, shape, dtype):
+    """To float rounding: an angle near a whole turn is rounded by 2^-22, a radius is below 7."""
+    options = {"device": "cpu", "dtype": dtype}
+    ours = cpp("initial_noise", dtype)(torch.tensor(seeds), shape, **options)
+    plain = reference.initial_noise(torch.tensor(seeds), shape, **options)
+    assert ours.shape == plain.shape and ours.dtype == dtype
+    allowed = 2e-6 + torch.finfo(dtype).eps * plain.double().abs()
+    assert ((ours.double() - plain.double()).abs() <= allowed).all()
+
+
+@needs_native
+def test_noise_is_as_accurate_as_the_reference():
+    """Root mean square error against float64, and nowhere more than a few ulp."""
+    seeds = torch.randint(-(2**63), 2**63 - 1, (64,))
+    ours, plain, oracle = (
+        op(seeds, (4, 32, 32), device="cpu", dtype=dtype)
+        for op, dtype in (
+            (cpp("initial_noise"), torch.float32),
+            (reference.initial_noise, torch.float32),
+            (reference.initial_noise, torch.float64),
+        )
+    )
+    assert error(ours, oracle) <= error(plain, oracle)
+    relative = (ours.double() - oracle).abs() / oracle.abs().clamp(min=1e-2)
+    assert relative.max() <= 64 * torch.finfo(torch.float32).eps
+
+
+@needs_native
+@pytest.mark.parametrize("stage", [2, 3, 2**31])
+def test_a_jump_draws_the_reference_s_details(stage):
+    """From a state of zero, start is half the noise: the details can be read off it."""
+    seeds = torch.randint(-(2**63), 2**63 - 1, (3,))
+    zero = torch.zeros(3, 2, 5, 7)
+    end, start = cpp("upsample_renoise_euler")(zero, zero, 0.5, time=0.0, stage=stage, seeds=seeds)
+    expected = reference.haar_high_pass(
+        reference.block_details(seeds, stage, (2, 5, 7), torch.float64)
+    )
+    assert not end.any()
+    assert (start.double() - expected).abs().max() <= 4e-6
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_a_jump_into_given_tensors_has_the_same_bits_and_may_replace_x(dtype):
+    from ecar_kernels.flow_step.cpp import jump_out
+
+    x, velocity = torch.randn(2, 3, 4, 5).to(dtype), torch.randn(4, 3, 4, 5).to(dtype)
+    seeds = torch.tensor([3, -4])
+    expected = cpp("upsample_renoise_euler", dtype)(
+        x, velocity, 0.1, time=0.5, stage=2, seeds=seeds, guidance_scale=1.5
+    )
+    start = torch.empty(2, 3, 8, 10, dtype=dtype)
+    jump_out(x, velocity, 0.1, 1.5, 0.5, 2, seeds, x, start)
+    assert x.equal(expected[0]) and start.equal(expected[1])
+    for outputs, wrong in (
+        ((x[:1], start), "end"),
+        ((x, start[..., :-1]), "start"),
+        ((x, start.double()), "start"),
+    ):
+        with pytest.raises(RuntimeError, match=f"argument '{wrong}': expected"):
+            jump_out(x, velocity, 0.1, 1.5, 0.5, 2, seeds, *outputs)
+    room = torch.zeros(2, 3, 8, 10, dtype=dtype)
+    inside = room.view(-1)[: x.numel()].view(x.shape)
+    with pytest.raises(RuntimeError, match="argument 'start': expected memory apart"):
+        jump_out(inside, velocity, 0.1, 1.5, 0.5, 2, seeds, inside, room)
+
+
+@needs_native
+def test_edge_words_through_the_vector_functions():
+    """The smallest and largest uniforms, and every quarter turn, by seeds found with Philox."""
+    wanted = {(word, edge): None for word in range(4) for edge in ("low", "high")}
+    seeds = torch.arange(1 << 16)
+    key = torch.stack((seeds, torch.zeros_like(seeds)), -1)
+    words = reference.philox4x32_10(torch.tensor([0, 1, 0, 0]), key)
+    for word, edge in wanted:
+        column = words[:, word]
+        wanted[word, edge] = (column.argmin() if edge == "low" else column.argmax()).item()
+    quarter = (words[:, 1] - 2**30).abs().argmin().item()
+    extremes = torch.tensor([*wanted.values(), quarter])
+    noise = cpp("initial_noise")(extremes, (1, 1, 4), device="cpu", dtype=torch.float32)
+    oracle = reference.normals(words[extremes], torch.float64)
+    assert noise.isfinite().all()
+    assert (noise.flatten(1).double() - oracle).abs().max() <= 4e-6
+
+
+@needs_native
+def test_seeds_may_be_strided_and_noise_fills_whole_images():
+    """Elements in the last partial call and block, for counts around their sizes."""
+    seeds = torch.randint(-(2**63), 2**63 - 1, (6,))[::3]
+    for count in (1, 3, 4, 5, 63, 64, 65, 1023, 1024, 1025, 2051):
+        ours = cpp("initial_noise")(seeds, (1, 1, count), device="cpu", dtype=torch.float32)
+        plain = reference.initial_noise(seeds, (1, 1, count), device="cpu", dtype=torch.float32)
+        assert ours.shape == (2, 1, 1, count)
+        assert (ours - plain).abs().max() <= 4e-6
+
+
+@needs_native
+def test_noise_of_no_image():
+    noise = cpp("initial_noise")(
+        torch.zeros(0, dtype=torch.int64), (4, 8, 8), device="cpu", dtype=torch.float32
+    )
+    assert noise.shape == (0, 4, 8, 8)
+
+
+@needs_native
+def test_a_guided_step_extrapolates():
+    x, conditional, unconditional = torch.randn(3, 2, 4, 8, 8)
+    velocity = torch.cat((conditional, unconditional))
+    found = cpp("euler_step")(x, velocity, 0.25, guidance_scale=3.0)
+    expected = x + 0.25 * (unconditional + 3 * (conditional - unconditional))
+    torch.testing.assert_close(found, expected)
+    assert math.isclose(found.std().item(), expected.std().item(), rel_tol=1e-5)
+
+
+class TestOnTheGPU:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+    @pytest.mark.parametrize("op", OPS)
+    def test_accuracy(self, op, dtype):
+        for optional in (True, False):
+            call = on_gpu(arguments(op, dtype=dtype, optional=optional))
+            cuda = resolve(op, device="cuda", dtype=dtype, backend="cuda")
+            assert_accurate(cuda, getattr(reference, op), call)
+
+    def test_the_same_seed_gives_the_cpu_s_noise(self):
+        seeds = torch.randint(-(2**63), 2**63 - 1, (5,))
+        for shape in ((4, 8, 8), (3, 5, 7)):
+            ours, plain = (
+                resolve("initial_noise", device=device, dtype=torch.float32)(
+                    seeds, shape, device=device, dtype=torch.float32
+                )
+                for device in ("cuda", "cpu")
+            )
+            assert (ours.cpu() - plain).abs().max() <= 4e-6
+
+    def test_wrong_devices_are_refused(self):
+        call = on_gpu(arguments("euler_step"))
+        with pytest.raises(RuntimeError, match="velocity"):
+            torch.ops.ecar.euler_step(call["x"], call["velocity"].cpu(), 0.1, 1.5)
