@@ -165,6 +165,9 @@ PRELOAD = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file
 WATCHED = env LD_PRELOAD='$(PRELOAD)' ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
   UBSAN_OPTIONS=print_stacktrace=1 ECAR_LIBRARY=$(SANITIZED)/libecar_cpu.so
 
+SANITIZED_TESTS = $(patsubst %,tests/ecar_kernels/test_%.py,adaln flow_block_cpp flow_block_whole \
+  flow_boundary flow_step native stage_attention stage_attention_cpp stage_attention_ops)
+
 sanitize: $(STAMPS)/test
 	PATH="$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DECAR_SANITIZE=ON -DECAR_TORCH_DIR="$$( \
 	  $(BIN)/python -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent)')"
@@ -172,8 +175,8 @@ sanitize: $(STAMPS)/test
 	$(SANITIZED)/known_answers
 	for isa in avx512 avx2 baseline; do \
 	  $(WATCHED) ECAR_CPU_ISA=$$isa $(BIN)/python -m pytest -q -p no:cacheprovider \
-	    -k 'not inductor and not graph and not instruction and not Absence' \
-	    tests/ecar_kernels/test_*native.py || exit 1; \
+	    -k 'not inductor and not graph and not instruction and not Absence and not triton' \
+	    $(SANITIZED_TESTS) || exit 1; \
 	  $(WATCHED) ECAR_CPU_ISA=$$isa $(BIN)/python -m tests.fuzz --cases $(CASES) || exit 1; \
 	done
 

@@ -25,7 +25,8 @@ PROCESSES = 12  # that compile at once
 # What is run first, in case a run is cut off: the sampler as it is used, then the ops.
 FIRST_TESTS = (
     "test_graph_gpu",
-    "test_flow_step_cuda",
+    "test_flow_step",
+    "test_flow_boundary",
     "test_flow_block_triton",
     "test_stage_attention_triton",
     "test_adaln_triton",

@@ -1,5 +1,6 @@
 """Stage attention: the oracle against a loop, and every backend here against the oracle."""
 
+import importlib
 import math
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 
 from ecar_kernels import stage_attention, use_backend
 from ecar_kernels.registry import KERNEL_DTYPES
-from ecar_kernels.stage_attention import cpp, reference
+from ecar_kernels.stage_attention import reference
 from tests.support.accuracy import assert_accurate, largest_error
+from tests.support.native import needs_native
 
 VAR_STAGES = (1, 4, 9, 16, 25, 36, 64, 100, 169, 256)
 HEAD_DIMS = (8, 40, 64, 72, 80, 128, 256)
@@ -68,31 +70,38 @@ def shapes(draw):
 ONE_TOKEN = {"stages": (1,), "queries": 1, "batch": 1, "heads": 1, "head_dim": 8}
 
 
+def attend(backend):
+    return importlib.import_module(f"ecar_kernels.stage_attention.{backend}").stage_attention
+
+
+@pytest.mark.parametrize("backend", [pytest.param("cpp", marks=needs_native), "sdpa"])
 @settings(max_examples=25)
 @given(shapes(), st.sampled_from(KERNEL_DTYPES), st.integers(0, 2**32))
 @example(ONE_TOKEN, torch.float32, 1)
 @example(ONE_TOKEN | {"stages": (37,), "queries": 37, "head_dim": 72}, torch.bfloat16, 2)
 @example(ONE_TOKEN | {"stages": (16, 64, 256), "queries": 336, "head_dim": 72}, torch.float32, 3)
 @example(ONE_TOKEN | {"stages": (16, 64, 256), "queries": 256, "head_dim": 64}, torch.float16, 4)
-def test_native_is_as_accurate_as_the_reference(shape, dtype, seed):
+def test_a_backend_is_as_accurate_as_the_reference(backend, shape, dtype, seed):
     call = packed(**shape, dtype=dtype, seed=seed)
-    assert_accurate(cpp.stage_attention, reference.stage_attention, call)
+    assert_accurate(attend(backend), reference.stage_attention, call)
 
 
+@pytest.mark.parametrize("backend", [pytest.param("cpp", marks=needs_native), "sdpa"])
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-def test_native_gradients_are_as_accurate(dtype, seed):
+def test_gradients_are_as_accurate(backend, dtype, seed):
     for queries in (29, 25, 16):
         call = packed((4, 9, 16), queries=queries, head_dim=40, dtype=dtype, seed=seed)
-        assert_accurate(cpp.stage_attention, reference.stage_attention, call, gradients=True)
+        assert_accurate(attend(backend), reference.stage_attention, call, gradients=True)
 
 
+@pytest.mark.parametrize("backend", [pytest.param("cpp", marks=needs_native), "sdpa"])
 @pytest.mark.parametrize("queries", [680, 425, 256])
-def test_var_s_ten_stages(queries, seed):
+def test_var_s_ten_stages(backend, queries, seed):
     call = packed(VAR_STAGES, queries=queries, batch=1, seed=seed)
-    assert_accurate(cpp.stage_attention, reference.stage_attention, call)
+    assert_accurate(attend(backend), reference.stage_attention, call)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_native)])
 def test_suffix_queries_are_the_end_of_all_queries(backend, seed):
     """What a KV cache computes is what training computed."""
     with use_backend(backend):
@@ -103,7 +112,7 @@ def test_suffix_queries_are_the_end_of_all_queries(backend, seed):
             torch.testing.assert_close(part, whole[:, -queries:], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_native)])
 def test_a_stage_does_not_see_later_stages(backend, seed):
     call = packed((4, 9, 16), seed=seed)
     with use_backend(backend):
@@ -117,7 +126,7 @@ def test_a_stage_does_not_see_later_stages(backend, seed):
     assert largest_error(after[:, 13:], before[:, 13:].double()) > 0.1
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_native)])
 def test_scale(backend, seed):
     call = packed((4, 9), seed=seed)
     with use_backend(backend):
@@ -133,8 +142,8 @@ def test_a_list_of_lengths_will_do(seed):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-def test_native_on_a_gpu(dtype, seed):
+def test_sdpa_on_a_gpu(dtype, seed):
     for head_dim in HEAD_DIMS:
         call = packed((16, 64, 256), head_dim=head_dim, dtype=dtype, seed=seed)
         call |= {name: call[name].cuda() for name in "qkv"}
-        assert_accurate(cpp.stage_attention, reference.stage_attention, call)
+        assert_accurate(attend("sdpa"), reference.stage_attention, call)

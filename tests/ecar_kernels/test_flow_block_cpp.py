@@ -248,7 +248,7 @@ import torch
 from ecar_kernels import _native
 from ecar_kernels.flow_block import packing, reference
 from ecar_kernels.registry import KERNEL_DTYPES
-from tests.ecar_kernels.test_flow_block_native import OPS, call_of, kernel
+from tests.ecar_kernels.test_flow_block_cpp import OPS, call_of, kernel
 from tests.support.accuracy import assert_accurate
 print(_native.instruction_set())
 torch.manual_seed({torch.initial_seed() % 2**32})
