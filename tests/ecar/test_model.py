@@ -8,6 +8,7 @@ import ecar_kernels
 from ecar import stages
 from ecar.model import ECAR
 from ecar.sampling import sample
+from tests.support.modules import accelerated
 
 from .conftest import tiny_config
 
@@ -330,7 +331,7 @@ class TestAccelerated:
         assert torch.equal(self.draw(ecar_kernels.restore(model)), before)
 
     def test_every_part_is_shown(self, model):
-        text = str(ecar_kernels.accelerate(model, backend="reference"))
+        text = str(accelerated(model, backend="reference"))
         for name in ("FlowHead", "FlowBlock", "StageBlock", "Linear"):
             assert f"Accelerated{name}(" in text
 
@@ -346,5 +347,5 @@ class TestAccelerated:
 
     def test_saved_while_packed(self, model, tmp_path):
         before = self.draw(model)
-        ecar_kernels.accelerate(model, keep_weights=False).save_pretrained(tmp_path)
+        accelerated(model, keep_weights=False).save_pretrained(tmp_path)
         assert torch.equal(self.draw(ECAR.from_pretrained(tmp_path)), before)
