@@ -1,7 +1,8 @@
 """`make bench-check`: has anything become slower than the committed results say?
 
-Ratios, for times differ from day to day: a quick run of each op at its largest stage (eager over
-ours, compiled over ours) is held against the committed rows of the same device, threads and torch.
+Times differ from day to day, so ratios are compared: the times of eager and torch.compile over
+ecar_kernels', of each op at its largest stage, now and in the committed rows of the same device,
+threads and torch.
 A row is lost if a ratio fell by more than LEAST, and by a greater factor than one and NOISE times
 the noise: the root of the sum of squares of four relative interquartile ranges, of both ways'
 rounds in both runs. What looks lost is measured once more, for longer, and lost if it is so again.
@@ -62,7 +63,7 @@ def judge(before: Row, now: Row) -> list[str]:
         was, found, share = ratio(before, way), ratio(now, way), allowed(before, now, way)
         if found < was * (1 - share):
             lost.append(
-                f"{_name(now)}: {NAMES.get(way, way)} / ours {found:.2f}x, was "
+                f"{_name(now)}: vs {NAMES.get(way, way)} {found:.2f}x, was "
                 f"{was:.2f}x: {found / was - 1:+.0%}, noise allows -{share:.0%}"
             )
     return lost
@@ -141,7 +142,7 @@ def _name(row: Row) -> str:
 
 def _line(before: Row, now: Row) -> str:
     parts = [
-        f"{NAMES.get(way, way)} / ours {ratio(before, way):.2f}x -> {ratio(now, way):.2f}x"
+        f"vs {NAMES.get(way, way)} {ratio(before, way):.2f}x -> {ratio(now, way):.2f}x"
         for way in _both(before, now)
     ]
     return f"{_name(now)}: {', '.join(parts)}"

@@ -1,4 +1,4 @@
-"""One E-CAR image: eager, torch.compile, ours, the image's matrix products alone, and its floor.
+"""One E-CAR image: eager, torch.compile, ecar_kernels, its matrix products alone, and its floor.
 
 Random weights, no guidance, float32, 250 steps, of which a few of each stage are run and scaled.
 All ways take turns; figures are medians over the rounds. torch.compile makes one graph of S's
@@ -170,14 +170,14 @@ def forget() -> None:
 
 def render(record: dict[str, Any]) -> str:
     header = (
-        "model", "eager", "torch.compile", "ours", "vs eager", "vs torch.compile",
-        "its GEMMs alone", "non-GEMM", "floor", "floor / ours",
+        "model", "eager", "torch.compile", "ecar_kernels", "vs eager", "vs torch.compile",
+        "its GEMMs alone", "non-GEMM", "floor", "of the floor",
     )  # fmt: skip
     first = record["rows"][0]
     return (
         f"{markdown(header, map(_cells, record['rows']))}\n\nOne image, no guidance, random "
         f"weights, float32: {first['timed_steps_of_a_stage']} steps of each stage were run and "
-        f"scaled to {first['steps']} in all. non-GEMM: ours\nover its linear layers' and "
+        f"scaled to {first['steps']} in all. non-GEMM: its\ntime over its linear layers' and "
         "attention's products alone, less one. floor: what must be read and multiplied, at "
         "measured rates."
     )

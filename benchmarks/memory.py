@@ -1,4 +1,4 @@
-"""Peak memory of sampling and of a training step, ours and eager.
+"""Peak memory of sampling and of a training step, by ecar_kernels and by eager PyTorch.
 
 Each figure comes from a process of its own: its peak resident set (VmHWM of Linux's
 /proc/self/status), less what it held before the model was made, libraries loaded and ops run once.
@@ -169,7 +169,7 @@ def render(record: dict[str, Any]) -> str:
         ],
     )
     trained = markdown(
-        ("training", "batch", "weights, gradients, AdamW", "eager", "ours", "ours / eager"),
+        ("training", "batch", "weights, gradients, AdamW", "eager", "ecar_kernels", "ratio"),
         [
             (
                 row["size"],

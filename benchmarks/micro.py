@@ -1,4 +1,4 @@
-"""Each op at the stages of models and at 64 MiB: eager, compiled, ours, peers, and its floor.
+"""Each op at the stages of models and at 64 MiB, by all ways to compute it, and its floor.
 
 All ways to compute a row take turns, so that a machine's moods hit all of them. Inputs are used
 in turn from sets that are larger than the cache. An "overhead" row is what a call costs besides
@@ -31,7 +31,7 @@ DTYPE = cases.DTYPE
 MIN_ROUNDS, MAX_ROUNDS = 5, 2000
 LONG_ROUND, LONG_ROUNDS = 1.5, 3  # seconds of a round from which on fewer are enough
 CALLS = 100  # in a round of an overhead row
-NAMES = {"compiled": "torch.compile"}
+NAMES = {"compiled": "torch.compile", "ours": "ecar_kernels"}
 OWN = ("eager", "compiled", "ours")
 # Ways that hold attention's scores, and how many times at once, as seen of the eager reference.
 HOLD_SCORES = ("eager", "compiled", "SDPA math")
@@ -120,7 +120,7 @@ def merged(record: dict[str, Any], this: dict[str, Any], rows: Sequence[Row]) ->
 
 @torch.no_grad()
 def overhead(case: Case, arena: cases.Arena, best: Rates, seconds: float) -> Row:
-    """What a call costs: ours, through the public function, eager, and all three with `least`."""
+    """What a call costs: bound, through the public function, eager; and all with `least`."""
     ours = resolve(case.op, device="cpu", dtype=DTYPE)
     public = getattr(ecar_kernels, case.op)
     eager = resolve(case.op, device="cpu", dtype=DTYPE, backend="reference")
@@ -212,7 +212,7 @@ def measure(case: Case, arena: cases.Arena, best: Rates, seconds: float) -> Row:
 
 
 def functions(case: Case) -> dict[str, Callable]:
-    """Each way's function, with the op's signature: eager, compiled, ours, and peers."""
+    """Each way's function, with the op's signature; "ours" is ecar_kernels'."""
     reference = resolve(case.op, device="cpu", dtype=DTYPE, backend="reference")
     torch._dynamo.reset()  # one function has a graph for each shape, and a limit of graphs
     compiled = torch.compile(reference, fullgraph=True, dynamic=False)
@@ -235,7 +235,7 @@ def why_not(
 ) -> str | None:
     """Warms a way up; returns why it cannot serve the case, None if it can.
 
-    Graphs are compiled by one call. Ours packs each set's weights, if the op has weights.
+    Graphs are compiled by one call. "ours" packs each set's weights, if the op has weights.
     """
     if name in HOLD_SCORES and (size := _score_bytes(case, sets[0])) > _memory() / 2:
         return f"its scores would take {size / 1e9:.0f} GB"
@@ -301,16 +301,16 @@ def case_cost(case: Case, arguments: dict[str, Any]) -> Cost:
 
 
 def render(record: dict[str, Any]) -> str:
-    """Tables of ours, of other libraries, of what was not measured, and of a call's cost."""
+    """Tables of the ops, of other libraries, of what was not measured, and of a call's cost."""
     rows = [row for row in record["rows"] if not row.get("overhead")]
     overheads = [row for row in record["rows"] if row.get("overhead")]
     case = ("op", "size", "tokens", "batch")
     parts = []
     if rows:
-        header = (*case, "time", "eager / ours", "compiled / ours", "rate", "of the floor")
+        header = (*case, "time", "vs eager", "vs torch.compile", "rate", "of the floor")
         parts.append(markdown(header, map(_cells, rows)))
     if others := [(row, name) for row in rows for name in row["seconds"] if name not in OWN]:
-        header = (*case, "library", "time", "it / ours", "rate", "of the floor")
+        header = (*case, "library", "time", "vs ecar_kernels", "rate", "of the floor")
         parts.append(markdown(header, itertools.starmap(_peer_cells, others)))
     reasons = dict.fromkeys(
         (_name(row), NAMES.get(name, name), why)
@@ -323,7 +323,7 @@ def render(record: dict[str, Any]) -> str:
         ways = ("ours", "api", "eager", "least", "api, least", "eager, least")
         parts.append(
             markdown(
-                ("a call, 16 x 768", *ways),
+                ("a call, 16 x 768", "bound", *ways[1:]),
                 [
                     (row["op"], *(duration(row["seconds"][way]["median"]) for way in ways))
                     for row in overheads
@@ -365,7 +365,7 @@ def _medians(row: Row) -> dict[str, float]:
 
 
 def ratios(row: Row) -> list[str]:
-    """Of eager and torch.compile to ours."""
+    """Times of eager and torch.compile over that of ecar_kernels."""
     times = _medians(row)
     return [
         f"{figures(times[name] / times['ours'])}x" if name in times else "-" for name in OWN[:2]

@@ -42,7 +42,7 @@ def compiled(model: ECAR, whole: bool = True) -> ECAR:
 
     whole: each head's velocity is one graph. Otherwise its repeated block is compiled, one graph
     for each stage (PyTorch's regional compilation, which it recommends for deep models: compile
-    time does not grow with the depth), beside its modulations and embedding; the last projection
+    time does not grow with the depth), and its modulations and embedding; the last projection
     stays eager.
     """
     model = twin(model)
@@ -59,7 +59,7 @@ def compiled(model: ECAR, whole: bool = True) -> ECAR:
 
 
 def accelerated(model: ECAR) -> ECAR:
-    """A twin as a user has it after `ecar_kernels.accelerate`; packed weights lie beside."""
+    """A twin as a user has it after `ecar_kernels.accelerate`; with packed weights."""
     copied = twin(model)
     ecar_kernels.accelerate(copied, backend="auto")
     return copied
@@ -77,7 +77,7 @@ class Way:
 
 
 def ways(model: ECAR, compile: str | None = "whole") -> dict[str, Way]:
-    """The reference in eager mode, compiled (by "whole" heads or by "blocks"), and ours."""
+    """The reference in eager mode, compiled (by "whole" heads or by "blocks"), and accelerated."""
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64  # a graph for each head of each stage
     found = {"eager": Way(model, "reference")}

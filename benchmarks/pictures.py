@@ -23,7 +23,7 @@ DPI = 110
 COLOURS = {
     "eager": "#E69F00",
     "torch.compile": "#56B4E9",
-    "ours": "#0072B2",
+    "ecar_kernels": "#0072B2",
     "its matrix products alone": "#777777",
 }
 SETTINGS = {
@@ -130,7 +130,7 @@ def times(ratio: float) -> str:
 
 
 def ops(record: Record) -> Figure | None:
-    """Eager's and torch.compile's time over ours, the median over an op's sizes."""
+    """Eager's and torch.compile's time over ecar_kernels', the median over an op's sizes."""
     ratios: dict[str, dict[str, list[float]]] = {}
     for row in record["rows"]:
         if row.get("overhead"):
@@ -142,13 +142,13 @@ def ops(record: Record) -> Figure | None:
                 values = ratios.setdefault(group, {}).setdefault(micro.NAMES.get(way, way), [])
                 values.append(seconds[way]["median"] / seconds["ours"]["median"])
     return bars(
-        "Each op: time of other ways over ours, median over all sizes",
+        "Each op: time over that of ecar_kernels, median over all sizes",
         record["runs"][-1]["environment"] if record["runs"] else {},
         {
             group: {name: statistics.median(values) for name, values in of.items()}
             for group, of in sorted(ratios.items(), key=lambda item: "backward" in item[0])
         },
-        "time / ours",
+        "time / time of ecar_kernels",
         times,
         log=True,
     )
@@ -161,7 +161,7 @@ def image(record: Record) -> Figure | None:
         shown = {
             "eager": median["eager"],
             "torch.compile": median.get("compiled"),
-            "ours": median["ours"],
+            "ecar_kernels": median["ours"],
             "its matrix products alone": median["linears"] + median["attention"],
         }
         groups[f"E-CAR-{row['size']}"] = {k: v for k, v in shown.items() if v is not None}

@@ -55,7 +55,7 @@ def linears(weight: Tensor, bias: Tensor, rows: int) -> dict[str, Linear]:
         packed = onednn._reorder_linear_weight(weight, rows)
         found["oneDNN packed"] = lambda x: onednn._linear_pointwise(x, packed, bias, "none", [], "")
     if _native.why_not() is None:
-        found["ours packed"] = packed_linear(weight, bias, rows)
+        found["ecar_kernels packed"] = packed_linear(weight, bias, rows)
     return found
 
 

@@ -77,7 +77,7 @@ def _rows(work: Work, chosen: Sequence[Case], *, compiled: bool = False) -> None
 
 
 def _variants(work: Work, case: Case, compiled: bool) -> Functions:
-    """Ours and eager peers; or what torch.compile has to make first, next to ours."""
+    """The op's backends and eager peers; or what has to be compiled, and the backend of "auto"."""
     ours = _ours(work, case)
     others = peers.functions(case.op, per_stage=True)
     flex = others.pop("FlexAttention", None)
@@ -205,5 +205,5 @@ def _measure(work: Work, name: str, case: Case, arena: Arena, variants: Function
         row["floor"] = floor_seconds(least, Rates(work.rates["copy"], work.rates["bfloat16"]))
     timed = row.get("variants", {}).items()
     said = ", ".join(f"{variant} {duration(found['median'])}" for variant, found in timed)
-    # One of ours that fails is a failure; a peer's is its reason.
+    # A backend that fails is a failure; a peer's is its reason.
     work.add(name, said, ok=not set(BACKENDS) & failed.keys(), **row)

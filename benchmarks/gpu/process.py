@@ -72,7 +72,7 @@ def follow_process(
 
 
 def end(process: subprocess.Popen) -> None:
-    """First asked to, so that it ends what it has started in sessions of their own."""
+    """By SIGTERM first, so that it can end what it has started in sessions of their own."""
     for signal_number, seconds in ((signal.SIGTERM, 2), (signal.SIGKILL, None)):
         try:
             os.killpg(process.pid, signal_number)

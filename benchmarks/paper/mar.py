@@ -126,11 +126,11 @@ class MAR(nn.Module):
         )
         self.mlp = DiffusionMLP(size)
 
-    def condition(self, label: Tensor, latents: Tensor, known: Tensor, wanted: Tensor) -> Tensor:
-        """What the latents of some tokens are denoised with: [1, wanted, width].
+    def condition(self, label: Tensor, latents: Tensor, known: Tensor, drawn: Tensor) -> Tensor:
+        """What the latents of some tokens are denoised with: [1, drawn, width].
 
         label: [1]. latents: of all tokens [1, 256, 16]; those that are not known are not read.
-        known, wanted: indices of tokens.
+        known, drawn: indices of tokens.
         """
         buffer = self.size.buffer
         label = self.label(label)[:, None].expand(-1, buffer, -1)
@@ -144,7 +144,7 @@ class MAR(nn.Module):
         x = all_tokens + self.decoder_positions
         for block in self.decoder:
             x = block(x)
-        return (self.decoder_norm(x)[:, buffer:] + self.diffusion_positions)[:, wanted]
+        return (self.decoder_norm(x)[:, buffer:] + self.diffusion_positions)[:, drawn]
 
 
 def next_tokens(steps: int, tokens: int = TOKENS) -> list[int]:
@@ -202,9 +202,9 @@ class Sampler:
         seconds = []
         for step in chosen:
             order, known = torch.randperm(tokens), sum(drawn[:step])
-            wanted = order[known : known + drawn[step]]
+            new = order[known : known + drawn[step]]
             begin = time.perf_counter()
-            z = self.model.condition(label, latents, order[:known], wanted)
+            z = self.model.condition(label, latents, order[:known], new)
             seconds.append(time.perf_counter() - begin)
             denoising = [seconds_of(lambda i=i, z=z: self.denoise(z, [i])) for i in spread]
             seconds[-1] += statistics.median(denoising) * DIFFUSION_STEPS

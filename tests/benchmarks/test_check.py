@@ -32,8 +32,8 @@ def row(eager=3e-3, compiled=2e-3, ours=1e-3, spread=0.02, **changes):
 def test_a_regression_is_a_loss_that_names_the_row_and_both_ratios():
     lost = check.judge(row(), row(ours=1.3e-3))
     assert [line.startswith(NAME) for line in lost] == [True, True]
-    assert "eager / ours 2.31x, was 3.00x: -23%, noise allows -15%" in lost[0]
-    assert "torch.compile / ours" in lost[1]
+    assert "vs eager 2.31x, was 3.00x: -23%, noise allows -15%" in lost[0]
+    assert "vs torch.compile" in lost[1]
 
 
 def test_a_machine_that_is_slower_altogether_is_none():
@@ -100,7 +100,7 @@ def test_what_is_as_committed_is_measured_once(monkeypatch, committed, capsys):
 
 def test_a_loss_counts_if_it_is_seen_twice(monkeypatch, committed, capsys):
     assert not run(monkeypatch, committed, row(ours=1.3e-3), row(ours=1.4e-3))
-    assert f"LOST: {NAME}: eager / ours 2.14x, was 3.00x" in capsys.readouterr().out
+    assert f"LOST: {NAME}: vs eager 2.14x, was 3.00x" in capsys.readouterr().out
     assert run(monkeypatch, committed, row(ours=1.3e-3), row())
 
 
@@ -148,4 +148,4 @@ def test_the_command_measures_and_compares(tmp_path, monkeypatch):
     file.write_text(json.dumps(record))
     given = f"--only ratios --against {file} --seconds 0.05".split()
     out = python("-m", "benchmarks.check", *given, status=1)
-    assert "LOST: euler_step - 256 tokens, batch 1: eager / ours" in out
+    assert "LOST: euler_step - 256 tokens, batch 1: vs eager" in out
