@@ -220,7 +220,7 @@ def memcheck(work: Work) -> None:
     command = [*watch, sys.executable, "-m", "benchmarks.gpu.calls", work.device.type]
     code, output = run(work, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     errors = re.search(r"ERROR SUMMARY: (\d+) error", output)
-    done = len(re.findall(r"^\w+ (?:cpp|cuda|sdpa|triton) \w+ \w+$", output, re.MULTILINE))
+    done = len(re.findall(rf"^\w+ (?:{'|'.join(calls.KERNELS)}) \w+ \w+$", output, re.MULTILINE))
     work.add(
         "memcheck",
         f"{errors[1] if errors else '?'} errors in {done} calls" if done else "",
