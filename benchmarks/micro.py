@@ -308,7 +308,11 @@ def render(record: dict[str, Any]) -> str:
     parts = []
     if rows:
         header = (*case, "time", "vs eager", "vs torch.compile", "rate", "of the floor")
-        parts.append(markdown(header, map(_cells, rows)))
+        cells = map(_cells, rows)
+        if len(record["runs"]) > 1:
+            header = (*header, "run")
+            cells = [(*_cells(row), str(row["run"] + 1)) for row in rows]
+        parts.append(markdown(header, cells))
     if others := [(row, name) for row in rows for name in row["seconds"] if name not in OWN]:
         header = (*case, "library", "time", "vs ecar_kernels", "rate", "of the floor")
         parts.append(markdown(header, itertools.starmap(_peer_cells, others)))
@@ -330,15 +334,15 @@ def render(record: dict[str, Any]) -> str:
                 ],
             )
         )
-    return "\n\n".join([*parts, *(_run_line(this) for this in record["runs"])])
+    return "\n\n".join([*parts, *(_run_line(*run) for run in enumerate(record["runs"], 1))])
 
 
-def _run_line(this: dict[str, Any]) -> str:
-    text = results.where(this["environment"])
-    if "rates" not in this:
-        return text
+def _run_line(number: int, this: dict[str, Any]) -> str:
     copy, gemm = (this["rates"][name] for name in ("bytes_per_second", "multiply_adds_per_second"))
-    return f"{text}; copy {copy * 1e-9:.1f} GB/s, GEMM {2e-9 * gemm:.0f} GFLOP/s"
+    return (
+        f"Run {number}: {results.where(this['environment'])}; copy {copy * 1e-9:.1f} GB/s, GEMM "
+        f"{2e-9 * gemm:.0f} GFLOP/s"
+    )
 
 
 def _name(row: Row) -> str:
@@ -409,9 +413,10 @@ def overview(record: dict[str, Any], op: str, backward_batch: int = 8) -> str:
         ],
     )
     facts = [record["runs"][row["run"]]["environment"] for row in rows.values()]
-    dates = ", ".join(sorted({fact["date"][:10] for fact in facts}))
-    batch = f"; backward: a batch of {backward_batch}" if any(back for back, _ in rows) else ""
-    return (
-        f"{table}\n\n{facts[0]['device']}, {facts[0]['threads']} threads, float32, torch "
-        f"{facts[0]['versions']['torch']}, {dates}. Forward: one image{batch}."
+    said = dict.fromkeys(
+        f"{fact['device']}, {fact['threads']} threads, float32, torch "
+        f"{fact['versions']['torch']}, {fact['date'][:10]}"
+        for fact in facts
     )
+    batch = f"; backward: a batch of {backward_batch}" if any(back for back, _ in rows) else ""
+    return f"{table}\n\n{'; '.join(said)}. Forward: one image{batch}."

@@ -92,7 +92,8 @@ def row(run=0, ours=2e-3, **changes):
 
 
 def this(**changes):
-    return {"environment": results.describe() | changes}
+    rates = {"bytes_per_second": 1e9, "multiply_adds_per_second": 1e10}
+    return {"environment": results.describe() | changes, "rates": rates}
 
 
 def record(*rows):
@@ -223,6 +224,11 @@ def test_the_tables_have_ratios_rates_and_the_fraction_of_the_floor():
     name = "stage_attention, all stages"
     assert [name, "S", "16", "1", "SDPA math", "5.00 ms", "2.50x", "0.4 GB/s", "20%"] in cells
     assert [name, "SDPA cudnn", "RuntimeError: no"] in cells
+    assert "Run 1: " in text and "copy 1.0 GB/s, GEMM 20 GFLOP/s" in text
+    two = micro.merged(record(row()), this(threads=99), [row(tokens=64)])
+    lines = [" ".join(line.split()) for line in micro.render(two).splitlines()]
+    assert lines[2].endswith("50% | 1 |") and lines[3].endswith("50% | 2 |")
+    assert any(line.startswith("Run 2: ") and "99 threads" in line for line in lines)
     without = row()
     del without["seconds"]["compiled"]
     assert "| 2.00x | - | 1.0 GB/s |" in " ".join(micro.render(record(without)).split())
@@ -242,3 +248,5 @@ def test_an_ops_overview_has_the_stages_of_s():
     assert [cell.strip() for cell in lines[1].strip("|").split("|")] == cells
     assert "Forward: one image; backward: a batch of 8." in text
     assert micro.overview(record(), "adaln") == ""
+    two = micro.merged(record(row()), this(threads=99), [row(tokens=64)])
+    assert ", 99 threads, float32, torch" in micro.overview(two, "adaln")
