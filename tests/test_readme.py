@@ -7,8 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from ecar import ECAR, ECARConfig
+from ecar_kernels import registry
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
@@ -47,6 +49,27 @@ def test_there_are_examples():
 @pytest.mark.parametrize("block", PYTHON_BLOCKS, ids=["pipeline", "ops", "accelerate"])
 def test_python_example_runs(block):
     exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_matrix_of_backends_is_the_registry_s():
+    """And every backend serves the three dtypes, the reference also float64."""
+    table = README.partition("## What runs where")[2].partition("\n\n")[2].partition("\n\n")[0]
+    head, _, *lines = [line.strip("|").split("|") for line in table.splitlines()]
+    names = [re.search(r"`(\w+)`", cell)[1] for cell in head[1:-1]]
+    assert sorted(names) == sorted(registry.BACKENDS)
+    seen = []
+    for ops, *cells in lines:
+        *served, backward = ["yes" in cell for cell in cells]
+        for op in re.findall(r"`(\w+)`", ops):
+            seen.append(op)
+            found = registry.IMPLEMENTATIONS[op]
+            assert {n for n, yes in zip(names, served, strict=True) if yes} == set(found), op
+            assert backward == (registry.RECORDS[op].gradients == "all"), op
+            for name, implementation in found.items():
+                dtypes = registry.KERNEL_DTYPES
+                dtypes += (torch.float64,) if name == "reference" else ()
+                assert set(implementation.dtypes) == set(dtypes), f"{op} by {name}"
+    assert sorted(seen) == sorted(registry.OPS)
 
 
 def result(name: str) -> dict:
@@ -109,6 +132,7 @@ def test_commands_exist():
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text("utf-8")
+    text = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if "://" not in target:
             assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"

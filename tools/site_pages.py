@@ -24,6 +24,7 @@ OUTSIDE = {
     "checkpoints/mnist/README.md": "project/mnist.md",
 }
 INSIDE = {site: path for path, site in OUTSIDE.items()}
+CODE = re.compile(r"(^ *```.*?^ *```$)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[([^\[\]]*|[^\[\]]*\[[^\[\]]*\]\([^()]*\))\]\(([^()\s#]+)(#[^()\s]*)?\)")
 BRANCH = "blob/main"
 
@@ -54,4 +55,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return f"[{text}]({config.repo_url.rstrip('/')}/{BRANCH}/{path}{anchor})"
         return text
 
-    return LINK.sub(link, markdown)
+    parts = CODE.split(markdown)  # every other one is code
+    parts[::2] = [LINK.sub(link, part) for part in parts[::2]]
+    return "".join(parts)

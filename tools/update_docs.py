@@ -56,12 +56,12 @@ def contract(op: str) -> str:
 
 
 def ops() -> str:
-    """Every op, what it does, and the backends that it has."""
-    rows = []
+    """Every op, what it computes, and the backends that it has."""
+    rows = ["| op | what it computes | backends |", "|---|---|---|"]
     for name, op in RECORDS.items():
         backends = ", ".join(backend for backend in BACKENDS if backend in op.backends)
-        rows.append((f"[`{name}`]({name}.md)", op.summary, backends))
-    return results.markdown(("op", "what it does", "backends"), rows)
+        rows.append(f"| [`{name}`]({name}.md) | {op.summary} | {backends} |")
+    return "\n".join(rows)
 
 
 def measured(name: str, root: Path = ROOT) -> str:

@@ -28,7 +28,7 @@ FAMILY = Family(
     ops=(
         Op(
             "adaln",
-            "LayerNorm with a token's and a step's modulation",
+            "LayerNorm modulated per token and per step",
             (_X, *modulation("shift", "scale"), EPS),
             _backends("adaln"),
             invalid=_EPS,
@@ -36,14 +36,14 @@ FAMILY = Family(
         ),
         Op(
             "gated_residual",
-            "adds a gated branch to the residual stream",
+            "residual stream plus a gated branch",
             (_X, _BRANCH, *modulation("gate")),
             _backends("gated_residual"),
             cost=Cost(backward_reads=("branch", "gate", "step_gate"), free=("x",)),
         ),
         Op(
             "gated_residual_adaln",
-            "both in one pass over the tokens",
+            "gated residual and adaLN in one pass",
             (_X, _BRANCH, *modulation("gate", "shift", "scale"), EPS),
             _backends("gated_residual_adaln"),
             invalid=_EPS,

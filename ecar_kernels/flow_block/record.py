@@ -37,7 +37,7 @@ FAMILY = Family(
     ops=(
         Op(
             "adaln_linear",
-            "adaln, a linear layer and GELU; inference",
+            "adaLN, linear layer and GELU; inference",
             (
                 tensor("x", "[B, N, C]"),
                 *modulation("shift", "scale"),
@@ -60,7 +60,7 @@ FAMILY = Family(
         ),
         Op(
             "linear_gated_residual",
-            "a linear layer, its gate and the residual; inference",
+            "linear layer, gate and residual; inference",
             (
                 tensor("h", "[B, N, K]"),
                 tensor("weight", "[C, K]", weight=True),

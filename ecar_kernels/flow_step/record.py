@@ -126,7 +126,7 @@ FAMILY = Family(
     ops=(
         Op(
             "euler_step",
-            "one step of the flow, with guidance",
+            "a flow step with classifier-free guidance",
             _STEP,
             _backends("euler_step"),
             width="",
@@ -154,7 +154,7 @@ FAMILY = Family(
         ),
         Op(
             "initial_noise",
-            "the noise that an image's seed stands for",
+            "an image's noise from its seed",
             (
                 tensor("seeds", "[B]", dtype=torch.int64),
                 value("shape", lambda draw: (draw.sizes.image,), _is_shape),
