@@ -250,3 +250,15 @@ def test_an_ops_overview_has_the_stages_of_s():
     assert micro.overview(record(), "adaln") == ""
     two = micro.merged(record(row()), this(threads=99), [row(tokens=64)])
     assert ", 99 threads, float32, torch" in micro.overview(two, "adaln")
+
+
+def test_pytest_benchmark_runs_a_row_by_every_way(tmp_path):
+    file = tmp_path / "run.json"
+    python(
+        *("-m", "pytest", "-q", "-p", "no:xdist", str(ROOT / "benchmarks"), "--benchmark-only"),
+        *("-k", NOISE, f"--benchmark-json={file}"),
+    )
+    found = json.loads(file.read_text())["benchmarks"]
+    assert [entry["params"]["way"] for entry in found] == list(micro.OWN)
+    assert all(entry["stats"]["min"] > 0 for entry in found)
+    assert all(entry["extra_info"]["op"] == "euler_step" for entry in found)
