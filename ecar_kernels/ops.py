@@ -255,10 +255,10 @@ class Cost:
     """What a call must move and multiply; see costs.py, which counts the bytes of arguments.
 
     multiply_adds: of a forward, from the sizes and the arguments. backward_reads: the arguments
-    that gradients need, beside those of the outputs; None for an op without a backward.
-    reads_output: the first output, too. free: arguments whose gradient is an output's, unchanged,
-    where their shapes are the same. backward_products: multiply-adds of a backward, as a multiple
-    of its forward's.
+    that gradients need, in addition to the gradients of the outputs; None for an op without a
+    backward. reads_output: the first output, too. free: arguments whose gradient is an output's,
+    unchanged, where their shapes are the same. backward_products: multiply-adds of a backward, as
+    a multiple of its forward's.
     """
 
     multiply_adds: Callable[[Sizes, Mapping[str, Any]], int] = lambda sizes, given: 0

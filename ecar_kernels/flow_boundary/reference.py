@@ -1,4 +1,4 @@
-"""The oracle of the boundary between two network calls: plain PyTorch."""
+"""The boundary between two network calls in plain PyTorch, any floating dtype."""
 
 import torch.nn.functional as F
 from torch import Tensor
