@@ -165,7 +165,7 @@ PRELOAD = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file
 WATCHED = env LD_PRELOAD='$(PRELOAD)' ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
   UBSAN_OPTIONS=print_stacktrace=1 ECAR_LIBRARY=$(SANITIZED)/libecar_cpu.so
 
-SANITIZED_TESTS = $(patsubst %,tests/ecar_kernels/test_%.py,adaln flow_block_cpp flow_block_whole \
+SANITIZED_TESTS = $(patsubst %,tests/ecar_kernels/test_%.py,adaln flow_block flow_block_cpp flow_block_whole \
   flow_boundary flow_step native stage_attention stage_attention_cpp stage_attention_ops)
 
 sanitize: $(STAMPS)/test

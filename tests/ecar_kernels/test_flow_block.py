@@ -1,4 +1,5 @@
-"""The fused GEMMs: the oracles against the formulas and against the ops they fuse."""
+"""The fused GEMMs: the references against the formulas and the ops they fuse, and what holds for
+the kernels of every backend."""
 
 import pytest
 import torch
@@ -9,8 +10,15 @@ from ecar_kernels.adaln import reference as unfused
 from ecar_kernels.flow_block import reference
 from ecar_kernels.registry import KERNEL_DTYPES
 from tests.support.accuracy import assert_accurate
+from tests.support.backends import DEVICES, by_every_kernel, kernel
+from tests.support.flow_block import OPS, call_of
 from tests.support.native import needs_native
 from tests.support.ops import arguments
+
+# Interpreted, kernels compute in numpy, which warns where a GPU does not: of exp2's infinity, say.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value) encountered:RuntimeWarning:triton"
+)
 
 MODULATION = ("x", "shift", "scale", "step_shift", "step_scale")
 
@@ -95,3 +103,68 @@ def test_the_bias_may_be_none(op):
     call = arguments(op.__name__)
     without = op(**call | {"bias": None})
     torch.testing.assert_close(without, op(**call | {"bias": torch.zeros_like(call["bias"])}))
+
+
+@by_every_kernel
+def test_gelu_is_exact_to_a_few_units(backend):
+    """Of the result where it does not vanish, else of 1: torch's own cancels for x < 0."""
+    dense = 10 if backend == "cpp" else 1  # Triton's kernels may be interpreted
+    values = torch.cat(
+        [
+            torch.linspace(-20, 20, 4000 * dense + 1),
+            torch.logspace(-30, 4, 100 * dense),
+            -torch.logspace(-30, 4, 100 * dense),
+            torch.tensor([0.0, -1e20, 1e20]),
+        ]
+    )
+    device = DEVICES[backend]
+    zeros = torch.zeros(1, 1, 8, device=device)
+    weight = torch.zeros(len(values), 8, device=device)  # the product is 0: GELU of the bias
+    found = kernel("adaln_linear", backend)(
+        zeros, zeros, zeros, weight, values.to(device), activation="gelu_tanh"
+    )[0, 0].cpu()
+    exact = F.gelu(values.double(), approximate="tanh")
+    error = (found.double() - exact).abs()
+    units = 5 if backend == "cpp" else 8
+    assert (error <= torch.where(values >= -1, units * exact.abs(), 1) * 2**-24).all()
+    assert (error[(values < -15) & (values > -1e10)] < 1e-30).all()
+    assert found[values > 10].equal(values[values > 10])
+
+
+@pytest.mark.parametrize("op", OPS)
+@by_every_kernel
+def test_views_give_what_copies_give(op, backend):
+    layouts = ("chunk", "transposed", "expanded", "sliced", "chunk", "transposed")
+    call = call_of(
+        op,
+        3,
+        7,
+        80,
+        40,
+        layouts=layouts,
+        sliced=True,
+        steps=("rows", "rows"),
+        device=DEVICES[backend],
+    )
+    copies = {
+        name: value.contiguous() if isinstance(value, torch.Tensor) else value
+        for name, value in call.items()
+    }
+    assert kernel(op, backend)(**call).equal(kernel(op, backend)(**copies))
+
+
+@pytest.mark.parametrize("op", OPS)
+@by_every_kernel
+def test_nothing_to_do(op, backend):
+    for batch, count, outputs in ((0, 5, 8), (2, 0, 8), (2, 5, 0)):
+        call = call_of(op, batch, count, 24, outputs, device=DEVICES[backend])
+        assert kernel(op, backend)(**call).shape == (batch, count, outputs)
+
+
+@by_every_kernel
+def test_no_inputs(backend):
+    """What is left is the bias."""
+    call = call_of("linear_gated_residual", 2, 5, 0, 8, device=DEVICES[backend])
+    found = kernel("linear_gated_residual", backend)(**call)
+    expected = reference.linear_gated_residual(**call)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -197,28 +196,6 @@ def test_channels_beyond_one_block():
         )
 
 
-def test_gelu_is_exact_to_a_few_units():
-    """Of the result where it does not vanish, else of 1: torch's own cancels for x < 0."""
-    values = torch.cat(
-        [
-            torch.linspace(-20, 20, 4001),
-            torch.logspace(-30, 4, 100),
-            -torch.logspace(-30, 4, 100),
-            torch.tensor([0.0, -1e20, 1e20]),
-        ]
-    )
-    zeros = torch.zeros(1, 1, 8, device=DEVICE)
-    weight = torch.zeros(len(values), 8, device=DEVICE)
-    found = triton.adaln_linear(
-        zeros, zeros, zeros, weight, values.to(DEVICE), activation="gelu_tanh"
-    )[0, 0].cpu()
-    exact = F.gelu(values.double(), approximate="tanh")
-    error = (found.double() - exact).abs()
-    assert (error <= torch.where(values >= -1, 8 * exact.abs(), 1) * 2**-24).all()
-    assert (error[values < -15] < 1e-30).all()
-    assert found[values > 10].equal(values[values > 10])
-
-
 @pytest.mark.parametrize("op", OPS)
 def test_not_a_number_and_infinity_stay_in_their_row(op):
     arguments = call(op, 1, 21, 70, 53)
@@ -241,29 +218,10 @@ def test_same_inputs_same_bits(op):
         assert run(**arguments).equal(run(**arguments))
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_views_give_what_copies_give(op):
-    layouts = ("chunk", "transposed", "expanded", "sliced", "chunk", "transposed")
-    arguments = call(op, 3, 7, 80, 40, layouts=layouts, sliced=True, steps=("rows", "rows"))
-    copies = {
-        name: value.contiguous() if isinstance(value, torch.Tensor) else value
-        for name, value in arguments.items()
-    }
-    run = getattr(triton, op)
-    assert run(**arguments).equal(run(**copies))
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_nothing_to_do(op):
-    for batch, count, outputs in ((0, 5, 8), (2, 0, 8), (2, 5, 0)):
-        arguments = call(op, batch, count, 24, outputs)
-        assert getattr(triton, op)(**arguments).shape == (batch, count, outputs)
-
-
-def test_no_inputs():
-    arguments = call("linear_gated_residual", 2, 3, 0, 5)
-    check("linear_gated_residual", arguments)
-    check("linear_gated_residual", arguments, replace(SMALL, splits=2))
+def test_no_inputs_in_splits():
+    check(
+        "linear_gated_residual", call("linear_gated_residual", 2, 3, 0, 5), replace(SMALL, splits=2)
+    )
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
