@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -185,6 +186,9 @@ def checked_images(images: Any, shape: Sequence[int], *, name: str, pixels: bool
 
     Raises:
         TypeError: no floats. ValueError: another shape, NaN or infinity, another range.
+
+    Warns:
+        UserWarning: pictures of which no value is below 0, which may be bright or in [0, 1].
     """
     if not isinstance(images, Tensor) or not images.is_floating_point():
         raise TypeError(
@@ -206,6 +210,12 @@ def checked_images(images: Any, shape: Sequence[int], *, name: str, pixels: bool
             raise ValueError(
                 f"argument {name!r}: expected images in [-1, 1], got values from {low:.4g} to "
                 f"{high:.4g}" + ("; images in [0, 1] are given as 2 x - 1" if unit else "")
+            )
+        if 0 <= low < high:
+            warnings.warn(
+                f"argument {name!r}: no value of the images is below 0 (they are from {low:.4g} to "
+                f"{high:.4g}); if they are in [0, 1], give 2 x - 1",
+                stacklevel=2,
             )
     return images
 

@@ -160,6 +160,16 @@ def test_values(open_by, way, kind):
         assert float(high.split(";")[0].split()[0]) == pytest.approx(float(came[9:]), rel=0.02)
 
 
+@pytest.mark.parametrize("way", ["tensors", "a data set", "an ImageDataset", "cache_latents"])
+def test_images_that_may_be_in_0_to_1(open_by, way):
+    """Without a black pixel they may as well be bright, so they are taken, with a warning."""
+    with pytest.warns(UserWarning, match=r"no value of the images is below 0 .* give 2 x - 1"):
+        try:
+            open_by[way](torch.rand(COUNT, *SHAPE) / 2 + 0.25, good_labels())
+        except (TypeError, AttributeError) as error:
+            assert way == "cache_latents" and "NoneType" in str(error)  # no codec was given
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 @pytest.mark.parametrize("way", ["tensors", "a data set", "an ImageDataset", "held-out"])
 def test_what_is_right_is_taken(open_by, way, dtype):
