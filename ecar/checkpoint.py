@@ -19,6 +19,7 @@ from ecar.config import ECARConfig
 from ecar.files import read_json, write_json
 from ecar.hub import checkpoint_folder
 from ecar.sampling import SOLVERS, Guidance, split_steps
+from ecar.sampling.solver import check_grid
 
 __all__ = [
     "BUILT_IN_DEFAULTS",
@@ -47,6 +48,7 @@ BUILT_IN_DEFAULTS = {
     "guidance_schedule": "constant",
     "guidance_interval": (0.0, 1.0),
     "solver": "euler",
+    "grid": 1.0,
 }
 
 
@@ -89,7 +91,7 @@ def complete_settings(defaults: dict[str, Any], num_stages: int) -> dict[str, An
 def check_settings(settings: dict[str, Any], num_stages: int) -> None:
     """Validate as the sampler does, by the pipeline's names."""
     try:
-        split_steps(settings["num_inference_steps"], num_stages)
+        counts = split_steps(settings["num_inference_steps"], num_stages)
     except (TypeError, ValueError) as error:
         message = str(error).replace("argument 'steps'", "argument 'num_inference_steps'")
         raise type(error)(message) from None
@@ -98,6 +100,7 @@ def check_settings(settings: dict[str, Any], num_stages: int) -> None:
         raise ValueError(
             f"argument 'solver': expected one of {SOLVERS}, got {settings['solver']!r}"
         )
+    check_grid(settings["grid"], counts)
 
 
 def write_settings(

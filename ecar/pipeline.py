@@ -68,7 +68,7 @@ class ECARPipeline:
         codec: None is the identity: latents are pixels.
         class_names: one name for each class; synonyms are separated by commas.
         defaults: of the call's ``num_inference_steps``, ``guidance_scale``,
-            ``guidance_schedule``, ``guidance_interval`` and ``solver``.
+            ``guidance_schedule``, ``guidance_interval``, ``solver`` and ``grid``.
         graphs: on a CUDA device, draw by a CUDA graph, captured at the first call of a kind:
             "auto" where one can be had, True or an error, or False; see ``ecar.sample``. Also an
             attribute, to be set later.
@@ -204,6 +204,7 @@ class ECARPipeline:
         guidance_schedule: str | None = None,
         guidance_interval: tuple[float, float] | None = None,
         solver: str | None = None,
+        grid: float | Sequence[Sequence[float]] | None = None,
         seeds: int | Sequence[int] | Tensor | None = None,
         generator: torch.Generator | None = None,
         output_type: str = "pil",
@@ -224,7 +225,8 @@ class ECARPipeline:
             guidance_scale: w of classifier-free guidance; 1 is none.
             guidance_schedule: "constant", or "linear" over stages.
             guidance_interval: global times (low, high) outside which there is no guidance.
-            solver: "euler", or "heun" (order 2, two network calls a step).
+            solver: "euler", "heun" (order 2, two network calls a step) or "ab2" (order 2, one).
+            grid: where a stage's steps lie: the exponent p of (i / N)^p, or each stage's times.
             seeds: int64 numbers. One alone goes with every class: the same noise.
             generator: draws the seeds; not with ``seeds``. With neither, torch's default one.
             output_type: "pil", "np" (float32 [B, H, W, C] in [0, 1]), "pt" (float32
@@ -250,6 +252,7 @@ class ECARPipeline:
             "guidance_schedule": guidance_schedule,
             "guidance_interval": guidance_interval,
             "solver": solver,
+            "grid": grid,
         }
         chosen = {name: value for name, value in chosen.items() if value is not None}
         settings = {**self.defaults, **chosen}

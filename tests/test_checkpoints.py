@@ -10,6 +10,7 @@ from scipy.stats import beta, binom
 from ecar.evaluation import DigitClassifier, generate
 from ecar.evaluation.provenance import weights_sha256
 from ecar.pipeline import ECARPipeline
+from ecar.sampling import sample
 from ecar.training import TrainConfig
 from tools.update_docs import ROOT
 
@@ -69,3 +70,22 @@ def test_new_samples_are_read_as_the_report_says(folder, report):
     correct = round(report["metrics"]["label_accuracy"] * count)
     lowest_share = beta.ppf(1e-6, correct, count - correct + 1)  # Clopper and Pearson's bound
     assert (read.argmax(1) == labels).sum() >= binom.ppf(1e-6, 200, lowest_share)
+
+
+def test_32_calls_of_ab2_err_less_than_250_of_euler(folder):
+    """Against the converged trajectory of the same ten seeds, one of each class."""
+    pipeline = ECARPipeline.from_pretrained(folder)
+    model, stages = pipeline.model, pipeline.model.config.num_stages
+
+    def drawn(steps, solver, grid=1.0):
+        settings = {"steps": steps, "solver": solver, "grid": grid}
+        scale = pipeline.defaults["guidance_scale"]
+        seeds = torch.arange(10)
+        return sample(model, torch.arange(10), seeds=seeds, guidance_scale=scale, **settings)
+
+    exact = drawn([100] * stages, "heun", 1.5).latents
+    few, many = (
+        (drawn(*settings).latents - exact).square().mean().sqrt().item()
+        for settings in ((32, "ab2", 1.5), (250, "euler"))
+    )
+    assert few <= many, f"{few:.4f} and {many:.4f} of {exact.square().mean().sqrt():.4f}"

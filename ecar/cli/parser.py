@@ -125,7 +125,13 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         metavar="N[,N..]",
         help="network calls in all, or of each stage; Heun makes two a step",
     )
-    group.add_argument("--solver", choices=("euler", "heun"))
+    group.add_argument("--solver", choices=("euler", "heun", "ab2"))
+    group.add_argument(
+        "--grid",
+        type=float,
+        metavar="P",
+        help="where a stage's N steps begin: (i / N)^P; above 1, closer together at its beginning",
+    )
     group.add_argument(
         "--guidance", type=float, metavar="W", help="scale of classifier-free guidance; 1 is none"
     )

@@ -23,6 +23,7 @@ SETTINGS = {
     "guidance_schedule": "guidance_schedule",
     "guidance_interval": "guidance_interval",
     "solver": "solver",
+    "grid": "grid",
 }
 
 

@@ -46,7 +46,7 @@ def generate(
         source: a pipeline, or a model whose latents are pixels.
         labels, seeds: int64 [N].
         settings: of the pipeline's call: num_inference_steps, guidance_scale, guidance_schedule,
-            guidance_interval, solver. What is left out is the pipeline's default.
+            guidance_interval, solver, grid. What is left out is the pipeline's default.
     """
     require_positive("batch_size", batch_size)
     if labels.shape != seeds.shape or labels.dim() != 1 or len(labels) == 0:

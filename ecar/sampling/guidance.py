@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ecar.sampling.solver import step_times
+from ecar.sampling.solver import Grid, step_times
 
 __all__ = ["SCHEDULES", "Guidance", "split_steps"]
 
@@ -59,10 +59,10 @@ class Guidance:
             return 1 + (self.scale - 1) * (stage - 1) / (num_stages - 1)
         return float(self.scale)
 
-    def scales(self, counts: Sequence[int]) -> tuple[tuple[float, ...], ...]:
+    def scales(self, counts: Sequence[int], grid: Grid = 1.0) -> tuple[tuple[float, ...], ...]:
         """w of every step of every stage, for stages of ``counts`` steps."""
         return tuple(
-            tuple(self.at(stage, len(counts), time) for time in step_times(counts, stage))
+            tuple(self.at(stage, len(counts), time) for time in step_times(counts, stage, grid))
             for stage in range(1, len(counts) + 1)
         )
 

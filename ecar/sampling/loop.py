@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ecar.sampling.solver import place_steps
+from ecar.sampling.solver import Grid, place_steps
 from ecar_kernels import registry
 
 __all__ = ["Engine", "StepInfo", "run", "served_by"]
@@ -60,6 +60,7 @@ def run(
     engine: Engine,
     counts: Sequence[int],
     *,
+    grid: Grid = 1.0,
     progress: Callable[[int], object] | None = None,
     callback: Callable[[StepInfo], Tensor | None] | None = None,
 ) -> list[Tensor]:
@@ -68,13 +69,14 @@ def run(
     Args:
         engine: made for stages of ``counts`` steps.
         counts: steps of each stage.
+        grid: where they lie, as the engine has them.
         progress: called with the number of steps taken since the last call.
         callback: as ``sample``'s, for an engine that takes one step at a time.
     """
     ends: list[Tensor] = []
     for stage, count in enumerate(counts, start=1):
         engine.begin(stage)
-        step, placed, before = 0, place_steps(count), sum(counts[: stage - 1])
+        step, placed, before = 0, place_steps(counts, stage, grid), sum(counts[: stage - 1])
         while step < count:
             taken = engine.step(step)
             step += taken

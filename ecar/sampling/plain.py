@@ -50,6 +50,7 @@ class PlainEngine:
     def replace(self, x: Tensor, step: int) -> None:
         run, head = self._stage, self._stage.head
         self._state, self._embedded = x, None
+        run.solver.restart()
         if self._boundary is not None and step < run.last:
             self._state = patchify(x, head.patch_size)
             self._embedded = head.embed_tokens(run.network_input(x, step))
@@ -64,7 +65,7 @@ class PlainEngine:
     def _image_step(self, step: int) -> None:
         run, x = self._stage, self.image()
         self._embedded = None
-        slope, scale = run.slope(x, step), run.scale(step)
+        slope, scale = run.slope(x, step)
         if step == run.last and run.next_time is not None:
             self._state, self._start = run.solver.jump(
                 x, slope, step, scale, time=run.next_time, stage=run.number + 1, seeds=run.seeds

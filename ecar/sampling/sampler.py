@@ -23,7 +23,7 @@ from ecar.sampling.graph import CaptureError, release_graphs
 from ecar.sampling.guidance import Guidance, split_steps
 from ecar.sampling.loop import StepInfo
 from ecar.sampling.plain import PlainEngine
-from ecar.sampling.solver import SOLVERS, solver_class
+from ecar.sampling.solver import SOLVERS, check_grid, solver_class
 from ecar.sampling.stage import Inputs, Shape
 from ecar_kernels import active_backend, inspection
 
@@ -60,6 +60,7 @@ def sample(
     seeds: Tensor,
     steps: int | Sequence[int] = 250,
     solver: str = "euler",
+    grid: float | Sequence[Sequence[float]] = 1.0,
     guidance_scale: float = 1.0,
     guidance_schedule: str = "constant",
     guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -75,9 +76,10 @@ def sample(
     batch, on the batch's size or on the device (to rounding).
 
     On a CUDA device the first call of a kind captures a CUDA graph of the whole image, and all
-    calls of that kind replay it. A kind is a batch size, steps, a solver, which steps are guided,
-    a backend, and the format of numbers; classes, seeds and guidance scales are free. The model's
-    8 last used graphs are kept, with memory for the largest; ``release_graphs`` frees it.
+    calls of that kind replay it. A kind is a batch size, steps and where they lie, a solver, which
+    steps are guided, a backend, and the format of numbers; classes, seeds and guidance scales are
+    free. The model's 8 last used graphs are kept, with memory for the largest; ``release_graphs``
+    frees it.
 
     Args:
         model: on any device; its weights' dtype is that of the network calls, the state itself
@@ -86,7 +88,11 @@ def sample(
         seeds: int64 [B].
         steps: network calls (Euler) of all stages together, or of each stage in a list. Heun
             makes two calls a step.
-        solver: "euler" (order 1) or "heun" (order 2).
+        solver: "euler" (order 1), "heun" (order 2) or "ab2" (order 2 at one network call a step:
+            Adams-Bashforth, which remembers the velocity before).
+        grid: where a stage's N steps begin: the exponent p of (i / N)^p, where 1 is even and more
+            puts the steps closer together at a stage's beginning; or a list of each stage's times
+            in [0, 1), as many as it has steps, from 0 on.
         guidance_scale, guidance_schedule, guidance_interval: see ``Guidance``.
         callback: called after each step; a returned tensor replaces the state. There is no graph
             then.
@@ -115,9 +121,10 @@ def sample(
         raise ValueError(f"argument 'graphs': expected True, False or 'auto', got {graphs!r}")
     if tf32 not in (None, True, False):
         raise ValueError(f"argument 'tf32': expected True, False or None, got {tf32!r}")
-    scales = Guidance(guidance_scale, guidance_schedule, guidance_interval).scales(counts)
+    placed = check_grid(grid, counts)
+    scales = Guidance(guidance_scale, guidance_schedule, guidance_interval).scales(counts, placed)
     guided = tuple(tuple(scale != 1.0 for scale in values) for values in scales)
-    shape = Shape(batch, tuple(counts), solver, guided)
+    shape = Shape(batch, tuple(counts), solver, guided, placed)
     data = (class_labels, seeds, scales)
     _warn_of_missing_kernels(model.device)
 
@@ -227,7 +234,9 @@ def run_eagerly(
         on_cpu = CpuEngine.serves(model, solver_class(shape.solver))
         engine = (CpuEngine if on_cpu else PlainEngine)(model, inputs)
         with loop.served_by() as served:
-            ends = loop.run(engine, shape.counts, progress=progress, callback=callback)
+            ends = loop.run(
+                engine, shape.counts, grid=shape.grid, progress=progress, callback=callback
+            )
         return ends, served
 
     try:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ecar import stages
 from ecar.flow import FlowHead
 from ecar.model import ECAR
-from ecar.sampling.solver import Solver, place_steps, solver_class
+from ecar.sampling.solver import Grid, Solver, place_steps, solver_class
 from ecar.transformer import KVCache
 from ecar_kernels import initial_noise
 
@@ -32,6 +32,7 @@ class Shape:
     counts: tuple[int, ...]  # steps of each stage
     solver: str
     guided: tuple[tuple[bool, ...], ...]  # each stage's steps: are there unconditional rows?
+    grid: Grid = 1.0  # where the steps lie
 
 
 @dataclass
@@ -91,8 +92,8 @@ class Stage:
         spatial = self.spatial[self.guided[step]]
         return self.head.velocity(rows, spatial, self.modulation[at]).to(x.dtype)
 
-    def slope(self, x: Tensor, step: int) -> Tensor:
-        """The solver's, of the state x before ``step``."""
+    def slope(self, x: Tensor, step: int) -> tuple[Tensor, float | Tensor]:
+        """The solver's, of the state x before ``step``, and the guidance's scale."""
         return self.solver.slope(self.velocity, x, step, self.scale(step))
 
 
@@ -133,7 +134,8 @@ class Inputs:
         self.cache = KVCache(config, self.rows, device=device, dtype=dtype)
 
     def _solver(self, stage: int) -> Solver:
-        return solver_class(self.shape.solver)(place_steps(self.shape.counts[stage - 1]))
+        shape = self.shape
+        return solver_class(shape.solver)(place_steps(shape.counts, stage, shape.grid))
 
     def _times(self, stage: int) -> list[float]:
         taus = self._solver(stage).taus()

@@ -147,6 +147,8 @@ def test_guidance_and_steps_reach_the_sampler(pipe):
         {"guidance_scale": 3.0},
         {"num_inference_steps": [1, 3]},
         {"solver": "heun"},
+        {"solver": "ab2"},
+        {"grid": 1.5},
         {"guidance_scale": 3.0, "guidance_schedule": "linear"},
         {"guidance_scale": 3.0, "guidance_interval": (0.5, 1.0)},
     ):
@@ -240,6 +242,7 @@ def test_progress_bar_is_shown_on_request(pipe, capsys):
         ({"guidance_schedule": "cosine"}, ValueError, "'guidance_schedule'.*'cosine'"),
         ({"guidance_interval": (0.5, 0.1)}, ValueError, "'guidance_interval'"),
         ({"solver": "rk4"}, ValueError, "'solver'.*'rk4'"),
+        ({"grid": 0.0}, ValueError, "'grid'.*0.0"),
         ({"output_type": "jpg"}, ValueError, "'output_type'.*'jpg'"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, ValueError, "tensor_inputs.*noise"),
         ({"callback_on_step_end": lambda *given: 3}, TypeError, "'callback_on_step_end'.*int"),

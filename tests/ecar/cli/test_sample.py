@@ -88,6 +88,8 @@ def test_settings_reach_the_sampler(folder, run):
         "",
         "--steps 1,3",
         "--solver heun",
+        "--solver ab2",
+        "--grid 1.5",
         "--guidance 3",
         "--guidance 3 --guidance-schedule linear",
         "--guidance 3 --guidance-interval 0.2,1",
@@ -95,7 +97,7 @@ def test_settings_reach_the_sampler(folder, run):
         code, *_ = run(f"sample --checkpoint model --classes 1 --per-class 1 {options}")
         assert code == 0
         pictures.add(np.asarray(Image.open("samples.png")).tobytes())
-    assert len(pictures) == 6
+    assert len(pictures) == 8
 
 
 @pytest.mark.parametrize("options", ["--dtype bfloat16", "--backend reference", "--device cpu"])

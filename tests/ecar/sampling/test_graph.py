@@ -64,6 +64,7 @@ class TestReplay:
         [
             {},
             {"solver": "heun"},
+            {"solver": "ab2", "grid": 1.5},
             {"guidance_schedule": "linear"},
             {"guidance_interval": (0.1, 0.6)},
         ],
@@ -134,6 +135,8 @@ class TestKeys:
             {"labels": (3, 7), "seeds": (1, 2)},
             {"steps": [2, 4]},
             {"solver": "heun"},
+            {"solver": "ab2"},
+            {"grid": 1.5},
             {"guidance_scale": 2.0},
             {"tf32": True},
         ],

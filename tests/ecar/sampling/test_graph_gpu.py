@@ -18,7 +18,9 @@ def gpu_model(make_model):
 
 @pytest.mark.gpu
 class TestGraphs:
-    @pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.5}, {"solver": "heun"}])
+    @pytest.mark.parametrize(
+        "options", [{}, {"guidance_scale": 2.5}, {"solver": "heun"}, {"solver": "ab2"}]
+    )
     def test_the_same_seed_is_the_same_image_as_on_the_cpu(self, gpu_model, options):
         """The bound is the one the design promises, 1e-4 in float32, of the image's scale."""
         found = draw(gpu_model, steps=12, tf32=False, **options)
