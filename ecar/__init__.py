@@ -6,7 +6,17 @@ The names below are loaded on first use, so that ``import ecar`` costs nothing.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ecar.config import PRESETS as PRESETS
+    from ecar.config import ECARConfig as ECARConfig
+    from ecar.model import ECAR as ECAR
+    from ecar.pipeline import ECARPipeline as ECARPipeline
+    from ecar.sampling import release_graphs as release_graphs
+    from ecar.sampling import sample as sample
+    from ecar.sampling import split_steps as split_steps
+    from ecar.sampling import why_not_graphs as why_not_graphs
 
 _HOMES = {
     "ECAR": "ecar.model",
@@ -22,10 +32,12 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'ecar' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+if not TYPE_CHECKING:  # type checkers would accept any name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'ecar' has no attribute {name!r}")
+        return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

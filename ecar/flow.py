@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,9 +56,11 @@ def time_frequencies(time: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def _begun(spatial: Sequence[Tensor], step: Sequence[Tensor], at: int) -> tuple[Tensor, ...]:
+def _begun(
+    spatial: Sequence[Tensor], step: Sequence[Tensor], at: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The shift and scale, then those of the step, that stand at a part and the next."""
-    return *spatial[at : at + 2], *step[at : at + 2]
+    return spatial[at], spatial[at + 1], step[at], step[at + 1]
 
 
 def replaced(module: nn.Module, *methods: str) -> bool:
@@ -112,8 +115,9 @@ class FlowHead(OpsModule):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for layer in (self.time[0], self.time[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for layer in self.time:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
         # adaLN-zero: every block begins as the identity, and the velocity as zero.
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.output.weight)
@@ -212,6 +216,7 @@ class FlowHead(OpsModule):
     ) -> tuple[Tensor, Tensor | None]:
         """And, where the last block was called, what it gives to the final layer."""
         y = None
+        block: Any  # FlowBlocks, or what took their place
         for index, block in enumerate(self.blocks):
             own = slice(6 * index, 6 * index + 6)
             if not _called(block):

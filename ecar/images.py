@@ -10,6 +10,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -265,7 +266,8 @@ def _as_8_bits(image: Image.Image, channels: int, background: tuple[int, int, in
 def _transparent_key(image: Image.Image) -> int | tuple[int, ...] | None:
     """The colour that a PNG calls transparent, in the units of its decoded pixels."""
     key = image.info.get("transparency")
-    raw = image.tile[0][3] if image.format == "PNG" and image.tile else None
+    tile = getattr(image, "tile", None)  # of images that come from a file
+    raw = tile[0][3] if image.format == "PNG" and tile else None
     if isinstance(key, int) and raw in ("L;2", "L;4"):
         return key * 255 // (3 if raw == "L;2" else 15)
     if isinstance(key, tuple) and raw == "RGB;16B":
@@ -273,7 +275,7 @@ def _transparent_key(image: Image.Image) -> int | tuple[int, ...] | None:
     return None
 
 
-def _orientation(image: Image.Image) -> object:
+def _orientation(image: Image.Image) -> Any:
     try:
         return image.getexif().get(_ORIENTATION)
     except Exception:  # damaged EXIF; the picture itself may be well

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -176,7 +177,7 @@ class ECAR(
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute the blocks' activations in the backward instead of keeping them."""
         self.ar.gradient_checkpointing = enabled
-        for head in self.heads:
+        for head in cast("Iterable[FlowHead]", self.heads):
             head.gradient_checkpointing = enabled
 
     def compile_regions(self, **options: Any) -> None:

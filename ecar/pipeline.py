@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -195,6 +195,46 @@ class ECARPipeline:
             self.model.save_pretrained(folder)
             write_settings(folder, self.codec, self.class_names, self.defaults)
 
+    @overload
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | Tensor,
+        num_inference_steps: int | Sequence[int] | None = None,
+        guidance_scale: float | None = None,
+        *,
+        guidance_schedule: str | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        solver: str | None = None,
+        seeds: int | Sequence[int] | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_stages: bool = False,
+        progress: bool = True,
+        return_dict: Literal[True] = True,
+    ) -> ECARPipelineOutput: ...
+
+    @overload
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | Tensor,
+        num_inference_steps: int | Sequence[int] | None = None,
+        guidance_scale: float | None = None,
+        *,
+        guidance_schedule: str | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        solver: str | None = None,
+        seeds: int | Sequence[int] | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_stages: bool = False,
+        progress: bool = True,
+        return_dict: Literal[False],
+    ) -> tuple[Any, ...]: ...
+
     def __call__(
         self,
         class_labels: int | str | Sequence[int | str] | Tensor,
@@ -267,10 +307,12 @@ class ECARPipeline:
         numbers = draw_seeds(seeds, generator, len(labels))
         labels, numbers = pair(labels, numbers, class_labels, seeds)
 
+        call: Any = callback_on_step_end  # of None there is no callback
+
         def callback(info: StepInfo) -> Tensor | None:
             time = (info.stage - 1 + info.tau) / self.model.config.num_stages
-            given = {name: info.latents for name in callback_on_step_end_tensor_inputs}
-            returned = callback_on_step_end(self, info.index, time, given)
+            given = dict.fromkeys(callback_on_step_end_tensor_inputs, info.latents)
+            returned = call(self, info.index, time, given)
             if returned is None or isinstance(returned, dict):
                 return (returned or {}).get("latents")
             raise TypeError(
@@ -296,7 +338,7 @@ class ECARPipeline:
                 f"sampling in {self.dtype} gave values that are not finite; use bfloat16 or float32"
             )
         stage_images = None
-        if return_stages:
+        if drawn.stage_ends is not None:
             stage_images = [self._pictures(end, output_type) for end in drawn.stage_ends]
         output = ECARPipelineOutput(
             self._pictures(drawn.latents, output_type),

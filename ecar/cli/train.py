@@ -87,7 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(arguments).items() if name in FIELD_FLAGS}
     codec = None if arguments.vae is None else AutoencoderKLCodec.load(arguments.vae)
-    options = {"decode": codec and codec.decode, "progress": not arguments.no_progress}
+    options: dict[str, Any] = {
+        "decode": codec and codec.decode,
+        "progress": not arguments.no_progress,
+    }
     if arguments.resume is not None:
         for name in ("config", "preset"):
             if getattr(arguments, name) is not None:
@@ -149,9 +152,9 @@ def field_texts() -> dict[str, str]:
 
 def _reader(hint: Any) -> Any:
     """The function that reads a value of this type; of a union, the first member that can."""
-    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     # A string can be anything, so that it is tried last.
-    members = sorted(members, key=lambda member: member is str)
+    members = sorted(choices, key=lambda member: member is str)
     wanted = " or ".join(_type_name(member) for member in members)
 
     def read(text: str) -> Any:

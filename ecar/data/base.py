@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Sequence, Sized
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -237,7 +237,7 @@ def check_dataset(
     Raises:
         TypeError, ValueError: naming the argument, and what came.
     """
-    length = len(dataset)  # type: ignore[arg-type]
+    length = len(cast(Sized, dataset))
     if not length:
         raise ValueError(f"argument {name!r}: expected at least one image, got none")
     if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
@@ -257,10 +257,10 @@ def check_dataset(
             raise TypeError(
                 f"argument {name!r}: expected items (image, label), got {describe(item)}"
             )
-    images = [torch.as_tensor(image) for image, _ in items]
-    for image in images:  # one by one, for a message that names the odd one's shape
+    pictures = [torch.as_tensor(image) for image, _ in items]
+    for image in pictures:  # one by one, for a message that names the odd one's shape
         checked_images(image[None], shape, name=name, pixels=False)
-    checked_images(torch.stack([i.float() for i in images]), shape, name=name, pixels=pixels)
+    checked_images(torch.stack([i.float() for i in pictures]), shape, name=name, pixels=pixels)
     for row, (_, label) in zip(rows, items, strict=True):
         batch = label[None] if isinstance(label, Tensor) else [label]
         checked_labels(batch, num_classes, name=name, items=[row])

@@ -6,6 +6,7 @@ import os
 import zipfile
 import zlib
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -67,8 +68,8 @@ def load_dataset(
         root = Path(root)
     if name == "folder":
         return FolderDataset(
-            root, split=split, image_size=image_size, channels=channels, flip=flip, verify=verify,
-            skip_broken=skip_broken, background=background,
+            cast(Path, root), split=split, image_size=cast(int, image_size), channels=channels,
+            flip=flip, verify=verify, skip_broken=skip_broken, background=background,
         )  # fmt: skip
     if flip:
         raise ValueError(f"argument 'flip': only 'folder' can be mirrored, not {name!r}")
@@ -81,7 +82,7 @@ def load_dataset(
     elif name == "mnist":
         dataset = _mnist(find_mnist(root), split)
     else:
-        dataset = LatentDataset(root, split=split)
+        dataset = LatentDataset(cast(Path, root), split=split)
     _check_shape(dataset, image_size, channels)
     return dataset
 

@@ -11,7 +11,23 @@ images [B, C, H, W] in [-1, 1] -> (features [B, F], logits [B, K] or None).
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ecar.evaluation.classifier import DigitClassifier as DigitClassifier
+    from ecar.evaluation.export import save_npz as save_npz
+    from ecar.evaluation.extractors import InceptionExtractor as InceptionExtractor
+    from ecar.evaluation.extractors import extract as extract
+    from ecar.evaluation.metrics import feature_statistics as feature_statistics
+    from ecar.evaluation.metrics import frechet_distance as frechet_distance
+    from ecar.evaluation.metrics import frechet_distance_of_features as frechet_distance_of_features
+    from ecar.evaluation.metrics import inception_score as inception_score
+    from ecar.evaluation.metrics import precision_recall as precision_recall
+    from ecar.evaluation.report import evaluate as evaluate
+    from ecar.evaluation.report import evaluate_images as evaluate_images
+    from ecar.evaluation.report import summary as summary
+    from ecar.evaluation.sampling import draw_labels as draw_labels
+    from ecar.evaluation.sampling import generate as generate
 
 _HOMES = {
     "DigitClassifier": "classifier",
@@ -33,11 +49,13 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
-    # Loaded on first use, so that `python -m ecar.evaluation.classifier` does not import itself.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'ecar.evaluation' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+if not TYPE_CHECKING:  # type checkers would accept any name
+
+    def __getattr__(name: str) -> Any:
+        # On first use, so that `python -m ecar.evaluation.classifier` does not import itself.
+        if name not in _HOMES:
+            raise AttributeError(f"module 'ecar.evaluation' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

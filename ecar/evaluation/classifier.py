@@ -148,7 +148,7 @@ def augment(images: Tensor, generator: torch.Generator, *, noise: float = 0.1) -
     theta = torch.stack(
         [cos, shear * cos - sin, uniform(1 / 8), sin, shear * sin + cos, uniform(1 / 8)], 1
     )
-    grid = F.affine_grid(theta.view(count, 2, 3), images.shape, align_corners=False)
+    grid = F.affine_grid(theta.view(count, 2, 3), list(images.shape), align_corners=False)
     # Outside is black, which is -1: shift by one so that zero padding means that.
     moved = F.grid_sample(images + 1, grid, align_corners=False) - 1
     deviation = uniform(noise).view(count, 1, 1, 1)
@@ -170,7 +170,8 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = DigitClassifier(config)
-    model.to(memory_format=torch.channels_last)  # a third faster on the CPU
+    # A third faster on the CPU. torch's overloads of `to` lack the memory format alone.
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images, labels = train.tensors()
     steps = -(-len(images) // batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
@@ -190,7 +191,8 @@ def train_classifier(
                 bar.update()
                 bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     # In the usual layout again, as it will be loaded: the two differ in rounding.
-    return model.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -202,7 +202,7 @@ class _Measured:
             return None
         return (self.logits.argmax(1) == self.labels).double().mean().item()
 
-    def against(self, held_out: _Measured, seed: int) -> dict[str, float | None]:
+    def against(self, held_out: _Measured, seed: int) -> dict[str, Any]:
         score: tuple[float | None, float | None] = (None, None)
         if self.logits is not None and len(self.logits) >= INCEPTION_SPLITS:
             probabilities = self.logits.double().softmax(1)
@@ -271,9 +271,10 @@ def evaluate(
         raise TypeError(
             f"argument {unknown[0]!r}: expected settings out of {', '.join(BUILT_IN_DEFAULTS)}"
         )
-    where = None
+    where: str | None = None
     if isinstance(source, (str, os.PathLike)):
-        source, where = ECARPipeline.from_pretrained(source), Path(source).name
+        where = Path(source).name
+        source = ECARPipeline.from_pretrained(source)
     with as_pipeline(source) as pipeline:
         if device is not None:
             pipeline.to(device)
@@ -315,8 +316,7 @@ def evaluate(
             "dtype": str(pipeline.dtype),
             "device": device_name(pipeline.device),
         }
-        checked, labels = _checked_images(images, labels, train)
-        result = real.report(checked, labels, sampling)
+        result = real.report(*_checked_images(images, labels, train), sampling)
     if report is not None:
         write_json(report, result)
     return result

@@ -87,12 +87,12 @@ def as_pipeline(source: ECARPipeline | ECAR) -> Iterator[ECARPipeline]:
         raise TypeError(
             f"argument 'source': expected an ECARPipeline or an ECAR, got {type(source).__name__}"
         )
-    training = isinstance(source, ECAR) and source.training
+    trained = source if isinstance(source, ECAR) and source.training else None
     try:
         yield ECARPipeline(source) if isinstance(source, ECAR) else source
     finally:
-        if training:
-            source.train()
+        if trained is not None:
+            trained.train()
 
 
 def require_positive(name: str, value: object, least: int = 1) -> None:

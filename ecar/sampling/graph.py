@@ -347,7 +347,9 @@ class GraphCache:
 
 def number_format() -> tuple[str, str]:
     """How float32 products are computed now: "ieee" or "tf32", and torch's setting for all."""
-    return torch.backends.cuda.matmul.fp32_precision, torch.backends.fp32_precision
+    # torch.backends is a module whose class has this property.
+    both: str = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    return torch.backends.cuda.matmul.fp32_precision, both
 
 
 _caches: weakref.WeakKeyDictionary[ECAR, GraphCache] = weakref.WeakKeyDictionary()

@@ -6,8 +6,9 @@ needs no more than the step it stopped at.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -164,7 +165,7 @@ class Batches:
         self.workers = workers
         share = batch_size // world
         self.rows = range(rank * share, (rank + 1) * share)
-        self.order = Order(seed, len(dataset))
+        self.order = Order(seed, len(cast(Sized, dataset)))
         self._memory = dataset.tensors() if isinstance(dataset, InMemoryDataset) else None
 
     def row_indices(self, step: int) -> np.ndarray:

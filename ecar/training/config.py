@@ -181,8 +181,8 @@ class TrainConfig:
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise _type(name, "True or False", getattr(self, name))
-        for name, lowest in _INTEGERS.items():
-            _check_integer(name, getattr(self, name), lowest)
+        for name, least in _INTEGERS.items():
+            _check_integer(name, getattr(self, name), least)
         for name, (lowest, inclusive, highest) in _NUMBERS.items():
             value = getattr(self, name)
             if name == "grad_clip" and value is None:

@@ -8,6 +8,8 @@ from torch.optim.swa_utils import AveragedModel
 
 __all__ = ["EMA"]
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 class EMA(AveragedModel):
     """Exponential moving average with a warm-up: decay_t = min(decay, (1 + t) / (10 + t)).
@@ -33,5 +35,5 @@ class EMA(AveragedModel):
         return min(self.decay, (1 + t) / (10 + t))
 
     @torch.no_grad()
-    def _lerp(self, averaged: list[Tensor], current: list[Tensor], _: Tensor | int) -> None:
+    def _lerp(self, averaged: Tensors, current: Tensors, _: Tensor | int) -> None:
         torch._foreach_lerp_(averaged, current, 1 - self.decay_at(int(self.n_averaged)))

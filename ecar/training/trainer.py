@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -172,7 +172,7 @@ class Trainer:
                     self._save()
                 if due[2] and config.sample_every and main:
                     write_sheet(
-                        self.ema.module,
+                        self.averaged,
                         config,
                         self.output / "samples" / f"step_{self.step:07d}.png",
                         self.decode,
@@ -187,7 +187,7 @@ class Trainer:
     def _batches(self, dataset: Dataset | None) -> Batches:
         config, model = self.config, self.config.model
         if dataset is None:
-            size = (
+            size: dict[str, Any] = (
                 {}
                 if config.dataset == "latents"
                 else {"image_size": model.latent_shape[1], "channels": model.channels}
@@ -227,7 +227,7 @@ class Trainer:
             accumulation=config.gradient_accumulation,
             stages=model.num_stages,
             shape=model.latent_shape,
-            label_dropout=config.label_dropout,
+            label_dropout=cast(float, config.label_dropout),
             null_class=model.null_class,
             flip=config.flip,
             workers=config.num_workers,
@@ -282,6 +282,11 @@ class Trainer:
         self.history = torch.empty(0, 2 * stages + 1)
         self._pending: list[Tensor] = []
         self._interval = 0.0
+
+    @property
+    def averaged(self) -> ECAR:
+        """The model with the moving averages of the weights."""
+        return cast(ECAR, self.ema.module)
 
     @property
     def weights(self) -> Tensor:
@@ -400,7 +405,7 @@ class Trainer:
             "scaler": scaler.state_dict() if scaler else None,
         }
         states.write_state(self.state_path, self._tensors(), self.config, header)
-        self.ema.module.save_pretrained(self.output)
+        self.averaged.save_pretrained(self.output)
 
     def _load(self, header: dict[str, Any]) -> None:
         tensors = states.read_state(self.state_path)
