@@ -10,14 +10,16 @@ floats and symbols in lists of integers (`twin`).
 import functools
 import re
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+R = TypeVar("R")
 _library = torch.library.Library("ecar_numbers", "FRAGMENT")
 
 
-def opening(function: Callable) -> Callable:
+def opening(function: Callable[..., R]) -> Callable[..., R]:
     """`function` as a graph calls it: floats that are symbols are tensors for it."""
 
     @functools.wraps(function)
@@ -44,7 +46,7 @@ def _is_static(value: float) -> bool:
     return has_static_value(value)
 
 
-def twin(op: Callable) -> Callable:
+def twin(op: Any) -> Callable:
     """An op's overload; a graph may call it with a tensor for a float, and symbols for integers.
 
     op: torch.ops.<namespace>.<name>.<overload>, which has a fake.
@@ -65,7 +67,7 @@ def twin(op: Callable) -> Callable:
 
     def fake(*args):
         """Results' shapes depend on no number: a symbol given to `op` would become a constant."""
-        given = [1.0 if i in floats else v for i, v in enumerate(args)]
+        given: list[Any] = [1.0 if i in floats else v for i, v in enumerate(args)]
         return op(*[[1] * len(v) if i in lists else v for i, v in enumerate(given)])
 
     _library.impl(name, run, "CompositeExplicitAutograd")
@@ -81,7 +83,7 @@ def twin(op: Callable) -> Callable:
             return opened(*[_closed(v) if i in floats else v for i, v in enumerate(args)])
         return op(*args)
 
-    call.opened = opened
+    call.opened = opened  # type: ignore[attr-defined]  # for tests of it by itself
     return call
 
 

@@ -9,19 +9,26 @@ differentiated or transformed.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+F = TypeVar("F", bound=Callable)
 
-def _in_torch_func() -> bool:
-    return torch._C._are_functorch_transforms_active()
+
+def traced_as_constant(function: F) -> F:
+    """As torch.compiler.assume_constant_result, which would import torch._dynamo (seconds)."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's own mark
+    return function
 
 
 # torch.compile enters the transforms that it traces, and takes this for a constant: a function
 # compiled outside of them is traced again inside, where its arguments are of another type.
-_in_torch_func._dynamo_marked_constant = True
+@traced_as_constant
+def _in_torch_func() -> bool:
+    return torch._C._are_functorch_transforms_active()
 
 
 def active() -> bool:
@@ -44,21 +51,21 @@ def is_batched_gradient(grad: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
-def differentiable_again(gradients: Callable) -> Callable:
+def differentiable_again(gradients: Callable) -> Callable[[F], F]:
     """Decorates the `backward` of an autograd.Function whose gradients come from a kernel.
 
     Where the backward is itself differentiated (create_graph=True) or a transform is active,
     `gradients`, called with the same arguments and composed of PyTorch's ops, takes its place.
     """
 
-    def decorate(backward: Callable) -> Callable:
+    def decorate(backward: F) -> F:
         @functools.wraps(backward)
         def either(ctx, *grads):
             if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or active()):
                 return gradients(ctx, *grads)
             return backward(ctx, *grads)
 
-        return either
+        return cast(F, either)
 
     return decorate
 
@@ -76,6 +83,8 @@ def gradients_of(
         given = iter(tensors)
         return function(*(None if x is None else next(given) for x in inputs))
 
-    outputs, pull_back = torch.func.vjp(of_tensors, *(x for x in inputs if x is not None))
+    outputs, pull_back = cast(  # a third result is for has_aux
+        "tuple[Any, Callable]", torch.func.vjp(of_tensors, *(x for x in inputs if x is not None))
+    )
     found = iter(pull_back(*grads) if isinstance(outputs, Tensor) else pull_back(grads))
     return [None if x is None else next(found) for x in inputs]

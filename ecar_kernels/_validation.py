@@ -1,12 +1,14 @@
 """Argument checks that every op shares. Messages name the argument, what was expected, what came.
 
 They run on each call, so they are plain comparisons that torch.compile traces with dynamic
-shapes; text is built only when something is wrong.
+shapes; text is built only when something is wrong. Values have the types that the ops declare;
+the checks are for callers that do not.
 """
 
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,9 @@ from torch import Tensor
 from ecar_kernels import _transforms, registry
 
 _INFINITY = float("inf")
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def shape_error(name: str, value: Tensor, expected: str, **sizes: int) -> ValueError:
@@ -60,7 +65,7 @@ def check_last_dim(name: str, value: Tensor) -> None:
         )
 
 
-def check_leading(name: str, value: object, layout: str) -> None:
+def check_leading(name: str, value: Tensor, layout: str) -> None:
     """The tensor that sets type and device; `layout` is its shape's letters, "[B, N, C]"."""
     check_tensor(name, value)
     check_dtype(name, value.dtype)
@@ -69,7 +74,7 @@ def check_leading(name: str, value: object, layout: str) -> None:
     check_last_dim(name, value)
 
 
-def check_like(name: str, value: object, leading_name: str, leading: Tensor) -> None:
+def check_like(name: str, value: Tensor, leading_name: str, leading: Tensor) -> None:
     """Type and device of the leading tensor, last dimension contiguous; shapes are the op's."""
     check_tensor(name, value)
     if value.dtype != leading.dtype:
@@ -85,7 +90,7 @@ def check_like(name: str, value: object, leading_name: str, leading: Tensor) -> 
         check_last_dim(name, value)
 
 
-def check_spatial(name: str, value: object, x_name: str, x: Tensor) -> None:
+def check_spatial(name: str, value: Tensor, x_name: str, x: Tensor) -> None:
     """Modulation of tokens x [B, N, C]: [B, N, C] or [B, 1, C]."""
     check_like(name, value, x_name, x)
     if value.shape == x.shape:
@@ -95,7 +100,7 @@ def check_spatial(name: str, value: object, x_name: str, x: Tensor) -> None:
         raise shape_error(name, value, "[B, N, C] or [B, 1, C]", B=batch, N=tokens, C=channels)
 
 
-def check_step(name: str, value: object, x_name: str, x: Tensor) -> None:
+def check_step(name: str, value: Tensor | None, x_name: str, x: Tensor) -> None:
     """A step's part of the modulation, or None: [1, 1, C] or [B, 1, C]."""
     if value is None:
         return
@@ -113,7 +118,7 @@ def check_number(name: str, value: object) -> None:
         raise ValueError(f"argument '{name}': expected a finite number, got {value}")
 
 
-def check_positive(name: str, value: object) -> None:
+def check_positive(name: str, value: float) -> None:
     check_number(name, value)
     if value <= 0:
         raise ValueError(f"argument '{name}': expected a positive number, got {value}")
@@ -148,11 +153,11 @@ def check_inference(**tensors: Tensor | None) -> None:
                 )
 
 
-def _autocast(op: Callable, widest: bool, kept: str | None = None) -> Callable:
+def _autocast(op: Callable[P, R], widest: bool, kept: str | None = None) -> Callable[P, R]:
     names = tuple(inspect.signature(op).parameters)
 
     @functools.wraps(op)
-    def cast(*args, **kwargs):
+    def cast(*args: P.args, **kwargs: P.kwargs) -> R:
         values = (*args, *kwargs.values())
         device = None
         for value in values:  # next() over a generator takes longer
@@ -168,7 +173,7 @@ def _autocast(op: Callable, widest: bool, kept: str | None = None) -> Callable:
                 torch.promote_types, (value.dtype for value in values if _is_floating(value))
             )
 
-        def convert(name, value):
+        def convert(name: str, value: Any) -> Any:
             return value.to(target) if name != kept and _is_floating(value) else value
 
         with torch.autocast(device, enabled=False):
@@ -180,12 +185,12 @@ def _autocast(op: Callable, widest: bool, kept: str | None = None) -> Callable:
     return cast
 
 
-def _is_floating(value: object) -> bool:
+def _is_floating(value: Any) -> TypeGuard[Tensor]:
     """What autocast converts: tensors of the ops' types, so not float64, nor a 0-dim number."""
     return isinstance(value, Tensor) and value.dtype in registry.KERNEL_DTYPES and value.ndim > 0
 
 
-def autocast_low(op: Callable, kept: str | None = None) -> Callable:
+def autocast_low(op: Callable[P, R], kept: str | None = None) -> Callable[P, R]:
     """Under torch.autocast, run `op` in the autocast type, as matrix products do.
 
     kept: the argument that keeps its type.
@@ -193,6 +198,6 @@ def autocast_low(op: Callable, kept: str | None = None) -> Callable:
     return _autocast(op, widest=False, kept=kept)
 
 
-def autocast_widest(op: Callable) -> Callable:
+def autocast_widest(op: Callable[P, R]) -> Callable[P, R]:
     """Under torch.autocast, run `op` in its arguments' widest type, as additions do."""
     return _autocast(op, widest=True)

@@ -6,8 +6,15 @@ its weight. A fused path computes what the class computes from its parameters, s
 a layer of which nothing of that is true; any other is called.
 """
 
+from collections.abc import Callable
+from typing import Any, TypeGuard, TypeVar
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ecar_kernels._transforms import traced_as_constant
+
+M = TypeVar("M", bound=nn.Module)
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # What a subclass may override without another result.
@@ -16,7 +23,9 @@ _HARMLESS = {"__init__", "reset_parameters", "extra_repr", "_reset_parameters"}
 PLAIN = {nn.Parameter}
 _missing = object()
 _call = nn.Module.__call__
-_forwards = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Embedding)}
+_forwards: dict[type[nn.Module], Callable] = {
+    kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Embedding)
+}
 
 
 def remember(*kinds: type[nn.Module]) -> None:
@@ -26,12 +35,12 @@ def remember(*kinds: type[nn.Module]) -> None:
         _forwards.setdefault(kind, kind.forward)
 
 
-def as_written(module: nn.Module, kind: type[nn.Module], *, compiled: bool = False) -> bool:
+def as_written(module: object, kind: type[M], *, compiled: bool = False) -> TypeGuard[M]:
     """Does calling `module` do just what `kind` does with the module's own plain parameters?"""
     return why_not(module, kind, compiled=compiled) is None
 
 
-def why_not(module: nn.Module, kind: type[nn.Module], *, compiled: bool = False) -> str | None:
+def why_not(module: object, kind: type[nn.Module], *, compiled: bool = False) -> str | None:
     """None where the module is as `kind` is written, else what it is.
 
     An accelerated module counts as its original class, a subclass that changes none of the
@@ -71,26 +80,27 @@ def why_not(module: nn.Module, kind: type[nn.Module], *, compiled: bool = False)
     return None
 
 
-def is_plain(tensor: object) -> bool:
+def is_plain(tensor: Any) -> TypeGuard[Tensor]:
     """Does a parameter or buffer hold just its own floating-point values?"""
     return (type(tensor) in PLAIN or type(tensor) is torch.Tensor) and tensor.is_floating_point()
 
 
-def has_affine(norm: nn.Module) -> bool:
+def has_affine(norm: object) -> TypeGuard[nn.LayerNorm]:
     """Is it a LayerNorm as written, with a weight and a bias?"""
     return as_written(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
 
 
-def address(tensor: torch.Tensor) -> int:
+def address(tensor: Tensor) -> int:
     """Where its values lie, to compare. `data_ptr()` would be a pointer to write to, for which
     PyTorch moves a tensor that shares its memory with a lazy clone (packing.py)."""
-    return torch._C._data_address(tensor)
+    return torch._C._data_address(tensor)  # type: ignore[attr-defined]  # not in torch's stubs
 
 
 _method_names: dict[type, frozenset[str]] = {}
 _inheriting: dict[tuple[type, type], bool] = {}
 
 
+@traced_as_constant  # what they say of classes, which a graph need not see through
 def _methods(kind: type[nn.Module]) -> frozenset[str]:
     found = _method_names.get(kind)
     if found is None:
@@ -99,6 +109,7 @@ def _methods(kind: type[nn.Module]) -> frozenset[str]:
     return found
 
 
+@traced_as_constant
 def _inherits(cls: type, kind: type[nn.Module]) -> bool:
     """Is it a subclass with all of its methods?"""
     found = _inheriting.get((cls, kind))
@@ -109,7 +120,3 @@ def _inherits(cls: type, kind: type[nn.Module]) -> bool:
             and all(getattr(cls, name) is vars(kind)[name] for name in _methods(kind))
         )
     return found
-
-
-# torch.compile takes what they say of classes for constants, and need not see through them.
-_methods._dynamo_marked_constant = _inherits._dynamo_marked_constant = True

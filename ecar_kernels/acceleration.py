@@ -10,7 +10,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,13 @@ class Binding:
     replacement: type[nn.Module]
 
 
-class Accelerated:
+if TYPE_CHECKING:
+    _Mixin = nn.Module  # what it is mixed into
+else:
+    _Mixin = object
+
+
+class Accelerated(_Mixin):
     """Mixin of accelerated modules: `class FastBlock(Accelerated, Block)`.
 
     Class attributes say what `accelerate` prepares:
@@ -173,7 +179,7 @@ class Accelerated:
 
 
 Module = TypeVar("Module", bound=nn.Module)
-_accelerated: dict[type[nn.Module], type[nn.Module]] = {}
+_accelerated: dict[type[nn.Module], type[Accelerated]] = {}
 
 
 def accelerates(original: type[nn.Module]) -> Callable[[type[Module]], type[Module]]:
@@ -388,8 +394,8 @@ def restore(model: Restored) -> Restored:
         binding = vars(module).get("_binding")
         if binding is not None:
             for _, layer in _layers(module, binding.replacement):
-                if layer is not None and is_plain(layer._parameters.get("weight")):
-                    packing.release(layer.weight)
+                if layer is not None and is_plain(weight := layer._parameters.get("weight")):
+                    packing.release(weight)
             module.__class__ = _restored(type(module), binding)
             del module._binding
     return model
@@ -421,7 +427,7 @@ def _restored(kind: type[nn.Module], binding: Binding) -> type[nn.Module]:
 
 def _place(module: nn.Module) -> tuple[str, torch.dtype]:
     """Device and dtype of its parameters; where there are none, those of a new tensor."""
-    sample = next((p for p in module.parameters() if p.is_floating_point()), None)
+    sample: Tensor | None = next((p for p in module.parameters() if p.is_floating_point()), None)
     sample = torch.empty(0) if sample is None else sample
     return sample.device.type, sample.dtype
 

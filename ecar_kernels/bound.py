@@ -249,7 +249,7 @@ def _layers(
 
 def _functions(
     blocks: Iterable[nn.Module], width: int, dtype: torch.dtype
-) -> Iterator[tuple[str, Callable]]:
+) -> Iterator[tuple[str, registry.BoundOp]]:
     """Those that the same steps would call op by op."""
     yield "flow_boundary", registry.implementation("flow_boundary", "cpu", dtype, width)
     for block in cast("Iterable[FlowBlock]", blocks):

@@ -4,11 +4,15 @@ Each takes `ops`, a module's (`OpsModule.ops`), and computes what the compositio
 does. For inference: a gradient may be asked for only where the layer is called.
 """
 
+from typing import Any, TypeVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ecar_kernels._written import as_written, has_affine
 from ecar_kernels.acceleration import PUBLIC, Ops, unit_gate
+
+T = TypeVar("T", Tensor, Tensor | None)
 
 __all__ = [
     "adaln_linear",
@@ -21,7 +25,7 @@ __all__ = [
 ]
 
 
-def rows(x: Tensor) -> Tensor:
+def rows(x: T) -> T:
     """As the ops take it: the last dimension contiguous. A copy only where it is not; what is no
     tensor, or has no dimension, is left to the op."""
     if not isinstance(x, Tensor) or x.ndim == 0 or x.stride(-1) == 1 or x.shape[-1] <= 1:
@@ -92,7 +96,7 @@ def linear_residual(ops: Ops, layer: nn.Module, h: Tensor, residual: Tensor) -> 
 def mlp_gated_residual(
     ops: Ops,
     mlp: nn.Module,
-    kind: type[nn.Module],
+    kind: type[Any],
     x: Tensor,
     shift: Tensor,
     scale: Tensor,
@@ -111,7 +115,7 @@ def mlp_gated_residual(
 
 
 def norm_mlp_residual(
-    ops: Ops, norm: nn.Module, mlp: nn.Module, kind: type[nn.Module], x: Tensor
+    ops: Ops, norm: nn.Module, mlp: nn.Module, kind: type[Any], x: Tensor
 ) -> Tensor:
     """x + mlp(norm(x)), likewise."""
     if not as_written(mlp, kind):

@@ -7,7 +7,7 @@ step, as in `ecar_kernels.adaln`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,9 +60,8 @@ class AdaLN(OpsModule):
         step_scale: Tensor | None = None,
     ) -> Tensor:
         """As `ecar_kernels.adaln`: x [B, N, C] -> [B, N, C]."""
-        x, shift, scale, step_shift, step_scale = made = tuple(
-            map(rows, (x, shift, scale, step_shift, step_scale))
-        )
+        made: Any = tuple(map(rows, (x, shift, scale, step_shift, step_scale)))
+        x, shift, scale, step_shift, step_scale = made
         return self.ops(*made).adaln(
             x, shift, scale, step_shift=step_shift, step_scale=step_scale, eps=self.eps
         )
@@ -78,7 +77,8 @@ class GatedResidual(OpsModule):
         self, x: Tensor, branch: Tensor, gate: Tensor, step_gate: Tensor | None = None
     ) -> Tensor:
         """As `ecar_kernels.gated_residual`: [B, N, C]."""
-        x, branch, gate, step_gate = made = tuple(map(rows, (x, branch, gate, step_gate)))
+        made: Any = tuple(map(rows, (x, branch, gate, step_gate)))
+        x, branch, gate, step_gate = made
         return self.ops(*made).gated_residual(x, branch, gate, step_gate=step_gate)
 
 
@@ -114,6 +114,8 @@ class MLP(nn.Module):
 class _Attention(OpsModule):
     """What has a packed projection to q, k, v, and heads that attend over stages."""
 
+    mlp: MLP  # of blocks that have one
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         if width % heads:
@@ -136,7 +138,7 @@ class _Attention(OpsModule):
         ops = self.ops(q) if _fits(lengths, q, k) else PUBLIC
         return ops.stage_attention(q, k, v, lengths).reshape(b, n, self.width)
 
-    def feed_forward(self, z: Tensor, *made: object) -> Tensor:
+    def feed_forward(self, z: Tensor, *made: Any) -> Tensor:
         """self.mlp(z), for blocks that have one; `made`: of what z is, as in `recompute`."""
         if not as_written(self.mlp, MLP):
             return self.mlp(z)
@@ -249,7 +251,7 @@ class FlowBlock(_Attention):
         y: Tensor,
         spatial: Sequence[Tensor],
         step: Sequence[Tensor],
-        begun: Sequence[Tensor] | None = None,
+        begun: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The training path: the residual stream is touched twice.
 

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -134,11 +134,11 @@ class BoundOp:
         return f"<{self.op} by {self.backend}>"
 
 
-def is_number(value: object) -> bool:
+def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < math.inf
 
 
-def is_count(value: object) -> bool:
+def is_count(value: Any) -> bool:
     return type(value) is int and value >= 1
 
 
@@ -154,7 +154,7 @@ class Argument:
     name: str
     shapes: tuple[tuple[str, ...], ...] = ()
     values: tuple | Callable[[Any], tuple] = ()
-    is_valid: Callable[[object], bool] = is_number
+    is_valid: Callable[[Any], bool] = is_number
     optional: bool = False  # has a default
     nullable: bool = False  # may be None
     number: bool = False
@@ -190,17 +190,17 @@ def modulation(*names: str, rows: str = "B") -> tuple[Argument, ...]:
     return (*tokens, *steps)
 
 
-def value(name: str, values: Any, is_valid: Callable[[object], bool], **options: Any) -> Argument:
+def value(name: str, values: Any, is_valid: Callable[[Any], bool], **options: Any) -> Argument:
     """What is no tensor: values that are valid, the first what samples have, and all that are."""
     return Argument(name, values=values, is_valid=is_valid, **options)
 
 
 def number(
-    name: str, *values: float, within: Callable[[float], bool] | None = None, **options: Any
+    name: str, *values: float | None, within: Callable[[float], bool] | None = None, **options: Any
 ) -> Argument:
     """A finite number; `within`: of those, which."""
 
-    def is_valid(value: object) -> bool:
+    def is_valid(value: Any) -> bool:
         return is_number(value) and (within is None or within(value))
 
     return value(name, values, is_valid, number=True, **options)
@@ -213,7 +213,8 @@ GUIDANCE_SCALE = number("guidance_scale", 1.5, 0.0, optional=True, unguided=1.0)
 
 def _split(dimension: str) -> tuple[int | None, str]:
     """Of "2B": 2 and "B"; of "B": none and "B"; of "3": 3 and ""."""
-    times, letter = re.fullmatch(r"(\d*)(\w*)", dimension).groups()
+    found = re.fullmatch(r"(\d*)(\w*)", dimension)
+    times, letter = cast("re.Match[str]", found).groups()
     return int(times) if times else None, letter
 
 
@@ -322,7 +323,7 @@ class Op:
         """Is a call within the contract? By the record alone: the public function's own checks,
         which tests hold against this, are not asked."""
         sizes: Sizes = {}
-        leading = given.get(self.arguments[0].name)
+        leading: Any = given.get(self.arguments[0].name)
         for argument in self.arguments:
             found = given.get(argument.name)
             if found is None and argument.nullable:

@@ -95,10 +95,10 @@ def adaln(
             backend="reference" if _transforms.active() else backend,
         )
         # Under torch.autocast y is of a lower type than x may be.
-        x, shift, scale, step_shift, step_scale = (
+        given, shift, scale, step_shift, step_scale = (
             None if source is None else source.to(dtype) for source in (x, *modulation)
         )
-        return run(x, shift, scale, step_shift=step_shift, step_scale=step_scale, eps=eps)
+        return run(given, shift, scale, step_shift=step_shift, step_scale=step_scale, eps=eps)
 
     backend, dtype = registry.active_backend(), y.dtype
     return y, again, x, shift, scale, step_shift, step_scale

@@ -188,7 +188,7 @@ def _search(op: str, backend: str, device_type: str, dtype: torch.dtype) -> tupl
         if found is not None and backend == "auto" and device_type in found.named_only:
             continue
         reason = _not_implemented(op, name) if found is None else found.why_not(device_type, dtype)
-        if reason is None:
+        if found is not None and reason is None:
             found.op, found.backend = op, name  # of one that was put in the table, too
             found.loaded, found.compiled  # noqa: B018 (imported now, not in a call)
             names.append(name)
@@ -199,6 +199,7 @@ def _search(op: str, backend: str, device_type: str, dtype: torch.dtype) -> tupl
     return tuple(names)
 
 
+@_transforms.traced_as_constant
 def _candidates(op: str, backend: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
     """Backends that can serve, best first, their functions loaded; searched for once."""
     key = (op, backend, device_type, dtype)
@@ -206,10 +207,6 @@ def _candidates(op: str, backend: str, device_type: str, dtype: torch.dtype) -> 
     if names is None:
         names = _servers[key] = _search(*key)
     return names
-
-
-# As torch.compiler.assume_constant_result does, which would import torch._dynamo (seconds).
-_candidates._dynamo_marked_constant = True
 
 
 def implementation(

@@ -10,6 +10,7 @@ import importlib
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Choice:
     """What was measured for one problem; times in seconds."""
 
     problem: Problem
-    settings: object
+    settings: Any
     seconds: float
     usual_seconds: float
     tried: int
@@ -83,7 +84,7 @@ def problems(
     """Every op of the families, forward and backward, at each width and number of rows."""
     found: dict[tuple, Problem] = {}
     for family in families:
-        its = importlib.import_module(DECLARED[family].tuning)
+        its = importlib.import_module(cast(str, DECLARED[family].tuning))
         for channels in widths:
             for count in rows:
                 for run in its.runs(channels, int(mlp_ratio * channels), count, dtype, device):
@@ -123,7 +124,8 @@ def attention_problems(
         return torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
 
     def candidates(op: str, key: tuple, rows: int, sms: int, arch: int) -> list:
-        return attention_launch.candidates(op, *key[:2], arch)
+        head_dim, kind = key[:2]
+        return attention_launch.candidates(op, head_dim, kind, arch)
 
     return [*_asked(forward, device, candidates), *_asked(backward, device, candidates)]
 

@@ -192,7 +192,7 @@ def _problem(entry: object) -> str | None:
     return None
 
 
-def _search(op: str, key: tuple, rows: int, usual: Settings, device: int) -> Settings | None:
+def _search(op: str, key: tuple, rows: int, usual: Any, device: int) -> Any:
     table = _tables.get(device)
     if table is None:
         table = _tables[device] = _load(device)

@@ -98,7 +98,7 @@ def gated_residual_adaln(
     )
 
 
-def _check_gated(x: Tensor, branch: object, gate: object, step_gate: object) -> None:
+def _check_gated(x: Tensor, branch: Tensor, gate: Tensor, step_gate: Tensor | None) -> None:
     check_like("branch", branch, "x", x)
     if branch.shape != x.shape:
         raise shape_error("branch", branch, f"{list(x.shape)} like 'x'")
@@ -107,7 +107,12 @@ def _check_gated(x: Tensor, branch: object, gate: object, step_gate: object) -> 
 
 
 def _check_modulation(
-    x: Tensor, shift: object, scale: object, step_shift: object, step_scale: object, eps: object
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    step_shift: Tensor | None,
+    step_scale: Tensor | None,
+    eps: float,
 ) -> None:
     check_spatial("shift", shift, "x", x)
     check_spatial("scale", scale, "x", x)

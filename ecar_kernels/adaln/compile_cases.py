@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import cast
 
 from ecar_kernels._triton import CompileCase
 from ecar_kernels.adaln import kernels, launch
@@ -63,10 +64,13 @@ def _op(op: str, dtype: str, channels: int, arch: int) -> Iterator[CompileCase]:
             f"{op} {dtype} C={channels} rows={its.rows}", kernels.forward, dtype, constants, its
         )
     # How many rows follow one another is no constant, so it makes no other kernel.
-    settings = (launch.default(f"{op}_backward", channels, rows, arch) for rows in ROWS)
-    for its in dict.fromkeys(replace(its, program_rows=0) for its in settings):
+    backward = cast(
+        "Iterator[launch.BackwardSettings]",
+        (launch.default(f"{op}_backward", channels, rows, arch) for rows in ROWS),
+    )
+    for how in dict.fromkeys(replace(its, program_rows=0) for its in backward):
         absent = _ABSENT_BACKWARD[op]
-        if not its.fused and op == "gated_residual_adaln":
+        if not how.fused and op == "gated_residual_adaln":
             absent = ("branch", "gate", "step_gate", "grad_branch", "grad_gate")
         for sums in (True, False):
             constants = shape | dict.fromkeys(absent)
@@ -76,11 +80,11 @@ def _op(op: str, dtype: str, channels: int, arch: int) -> Iterator[CompileCase]:
             if not sums:
                 constants["partial"] = None
             yield _case(
-                f"{op}_backward {dtype} C={channels} rows={its.rows} sums={sums}",
+                f"{op}_backward {dtype} C={channels} rows={how.rows} sums={sums}",
                 kernels.backward,
                 dtype,
                 constants,
-                its,
+                how,
             )
 
 

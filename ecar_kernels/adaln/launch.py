@@ -97,7 +97,7 @@ def candidates(
     usual = default(op, channels, rows, arch)
     values = usual.rows * padded(channels)
     warps = sorted({_warps(values, per_thread) for per_thread in (4, 8, 16)})
-    if not op.endswith("_backward"):
+    if not isinstance(usual, BackwardSettings):
         return [replace(usual, num_warps=w) for w in warps]
     program_rows = sorted({max(usual.rows, n) for n in (4, 8, 16, 32)})
     return [

@@ -120,7 +120,7 @@ def linear_gated_residual(
 
 
 def _check_linear(
-    weight: object, bias: object, x_name: str, x: Tensor, rows: str = "K", columns: str = "C"
+    weight: Tensor, bias: Tensor | None, x_name: str, x: Tensor, rows: str = "K", columns: str = "C"
 ) -> None:
     check_like("weight", weight, x_name, x)
     if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:

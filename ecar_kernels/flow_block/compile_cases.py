@@ -1,6 +1,7 @@
 """Every kernel of the fused GEMMs under every launch setting, for the compile gate."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from ecar_kernels._triton import CompileCase
 from ecar_kernels.flow_block import kernels, launch
@@ -81,7 +82,7 @@ def _products(
         "PRECISION": precision,
         "SPLIT": split,
     }
-    how = {
+    how: dict[str, Any] = {
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
         "float32": ("out",) if split else (),

@@ -19,11 +19,12 @@ form that could go stale.
 
 import threading
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
+from ecar_kernels._transforms import traced_as_constant
 from ecar_kernels._written import PLAIN, address
 
 PANEL, GROUP = 48, 16  # kPanelColumns and kColumnGroup of csrc/cpu/gemm.h
@@ -210,7 +211,7 @@ class PackedWeight(nn.Parameter):
         unpack_weight(self)
         return self.__deepcopy__(memo)
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
         unpack_weight(self)
         return self.__reduce_ex__(protocol)
 
@@ -252,7 +253,7 @@ def _uses(weight: Tensor) -> int:
         return torch._C._storage_Use_Count(storage._cdata) - 1
 
 
-def pack_weight(weight: nn.Parameter) -> bool:
+def pack_weight(weight: Tensor) -> bool:
     """Makes it hold the packed form alone, in place, if `can_pack`; is it packed now?
 
     Needs the compiled library. A weight whose memory has other users stays as it is.
@@ -265,19 +266,20 @@ def pack_weight(weight: nn.Parameter) -> bool:
         _packed.pop(id(weight), None)
         packed = _pack(weight.detach())
         # The class first: from then on other threads' reads wait for the lock.
-        weight.packed = packed
-        weight.__class__ = PackedWeight
+        becoming: Any = weight
+        becoming.packed = packed
+        becoming.__class__ = PackedWeight
         with torch._C.DisableTorchFunctionSubclass():
             # One number in the whole shape. NaN: whoever gets past __torch_function__ sees it.
             nothing = torch.full((), float("nan"), dtype=weight.dtype, device="cpu")
             weight.data = nothing.expand(weight.shape)
-        weight.placeholder = address(weight)
+        becoming.placeholder = address(weight)
         key = id(weight)
         _held[key] = weakref.ref(weight, lambda dead: _held.pop(key, None))
         return True
 
 
-def unpack_weight(weight: nn.Parameter) -> None:
+def unpack_weight(weight: Tensor) -> None:
     """Undoes `pack_weight`: the same object, a plain parameter with the same bits."""
     # As a plain tensor inside a transform of torch.func, too, which would wrap the values.
     with _lock, torch.inference_mode(False), torch._C._DisableFuncTorch():
@@ -287,11 +289,13 @@ def unpack_weight(weight: nn.Parameter) -> None:
             # Else `set_` has given it other values.
             if address(weight) == weight.placeholder:
                 weight.data = unpack(weight.packed, *weight.shape)
-        weight.__class__ = nn.Parameter  # last: no thread takes it for plain before it is
+        becoming: Any = weight
+        becoming.__class__ = nn.Parameter  # last: no thread takes it for plain before it is
         del weight.packed, weight.placeholder
         _held.pop(id(weight), None)
 
 
+@traced_as_constant  # called for its effect when traced
 def unpack_all() -> bool:
     """Turns every packed weight back. While torch.compile traces, which would look into them."""
     for reference in list(_held.values()):
@@ -300,10 +304,7 @@ def unpack_all() -> bool:
     return True
 
 
-unpack_all._dynamo_marked_constant = True  # called for its effect when traced: see registry.py
-
-
-def release(weight: nn.Parameter) -> None:
+def release(weight: Tensor) -> None:
     """A plain weight again, without a copy packed beside it."""
     unpack_weight(weight)
     _packed.pop(id(weight), None)

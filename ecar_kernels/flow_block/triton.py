@@ -125,7 +125,12 @@ def launch_adaln_linear(
     rows = batch * tokens
     if not out.numel():
         return out
-    modulation = (*_view(shift), *_view(scale), *_step(step_shift), *_step(step_scale))
+    modulation: tuple[Tensor | int | None, ...] = (
+        *_view(shift),
+        *_view(scale),
+        *_step(step_shift),
+        *_step(step_scale),
+    )
     nothing = (None, 0, 0, None, 0, 0, None, 0, None, 0)
     if its.prologue:
         statistics = first = x.new_empty((rows, 3), dtype=torch.float32)

@@ -1,12 +1,14 @@
 """What `ecar tune` runs of the family, and the launch settings that it tries."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ecar_kernels.flow_block import launch
 from ecar_kernels.flow_block.record import FAMILY
+from ecar_kernels.ops import BoundOp
 from ecar_kernels.registry import resolve
 from ecar_kernels.testing import tensors
 
@@ -14,7 +16,8 @@ Run = Callable[[], Sequence[Tensor]]
 
 
 def candidates(op: str, key: tuple, rows: int, sms: int, arch: int) -> Sequence:
-    return launch.candidates(rows, *key, sms, arch)
+    outputs, inputs, itemsize, precision = key
+    return launch.candidates(rows, outputs, inputs, itemsize, precision, sms, arch)
 
 
 def runs(channels: int, hidden: int, rows: int, dtype: torch.dtype, device: str) -> Iterator[Run]:
@@ -33,7 +36,7 @@ def runs(channels: int, hidden: int, rows: int, dtype: torch.dtype, device: str)
             normal(outputs, channels) * channels**-0.5,
             normal(outputs),
         )
-        yield lambda args=args: tensors(bound["adaln_linear"](*args, activation="gelu_tanh"))
+        yield partial(_call, bound["adaln_linear"], *args, activation="gelu_tanh")
     for inputs in (channels, hidden):
         args = (
             normal(1, rows, inputs),
@@ -42,4 +45,8 @@ def runs(channels: int, hidden: int, rows: int, dtype: torch.dtype, device: str)
             normal(1, rows, channels),
             normal(1, rows, channels),
         )
-        yield lambda args=args: tensors(bound["linear_gated_residual"](*args))
+        yield partial(_call, bound["linear_gated_residual"], *args)
+
+
+def _call(op: BoundOp, *args: Tensor, **options: str) -> Sequence[Tensor]:
+    return tensors(op(*args, **options))

@@ -127,7 +127,7 @@ def flow_boundary(
     )
 
 
-def _check_state(state: object, x: Tensor, outputs: int) -> None:
+def _check_state(state: Tensor, x: Tensor, outputs: int) -> None:
     """[B, N, P] on x's device, in float32 or x's type."""
     check_tensor("state", state)
     rows, tokens, _ = x.shape

@@ -91,7 +91,7 @@ def upsample_renoise_euler(
             raise ValueError(
                 f"argument 'seeds': expected a tensor on {x.device} like 'x', got {seeds.device}"
             )
-    else:
+    elif details is not None:
         check_like("details", details, "x", x)
         batch, channels, height, width = x.shape
         if details.shape != (batch, channels, 3, height, width):
@@ -137,7 +137,7 @@ def initial_noise(
     return run(seeds, shape, device=device, dtype=dtype)
 
 
-def _check_step(x: Tensor, velocity: object, dt: object, guidance_scale: object) -> None:
+def _check_step(x: Tensor, velocity: Tensor, dt: float, guidance_scale: float | Tensor) -> None:
     check_like("velocity", velocity, "x", x)
     batch = x.shape[0]
     if velocity.shape[1:] != x.shape[1:] or velocity.shape[0] not in (batch, 2 * batch):
@@ -156,7 +156,7 @@ def _check_step(x: Tensor, velocity: object, dt: object, guidance_scale: object)
         )
 
 
-def check_guidance(scale: object, x: Tensor) -> None:
+def check_guidance(scale: float | Tensor, x: Tensor) -> None:
     """A Python number, or one float32 on x's device."""
     if not isinstance(scale, Tensor) or scale.ndim != 0:
         check_number("guidance_scale", scale)
@@ -177,7 +177,7 @@ def check_guidance(scale: object, x: Tensor) -> None:
         )
 
 
-def _check_seeds(seeds: object) -> None:
+def _check_seeds(seeds: Tensor) -> None:
     check_tensor("seeds", seeds)
     if seeds.dtype != torch.int64:
         raise TypeError(f"argument 'seeds': expected torch.int64, got {seeds.dtype}")

@@ -18,7 +18,7 @@ _from_details = _native.op("upsample_renoise_euler_details")
 _initial_noise = _native.op("initial_noise")
 
 
-def scale_as_number(scale: float | Tensor) -> tuple[float, None]:
+def scale_as_number(scale: float | Tensor) -> tuple[float | Tensor, None]:
     """A guidance scale as the ops take it for CPU tensors; a graph reads it when it runs."""
     if not isinstance(scale, Tensor) or torch.compiler.is_compiling():
         return scale, None

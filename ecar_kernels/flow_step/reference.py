@@ -149,7 +149,8 @@ def upsample_renoise_euler(
     """end = x + dt v;  start = (1 + t)/2 up(end) + (1 - t) h, with t = time."""
     end = guided_euler(x, velocity, dt, guidance_scale)
     if details is None:
-        details = block_details(seeds, stage, x.shape[1:], end.dtype)
+        # One of the two is given.
+        details = block_details(seeds, stage, x.shape[1:], end.dtype)  # type: ignore[arg-type]
     upsampled = end.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     start = (1 + time) / 2 * upsampled + (1 - time) * haar_high_pass(widen(details))
     return end.to(x.dtype), start.to(x.dtype)

@@ -159,6 +159,7 @@ def settings(op: str, head_dim: int, kind: str, arch: int) -> tuple[Settings, ..
     multiprocessor, and the least that sm_90's and sm_100's warp groups take.
     """
     width = sum(parts(head_dim, op, kind))
+    found: tuple[tuple[int, int, int, int], ...]
     if kind == "exact":
         # No matrix unit. Threads hold whole rows of a factor: a product of 64 x 16 by 256
         # threads is two by two of them a thread, for rows of 64. Longer rows go one by one; or

@@ -198,27 +198,27 @@ def _launch(
     """A kernel that holds whole heads, in parts, under the settings of `op` (launch.OPS); or,
     where rows are not aligned, the one that holds some columns of them."""
     batch, queries, heads, head_dim = q.shape
-    stage_lengths = tuple(stage_lengths)
+    lengths = tuple(stage_lengths)
     tiles_of, kernel, unaligned = _KERNELS[op]
     arch = _triton.architecture(q.device.index)
     kind = launch.kind(q.dtype, _triton.product_precision(q.dtype))
     unit, strides = _strides(strided)
     if unit == 1:
-        its = launch.unaligned(op, kind)
+        strips = launch.unaligned(op, kind)
         _start(
             unaligned,
             tiles_of,
-            its,
+            strips,
             q,
             k,
-            stage_lengths,
-            -(-head_dim // its.columns),
+            lengths,
+            -(-head_dim // strips.columns),
             tensors=tensors,
             strides=strides,
             counts=counts,
             scales=scales,
-            COLUMNS=its.columns,
-            STRIP=its.strip,
+            COLUMNS=strips.columns,
+            STRIP=strips.strip,
             maxnreg=255,
             **constants | {"head_dim": head_dim},
         )
@@ -227,7 +227,7 @@ def _launch(
         op,
         head_dim,
         kind,
-        stage_lengths,
+        lengths,
         queries,
         batch * heads,
         arch,
@@ -235,7 +235,7 @@ def _launch(
     )
     # The stages, for lists of equal totals have tiles of their own.
     its = tuning.choose(
-        op, (head_dim, kind, queries, *stage_lengths), batch * heads, usual, q.device.index
+        op, (head_dim, kind, queries, *lengths), batch * heads, usual, q.device.index
     )
     part1, part2 = launch.parts(head_dim, op, kind)
     if tiles_of == "query":
@@ -246,7 +246,7 @@ def _launch(
         its,
         q,
         k,
-        stage_lengths,
+        lengths,
         tensors=tensors,
         strides=strides,
         counts=counts,
