@@ -35,7 +35,7 @@ help:
 	@echo "make demo        install, then draw a 10 x 10 sheet of digits into $(DEMO)"
 	@echo "make test        install, then run the tests on $(JOBS) processes"
 	@echo "make test-fast   the tests of a change: references, C++, model and tools, in this process"
-	@echo "make lint        ruff, and the workflows' schema"
+	@echo "make lint        ruff, mypy, and the workflows' schema"
 	@echo "make docs        the site, with API pages from the docstrings: build/site"
 	@echo "make bench       time every op against eager, torch.compile, other libraries and its floor"
 	@echo "make bench-check  fail where an op lost speed or grew instructions since the committed results"
@@ -76,6 +76,7 @@ test-fast: $(STAMPS)/test
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 docs: $(STAMPS)/docs
@@ -191,7 +192,7 @@ train-demo: $(STAMPS)/test
 	  --batch-size 128 --learning-rate 1e-3 --warmup-steps 200 --schedule linear
 
 clean:
-	rm -rf build dist .benchmarks .hypothesis .pytest_cache .ruff_cache *.egg-info
+	rm -rf build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find ecar ecar_kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(STAMPS)/venv:
@@ -219,11 +220,11 @@ $(STAMPS)/base: $(STAMPS)/torch pyproject.toml setup.py CMakeLists.txt $(shell f
 	$(INSTALL) --no-build-isolation --editable .
 	@touch $@
 
-# These build nothing. The linters and the site's tools alone, what a report imports, and the extras
-# on top of the base.
-$(STAMPS)/lint: $(STAMPS)/venv pyproject.toml
-	@$(REQUIREMENTS) dev | grep -E 'ruff|check-jsonschema' > $@.txt
-	$(PIP) install --requirement $@.txt
+# These build nothing. The linters with what mypy reads the types of, the site's tools alone, what a
+# report imports, and the extras on top of the base.
+$(STAMPS)/lint: $(STAMPS)/torch pyproject.toml
+	@($(REQUIREMENTS) base && $(REQUIREMENTS) dev | grep -E 'ruff|mypy|check-jsonschema') > $@.txt
+	$(INSTALL) --requirement $@.txt
 	@touch $@
 
 $(STAMPS)/docs: $(STAMPS)/venv pyproject.toml
