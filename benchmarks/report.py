@@ -61,8 +61,10 @@ def page(folder: Path, output: Path) -> str:
             if record["kind"] not in KINDS:
                 parts.append(f"There is no table for results of kind {record['kind']!r}.")
                 continue
-            for picture in pictures.draw(file, output / "pictures"):
-                parts.append(f"![{heading}]({picture.relative_to(output)})")
+            parts += [
+                f"![{heading}]({picture.relative_to(output)})"
+                for picture in pictures.draw(file, output / "pictures")
+            ]
             parts.append(below(render(record), 3))
     for heading, module in COUNTS.items():
         counts = folder / module.RESULTS.name

@@ -103,7 +103,7 @@ class ARTransformer(nn.Module):
     @property
     def last_mlp_output(self) -> nn.Linear:
         """The last layer shared by all stages, whose weight GradNorm looks at."""
-        return cast(StageBlock, self.blocks[-1]).mlp.fc2
+        return cast("StageBlock", self.blocks[-1]).mlp.fc2
 
     def embed_class(self, labels: Tensor) -> Tensor:
         """Stage 1's input tokens: labels [B] -> [B, N_1, width]."""
@@ -146,7 +146,7 @@ class ARTransformer(nn.Module):
                 x = block(x, lengths)
         if not return_shared:
             return self.norm(x).split(lengths, dim=1), None, None
-        last = cast(StageBlock, self.blocks[-1])
+        last = cast("StageBlock", self.blocks[-1])
         if (reason := why_not_as_written(last, StageBlock)) is not None:
             raise ValueError(f"GradNorm cannot look inside the last AR block: {reason}")
         x = x + last.attention(x, lengths, None, 0)

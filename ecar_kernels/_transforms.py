@@ -65,7 +65,7 @@ def differentiable_again(gradients: Callable) -> Callable[[F], F]:
                 return gradients(ctx, *grads)
             return backward(ctx, *grads)
 
-        return cast(F, either)
+        return cast("F", either)
 
     return decorate
 

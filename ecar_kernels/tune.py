@@ -84,7 +84,7 @@ def problems(
     """Every op of the families, forward and backward, at each width and number of rows."""
     found: dict[tuple, Problem] = {}
     for family in families:
-        its = importlib.import_module(cast(str, DECLARED[family].tuning))
+        its = importlib.import_module(cast("str", DECLARED[family].tuning))
         for channels in widths:
             for count in rows:
                 for run in its.runs(channels, int(mlp_ratio * channels), count, dtype, device):

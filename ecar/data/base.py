@@ -237,7 +237,7 @@ def check_dataset(
     Raises:
         TypeError, ValueError: naming the argument, and what came.
     """
-    length = len(cast(Sized, dataset))
+    length = len(cast("Sized", dataset))
     if not length:
         raise ValueError(f"argument {name!r}: expected at least one image, got none")
     if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:

@@ -149,7 +149,7 @@ class FolderDataset(ImageDataset):
     ) -> None:
         """Raise for all bad files at once, or take them out of `found` and warn."""
         paths = [path for paths in found.values() for path in paths]
-        bad = {path: "lies in no class folder" for path in loose}
+        bad = dict.fromkeys(loose, "lies in no class folder")
         if verify or skip:
             sizes = (os.path.getsize(path) for path in paths if os.path.isfile(path))
             decode = skip or sum(sizes) < _DECODE_ALL_BELOW

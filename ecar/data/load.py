@@ -68,7 +68,7 @@ def load_dataset(
         root = Path(root)
     if name == "folder":
         return FolderDataset(
-            cast(Path, root), split=split, image_size=cast(int, image_size), channels=channels,
+            cast("Path", root), split=split, image_size=cast("int", image_size), channels=channels,
             flip=flip, verify=verify, skip_broken=skip_broken, background=background,
         )  # fmt: skip
     if flip:
@@ -82,7 +82,7 @@ def load_dataset(
     elif name == "mnist":
         dataset = _mnist(find_mnist(root), split)
     else:
-        dataset = LatentDataset(cast(Path, root), split=split)
+        dataset = LatentDataset(cast("Path", root), split=split)
     _check_shape(dataset, image_size, channels)
     return dataset
 

@@ -165,7 +165,7 @@ class Batches:
         self.workers = workers
         share = batch_size // world
         self.rows = range(rank * share, (rank + 1) * share)
-        self.order = Order(seed, len(cast(Sized, dataset)))
+        self.order = Order(seed, len(cast("Sized", dataset)))
         self._memory = dataset.tensors() if isinstance(dataset, InMemoryDataset) else None
 
     def row_indices(self, step: int) -> np.ndarray:

@@ -227,7 +227,7 @@ class Trainer:
             accumulation=config.gradient_accumulation,
             stages=model.num_stages,
             shape=model.latent_shape,
-            label_dropout=cast(float, config.label_dropout),
+            label_dropout=cast("float", config.label_dropout),
             null_class=model.null_class,
             flip=config.flip,
             workers=config.num_workers,
@@ -286,7 +286,7 @@ class Trainer:
     @property
     def averaged(self) -> ECAR:
         """The model with the moving averages of the weights."""
-        return cast(ECAR, self.ema.module)
+        return cast("ECAR", self.ema.module)
 
     @property
     def weights(self) -> Tensor:

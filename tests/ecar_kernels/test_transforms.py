@@ -92,7 +92,7 @@ def test_inference_only_ops_have_no_derivatives(op, backend, transform):
 
 
 @pytest.mark.parametrize(
-    "transform", (*transforms.BATCHES, *transforms.DERIVATIVES_OF_BATCHES), ids=lambda t: t.__name__
+    "transform", [*transforms.BATCHES, *transforms.DERIVATIVES_OF_BATCHES], ids=lambda t: t.__name__
 )
 @pytest.mark.parametrize("op, backend", of(INFERENCE_ONLY))
 def test_inference_only_ops_in_batches(op, backend, transform):
@@ -152,9 +152,8 @@ def test_bound_ops(op, backend):
         _, values = of_tensors(op)
         with use_backend("reference"):
             bound_reference = registry.resolve(op, device="cpu", dtype=torch.float32)
-        results = []
-        for run in (registry.resolve(op, device="cpu", dtype=torch.float32), bound_reference):
-            results.append(transform(of_tensors(op, run)[0], values))
+        bound = registry.resolve(op, device="cpu", dtype=torch.float32)
+        results = [transform(of_tensors(op, run)[0], values) for run in (bound, bound_reference)]
         for result, wanted in zip(*results, strict=True):
             assert wanted.any()
             torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-4)

@@ -245,8 +245,8 @@ def test_all_that_can_be_wrong_is_found_before_sampling(
     with pytest.raises(error, match=message) as caught:
         evaluate(model, "folder", **arguments)
     assert "\n" not in str(caught.value) and "_features" not in str(caught.value)
+    splits.update(train=toy(40, "train"), test=toy(30, "test", seed=1))
     with pytest.raises(AssertionError, match="sampled"):
-        splits.update(train=toy(40, "train"), test=toy(30, "test", seed=1))
         evaluate(model, "folder", extractor=five, num_images=8, progress=False)
 
 
