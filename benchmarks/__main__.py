@@ -4,6 +4,7 @@ Ctrl-C keeps the rows that were measured. benchmarks/README.md says how to read 
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -45,8 +46,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     file = results.path("micro", options.results or results.FOLDER)
     minutes = options.minutes or (None if options.full else 14.0)
+    came: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
-        rows = micro.run(chosen, file, seconds=options.seconds, minutes=minutes)
+        rows = micro.run(
+            chosen, file, seconds=options.seconds, minutes=minutes, interrupted=lambda: bool(came)
+        )
     except KeyboardInterrupt:
         print(f"interrupted; rows measured before are in {file}", file=sys.stderr)
         return 130

@@ -61,12 +61,18 @@ def jobs(full: bool = False, words: Sequence[str] = ()) -> list[Job]:
 
 
 def run(
-    chosen: Sequence[Job], file: Path, *, seconds: float = 0.5, minutes: float | None = None
+    chosen: Sequence[Job],
+    file: Path,
+    *,
+    seconds: float = 0.5,
+    minutes: float | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> list[Row]:
     """Measures rows and merges each into the file before the next is begun; returns them.
 
     Rows that would begin after `minutes` are left out. An exception, KeyboardInterrupt among
-    them, loses the row that is being measured and no other.
+    them, loses the row that is being measured and no other. interrupted: asked before each row,
+    where a KeyboardInterrupt was swallowed by what was measured.
     """
     results.keep_memory()
     before = results.read(file) if file.exists() else {"kind": "micro", "runs": [], "rows": []}
@@ -77,6 +83,8 @@ def run(
     this = {"environment": facts, "commit": results.commit(), "rates": _recorded(best, tried)}
     arena, rows = cases.Arena(cases.ARENA_BYTES, DTYPE), []
     for index, job in enumerate(chosen):
+        if interrupted():
+            raise KeyboardInterrupt
         taken = time.monotonic() - begin
         if minutes is not None and taken > 60 * minutes:
             print(f"{minutes:g} minutes are over: {len(chosen) - index} rows were left out")
