@@ -33,13 +33,14 @@ def opening(function: Callable[..., R]) -> Callable[..., R]:
 
 
 def _open(value: object) -> object:
-    if type(value) is not float or _is_static(value):
+    if type(value) is not float or is_static(value):
         return value
     # An addition: torch.compile makes tensors of symbols in arithmetic with tensors alone.
     return torch.zeros((), dtype=torch.float64, device="cpu") + value
 
 
-def _is_static(value: float) -> bool:
+def is_static(value: float) -> bool:
+    """In a graph that is traced: is the number a constant of it, and no symbol?"""
     # Imported where a graph is traced, by which it is loaded: it takes a second.
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
@@ -78,7 +79,7 @@ def twin(op: Any) -> Callable:
     def call(*args):
         if torch.compiler.is_compiling() and (
             any([isinstance(args[i], Tensor) for i in floats])
-            or not all([_is_static(value) for i in lists for value in args[i]])
+            or not all([is_static(value) for i in lists for value in args[i]])
         ):
             return opened(*[_closed(v) if i in floats else v for i, v in enumerate(args)])
         return op(*args)

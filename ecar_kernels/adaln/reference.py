@@ -1,8 +1,10 @@
 """The oracles of the adaLN family: plain PyTorch, any floating dtype."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ecar_kernels import _numbers
 from ecar_kernels._modulation import combine
 from ecar_kernels._precision import widen
 
@@ -22,7 +24,14 @@ def adaln(
 
 def modulated(x: Tensor, shift: Tensor, factor: Tensor, eps: float) -> Tensor:
     """LN(x) factor + shift."""
-    return (F.layer_norm(widen(x), x.shape[-1:], eps=eps) * factor + shift).to(x.dtype)
+    wide = widen(x)
+    if torch.compiler.is_compiling() and not _numbers.is_static(eps):
+        # layer_norm's own eps is a constant to torch.compile: a graph for each value.
+        variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
+        normal = (wide - mean) * torch.rsqrt(variance + eps)
+    else:
+        normal = F.layer_norm(wide, x.shape[-1:], eps=eps)
+    return (normal * factor + shift).to(x.dtype)
 
 
 def gated_residual(
