@@ -25,14 +25,15 @@ def opening(function: Callable[..., R]) -> Callable[..., R]:
     @functools.wraps(function)
     def call(*args, **kwargs):
         return function(
-            *[_open(value) for value in args],
-            **{name: _open(value) for name, value in kwargs.items()},
+            *[opened(value) for value in args],
+            **{name: opened(value) for name, value in kwargs.items()},
         )
 
     return call
 
 
-def _open(value: object) -> object:
+def opened(value: Any) -> Any:
+    """In a graph that is traced: a tensor for a float that is a symbol; else the value."""
     if type(value) is not float or is_static(value):
         return value
     # An addition: torch.compile makes tensors of symbols in arithmetic with tensors alone.
@@ -73,7 +74,7 @@ def twin(op: Any) -> Callable:
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ecar_numbers::{name}", fake, lib=_library)
-    opened = getattr(torch.ops.ecar_numbers, name).default
+    twin_op = getattr(torch.ops.ecar_numbers, name).default
 
     @functools.wraps(op)
     def call(*args):
@@ -81,10 +82,10 @@ def twin(op: Any) -> Callable:
             any([isinstance(args[i], Tensor) for i in floats])
             or not all([is_static(value) for i in lists for value in args[i]])
         ):
-            return opened(*[_closed(v) if i in floats else v for i, v in enumerate(args)])
+            return twin_op(*[_closed(v) if i in floats else v for i, v in enumerate(args)])
         return op(*args)
 
-    call.opened = opened  # type: ignore[attr-defined]  # for tests of it by itself
+    call.opened = twin_op  # type: ignore[attr-defined]  # for tests of it by itself
     return call
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ecar_kernels import _numbers
 from ecar_kernels._precision import accumulation_dtype, widen
 
 _MASK32 = 0xFFFFFFFF
@@ -151,6 +152,8 @@ def upsample_renoise_euler(
     if details is None:
         # One of the two is given.
         details = block_details(seeds, stage, x.shape[1:], end.dtype)  # type: ignore[arg-type]
+    if torch.compiler.is_compiling():  # before 2.11 sums of symbols are constants to it
+        time = _numbers.opened(time)
     upsampled = end.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     start = (1 + time) / 2 * upsampled + (1 - time) * haar_high_pass(widen(details))
     return end.to(x.dtype), start.to(x.dtype)
