@@ -24,6 +24,7 @@ KINDS = {
     "memory": ("Memory", "benchmarks.memory"),
     "example": ("Other models, accelerated", "examples.compare"),
     "gpu": ("On this GPU", "benchmarks.gpu.report"),
+    "quality": ("Quality by solver and calls", "benchmarks.quality"),
     "micro": ("Every op", "benchmarks.micro"),
 }
 COUNTS = {"Instructions of the C++ kernels": instructions, "Launches of a sampling step": launches}

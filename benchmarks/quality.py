@@ -1,0 +1,181 @@
+"""Quality of the images by solver and by number of network calls.
+
+For each checkpoint, solver and number of calls: the share of images that are read as the class
+asked for, the Fréchet distance over that of as many training images, and precision and recall.
+Each is the mean over groups of images, whose seeds are their own, with half of its 95 % confidence
+interval. Everything else, such as guidance, is as the checkpoint's defaults have it.
+"""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from scipy.stats import t as student
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from benchmarks import results
+from benchmarks.results import ROOT, markdown
+from ecar import ECARPipeline
+from ecar.data import ImageDataset, load_dataset
+from ecar.evaluation import draw_labels, extract, frechet_distance_of_features, precision_recall
+from ecar.evaluation.extractors import default_extractor, to_bytes
+
+CALLS = (8, 12, 18, 30, 60, 250)
+CHECKPOINTS = ("digits", "mnist")  # names of folders and of their data sets
+METRICS = ("read as asked", "Fréchet ratio", "precision", "recall")
+Measures = dict[str, float]
+
+
+class Setting(NamedTuple):
+    """How an image is drawn, apart from the number of calls."""
+
+    name: str
+    solver: str
+    grid: float | None = None  # None: the checkpoint's
+    even: bool = False  # as many steps at every stage, instead of the library's split
+    calls_of_a_step: int = 1
+
+    def options(self, calls: int, num_stages: int) -> dict[str, Any]:
+        """Of the pipeline's call; with too few calls for all stages, one step for each."""
+        steps: int | list[int] = max(calls // self.calls_of_a_step, num_stages)
+        if self.even:
+            steps = [steps // num_stages + (s < steps % num_stages) for s in range(num_stages)]
+        grid = {} if self.grid is None else {"grid": self.grid}
+        return {"num_inference_steps": steps, "solver": self.solver, **grid}
+
+
+SETTINGS = (
+    Setting("euler, as the paper", "euler", grid=1.0, even=True),
+    Setting("euler", "euler"),
+    Setting("heun", "heun", calls_of_a_step=2),
+    Setting("ab2", "ab2"),
+)
+
+
+class Judge:
+    """A data set's classifier, and the real images that it compares with.
+
+    Args:
+        name: of the data set.
+        groups, images: how many groups of images, and images in each.
+    """
+
+    def __init__(self, name: str, groups: int, images: int) -> None:
+        train, held_out = (load_dataset(name, split=split) for split in ("train", "test"))
+        self.extractor = default_extractor(name)
+        self.held_out, _ = extract(self.extractor, _pixels(held_out, torch.arange(len(held_out))))
+        self.labels = draw_labels(train, groups * images).split(images)
+        generator = torch.Generator().manual_seed(0)
+        self.floor, self.real = 1.0, []
+        for _ in range(groups):
+            rows = torch.randperm(len(train), generator=generator)[:images]
+            self.real.append(self.measure(_pixels(train, rows), train.labels[rows]))
+        self.floor = statistics.fmean(found["Fréchet ratio"] for found in self.real)
+        for found in self.real:
+            found["Fréchet ratio"] /= self.floor
+
+    def measure(self, images: Tensor, labels: Tensor) -> Measures:
+        """Of uint8 images [N, C, H, W], asked for as the classes [N]; in the order of METRICS."""
+        features, logits = extract(self.extractor, images)
+        if logits is None:
+            raise ValueError(f"{type(self.extractor).__name__}: expected a classifier")
+        held_out = self.held_out[: len(features)]
+        precision, recall = precision_recall(held_out, features[: len(held_out)])
+        read = (logits.argmax(1) == labels).double().mean().item()
+        distance = frechet_distance_of_features(features, self.held_out) / self.floor
+        return dict(zip(METRICS, (read, distance, precision, recall), strict=True))
+
+
+def _pixels(dataset: ImageDataset, rows: Tensor) -> Tensor:
+    return to_bytes(torch.stack([dataset[row][0] for row in rows.tolist()]))
+
+
+def summary(found: Sequence[Measures]) -> dict[str, list[float]]:
+    """{metric: [mean, half of its 95 % confidence interval]} over groups."""
+    quantile = float(student.ppf(0.975, len(found) - 1))
+    return {
+        metric: [statistics.fmean(values), quantile * statistics.stdev(values) / len(values) ** 0.5]
+        for metric in METRICS
+        for values in [[one[metric] for one in found]]
+    }
+
+
+def measure(
+    pipeline: ECARPipeline, judge: Judge, setting: Setting, calls: int, *, batch: int = 100
+) -> dict[str, Any]:
+    """A row of the table."""
+    options = setting.options(calls, pipeline.model.config.num_stages)
+    found, first = [], 0
+    for labels in judge.labels:
+        parts = []
+        for part in labels.split(batch):
+            drawn = pipeline(
+                part,
+                seeds=torch.arange(first, first + len(part)),
+                output_type="pt",
+                progress=False,
+                **options,
+            )
+            parts.append(to_bytes(drawn.images * 2 - 1))
+            first += len(part)
+        found.append(judge.measure(torch.cat(parts), labels))
+    return {"solver": setting.name, "calls": calls, "options": options, "measures": summary(found)}
+
+
+def render(record: dict[str, Any]) -> str:
+    tables = []
+    for row in record["rows"]:
+        real = ["training images", "-", *map(_written, METRICS, row["real"].values())]
+        lines = [
+            [one["solver"], str(one["calls"]), *map(_written, METRICS, one["measures"].values())]
+            for one in row["settings"]
+        ]
+        tables.append(
+            f"**{row['checkpoint']}**, {row['groups']} groups of {row['images']} images\n\n"
+            + markdown(("solver", "calls", *METRICS), [*lines, real])
+        )
+    return "\n\n".join(tables)
+
+
+def _written(metric: str, value: Sequence[float]) -> str:
+    mean, half = value
+    if metric == "read as asked":
+        return f"{100 * mean:.1f} ± {100 * half:.1f} %"
+    return f"{mean:.2f} ± {half:.2f}" if metric == "Fréchet ratio" else f"{mean:.3f} ± {half:.3f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = results.parser("quality", __doc__)
+    parser.add_argument("--checkpoints", nargs="+", default=CHECKPOINTS, metavar="NAME")
+    parser.add_argument("--calls", nargs="+", type=int, default=CALLS, metavar="N")
+    parser.add_argument("--groups", type=int, default=4, help="of images (default: 4)")
+    parser.add_argument("--images", type=int, default=1000, help="of a group (default: 1000)")
+    options = parser.parse_args(arguments)
+    if options.groups < 2:
+        parser.error(f"argument --groups: expected at least 2, got {options.groups}")
+    facts, rows = results.describe(), []
+    for name in options.checkpoints:
+        pipeline = ECARPipeline.from_pretrained(ROOT / "checkpoints" / name)
+        judge = Judge(name, options.groups, options.images)
+        wanted = [(setting, calls) for setting in SETTINGS for calls in sorted(options.calls)]
+        rows.append(
+            {
+                "checkpoint": name,
+                "groups": options.groups,
+                "images": options.images,
+                "defaults": pipeline.defaults,
+                "real": summary(judge.real),
+                "settings": [
+                    measure(pipeline, judge, setting, calls)
+                    for setting, calls in tqdm(wanted, name, unit="setting")
+                ],
+            }
+        )
+        results.write(results.path("quality", options.results), "quality", facts, rows=rows)
+    results.finish(options.results, "quality", facts, render, rows=rows)
+
+
+if __name__ == "__main__":
+    main()
