@@ -67,7 +67,7 @@ test: $(STAMPS)/test
 
 # Less than two minutes on two idle cores. Left out: Triton's interpreter, Inductor's compilations,
 # other processes and instruction sets; of tests that draw examples, all but five each.
-SLOW := triton or compile or inductor or process or distributed or resume or instruction or peers
+SLOW := triton or compile or inductor or process or distributed or resume or instruction or flex
 test-fast: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --timeout 600 -m 'not slow and not gpu' \
 	  -k 'not ($(SLOW))' --hypothesis-profile quick tests/ecar_kernels tests/ecar \
@@ -101,9 +101,11 @@ compile-gate-oldest: $(STAMPS)/base build/triton-$(OLDEST_TRITON)
 	  --triton $(OLDEST_TRITON) $(CHANGED) $(GATE)
 
 # The kernels in its interpreter, which takes arrays of one element for numbers: numpy 2.4 refuses.
+TRITON_TESTS = tests/ecar_kernels/triton \
+  $(shell grep --recursive --files-with-matches support.backends tests/ecar_kernels --include='test_*.py')
 test-oldest-triton: $(STAMPS)/test build/triton-$(OLDEST_TRITON)
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) \
-	  --timeout 600 tests/ecar_kernels/triton
+	  --timeout 600 -k triton $(TRITON_TESTS)
 
 build/triton-$(OLDEST_TRITON): | $(STAMPS)/base
 	rm -rf $@.partial
@@ -166,8 +168,8 @@ PRELOAD = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file
 WATCHED = env LD_PRELOAD='$(PRELOAD)' ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
   UBSAN_OPTIONS=print_stacktrace=1 ECAR_LIBRARY=$(SANITIZED)/libecar_cpu.so
 
-SANITIZED_TESTS = $(patsubst %,tests/ecar_kernels/test_%.py,adaln flow_block flow_block_cpp flow_block_whole \
-  flow_boundary flow_step native stage_attention stage_attention_cpp stage_attention_ops)
+SANITIZED_TESTS = $(patsubst %,tests/ecar_kernels/test_%.py,adaln flow_block flow_block_ops flow_block_whole \
+  flow_boundary flow_step native packing stage_attention stage_attention_backward stage_attention_ops)
 
 sanitize: $(STAMPS)/test
 	PATH="$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DECAR_SANITIZE=ON -DECAR_TORCH_DIR="$$( \

@@ -153,13 +153,20 @@ def images(work: Work) -> None:
 
 
 def suites() -> dict[str, list[str]]:
-    """pytest's arguments; only files with a test for GPUs, others may need what is not here."""
-    files = (ROOT / "tests").rglob("test_*.py")
-    files = [file for file in files if "mark.gpu" in file.read_text("utf-8")]
-    files = sorted(files, key=lambda file: (_place(file.stem), str(file)))
+    """pytest's arguments; only files with a test for GPUs or for every kernel: others may need what
+    is not here."""
+    texts = {file: file.read_text("utf-8") for file in (ROOT / "tests").rglob("test_*.py")}
+
+    def files(mark: str) -> list[str]:
+        found = [file for file, text in texts.items() if mark in text]
+        found = sorted(found, key=lambda file: (_place(file.stem), str(file)))
+        return [str(file.relative_to(ROOT)) for file in found]
+
+    folder = "tests/ecar_kernels/triton"
+    others = [name for name in files("tests.support.backends") if not name.startswith(folder)]
     return {
-        "marked gpu": ["-m", "gpu", *(str(file.relative_to(ROOT)) for file in files)],
-        "Triton's kernels, compiled": ["tests/ecar_kernels/triton"],
+        "marked gpu": ["-m", "gpu", *files("mark.gpu")],
+        "Triton's kernels, compiled": ["-k", "triton", folder, *others],
     }
 
 

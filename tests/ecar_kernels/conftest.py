@@ -1,16 +1,25 @@
-"""Triton's interpreter, made to round as a GPU does."""
+"""Triton's interpreter, made to round as a GPU does, and stage attention's tiles made small.
+
+What a fixture does to Triton is for the tests that have it in their name; others may ask for it.
+"""
 
 import numpy as np
 import pytest
 import torch
 
+from ecar_kernels.stage_attention import launch
+
+
+def of_triton(request):
+    """Is it a test of Triton's kernels? Others need no Triton."""
+    return "triton" in request.node.nodeid
+
 
 @pytest.fixture(autouse=True)
 def bfloat16_rounds_to_nearest(request, monkeypatch):
-    """For tests of Triton's kernels. The interpreter of Triton 3.6 to 3.9 rounds to bfloat16
-    towards zero: of a weight that is 1 but for an ulp of float32 it makes 1 - 2^-8, an error that
-    no kernel can mend."""
-    if "triton" not in request.node.nodeid:
+    """The interpreter of Triton 3.6 to 3.9 rounds to bfloat16 towards zero: of a weight that is 1
+    but for an ulp of float32 it makes 1 - 2^-8, an error that no kernel can mend."""
+    if not of_triton(request):
         return
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     convert, tl = interpreter._convert_float, interpreter.tl
@@ -26,9 +35,11 @@ def bfloat16_rounds_to_nearest(request, monkeypatch):
 
 
 @pytest.fixture
-def products_sum_in_order(monkeypatch):
+def products_sum_in_order(request, monkeypatch):
     """A GPU's float32 product adds one column after another to its sum, in blocks of any size the
     same bits. numpy's does not; and it rounds a product before it adds it, as here."""
+    if not of_triton(request):
+        return
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     dot = interpreter.InterpreterBuilder.create_dot
 
@@ -45,8 +56,10 @@ def products_sum_in_order(monkeypatch):
 
 
 @pytest.fixture
-def fma_rounds_once(monkeypatch):
+def fma_rounds_once(request, monkeypatch):
     """As on a GPU. Triton 3.6's interpreter rounds the product, too."""
+    if not of_triton(request):
+        return
     interpreter = pytest.importorskip("triton.runtime.interpreter")
 
     def create_fma(self, x, y, z):
@@ -55,3 +68,10 @@ def fma_rounds_once(monkeypatch):
 
     if not hasattr(interpreter._interpreter, "fma_fp32"):
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Stage attention's in Triton, so that a few tokens make whole and partial blocks on both
+    sides."""
+    monkeypatch.setattr(launch, "default", lambda *_: launch.Settings(16, 16, 4, 1))

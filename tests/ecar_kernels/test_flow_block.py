@@ -1,9 +1,20 @@
-"""The fused GEMMs: the references against the formulas and the ops they fuse, and what holds for
-the kernels of every backend."""
+"""The fused GEMMs: the references against the formulas and the ops they fuse, and the kernels of
+every backend against the references.
+
+Their registered ops and graphs are in test_flow_block_ops.py, a whole block in one call is in
+test_flow_block_whole.py, packed weights are in test_packing.py, and what is particular to Triton's
+launches is in triton/test_flow_block_triton.py.
+"""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from ecar_kernels import adaln_linear, linear_gated_residual, use_backend
 from ecar_kernels.adaln import reference as unfused
@@ -11,7 +22,7 @@ from ecar_kernels.flow_block import reference
 from ecar_kernels.registry import KERNEL_DTYPES
 from tests.support.accuracy import assert_accurate
 from tests.support.backends import DEVICES, by_every_kernel, kernel
-from tests.support.flow_block import OPS, call_of
+from tests.support.flow_block import OPS, call_of, calls
 from tests.support.native import needs_native
 from tests.support.ops import arguments
 
@@ -105,6 +116,13 @@ def test_the_bias_may_be_none(op):
     torch.testing.assert_close(without, op(**call | {"bias": torch.zeros_like(call["bias"])}))
 
 
+# What holds for the kernels of every backend.
+
+
+def check(op, backend, call):
+    assert_accurate(kernel(op, backend), getattr(reference, op), call)
+
+
 @by_every_kernel
 def test_gelu_is_exact_to_a_few_units(backend):
     """Of the result where it does not vanish, else of 1: torch's own cancels for x < 0."""
@@ -168,3 +186,130 @@ def test_no_inputs(backend):
     found = kernel("linear_gated_residual", backend)(**call)
     expected = reference.linear_gated_residual(**call)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@by_every_kernel
+def test_a_mean_far_from_zero(backend, dtype):
+    call = call_of("adaln_linear", 1, 5, 200, 30, dtype=dtype, device=DEVICES[backend])
+    call["x"] = (torch.randn(1, 5, 200, device=DEVICES[backend]) + 3000).to(dtype)
+    check("adaln_linear", backend, call)
+
+
+@pytest.mark.parametrize("op", OPS)
+@by_every_kernel
+def test_not_a_number_and_infinity_stay_in_their_row(op, backend):
+    call, run = call_of(op, 1, 21, 70, 53, device=DEVICES[backend]), kernel(op, backend)
+    first = next(iter(call))
+    clean = run(**call)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        broken = call[first].clone()
+        broken[0, 13, 69] = bad
+        result = run(**call | {first: broken})
+        assert not result[0, 13].isfinite().any()
+        assert result[0, :13].equal(clean[0, :13]) and result[0, 14:].equal(clean[0, 14:])
+
+
+# C++.
+
+
+def cpp(op):
+    return kernel(op, "cpp")
+
+
+@needs_native
+@pytest.mark.parametrize("op", OPS)
+@given(st.data())
+def test_outputs(op, data):
+    call = data.draw(calls(op))
+    # The rule is about a root mean square: of a few numbers it judges chance.
+    rows = call["x" if op == "adaln_linear" else "h"]
+    assume(not 0 < rows.shape[0] * rows.shape[1] * call["weight"].shape[0] < 64)
+    check(op, "cpp", call)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "width, dtype",
+    [
+        (768, torch.float32),
+        (1024, torch.float32),
+        (1152, torch.float32),
+        (768, torch.bfloat16),
+        (768, torch.float16),
+    ],
+    ids=str,
+)
+def test_the_models_widths(width, dtype):
+    for op, depth, outputs in (
+        ("adaln_linear", width, 3 * width),
+        ("adaln_linear", width, 4 * width),
+        ("linear_gated_residual", width, width),
+        ("linear_gated_residual", 4 * width, width),
+    ):
+        check(op, "cpp", call_of(op, 1, 16, depth, outputs, dtype=dtype))
+
+
+@needs_native
+@pytest.mark.parametrize("op", OPS)
+def test_more_rows_than_a_slab(op):
+    check(op, "cpp", call_of(op, 3, 291, 131, 49))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_a_row_is_the_same_bits_in_every_batch(op, dtype):
+    call = call_of(op, 1, 300, 200, 100, dtype=dtype, whole=(True, True))
+    every = cpp(op)(**call)
+    for begin, end in ((0, 1), (7, 9), (100, 103), (250, 257), (0, 16), (37, 290)):
+        part = {
+            name: value[:, begin:end]
+            if isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[1] == 300
+            else value
+            for name, value in call.items()
+        }
+        assert cpp(op)(**part).equal(every[:, begin:end])
+
+
+@needs_native
+@pytest.mark.parametrize("op", OPS)
+def test_the_same_bits_on_any_number_of_threads(op):
+    call = call_of(op, 1, 270, 300, 700)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(cpp(op)(**call))
+    finally:
+        torch.set_num_threads(before)
+    assert results[0].equal(results[1]) and results[0].equal(results[2])
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_lesser_instruction_sets(isa):
+    """The accuracy rule again, in a process that is told to use the older one."""
+    program = f"""
+import torch
+from ecar_kernels import _native
+from ecar_kernels.registry import KERNEL_DTYPES
+from tests.ecar_kernels.test_flow_block import check
+from tests.support.flow_block import OPS, call_of
+print(_native.instruction_set())
+torch.manual_seed({torch.initial_seed() % 2**32})
+for dtype in KERNEL_DTYPES:
+    for op in OPS:
+        for shape in ((2, 40, 1, 1), (2, 19, 200, 53), (1, 64, 384, 96), (3, 50, 129, 200)):
+            check(op, "cpp", call_of(op, *shape, dtype=dtype))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ECAR_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    if done.stdout.strip() != isa:
+        pytest.skip(f"this CPU has no {isa}")

@@ -1,6 +1,8 @@
-"""Weights held packed alone: the values are there and back, and no write is lost."""
+"""Packed weights, kept as well or held alone: made once, there and back, and no write is lost."""
 
 import copy
+import gc
+import itertools
 import sys
 import threading
 import time
@@ -11,10 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import ecar_kernels
-from ecar_kernels import use_backend
-from ecar_kernels.flow_block import packing
+from ecar_kernels import adaln_linear, linear_gated_residual, use_backend
+from ecar_kernels.flow_block import packing, reference
 from ecar_kernels.flow_block.packing import PackedWeight
 from ecar_kernels.registry import KERNEL_DTYPES
+from tests.support.accuracy import assert_accurate
+from tests.support.backends import kernel
+from tests.support.flow_block import OPS, call_of
 from tests.support.native import needs_native
 
 pytestmark = needs_native
@@ -232,3 +237,68 @@ def test_memory_that_others_use_is_not_taken():
     assert packing.pack_weight(weight)
     tied = nn.Parameter(torch.randn(100, 40)[:50])
     assert not packing.pack_weight(tied)
+
+
+def test_a_weight_is_packed_once():
+    call = call_of("adaln_linear", 1, 3, 40, 50)
+    packed = packing.packed_weight(call["weight"])
+    adaln_linear(**call)
+    assert packing.packed_weight(call["weight"]) is packed
+    packing.forget_packed()
+    again = packing.packed_weight(call["weight"])
+    assert again is not packed and again.equal(packed)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_changed_weight_is_packed_anew(op):
+    call = call_of(op, 1, 3, 40, 50)
+    layer = nn.Linear(40, 50)
+    call |= {"weight": layer.weight, "bias": layer.bias}
+    function = {"adaln_linear": adaln_linear, "linear_gated_residual": linear_gated_residual}[op]
+
+    def check():
+        found = function(**call)
+        with use_backend("reference"):
+            torch.testing.assert_close(found, function(**call), rtol=1e-5, atol=1e-5)
+        return found
+
+    with torch.no_grad():
+        results = [check()]
+        layer.weight.add_(1)
+        results.append(check())
+        layer.load_state_dict(nn.Linear(40, 50).state_dict())
+        results.append(check())
+        layer.weight.data = torch.randn(50, 40)
+        results.append(check())
+        layer.weight[3, 5] = 100
+        results.append(check())
+    layer.weight.grad = torch.ones(50, 40)
+    torch.optim.SGD([layer.weight], 0.1).step()
+    with torch.no_grad():
+        results.append(check())
+    assert all(not a.equal(b) for a, b in itertools.pairwise(results))
+
+
+def test_a_packed_weight_dies_with_its_weight():
+    packing.forget_packed()
+    layer = nn.Linear(64, 80)
+    packing.packed_weight(layer.weight)
+    assert len(packing._packed) == 1
+    del layer
+    gc.collect()
+    assert not packing._packed
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_weights_made_in_inference_mode(op):
+    """They have no version that would tell a change, so nothing of them is kept."""
+    with torch.inference_mode():
+        call = call_of(op, 1, 9, 40, 50)
+        for _ in range(2):
+            assert_accurate(kernel(op, "cpp"), getattr(reference, op), call)
+            call["weight"].add_(1)
+
+
+def test_a_large_packed_weight_lies_on_large_pages():
+    packed = packing.packed_weight(torch.randn(1000, 1000))
+    assert packed.data_ptr() % 2**21 == 0

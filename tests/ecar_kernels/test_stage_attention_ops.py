@@ -1,4 +1,4 @@
-"""The ops of stage attention in C++: opcheck, what they refuse, graphs, and being absent."""
+"""Stage attention's registered ops: opcheck, what they refuse, graphs, and being absent."""
 
 import subprocess
 import sys
@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from ecar_kernels import stage_attention, use_backend
-from tests.ecar_kernels.test_stage_attention_cpp import call_of
+from tests.support.backends import DEVICES, KERNELS, by_every_kernel
 from tests.support.native import needs_native
-
-pytestmark = needs_native
-cpp = pytest.importorskip("ecar_kernels.stage_attention.cpp", exc_type=ImportError)
+from tests.support.ops import opcheck
+from tests.support.stage_attention import E_CAR, attend, call_of
 
 
 def op_calls():
@@ -25,6 +24,7 @@ def op_calls():
     }
 
 
+@needs_native
 @pytest.mark.parametrize(
     "op", ["stage_attention", "stage_attention_training", "stage_attention_backward"]
 )
@@ -32,6 +32,22 @@ def test_opcheck(op):
     torch.library.opcheck(getattr(torch.ops.ecar, op).default, op_calls()[op])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("permuted", [False, True])
+def test_opcheck_of_triton_s(permuted, dtype):
+    triton = pytest.importorskip("ecar_kernels.stage_attention.triton")
+    q, k, v, stages = call_of((4, 20), 20, dtype=dtype, backend="triton").values()
+    if permuted:
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    for op in (triton._forward, triton._training):
+        opcheck(op, (q, k, v, list(stages), -0.5))
+    kept = triton._training(q, k, v, stages, -0.5)
+    assert kept[0].equal(triton._forward(q, k, v, stages, -0.5))
+    grad = torch.randn_like(kept[0])
+    opcheck(triton._backward, (grad, q, k, v, *kept, list(stages), -0.5))
+
+
+@needs_native
 def test_the_ops_refuse_what_would_leave_their_tensors():
     calls = op_calls()
     for op, call in calls.items():
@@ -72,35 +88,68 @@ def test_the_ops_refuse_what_would_leave_their_tensors():
                 run(*call[:index], value, *call[index + 1 :])
 
 
-def test_inductor_s_graph_is_ours():
+def named(backend):
+    def attend(**call):
+        with use_backend(backend):
+            return stage_attention(**call)
+
+    return attend
+
+
+# Inductor's graphs are compiled; what serves without Triton on this machine, and Triton's kernels.
+PLAIN = KERNELS[0] if DEVICES["triton"] == "cpu" else "sdpa"
+
+
+@pytest.mark.parametrize("backend", [PLAIN, KERNELS[1]])
+def test_inductor_s_full_graph_is_ours(backend):
     torch._dynamo.reset()
-    compiled = torch.compile(cpp.stage_attention, fullgraph=True)
-    call = call_of((4, 20), 1, head_dim=24)
-    assert compiled(**call).equal(cpp.stage_attention(**call))
+    attend = named(backend)
+    compiled = torch.compile(attend, fullgraph=True)
+    call = call_of(E_CAR, 256, backend="triton")
+    with torch.no_grad():
+        assert compiled(**call).equal(attend(**call))
     inputs = [call[name].requires_grad_() for name in "qkv"]
     grad = torch.randn_like(call["q"])
-    results = [
-        torch.autograd.grad(attend(**call), inputs, grad)
-        for attend in (compiled, cpp.stage_attention)
-    ]
-    for ours, eager in zip(*results, strict=True):
-        assert ours.equal(eager)
+    runs = []
+    for function in (compiled, attend):
+        out = function(**call)
+        runs.append((out, *torch.autograd.grad(out, inputs, grad)))
+    for one, other in zip(*runs, strict=True):
+        assert one.equal(other)
 
 
+@by_every_kernel
+def test_fullgraph_equals_eager(backend, small_tiles):
+    torch._dynamo.reset()
+    compiled = torch.compile(attend(backend), fullgraph=True, backend="aot_eager")
+    call = call_of((4, 20), 20, backend=backend)
+    with torch.no_grad():
+        assert compiled(**call).equal(attend(backend)(**call))
+    inputs = [call[name].requires_grad_() for name in "qkv"]
+    runs = []
+    for function in (compiled, attend(backend)):
+        out = function(**call, scale=0.3)
+        runs.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    for one, other in zip(*runs, strict=True):
+        assert one.equal(other)
+
+
+@needs_native
 def test_under_autocast_and_the_public_name():
     call = call_of((4, 20), head_dim=24)
     with use_backend("cpp"):
-        assert stage_attention(**call).equal(cpp.stage_attention(**call))
+        assert stage_attention(**call).equal(attend("cpp")(**call))
         with torch.autocast("cpu", torch.bfloat16):
             low = stage_attention(**call)
     assert low.dtype == torch.bfloat16
     assert low.equal(
-        cpp.stage_attention(
+        attend("cpp")(
             **{name: value.bfloat16() if name in "qkv" else value for name, value in call.items()}
         )
     )
 
 
+@needs_native
 def test_in_its_absence_the_reference_serves():
     program = """if True:
         from pathlib import Path

@@ -1,8 +1,10 @@
 """Random arguments of the fused GEMMs, in every layout that a user may have."""
 
 import torch
+from hypothesis import strategies as st
 
-from tests.support.adaln import tokens
+from ecar_kernels.registry import KERNEL_DTYPES
+from tests.support.adaln import LAYOUTS, tokens
 
 OPS = ("adaln_linear", "linear_gated_residual")
 OFFSETS = (1.0, 0.0, -2.5)
@@ -53,3 +55,43 @@ def call_of(
     if op == "adaln_linear":
         return call | {"activation": "gelu_tanh" if gelu else None, "scale_offset": scale_offset}
     return call | {"residual": random(count, outputs)}
+
+
+@st.composite
+def calls(draw, op, device="cpu"):
+    two = {"min_size": 2, "max_size": 2}
+    shape = [
+        draw(st.integers(0, 3)),
+        draw(st.integers(0, 40)),
+        draw(st.integers(1, 300)),
+        draw(st.integers(1, 120)),
+    ]
+    kinds = {
+        "dtype": draw(st.sampled_from(KERNEL_DTYPES)),
+        "layouts": draw(st.lists(st.sampled_from(LAYOUTS), min_size=6, max_size=6)),
+        "whole": draw(st.lists(st.booleans(), **two)),
+        "steps": draw(st.lists(st.sampled_from([None, "one", "rows"]), **two)),
+        "sliced": draw(st.booleans()),
+        "bias": draw(st.booleans()),
+        "gelu": draw(st.booleans()),
+        "scale_offset": draw(st.sampled_from(OFFSETS)),
+    }
+    torch.manual_seed(draw(st.integers(0, 2**32)))
+    return call_of(op, *shape, **kinds, device=device)
+
+
+def positional(op, arguments):
+    """As a backend's registered op and launchers take them."""
+    if op == "adaln_linear":
+        return (
+            *(arguments[name] for name in ("x", "shift", "scale", "weight", "bias")),
+            arguments.get("step_shift"),
+            arguments.get("step_scale"),
+            arguments["activation"] is not None,
+            1e-6,
+            arguments["scale_offset"],
+        )
+    return (
+        *(arguments[name] for name in ("h", "weight", "bias", "gate", "residual")),
+        arguments.get("step_gate"),
+    )

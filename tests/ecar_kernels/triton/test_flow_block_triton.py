@@ -1,4 +1,8 @@
-"""The fused GEMMs' Triton kernels: interpreted on the CPU, or compiled where there is a GPU."""
+"""What is particular to the fused GEMMs' Triton kernels: tiles, splits, prologues, launch settings.
+
+Interpreted on the CPU, or compiled where there is a GPU. What holds for every backend's kernels is
+in test_flow_block.py.
+"""
 
 import itertools
 from dataclasses import replace
@@ -12,8 +16,7 @@ from ecar_kernels import StageBlock
 from ecar_kernels.flow_block import launch, reference
 from ecar_kernels.registry import KERNEL_DTYPES
 from tests.support.accuracy import assert_accurate
-from tests.support.adaln import LAYOUTS
-from tests.support.flow_block import OFFSETS, OPS, call_of
+from tests.support.flow_block import OPS, call_of, calls, positional
 from tests.support.modules import accelerated, calls_of_a_block
 
 triton = pytest.importorskip("ecar_kernels.flow_block.triton")
@@ -24,30 +27,12 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-STEPS = (None, "one", "rows")
 SMALL, MEDIUM = launch.Settings(16, 64, 64, 4, 3), launch.Settings(64, 64, 32, 4, 3)
 H100 = {"itemsize": 2, "precision": "ieee", "sms": 132, "arch": 90}
 
 
 def call(op, *shape, **kinds):
     return call_of(op, *shape, **kinds, device=DEVICE)
-
-
-def positional(op, arguments):
-    """As the registered op and the launchers take them."""
-    if op == "adaln_linear":
-        return (
-            *(arguments[name] for name in ("x", "shift", "scale", "weight", "bias")),
-            arguments.get("step_shift"),
-            arguments.get("step_scale"),
-            arguments["activation"] is not None,
-            1e-6,
-            arguments["scale_offset"],
-        )
-    return (
-        *(arguments[name] for name in ("h", "weight", "bias", "gate", "residual")),
-        arguments.get("step_gate"),
-    )
 
 
 def under(op, its):
@@ -61,34 +46,11 @@ def check(op, arguments, its=None):
     assert_accurate(run, getattr(reference, op), arguments)
 
 
-@st.composite
-def calls(draw, op):
-    two = {"min_size": 2, "max_size": 2}
-    shape = [
-        draw(st.integers(0, 3)),
-        draw(st.integers(0, 40)),
-        draw(st.integers(1, 300)),
-        draw(st.integers(1, 120)),
-    ]
-    kinds = {
-        "dtype": draw(st.sampled_from(KERNEL_DTYPES)),
-        "layouts": draw(st.lists(st.sampled_from(LAYOUTS), min_size=6, max_size=6)),
-        "whole": draw(st.lists(st.booleans(), **two)),
-        "steps": draw(st.lists(st.sampled_from(STEPS), **two)),
-        "sliced": draw(st.booleans()),
-        "bias": draw(st.booleans()),
-        "gelu": draw(st.booleans()),
-        "scale_offset": draw(st.sampled_from(OFFSETS)),
-    }
-    torch.manual_seed(draw(st.integers(0, 2**32)))
-    return call(op, *shape, **kinds)
-
-
 @pytest.mark.parametrize("op", OPS)
 @settings(max_examples=15)
 @given(st.data())
 def test_outputs(op, data):
-    check(op, data.draw(calls(op)))
+    check(op, data.draw(calls(op, DEVICE)))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -100,7 +62,7 @@ def test_outputs_under_other_settings(op, data):
     its = replace(
         its, splits=data.draw(st.sampled_from(launch.SPLITS)), prologue=data.draw(st.booleans())
     )
-    check(op, data.draw(calls(op)), its)
+    check(op, data.draw(calls(op, DEVICE)), its)
 
 
 @torch.no_grad()
@@ -222,34 +184,6 @@ def test_no_inputs_in_splits():
     check(
         "linear_gated_residual", call("linear_gated_residual", 2, 3, 0, 5), replace(SMALL, splits=2)
     )
-
-
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize("optional", [True, False])
-@pytest.mark.parametrize("op", OPS)
-def test_opcheck(op, optional, dtype):
-    arguments = call(
-        op,
-        2,
-        9,
-        24,
-        40,
-        dtype=dtype,
-        bias=optional,
-        steps=("one", "rows") if optional else (None, None),
-        layouts=("transposed", "chunk", "sliced", "chunk", "expanded", "sliced"),
-    )
-    registered = getattr(torch.ops.ecar_triton, op).default
-    torch.library.opcheck(registered, positional(op, arguments))
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_fullgraph(op):
-    torch._dynamo.reset()
-    arguments = call(op, 2, 9, 24, 40)
-    run = getattr(triton, op)
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    assert compiled(**arguments).equal(run(**arguments))
 
 
 @pytest.mark.parametrize("sms, arch", [(108, 80), (132, 90), (148, 100), (170, 120)])

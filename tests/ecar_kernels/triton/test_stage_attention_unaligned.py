@@ -7,10 +7,21 @@ from hypothesis import strategies as st
 
 from ecar_kernels.registry import KERNEL_DTYPES
 from ecar_kernels.stage_attention import launch
+from tests.support import stage_attention
+from tests.support.backends import DEVICES
 from tests.support.ops import opcheck
-from tests.support.triton_attention import DEVICE, check, packed
 
 triton = pytest.importorskip("ecar_kernels.stage_attention.triton")
+
+DEVICE = DEVICES["triton"]
+
+
+def call_of(*shape, **kinds):
+    return stage_attention.call_of(*shape, **kinds, backend="triton")
+
+
+def check(call, *, gradients=True):
+    stage_attention.check("triton", call, gradients=gradients)
 
 
 def odd(call: dict, padding: int = 3) -> dict:
@@ -70,13 +81,13 @@ def test_which_rows_are_not_aligned(which, asked):
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [8, 40, 72, 256])
 def test_heads_of_any_width(head_dim, dtype, asked):
-    check(odd(packed((1, 20), head_dim=head_dim, dtype=dtype, heads=1)))
+    check(odd(call_of((1, 20), head_dim=head_dim, dtype=dtype, heads=1)))
     assert set(asked) == {("unaligned", op) for op in launch.OPS}
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_settings_as_chosen(dtype):
-    check(odd(packed((1, 4, 70), queries=74, head_dim=72, dtype=dtype)))
+    check(odd(call_of((1, 4, 70), 74, head_dim=72, dtype=dtype)))
 
 
 @pytest.mark.usefixtures("products_sum_in_order")
@@ -91,9 +102,9 @@ def test_settings_as_chosen(dtype):
     dtype=st.sampled_from(KERNEL_DTYPES),
 )
 def test_any_stages(asked, stages, newest, batch, heads, head_dim, scale, dtype):
-    call = packed(
+    call = call_of(
         tuple(stages),
-        queries=sum(stages[-newest:]),
+        sum(stages[-newest:]),
         batch=batch,
         heads=heads,
         head_dim=head_dim,
@@ -106,7 +117,7 @@ def test_any_stages(asked, stages, newest, batch, heads, head_dim, scale, dtype)
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_rows_in_any_order(dtype, asked):
-    call = odd(packed((4, 20), queries=20, batch=2, dtype=dtype), padding=11)
+    call = odd(call_of((4, 20), 20, batch=2, dtype=dtype), padding=11)
     check(call | {"v": call["v"].flip(1)})
     rows = torch.randn(24, 9, device=DEVICE).to(dtype)[None, :, None, :8].expand(2, -1, 2, -1)
     check(call | {"k": rows, "v": rows})
@@ -134,7 +145,7 @@ def test_nothing_beyond_the_views_is_read(dtype, padding, asked):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype):
-    q, k, v, stages = odd(packed((4, 20), queries=20, dtype=dtype)).values()
+    q, k, v, stages = odd(call_of((4, 20), 20, dtype=dtype)).values()
     for op in (triton._forward, triton._training):
         opcheck(op, (q, k, v, list(stages), 0.5))
     kept = triton._training(q, k, v, stages, 0.5)
@@ -144,7 +155,7 @@ def test_opcheck(dtype):
 
 
 def test_the_aligned_kernels_agree(asked):
-    call = packed((4, 20), queries=20, head_dim=40)
+    call = call_of((4, 20), 20, head_dim=40)
     runs = []
     for which in (call, odd(call)):
         inputs = [which[name].detach().requires_grad_() for name in "qkv"]
@@ -159,4 +170,4 @@ def test_the_aligned_kernels_agree(asked):
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", range(8, 257, 8))
 def test_every_head_dim(head_dim, dtype):
-    check(odd(packed((16, 64, 100), batch=2, head_dim=head_dim, dtype=dtype)))
+    check(odd(call_of((16, 64, 100), batch=2, head_dim=head_dim, dtype=dtype)))
