@@ -4,9 +4,9 @@
 #include <vector>
 
 #include "bindings/tokens.h"
-#include "cpu/attention.h"
-#include "cpu/gemm.h"
+#include "cpu/flow_block.h"
 #include "cpu/pages.h"
+#include "cpu/stage_attention.h"
 
 namespace ecar {
 namespace {

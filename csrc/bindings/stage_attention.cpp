@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "bindings/tensors.h"
-#include "cpu/attention.h"
+#include "cpu/stage_attention.h"
 
 namespace ecar {
 namespace {

@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "cpu/adaln.h"
-#include "cpu/attention.h"
+#include "cpu/flow_block.h"
 #include "cpu/flow_step.h"
-#include "cpu/gemm.h"
+#include "cpu/stage_attention.h"
 
 using std::int64_t;
 

@@ -1,4 +1,4 @@
-"""The fused GEMMs in C++, for CPU tensors: csrc/cpu/gemm_isa.cpp.
+"""The fused GEMMs in C++, for CPU tensors: csrc/cpu/flow_block_isa.cpp.
 
 One rule for every size, `ours`, measured in November 2026 (EPYC of Zen 4, one
 thread, weights from memory; of the best library's own rate at 512 rows, which oneDNN has):

@@ -1,4 +1,4 @@
-"""Weights packed for the CPU's GEMM kernels: the layout of csrc/cpu/gemm.h, and how back.
+"""Weights packed for the CPU's GEMM kernels: the layout of csrc/cpu/flow_block.h, and how back.
 
 A plain weight is packed on its first use; the packed copy lives as long as the weight and is
 recomputed when the weight changes, however it was written to. Its version alone would miss writes
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ecar_kernels._transforms import traced_as_constant
 from ecar_kernels._written import PLAIN, address
 
-PANEL, GROUP = 48, 16  # kPanelColumns and kColumnGroup of csrc/cpu/gemm.h
+PANEL, GROUP = 48, 16  # kPanelColumns and kColumnGroup of csrc/cpu/flow_block.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

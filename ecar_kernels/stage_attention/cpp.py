@@ -1,4 +1,4 @@
-"""Stage attention in C++, for CPU tensors: csrc/cpu/attention_isa.cpp."""
+"""Stage attention in C++, for CPU tensors: csrc/cpu/stage_attention_isa.cpp."""
 
 import torch
 

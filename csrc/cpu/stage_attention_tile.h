@@ -2,7 +2,7 @@
 
 // The products, the exponential and the packing of attention, for *_isa.cpp files.
 
-#include "cpu/attention.h"
+#include "cpu/stage_attention.h"
 #include "cpu/transpose.h"
 #include "cpu/vec_tile.h"
 

@@ -2,7 +2,7 @@
 
 // The innermost part of the product, for *_isa.cpp files: a block of rows by a piece of a panel.
 
-#include "cpu/gemm.h"
+#include "cpu/flow_block.h"
 #include "cpu/vec_tile.h"
 
 namespace ecar {

@@ -1,8 +1,8 @@
-#include "cpu/attention.h"
+#include "cpu/stage_attention.h"
 
 #include <type_traits>
 
-#include "cpu/attention_tile.h"
+#include "cpu/stage_attention_tile.h"
 
 namespace ecar {
 namespace ECAR_ISA {

@@ -1,9 +1,9 @@
-#include "cpu/gemm.h"
+#include "cpu/flow_block.h"
 
 #include <type_traits>
 
-#include "cpu/gemm_gelu.h"
-#include "cpu/gemm_tile.h"
+#include "cpu/flow_block_gelu.h"
+#include "cpu/flow_block_tile.h"
 #include "cpu/transpose.h"
 #include "cpu/vec_rows.h"
 

@@ -1,4 +1,4 @@
-#include "cpu/attention.h"
+#include "cpu/stage_attention.h"
 
 #include <cstdlib>
 #include <new>
