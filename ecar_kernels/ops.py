@@ -371,8 +371,7 @@ def guided(rows: str, of: str) -> Callable[[Sizes, Mapping[str, Any]], bool]:
 @dataclass(frozen=True)
 class Family:
     """A folder's ops. compile_cases: "module:function" that gives the compile gate's cases for an
-    architecture. tuning: a module with `runs` and `candidates` for `ecar tune`, of a family whose
-    settings depend on a width and a number of rows."""
+    architecture. tuning: a module with `runs` and `candidates` for `ecar tune` (tune.py)."""
 
     name: str
     ops: tuple[Op, ...]

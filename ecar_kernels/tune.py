@@ -1,6 +1,6 @@
 """Measures launch settings on this machine's GPU: what `ecar tune` runs and writes.
 
-Each op is run on random inputs under every setting of its family's `launch.candidates`. One that
+Each op is run on random inputs under every setting of its family's candidates. One that
 does not compile, or whose answer is not the usual setting's to rounding, is left out before any
 is timed. Times are of CUDA graphs, in turn, and their medians decide.
 """
@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 
 from ecar_kernels import _triton, tuning
-from ecar_kernels.registry import DECLARED, resolve
-from ecar_kernels.stage_attention import launch as attention_launch
-from ecar_kernels.testing import tensors
+from ecar_kernels.registry import DECLARED
 
-# What `problems` makes of widths and rows; stage attention has `attention_problems`.
 TUNED_FAMILIES = tuple(name for name, family in DECLARED.items() if family.tuning)
 ROUNDS = 15
 # What is no faster than this is noise: then the usual settings stay.
@@ -28,6 +25,26 @@ GAIN = 0.98
 CALLS = 20  # in one graph, so that its launch is no part of the time
 
 Clock = Callable[[Callable[[], object]], Callable[[], float]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model computes at once: `tokens` of each of `images`, `width` channels.
+
+    hidden: the MLP's channels. stages: tokens of all stages that are attended to, of which the
+    newest are `tokens`, by `heads`; without them there is no attention.
+    """
+
+    width: int
+    hidden: int
+    tokens: int
+    images: int = 1
+    stages: tuple[int, ...] = ()
+    heads: int = 1
+
+    @property
+    def rows(self) -> int:
+        return self.images * self.tokens
 
 
 @dataclass(frozen=True)
@@ -73,61 +90,25 @@ def why_not() -> str | None:
 
 
 def problems(
-    widths: Sequence[int],
-    rows: Sequence[int],
+    shape: Shape,
     dtype: torch.dtype,
     families: Sequence[str] = TUNED_FAMILIES,
     *,
-    mlp_ratio: float = 4.0,
     device: str = "cuda",
 ) -> list[Problem]:
-    """Every op of the families, forward and backward, at each width and number of rows."""
+    """Every op of the families on that shape, forward and backward.
+
+    A family's tuning cases (ecar_kernels/<family>/tuning_cases.py) have `runs(shape, dtype,
+    device)`, the calls, each with its results, and `candidates(op, key, rows, sms, arch)`, the
+    settings to try for what a call asks of `tuning.choose`.
+    """
     found: dict[tuple, Problem] = {}
     for family in families:
         its = importlib.import_module(cast("str", DECLARED[family].tuning))
-        for channels in widths:
-            for count in rows:
-                for run in its.runs(channels, int(mlp_ratio * channels), count, dtype, device):
-                    problem = _asked(run, device, its.candidates)[-1]
-                    found[problem.op, problem.key, problem.rows] = problem
+        for run in its.runs(shape, dtype, device):
+            for problem in _asked(run, device, its.candidates):
+                found[problem.op, problem.key, problem.rows] = problem
     return list(found.values())
-
-
-def attention_problems(
-    stage_lengths: Sequence[int],
-    queries: int,
-    batch: int,
-    heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    *,
-    device: str = "cuda",
-) -> list[Problem]:
-    """Stage attention of the newest `queries` tokens: forward, and both kernels of backward."""
-    function = resolve(
-        "stage_attention", device=device, dtype=dtype, width=head_dim, backend="triton"
-    )
-    q, k, v = (
-        torch.randn(batch, tokens, heads, head_dim, dtype=dtype, device=device, requires_grad=True)
-        for tokens in (queries, sum(stage_lengths), sum(stage_lengths))
-    )
-    stage_lengths = list(stage_lengths)
-
-    def forward():
-        with torch.no_grad():
-            return tensors(function(q, k, v, stage_lengths))
-
-    out = function(q, k, v, stage_lengths)
-    gradient = torch.randn_like(out)
-
-    def backward():
-        return torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
-
-    def candidates(op: str, key: tuple, rows: int, sms: int, arch: int) -> list:
-        head_dim, kind = key[:2]
-        return attention_launch.candidates(op, head_dim, kind, arch)
-
-    return [*_asked(forward, device, candidates), *_asked(backward, device, candidates)]
 
 
 def _asked(

@@ -106,33 +106,25 @@ def _measure(arguments: argparse.Namespace, device: torch.device) -> None:
 def _problems(arguments: argparse.Namespace, device: torch.device) -> Iterator[list[tune.Problem]]:
     """Groups of them, one at a time: each holds its tensors."""
     dtype, where = getattr(torch, arguments.dtype), str(device)
+    for shape in _shapes(arguments):
+        yield tune.problems(shape, dtype, device=where)
+
+
+def _shapes(arguments: argparse.Namespace) -> Iterator[tune.Shape]:
     if arguments.width is not None:
         for width in arguments.width:
             for rows in arguments.rows:
-                yield tune.problems([width], [rows], dtype, device=where)
+                yield tune.Shape(width, 4 * width, rows)
         return
     for preset in arguments.preset or ("S", "B", "L"):
         config = ECARConfig.preset(preset)
+        hidden, tokens = int(config.mlp_ratio * config.width), config.stage_tokens
         for batch in arguments.batch:
-            for tokens in (*config.stage_tokens, config.num_tokens):  # sampling, and training
-                yield tune.problems(
-                    [config.width],
-                    [batch * tokens],
-                    dtype,
-                    mlp_ratio=config.mlp_ratio,
-                    device=where,
-                )
-            for stages, queries in _attention(config):
-                yield tune.attention_problems(
-                    stages, queries, batch, config.heads, config.head_dim, dtype, device=where
-                )
-
-
-def _attention(config: ECARConfig) -> list[tuple[tuple[int, ...], int]]:
-    """(stages, queries): each stage's tokens after those before it, and training's all at once."""
-    tokens = config.stage_tokens
-    calls = [(tokens[: stage + 1], count) for stage, count in enumerate(tokens)]
-    return [*calls, (tokens, config.num_tokens)]
+            for stage, count in enumerate(tokens):  # sampling: each after those before it
+                stages = tokens[: stage + 1]
+                yield tune.Shape(config.width, hidden, count, batch, stages, config.heads)
+            count = config.num_tokens  # training: all at once
+            yield tune.Shape(config.width, hidden, count, batch, tokens, config.heads)
 
 
 def _place(entry: dict) -> str:

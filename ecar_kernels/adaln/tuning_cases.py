@@ -8,6 +8,7 @@ from torch import Tensor
 from ecar_kernels.adaln import launch
 from ecar_kernels.registry import resolve
 from ecar_kernels.testing import tensors
+from ecar_kernels.tune import Shape
 
 Run = Callable[[], Sequence[Tensor]]
 
@@ -16,20 +17,17 @@ def candidates(op: str, key: tuple, rows: int, sms: int, arch: int) -> Sequence:
     return launch.candidates(op, key[0], rows, arch)
 
 
-def runs(channels: int, hidden: int, rows: int, dtype: torch.dtype, device: str) -> Iterator[Run]:
+def runs(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Run]:
     """Each op forward and backward."""
 
-    def inputs_of(count: int) -> list[Tensor]:
-        return [
-            torch.randn(1, rows, channels, dtype=dtype, device=device, requires_grad=True)
-            for _ in range(count)
-        ]
+    def normal(rows: int) -> Tensor:
+        return torch.randn(1, rows, shape.width, dtype=dtype, device=device, requires_grad=True)
 
     for op, count in (("adaln", 3), ("gated_residual", 3), ("gated_residual_adaln", 5)):
-        function = resolve(op, device=device, dtype=dtype, width=channels, backend="triton")
-        inputs = inputs_of(count)
+        function = resolve(op, device=device, dtype=dtype, width=shape.width, backend="triton")
+        inputs = [normal(shape.rows) for _ in range(count)]
         # As in training: one modulation for each token, and one for the step.
-        step = torch.randn(1, 1, channels, dtype=dtype, device=device, requires_grad=True)
+        step = normal(1)
         steps = {"step_gate" if op == "gated_residual" else "step_scale": step}
 
         def forward(function=function, inputs=inputs, steps=steps):

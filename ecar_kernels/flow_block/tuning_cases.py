@@ -11,6 +11,7 @@ from ecar_kernels.flow_block.record import FAMILY
 from ecar_kernels.ops import BoundOp
 from ecar_kernels.registry import resolve
 from ecar_kernels.testing import tensors
+from ecar_kernels.tune import Shape
 
 Run = Callable[[], Sequence[Tensor]]
 
@@ -20,8 +21,9 @@ def candidates(op: str, key: tuple, rows: int, sms: int, arch: int) -> Sequence:
     return launch.candidates(rows, outputs, inputs, itemsize, precision, sms, arch)
 
 
-def runs(channels: int, hidden: int, rows: int, dtype: torch.dtype, device: str) -> Iterator[Run]:
+def runs(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Run]:
     """Each product of a flow block."""
+    channels, hidden, rows = shape.width, shape.hidden, shape.rows
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=dtype, device=device)

@@ -43,6 +43,7 @@ def _invalid(stages: object, error: type[Exception], message: str) -> Invalid:
 FAMILY = Family(
     "stage_attention",
     compile_cases="ecar_kernels.stage_attention.compile_cases:compile_cases",
+    tuning="ecar_kernels.stage_attention.tuning_cases",
     ops=(
         Op(
             "stage_attention",

@@ -71,7 +71,9 @@ def test_attention(queries):
     """Of the newest tokens and of all, forward and backward; each candidate is captured."""
     with FakeGPU(compile_kernels=False, values=True) as gpu, tune.measuring(torch.device("cuda")):
         stream = torch.cuda.current_stream()
-        problems = tune.attention_problems((64, 16), queries, 2, 4, 64, torch.bfloat16)
+        problems = tune.problems(
+            tune.Shape(256, 1024, queries, 2, (64, 16), 4), torch.bfloat16, ("stage_attention",)
+        )
         assert [problem.op for problem in problems] == [
             "stage_attention",
             "stage_attention_keys",
@@ -93,7 +95,7 @@ def test_attention(queries):
 def test_a_setting_that_the_chip_cannot_hold_is_left_out():
     """Compiled, and refused by Triton's own check: the others are measured all the same."""
     with FakeGPU(values=True), tune.measuring(torch.device("cuda")):
-        problem = tune.problems([128], [64], torch.bfloat16, ("flow_block",))[0]
+        problem = tune.problems(tune.Shape(128, 512, 64), torch.bfloat16, ("flow_block",))[0]
         large = dataclasses.replace(
             problem.usual,
             block_m=128,

@@ -52,7 +52,7 @@ def test_bad_command_line_or_no_gpu_is_one_line(refused, monkeypatch, line, mess
 def test_choices_are_kept_beside_those_of_earlier_runs(run, timed, monkeypatch, tmp_path):
     problems = tune.problems
     monkeypatch.setattr(
-        tune, "problems", lambda *shape, device: problems(*shape, ("adaln",), device="cpu")
+        tune, "problems", lambda *given, device: problems(*given, ("adaln",), device="cpu")
     )
     path = tmp_path / "tuned.json"
     line = "tune --width 24 --dtype float32 --output tuned.json --rows "
@@ -90,25 +90,14 @@ def test_a_preset_is_measured_as_it_is_sampled_and_trained(run, timed, monkeypat
     )
     monkeypatch.setitem(PRESETS, "tiny", config)
     asked = []
-    monkeypatch.setattr(
-        tune,
-        "problems",
-        lambda widths, rows, dtype, **how: (
-            asked.append((widths, rows, dtype, how["mlp_ratio"])) or []
-        ),
-    )
-    monkeypatch.setattr(
-        tune, "attention_problems", lambda *shape, device: asked.append(shape) or []
-    )
+    monkeypatch.setattr(tune, "problems", lambda *given, **_: asked.append(given) or [])
     code, _, errors = run("tune --preset tiny --batch 3 --output t.json")
     assert (code, errors) == (0, "")
-    rows, half = [12, 48, 60], torch.bfloat16
     assert asked == [
-        *(([32], [count], half, 4.0) for count in rows),
-        ((4,), 4, 3, 2, 16, half),
-        ((4, 16), 16, 3, 2, 16, half),
-        ((4, 16), 20, 3, 2, 16, half),
+        (tune.Shape(32, 128, count, 3, stages, 2), torch.bfloat16)
+        for count, stages in ((4, (4,)), (16, (4, 16)), (20, (4, 16)))
     ]
+    assert [shape.rows for shape, _ in asked] == [12, 48, 60]
 
 
 def test_only_a_cuda_device_is_measured(refused, monkeypatch):
@@ -121,8 +110,10 @@ def test_a_gpu_is_measured():
     """Graphs of forward and of backward; few settings, because each is compiled."""
     with tune.measuring(torch.device("cuda")):
         problems = [
-            *tune.problems([128], [64], torch.bfloat16, ("adaln",)),
-            *tune.attention_problems((16, 64), 64, 1, 4, 32, torch.bfloat16),
+            *tune.problems(tune.Shape(128, 512, 64), torch.bfloat16, ("adaln",)),
+            *tune.problems(
+                tune.Shape(128, 512, 64, 1, (16, 64), 4), torch.bfloat16, ("stage_attention",)
+            ),
         ]
         for problem in problems:
             choice = tune.measure(replace(problem, candidates=problem.candidates[:3]), rounds=2)
@@ -132,7 +123,9 @@ def test_a_gpu_is_measured():
 
 
 def test_attention_is_measured_forward_and_backward(timed):
-    found = tune.attention_problems((3, 5), 5, 2, 1, 16, torch.float32, device="cpu")
+    found = tune.problems(
+        tune.Shape(16, 64, 5, 2, (3, 5)), torch.float32, ("stage_attention",), device="cpu"
+    )
     assert [problem.op for problem in found] == [
         "stage_attention",
         "stage_attention_keys",
@@ -143,4 +136,3 @@ def test_attention_is_measured_forward_and_backward(timed):
         choice = tune.measure(problem, rounds=1)
         assert choice.wrong == 0
         assert choice.settings == problem.candidates[-1] != problem.usual
-    assert command._attention(PRESETS["S"])[-1] == ((16, 64, 256), 336)
