@@ -193,7 +193,7 @@ PRESETS: dict[str, ECARConfig] = {
     "S": ECARConfig(width=768, heads=6, ar_layers=10, flow_blocks=2),
     "B": ECARConfig(width=1024, heads=16, ar_layers=20, flow_blocks=4),
     "L": ECARConfig(width=1152, heads=16, ar_layers=24, flow_blocks=6),
-    # Small ones for the data at hand: scikit-learn's digits and MNIST, as pixels.
+    # Small ones for the data at hand: scikit-learn's digits, MNIST and emoji, as pixels.
     "digits": ECARConfig(
         stage_sides=(4, 8),
         channels=1,
@@ -211,6 +211,16 @@ PRESETS: dict[str, ECARConfig] = {
         width=128,
         heads=4,
         ar_layers=4,
+        flow_blocks=2,
+    ),
+    "emoji": ECARConfig(
+        stage_sides=(8, 16, 32),
+        channels=3,
+        patch_size=4,
+        num_classes=28,
+        width=192,
+        heads=6,
+        ar_layers=6,
         flow_blocks=2,
     ),
 }

@@ -52,11 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dataset",
-        choices=("digits", "mnist", "folder"),
+        choices=("digits", "mnist", "emoji", "folder"),
         help="whose held-out images to compare with; by default what the "
         "checkpoint's train.json says",
     )
-    parser.add_argument("--data-root", metavar="DIR", help="where it lies, for mnist and folder")
+    parser.add_argument(
+        "--data-root", metavar="DIR", help="where it lies, for mnist, emoji and folder"
+    )
     parser.add_argument(
         "--skip-broken",
         action="store_true",

@@ -1,22 +1,24 @@
-"""`load_dataset` and the two data sets that come with the project."""
+"""`load_dataset` and the data sets that come with the project."""
 
 from __future__ import annotations
 
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .base import ImageDataset, InMemoryDataset, checked_labels
 from .folder import FolderDataset
 from .latents import LatentDataset
 
-DATASETS = ("digits", "mnist", "folder", "latents")
+DATASETS = ("digits", "mnist", "emoji", "folder", "latents")
 _TEN = tuple(str(digit) for digit in range(10))
 
 
@@ -37,13 +39,14 @@ def load_dataset(
     name        what                                                     C, H, W     train / test
     "digits"    scikit-learn's load_digits                               1, 8, 8     1,437 / 360
     "mnist"     data/mnist.npz, padded from 28 to 32 pixels              1, 32, 32   60,000 / 10,000
+    "emoji"     data/emoji.npz, Noto Emoji on white, 28 classes          3, 32, 32   2,568 / 307
     "folder"    root/class/file.png (and other formats)                  C, size, size
     "latents"   root/index.json and shards, from `cache_latents`         the codec's
 
     Args:
-        root: "mnist": the file or its folder; by default looked for in $ECAR_DATA, the project's
-            data folder and ./data. "folder" and "latents": required. If `root` holds one folder
-            for each split ("train", and "test" or "val"), the split is read from there.
+        root: "mnist", "emoji": the file or its folder; by default looked for in $ECAR_DATA, the
+            project's data folder and ./data. "folder" and "latents": required. If `root` holds one
+            folder for each split ("train", and "test" or "val"), the split is read from there.
         split: "train" or "test".
         image_size, channels: "folder" only: the side in pixels (required) and 1 or 3 (default).
             For the others they may be given to check what is loaded.
@@ -80,7 +83,9 @@ def load_dataset(
     if name == "digits":
         dataset = _digits(split)
     elif name == "mnist":
-        dataset = _mnist(find_mnist(root), split)
+        dataset = _mnist(find_npz("mnist", root), split)
+    elif name == "emoji":
+        dataset = _emoji(find_npz("emoji", root), split)
     else:
         dataset = LatentDataset(cast("Path", root), split=split)
     _check_shape(dataset, image_size, channels)
@@ -120,8 +125,12 @@ def _digits(split: str) -> ImageDataset:
     return InMemoryDataset("digits", split, pixels, labels, _TEN, maximum=16)
 
 
-def find_mnist(root: str | os.PathLike[str] | None = None) -> Path:
-    """The path of mnist.npz: `root` itself or in it, else $ECAR_DATA, the project, ./data."""
+def find_npz(name: str, root: str | os.PathLike[str] | None = None) -> Path:
+    """The path of NAME.npz: `root` itself or in it, else $ECAR_DATA, the project, ./data.
+
+    Raises:
+        FileNotFoundError: naming the places where it was looked for.
+    """
     if root is not None:
         places = [Path(root)]
     else:
@@ -129,32 +138,56 @@ def find_mnist(root: str | os.PathLike[str] | None = None) -> Path:
         places = [project / "data", Path("data")]
         if os.environ.get("ECAR_DATA"):
             places.insert(0, Path(os.environ["ECAR_DATA"]))
-    candidates = [p if p.suffix == ".npz" else p / "mnist.npz" for p in places]
+    candidates = [p if p.suffix == ".npz" else p / f"{name}.npz" for p in places]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
     tried = ", ".join(str(c) for c in candidates)
     raise FileNotFoundError(
-        f"mnist.npz not found (tried {tried}): set ECAR_DATA or root to the folder that holds it "
-        "(it is data/mnist.npz in the project's repository)"
+        f"{name}.npz not found (tried {tried}): set ECAR_DATA or root to the folder that holds it "
+        f"(it is data/{name}.npz in the project's repository)"
     )
 
 
-def _mnist(path: Path, split: str) -> ImageDataset:
+def _read_npz(path: Path, split: str, shape: Sequence[int], *names: str) -> list[np.ndarray]:
+    """This split's images and labels, and the arrays of these names.
+
+    Raises:
+        ValueError: naming the path, where they are not there or have other types or shapes.
+    """
     try:
         with np.load(path, allow_pickle=False) as archive:
             images, labels = archive[f"{split}_images"], archive[f"{split}_labels"]
+            others = [archive[name] for name in names]
     except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: not the project's mnist.npz ({error})") from error
-    counts = {"train": 60000, "test": 10000}
-    wanted = (np.uint8, (counts[split], 28, 28), (counts[split],))
+        raise ValueError(f"{path}: not the project's {path.name} ({error})") from error
+    wanted = (np.uint8, tuple(shape), (shape[0],))
     if (images.dtype, images.shape, labels.shape) != wanted:
         raise ValueError(
-            f"{path}: expected uint8 images {list(wanted[1])} with labels 0..9, got "
+            f"{path}: expected uint8 images {list(shape)} and as many labels, got "
             f"{images.dtype} {list(images.shape)} with {list(labels.shape)} labels"
         )
+    return [images, labels, *others]
+
+
+def _mnist(path: Path, split: str) -> ImageDataset:
+    count = {"train": 60000, "test": 10000}[split]
+    images, labels = _read_npz(path, split, (count, 28, 28))
     pixels = F.pad(torch.from_numpy(images).unsqueeze(1), (2, 2, 2, 2))
+    return _in_memory("mnist", split, path, pixels, labels, _TEN)
+
+
+def _emoji(path: Path, split: str) -> ImageDataset:
+    count = {"train": 2568, "test": 307}[split]
+    images, labels, names = _read_npz(path, split, (count, 3, 32, 32), "class_names")
+    pixels = torch.from_numpy(images)
+    return _in_memory("emoji", split, path, pixels, labels, [str(name) for name in names])
+
+
+def _in_memory(
+    name: str, split: str, path: Path, pixels: Tensor, labels: np.ndarray, names: Sequence[str]
+) -> ImageDataset:
     try:
-        return InMemoryDataset("mnist", split, pixels, checked_labels(labels, 10), _TEN)
+        return InMemoryDataset(name, split, pixels, checked_labels(labels, len(names)), names)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None

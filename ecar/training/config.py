@@ -79,9 +79,10 @@ class TrainConfig:
     Args:
         model: sizes of the model.
         output_dir: folder that the training writes.
-        dataset: a name that ``ecar.data.load_dataset`` knows: "digits", "mnist", "folder",
+        dataset: a name that ``ecar.data.load_dataset`` knows: "digits", "mnist", "emoji", "folder",
             "latents".
-        data_root: where the data lies, for "folder" and "latents".
+        data_root: where the data lies, for "folder" and "latents"; for "mnist" and "emoji" if
+            not in one of the usual places.
         flip: mirror each image left to right with probability 1/2; not for "latents", where
             images are mirrored before they are encoded and cached.
         skip_broken: "folder" only: go on without files that are no readable images, and say how

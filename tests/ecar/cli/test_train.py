@@ -118,7 +118,7 @@ def test_latents_with_their_vae(here, run):
         ("--output x --stage-weights 1,2,3", "--stage-weights: expected 'gradnorm' or 2 numbers"),
         (
             "--output x --dataset birds",
-            "--dataset: expected one of digits, mnist, folder, latents, got 'birds'",
+            "--dataset: expected one of digits, mnist, emoji, folder, latents, got 'birds'",
         ),
         ("--output x --dataset folder", "--data-root: the data set 'folder' needs a folder"),
         ("--output x --dataset folder --data-root nowhere", "nowhere: no such folder"),

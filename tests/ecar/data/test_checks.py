@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from ecar.config import ECARConfig
 from ecar.data import ImageDataset, InMemoryDataset, cache_latents, load_dataset
-from ecar.data.load import find_mnist
+from ecar.data.load import find_npz
 from ecar.evaluation import evaluate_images
 from ecar.training import TrainConfig, Trainer
 
@@ -214,7 +214,7 @@ def test_classes_without_an_image_are_told(tmp_path):
     ],
 )
 def test_labels_of_mnist(tmp_path, change, message):
-    with np.load(find_mnist(), allow_pickle=False) as archive:
+    with np.load(find_npz("mnist"), allow_pickle=False) as archive:
         images, labels = archive["test_images"], archive["test_labels"]
     np.savez(tmp_path / "mnist.npz", test_images=images, test_labels=change(labels))
     with pytest.raises(ValueError, match=message) as caught:

@@ -65,16 +65,40 @@ def test_digits_splits_are_disjoint_and_complete():
     assert ours == theirs
 
 
+def test_emoji_are_whole_and_their_splits_share_no_emoji():
+    train, test = (load_dataset("emoji", split=split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (2568, 307)
+    assert train.shape == test.shape == (3, 32, 32)
+    assert train.class_names == test.class_names and train.num_classes == 28
+    for dataset in (train, test):
+        images, labels = dataset.tensors()
+        assert images.min() == -1 and images.max() == 1
+        assert set(labels.tolist()) == set(range(28))
+        # They lie on white: most corners are.
+        assert (images[:, :, 0, 0] == 1).all(dim=1).double().mean() > 0.8
+    with np.load(REPOSITORY / "data" / "emoji.npz", allow_pickle=False) as archive:
+        codes = {split: archive[f"{split}_codes"].tolist() for split in ("train", "test")}
+        assert all(len(codes[split]) == len(archive[f"{split}_names"]) for split in codes)
+
+    def bare(code):
+        """Without skin tone, with one gender for all."""
+        points = [p for p in code.split("-") if p not in ("1f3fb", "1f3fd", "1f3ff", "fe0f")]
+        return ["1f9d1" if p in ("1f468", "1f469") else p for p in points]
+
+    kinds = {split: {"-".join(bare(code)) for code in codes[split]} for split in codes}
+    assert not kinds["train"] & kinds["test"]
+
+
 def test_mnist_is_found(tmp_path, monkeypatch):
     source = REPOSITORY / "data" / "mnist.npz"
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     copy = shutil.copy(source, elsewhere)
-    assert load.find_mnist() == source
-    assert load.find_mnist(copy) == Path(copy)
-    assert load.find_mnist(elsewhere) == Path(copy)
+    assert load.find_npz("mnist") == source
+    assert load.find_npz("mnist", copy) == Path(copy)
+    assert load.find_npz("mnist", elsewhere) == Path(copy)
     monkeypatch.setenv("ECAR_DATA", str(elsewhere))
-    assert load.find_mnist() == Path(copy)
+    assert load.find_npz("mnist") == Path(copy)
     with pytest.raises(FileNotFoundError, match="ECAR_DATA") as caught:
         load_dataset("mnist", root=tmp_path)
     assert str(tmp_path / "mnist.npz") in str(caught.value)
@@ -97,10 +121,27 @@ def test_damaged_mnist_is_refused(tmp_path):
         load_dataset("mnist", root=path, split="test")
 
 
+def test_emoji_outside_the_checkout(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"emoji\.npz not found .*ECAR_DATA"):
+        load_dataset("emoji", root=tmp_path)
+    path = Path(shutil.copy(REPOSITORY / "data" / "emoji.npz", tmp_path))
+    monkeypatch.setenv("ECAR_DATA", str(tmp_path))
+    assert load.find_npz("emoji") == path
+    assert len(load_dataset("emoji", root=path, split="test")) == 307
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    np.savez(path, **{**arrays, "class_names": arrays["class_names"][:3]})
+    with pytest.raises(ValueError, match=r"emoji\.npz: .*expected labels from 0 to 2"):
+        load_dataset("emoji")
+    np.savez(path, **{name: arrays[name] for name in ("train_images", "train_labels")})
+    with pytest.raises(ValueError, match=r"emoji\.npz: not the project's emoji\.npz"):
+        load_dataset("emoji")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "cifar"}, "argument 'name': expected one of digits, mnist, folder, latents"),
+        ({"name": "cifar"}, "'name': expected one of digits, mnist, emoji, folder, latents"),
         ({"name": "digits", "split": "valid"}, "argument 'split'"),
         ({"name": "digits", "image_size": 32}, "argument 'image_size': 'digits' is 8 x 8, got 32"),
         ({"name": "digits", "channels": 3}, "argument 'channels': 'digits' has 1, got 3"),
