@@ -15,7 +15,7 @@ from ecar.images import parse_background
 __all__ = ["TrainConfig"]
 
 _CHOICES = {
-    "schedule": ("constant", "linear", "cosine"),
+    "schedule": ("constant", "linear", "cosine", "wsd"),
     "mixed_precision": ("no", "bf16", "fp16"),
     "device": ("auto", "cpu"),
     "log": ("csv", "tensorboard"),
@@ -26,6 +26,7 @@ _INTEGERS = {
     "batch_size": 1,
     "gradient_accumulation": 1,
     "warmup_steps": 0,
+    "decay_steps": 0,
     "seed": 0,
     "log_every": 1,
     "sample_every": 0,
@@ -94,7 +95,11 @@ class TrainConfig:
         gradient_accumulation: backward passes that one optimizer step is split into.
         learning_rate, weight_decay, betas: AdamW's.
         warmup_steps: steps over which the learning rate rises linearly from 0.
-        schedule: after the warm-up "constant", or "linear" or "cosine" decay to 0 at ``steps``.
+        schedule: after the warm-up "constant"; "linear" or "cosine" decay to 0 at ``steps``; or
+            "wsd" (warm-up, stable, decay): constant, and a linear decay to 0 over the last
+            ``decay_steps``. A training that is constant may be resumed as "wsd" when it is time to
+            end it.
+        decay_steps: of "wsd", at least 1; of the others 0.
         ema_decay: decay of the weights' moving average; at step t it is
             min(ema_decay, (1 + t) / (10 + t)).
         label_dropout: share of labels replaced by the null class; None: the model's
@@ -136,6 +141,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_steps: int = 0
     schedule: str = "constant"
+    decay_steps: int = 0
     ema_decay: float = 0.9999
     label_dropout: float | None = None
     stage_weights: str | tuple[float, ...] = "gradnorm"
@@ -208,6 +214,13 @@ class TrainConfig:
             )
         if self.schedule != "constant" and self.warmup_steps >= self.steps:
             raise _value("warmup_steps", f"fewer than steps {self.steps}", self.warmup_steps)
+        if self.schedule == "wsd":
+            most = self.steps - self.warmup_steps
+            if not 1 <= self.decay_steps <= most:
+                words = f"from 1 to steps - warmup_steps = {most} for schedule 'wsd'"
+                raise _value("decay_steps", words, self.decay_steps)
+        elif self.decay_steps:
+            raise _value("decay_steps", f"0 for schedule {self.schedule!r}", self.decay_steps)
         if self.sample_every and self.sample_steps < self.model.num_stages:
             raise _value(
                 "sample_steps",
@@ -246,6 +259,9 @@ class TrainConfig:
             return self.learning_rate * (step + 1) / self.warmup_steps
         if self.schedule == "constant":
             return self.learning_rate
+        if self.schedule == "wsd":
+            left = self.steps - step
+            return self.learning_rate * min(1.0, left / self.decay_steps)
         done = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
         if self.schedule == "linear":
             return self.learning_rate * (1 - done)

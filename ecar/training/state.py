@@ -28,6 +28,7 @@ __all__ = [
     "write_state",
 ]
 
+_SCHEDULE = ("steps", "schedule", "decay_steps", "warmup_steps")
 FORMAT = "ecar training state"
 VERSION = "1"
 
@@ -97,7 +98,8 @@ def read_header(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
 def check_same_training(path: Path, saved: TrainConfig, wanted: TrainConfig, step: int) -> None:
     """ValueError naming the path and the first field in which the two differ.
 
-    Fields that decide no weight may differ, and ``steps`` where the schedule is constant.
+    Fields that decide no weight may differ, and those of the learning rate's schedule where all
+    steps so far would have had the same rate.
     """
     model, other = saved.model.to_dict(), wanted.model.to_dict()
     for name, value in other.items():
@@ -107,12 +109,12 @@ def check_same_training(path: Path, saved: TrainConfig, wanted: TrainConfig, ste
                 f"{value!r} here"
             )
     before, after = saved.to_dict(), wanted.to_dict()
+    done = range(min(step, wanted.steps))
+    same_rates = all(saved.learning_rate_at(i) == wanted.learning_rate_at(i) for i in done)
     for name, value in after.items():
-        if name in FREE_ON_RESUME or before[name] == value:
+        if name in FREE_ON_RESUME or before[name] == value or (name in _SCHEDULE and same_rates):
             continue
-        if name == "steps" and wanted.schedule == "constant":
-            continue
-        hint = " (steps may change with a constant schedule only)" if name == "steps" else ""
+        hint = " (the learning rates of the steps so far would differ)" if name in _SCHEDULE else ""
         raise ValueError(
             f"{path}: of another configuration: {name!r} is {before[name]!r} there, "
             f"{value!r} here{hint}"

@@ -120,7 +120,8 @@ class Trainer:
     ) -> Trainer:
         """The training in ``output_dir``, ready to go on; ``changes`` to its TrainConfig.
 
-        ``steps`` may grow where the schedule is constant; nothing that decides weights may.
+        The learning rate's schedule may change for the steps to come: ``steps`` may grow where it
+        is constant, and "constant" may become "wsd". Nothing else that decides weights may.
         """
         saved, _ = states.read_header(states.state_path(output_dir))
         config = saved.replace(output_dir=str(output_dir), **changes)

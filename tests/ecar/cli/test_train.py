@@ -113,7 +113,7 @@ def test_latents_with_their_vae(here, run):
         ("--output x --batch-size 0", "--batch-size: expected an integer of at least 1, got 0"),
         ("--output x --steps 1.5", "--steps: expected a whole number, got '1.5'"),
         ("--output x --learning-rate nan", "--learning-rate: expected a finite number"),
-        ("--output x --schedule step", "--schedule: expected one of constant, linear, cosine"),
+        ("--output x --schedule step", "--schedule: expected one of constant, linear, cosine, wsd"),
         ("--output x --betas 0.9", "--betas: expected two numbers"),
         ("--output x --stage-weights 1,2,3", "--stage-weights: expected 'gradnorm' or 2 numbers"),
         (

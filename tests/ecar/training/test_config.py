@@ -67,6 +67,22 @@ def test_decay_needs_steps_after_the_warm_up(make_config):
         make_config(schedule="linear", warmup_steps=4)
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"schedule": "wsd"},
+            "expected from 1 to steps - warmup_steps = 3 for schedule 'wsd', got 0",
+        ),
+        ({"schedule": "wsd", "decay_steps": 4}, "= 3 for schedule 'wsd', got 4"),
+        ({"decay_steps": 2}, "expected 0 for schedule 'constant', got 2"),
+    ],
+)
+def test_decay_steps_are_of_wsd_alone(make_config, fields, words):
+    with pytest.raises(ValueError, match=f"argument 'decay_steps': .*{words}"):
+        make_config(warmup_steps=1, **fields)
+
+
 def test_json_round_trip(make_config, tmp_path):
     config = make_config(stage_weights=[1, 2], betas=[0.8, 0.9], grad_clip=None)
     config.to_json(tmp_path / "train.json")
@@ -121,3 +137,7 @@ def test_schedules(make_config):
     assert constant.replace(schedule="cosine").learning_rate_at(40) == pytest.approx(
         0.25 * (1 + math.cos(math.pi / 3))
     )
+    wsd = constant.replace(schedule="wsd", decay_steps=20)
+    rates = [wsd.learning_rate_at(step) for step in range(101)]
+    assert rates[:80] == [constant.learning_rate_at(step) for step in range(80)]
+    assert rates[80:] == pytest.approx([0.5 * left / 20 for left in range(20, -1, -1)])

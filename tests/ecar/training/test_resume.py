@@ -112,7 +112,10 @@ def test_what_decides_no_weight_may_change(make_config, images):
         ({"learning_rate": 0.5}, "'learning_rate' is 0.001 there, 0.5 here"),
         ({"batch_size": 4}, "'batch_size' is 8 there, 4 here"),
         ({"stage_weights": (1.0, 1.0)}, "'stage_weights' is 'gradnorm' there"),
-        ({"schedule": "linear"}, "'schedule' is 'constant' there, 'linear' here"),
+        (
+            {"schedule": "linear"},
+            "'schedule' is 'constant' there, 'linear' here .the learning rates",
+        ),
         ({"steps": 3}, "already at step 4, past steps 3"),
         ({"model": ECARConfig.preset("digits", width=32)}, "model 'width' is 16 there, 32 here"),
     ],
@@ -128,8 +131,26 @@ def test_another_configuration_is_refused(make_config, images, changes, words):
 
 def test_a_decaying_schedule_keeps_its_length(make_config, images):
     finished(make_config(schedule="cosine"), images)
-    with pytest.raises(ValueError, match=r"'steps' is 4 there, 8 here \(steps may change with"):
+    with pytest.raises(ValueError, match=r"'steps' is 4 there, 8 here \(the learning rates"):
         Trainer(make_config(schedule="cosine", steps=8), dataset=images, resume=True)
+
+
+def test_a_constant_training_ends_with_a_decay(make_config, images, tmp_path, read_log):
+    """Resumed as "wsd", it is what a training planned so would have been."""
+    wsd = {"schedule": "wsd", "steps": 8, "decay_steps": 4, "log_every": 1}
+    whole = finished(make_config(output_dir=str(tmp_path / "whole"), **wsd), images)
+    finished(make_config(steps=4, log_every=1), images)
+    resumed = Trainer.resume(str(tmp_path / "run"), dataset=images, progress=False, **wsd)
+    resumed.run()
+    for name, tensor in whole._tensors().items():
+        assert torch.equal(resumed._tensors()[name], tensor), name
+    assert read_log(tmp_path / "run")["lr"] == pytest.approx(
+        [1e-3] * 5 + [0.75e-3, 0.5e-3, 0.25e-3]
+    )
+    with pytest.raises(ValueError, match="the learning rates of the steps so far would differ"):
+        Trainer.resume(
+            str(tmp_path / "run"), dataset=images, schedule="constant", decay_steps=0, steps=9
+        )
 
 
 def spoil_cut(path):
