@@ -31,6 +31,7 @@ __all__ = [
     "atomic_path",
     "check_output_folder",
     "check_target",
+    "link",
     "naming",
     "read_json",
     "read_tensors",
@@ -98,6 +99,14 @@ def atomic_folder(folder: str | os.PathLike[str], *, keep: Sequence[str] = ()) -
             if name is not None and Path(name).is_relative_to(scratch):
                 last = Path(name)
             raise _written(error, folder / last.relative_to(scratch)) from None
+
+
+def link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """The same file under a second name, or a copy where the file system has no such names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
 
 
 def append(path: str | os.PathLike[str], text: str) -> None:

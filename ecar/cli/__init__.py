@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; what a user did wrong is one line on stderr.
 
     Returns:
-        The exit code: 0; 2 for bad input; 130 after Ctrl-C. Internal errors keep their traceback.
+        The exit code: 0; 2 for bad input; 130 after Ctrl-C, 143 where SIGTERM ended a training.
+        Internal errors keep their traceback.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     flags: dict[str, str] = {}
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = module.FLAGS
         parser = Parser(prog=f"ecar {command}", description=module.__doc__, epilog=module.EXAMPLES)
         module.add_arguments(parser)
-        module.run(parser.parse_args(rest))
+        code = module.run(parser.parse_args(rest))
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("ecar: interrupted", file=sys.stderr)
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     finally:
         warnings.formatwarning = plain
-    return 0
+    return code or 0
 
 
 def _command(argv: list[str]) -> tuple[str, list[str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import sys
 import textwrap
 import types
 import typing
@@ -84,7 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(*names, **options)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
+    """Returns: the exit code, 128 + the signal's number where SIGINT or SIGTERM ended it."""
     given = {name: value for name, value in vars(arguments).items() if name in FIELD_FLAGS}
     codec = None if arguments.vae is None else AutoencoderKLCodec.load(arguments.vae)
     options: dict[str, Any] = {
@@ -114,6 +116,15 @@ def run(arguments: argparse.Namespace) -> None:
         losses = ", ".join(f"{loss:.4f}" for loss in result.losses)
         print(result.output_dir)
         print(f"{result.step} steps in {result.seconds:.3g} s; loss of each stage: {losses}")
+    if result.stopped_by is None:
+        return 0
+    if trainer.accelerator.is_main_process:
+        print(
+            f"ecar: stopped by {result.stopped_by.name} and saved at step {result.step} of "
+            f"{trainer.config.steps}; go on with: ecar train --resume {result.output_dir}",
+            file=sys.stderr,
+        )
+    return 128 + result.stopped_by
 
 
 def new_config(arguments: argparse.Namespace, given: dict[str, Any]) -> TrainConfig:

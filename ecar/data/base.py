@@ -15,6 +15,10 @@ from ecar.codec import RANGE_TOLERANCE
 _LOOKED_AT = 64  # items of a data set that computes them
 
 
+class MissingSplitError(FileNotFoundError, ValueError):
+    """The data set has no such split."""
+
+
 class ImageDataset(Dataset):
     """Images (or latents) with class labels, indexed 0 .. len - 1.
 
@@ -119,6 +123,10 @@ class InMemoryDataset(ImageDataset):
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         return self._pixels / self._half - 1, self._labels.clone()
+
+    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Some items: (float32 [B, C, H, W], int64 labels [B]) for rows int64 [B]."""
+        return self._pixels[rows] / self._half - 1, self._labels[rows]
 
 
 def describe(values: Any) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ecar.images import BadImageError, check_image, parse_background, read_image
 
-from .base import ImageDataset
+from .base import ImageDataset, InMemoryDataset
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _DECODE_ALL_BELOW = 128 << 20  # bytes
@@ -179,14 +179,27 @@ class FolderDataset(ImageDataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         index = self._row(index)
+        return self._pixels(index) / 127.5 - 1, int(self._labels[index])
+
+    def _pixels(self, index: int) -> Tensor:
+        """uint8 [C, H, W]."""
         path = self._paths[index % len(self._paths)]
-        pixels = read_image(path, self.shape[0], background=self._background)
-        pixels = center_crop(pixels, self.shape[1])
-        array = np.array(pixels).reshape(*self.shape[1:], self.shape[0])
-        tensor = torch.from_numpy(array).permute(2, 0, 1).contiguous() / 127.5 - 1
-        if index >= len(self._paths):
-            tensor = tensor.flip(-1)
-        return tensor, int(self._labels[index])
+        image = read_image(path, self.shape[0], background=self._background)
+        array = np.array(center_crop(image, self.shape[1])).reshape(*self.shape[1:], self.shape[0])
+        pixels = torch.from_numpy(array).permute(2, 0, 1).contiguous()
+        return pixels.flip(-1) if index >= len(self._paths) else pixels
+
+    def decoded(self) -> InMemoryDataset:
+        """All images in memory, as bytes: the same items without reading a file again.
+
+        Raises:
+            BadImageError: an image cannot be read.
+        """
+        pixels = torch.empty(len(self), *self.shape, dtype=torch.uint8)
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            for index, image in enumerate(pool.map(self._pixels, range(len(self)))):
+                pixels[index] = image
+        return InMemoryDataset(self.name, self.split, pixels, self._labels, self.class_names)
 
 
 def _locate(root: Path, split: str) -> Path:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ecar.files import check_output_folder, read_json, write_json, write_tensors
 
-from .base import ImageDataset, check_dataset, checked_labels
+from .base import ImageDataset, MissingSplitError, check_dataset, checked_labels
 from .folder import split_folder
 
 INDEX = "index.json"
@@ -154,7 +154,7 @@ class LatentDataset(ImageDataset):
             folder = split_folder(folder, split, lambda path: (path / INDEX).is_file())
         index = _read_index(folder / INDEX)
         if index.get("split") != split:
-            raise ValueError(
+            raise MissingSplitError(
                 f"{folder / INDEX}: holds the split {index.get('split')!r}, {split!r} was asked for"
             )
         super().__init__("latents", split, index["shape"], index["class_names"])

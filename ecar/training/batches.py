@@ -166,7 +166,6 @@ class Batches:
         share = batch_size // world
         self.rows = range(rank * share, (rank + 1) * share)
         self.order = Order(seed, len(cast("Sized", dataset)))
-        self._memory = dataset.tensors() if isinstance(dataset, InMemoryDataset) else None
 
     def row_indices(self, step: int) -> np.ndarray:
         """Data indices of this rank's rows of ``step``, int64."""
@@ -183,7 +182,7 @@ class Batches:
             yield self._parts(step, latents, labels)
 
     def _data(self, begin: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
-        if self._memory is None:
+        if not isinstance(self.dataset, InMemoryDataset):
             # The null class's number would be learnt as if it were a class.
             for latents, labels in DataLoader(
                 self.dataset,
@@ -193,10 +192,8 @@ class Batches:
             ):
                 yield latents.float(), checked_labels(labels, self.null_class, name="dataset")
             return
-        latents, labels = self._memory
         for step in range(begin, end):
-            index = torch.from_numpy(self.row_indices(step))
-            yield latents[index], labels[index]
+            yield self.dataset.take(torch.from_numpy(self.row_indices(step)))
 
     def _parts(self, step: int, latents: Tensor, labels: Tensor) -> list[Batch]:
         draws = draw(self.seed, step, self.rows, self.shape, self.stages)

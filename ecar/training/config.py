@@ -31,6 +31,9 @@ _INTEGERS = {
     "log_every": 1,
     "sample_every": 0,
     "save_every": 1,
+    "keep_last": 0,
+    "validate_every": 0,
+    "validation_images": 1,
     "num_workers": 0,
     "sample_rows": 1,
     "sample_columns": 1,
@@ -60,6 +63,9 @@ FREE_ON_RESUME = frozenset(
         "log_every",
         "sample_every",
         "save_every",
+        "keep_last",
+        "validate_every",
+        "validation_images",
         "sample_rows",
         "sample_columns",
         "sample_steps",
@@ -116,6 +122,11 @@ class TrainConfig:
         device: "auto" (what accelerate finds) or "cpu".
         init_from: folder or hub name of a model to start from; None: fresh weights.
         log_every, save_every: steps between log rows and between states.
+        keep_last: the last so many checkpoints are kept in ``checkpoints/step_*`` as well; 0: none.
+        validate_every: steps between measuring the loss of the averaged weights on held-out
+            images, where the data set has them; 0: never. The checkpoint with the least such loss
+            is kept in ``best``.
+        validation_images: held-out images to measure it on, at most.
         sample_every: steps between sample sheets; 0: none.
         sample_rows, sample_columns: classes and seeds of a sheet.
         sample_steps: network steps of one sample, in all; at least one per stage.
@@ -158,6 +169,9 @@ class TrainConfig:
     init_from: str | None = None
     log_every: int = 50
     save_every: int = 1000
+    keep_last: int = 0
+    validate_every: int = 1000
+    validation_images: int = 512
     sample_every: int = 1000
     sample_rows: int = 10
     sample_columns: int = 8

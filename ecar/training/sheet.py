@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ecar.images import make_sheet, save_image, to_pil
@@ -20,8 +21,8 @@ _CHUNK = 64  # images sampled at once
 
 def write_sheet(
     model: ECAR, config: TrainConfig, path: Path, decode: Callable[[Tensor], Tensor] | None
-) -> None:
-    """Sample a sheet and write it as a PNG.
+) -> Image.Image:
+    """Sample a sheet, write it as a PNG, and return it.
 
     Args:
         model: the averaged weights.
@@ -46,4 +47,6 @@ def write_sheet(
         pictures += to_pil(latents if decode is None else decode(latents))
     path.parent.mkdir(parents=True, exist_ok=True)
     scale = max(1, 32 // pictures[0].width)
-    save_image(make_sheet(pictures, rows, columns, scale=scale), path)
+    sheet = make_sheet(pictures, rows, columns, scale=scale)
+    save_image(sheet, path)
+    return sheet

@@ -1,14 +1,15 @@
-"""The state file: one safetensors file from which a training goes on bit for bit.
+"""The state file, from which a training goes on bit for bit, and the checkpoints that are kept.
 
-Tensors: ``model/*`` raw weights, ``ema/*`` their average, ``adamw/first/*`` and
-``adamw/second/*`` moments, ``adamw/step``, ``gradnorm/*``, and ``history``, the steps not yet in
-the log. Metadata: format, version, step, seconds, both configurations as JSON.
+One safetensors file. Tensors: ``model/*`` raw weights, ``ema/*`` their average, ``adamw/first/*``
+and ``adamw/second/*`` moments, ``adamw/step``, ``gradnorm/*``, and ``history``, the steps not yet
+in the log. Metadata: format, version, step, seconds, both configurations as JSON.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ecar.files import read_tensors, require_finite, write_tensors
+from ecar.checkpoint import PIPELINE_FILE, VAE_FOLDER
+from ecar.files import atomic_folder, link, read_tensors, require_finite, write_tensors
+from ecar.model import ECAR
 from ecar.training.config import FREE_ON_RESUME, TrainConfig
 
 __all__ = [
     "check_same_training",
     "check_tensors",
+    "keep_checkpoint",
+    "prune",
     "read_header",
     "read_state",
     "state_path",
@@ -152,6 +157,23 @@ def check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, Te
                 f"{path}: of another configuration: tensor {name!r} is {got.dtype} "
                 f"{list(got.shape)}, expected {tensor.dtype} {list(tensor.shape)}"
             )
+
+
+def keep_checkpoint(model: ECAR, output: Path, name: str) -> None:
+    """Write a checkpoint into ``output``/``name``, with the pipeline's settings of ``output``."""
+    with atomic_folder(output / name) as scratch:
+        model.save_pretrained(scratch)
+        if (output / PIPELINE_FILE).exists():
+            shutil.copy(output / PIPELINE_FILE, scratch)
+        if (output / VAE_FOLDER).exists():
+            shutil.copytree(output / VAE_FOLDER, scratch / VAE_FOLDER, copy_function=link)
+
+
+def prune(output: Path, kept: int) -> None:
+    """Remove all but the last ``kept`` of the checkpoints ``step_*`` in ``output``/checkpoints."""
+    folders = sorted((output / "checkpoints").glob("step_*"))
+    for folder in folders[: max(len(folders) - kept, 0)]:
+        shutil.rmtree(folder)
 
 
 def adamw_tensors(optimizer: torch.optim.AdamW, names: list[str]) -> dict[str, Tensor]:

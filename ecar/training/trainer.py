@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,32 +13,30 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
-from ecar.data import LatentDataset, load_dataset
-from ecar.data.base import check_dataset
-from ecar.files import check_output_folder
 from ecar.model import ECAR
 from ecar.training import state as states
 from ecar.training.batches import Batch, Batches
+from ecar.training.build import (
+    describe,
+    held_out_data,
+    initial_model,
+    make_accelerator,
+    make_gradnorm,
+    make_optimizer,
+    training_data,
+)
 from ecar.training.config import TrainConfig
 from ecar.training.ema import EMA
-from ecar.training.gradnorm import GradNorm
-from ecar.training.log import Log
+from ecar.training.log import Log, columns, open_log
+from ecar.training.progress import Progress, Signals
 from ecar.training.sheet import write_sheet
-
-try:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import (
-        DistributedDataParallelKwargs,
-        DistributedType,
-        GradientAccumulationPlugin,
-    )
-except ImportError as error:
-    raise ImportError("training needs accelerate: pip install 'ecar[train]'") from error
+from ecar.training.validation import Validation
 
 __all__ = ["DivergenceError", "TrainResult", "Trainer"]
+
+
+_ASK_EVERY = 10  # steps between asking the other processes whether one was told to stop
 
 
 class DivergenceError(ValueError):
@@ -53,6 +51,7 @@ class TrainResult:
     step: int
     losses: list[float]  # of each stage, mean over the steps of the last log row
     seconds: float  # spent in steps, over all resumes
+    stopped_by: signal.Signals | None = None  # SIGINT or SIGTERM, where it ended before its steps
 
 
 class Trainer:
@@ -62,10 +61,13 @@ class Trainer:
         config: what to train, and how.
         dataset: used in place of ``config.dataset``; map-style, of (float32 [C, H, W], int): images
             in [-1, 1], or with ``decode`` latents of any range; labels from 0 to num_classes - 1.
+        held_out: likewise, for the validation loss; without it a ``dataset`` that is given has
+            none.
         decode: latents -> images in [-1, 1] for the sample sheets, needed unless the latents
             are pixels of 1 or 3 channels or ``sample_every`` is 0.
         resume: go on from the state in ``config.output_dir``.
-        progress: show a progress bar on the main process.
+        progress: let the main process say what is trained and how far it is: a bar on a terminal,
+            a line a minute elsewhere.
 
     Raises:
         TypeError, ValueError: naming the argument, or the state file and what differs.
@@ -78,6 +80,7 @@ class Trainer:
         config: TrainConfig,
         *,
         dataset: Dataset | None = None,
+        held_out: Dataset | None = None,
         decode: Callable[[Tensor], Tensor] | None = None,
         resume: bool = False,
         progress: bool = True,
@@ -101,12 +104,30 @@ class Trainer:
                 f"argument 'decode': latents of {config.model.channels} channels need one for "
                 "the sample sheets; or set sample_every to 0"
             )
-        self.accelerator = _accelerator(config)
+        self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
-        self.batches = self._batches(dataset)
-        self._build(fresh=not resume)
+        self.batches = Batches(
+            training_data(config, dataset, decode),
+            seed=config.seed,
+            batch_size=config.batch_size,
+            accumulation=config.gradient_accumulation,
+            stages=config.model.num_stages,
+            shape=config.model.latent_shape,
+            label_dropout=cast("float", config.label_dropout),
+            null_class=config.model.null_class,
+            flip=config.flip,
+            workers=config.num_workers,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+        self.validation: Validation | None = None
+        if config.validate_every and (dataset is None or held_out is not None):
+            held_out = held_out_data(config, held_out, decode)
+            self.validation = None if held_out is None else Validation(held_out, config)
+        self.origin = self._build(fresh=not resume)
         if resume:
             self._load(header)
+            self.origin = f"step {self.step:,} of {self.state_path}"
 
     @classmethod
     def resume(
@@ -114,6 +135,7 @@ class Trainer:
         output_dir: str,
         *,
         dataset: Dataset | None = None,
+        held_out: Dataset | None = None,
         decode: Callable[[Tensor], Tensor] | None = None,
         progress: bool = True,
         **changes: Any,
@@ -125,130 +147,99 @@ class Trainer:
         """
         saved, _ = states.read_header(states.state_path(output_dir))
         config = saved.replace(output_dir=str(output_dir), **changes)
-        return cls(config, dataset=dataset, decode=decode, resume=True, progress=progress)
+        return cls(
+            config, dataset=dataset, held_out=held_out, decode=decode, resume=True,
+            progress=progress,
+        )  # fmt: skip
 
     def run(self) -> TrainResult:
         """Train up to ``config.steps``, then write everything once more.
+
+        SIGINT and SIGTERM end it after the step at hand, saved as at a ``save_every``.
 
         Raises:
             DivergenceError: naming the step whose loss or gradient was not finite.
         """
         config, main = self.config, self.accelerator.is_main_process
-        log = None
-        if main:
-            self.output.mkdir(parents=True, exist_ok=True)
-            check_output_folder(self.output)
-            config.to_json(self.output / "train.json")
-            log = Log(self.output, self._columns(), kind=config.log, step=self.step)
-        bar = tqdm(
-            total=config.steps,
-            initial=self.step,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not (main and self.progress),
-        )
+        log = open_log(config, self.step, validates=self.validation is not None) if main else None
+        progress = Progress(config.steps, self.step, visible=main and self.progress)
+        for line in self.header() if main else ():
+            progress.say(line)
         last: dict[str, float] = {}
+        stopped = False
         self._mark = time.perf_counter()
-        with bar:
+        with contextlib.closing(progress), Signals() as signals:
             for parts in self.batches.steps(self.step, config.steps):
                 self._train_step(parts)
                 self.step += 1
-                bar.update()
+                progress.advance()
+                stopped = self._agreed(signals.received is not None)
                 ended = self.step == config.steps
-                due = [
+                row, save, sample, validate = (
                     ended or (bool(every) and self.step % every == 0)
-                    for every in (config.log_every, config.save_every, config.sample_every)
-                ]
-                if not any(due):
+                    for every in (
+                        config.log_every,
+                        config.save_every,
+                        config.sample_every,
+                        config.validate_every,
+                    )
+                )
+                if not (row or save or sample or validate or stopped):
                     continue
                 self._settle()
-                if due[0]:
+                if row:
                     last = self._row()
-                    bar.set_postfix_str(
-                        f"loss {last['loss']:.4f}, {last['images_per_second']:.0f} images/s"
-                    )
+                    progress.show(last, config.batch_size)
                     if log is not None:
                         log.write(last)
-                if due[1]:
+                if save or stopped:
                     self._save()
-                if due[2] and config.sample_every and main:
-                    write_sheet(
-                        self.averaged,
-                        config,
-                        self.output / "samples" / f"step_{self.step:07d}.png",
-                        self.decode,
-                    )
+                if log is not None and not stopped:
+                    self._look(log, sample and bool(config.sample_every), validate)
                 self.accelerator.wait_for_everyone()
                 self._mark = time.perf_counter()
+                if stopped:
+                    break
         if log is not None:
             log.close()
         losses = [last[f"loss_{s}"] for s in range(1, config.model.num_stages + 1)] if last else []
-        return TrainResult(self.output, self.step, losses, self.seconds)
+        # Another process's signal may have come first.
+        number = (signals.received or signal.SIGTERM) if stopped else None
+        return TrainResult(self.output, self.step, losses, self.seconds, number)
 
-    def _batches(self, dataset: Dataset | None) -> Batches:
-        config, model = self.config, self.config.model
-        if dataset is None:
-            size: dict[str, Any] = (
-                {}
-                if config.dataset == "latents"
-                else {"image_size": model.latent_shape[1], "channels": model.channels}
-            )
-            dataset = load_dataset(
-                config.dataset,
-                root=config.data_root,
-                skip_broken=config.skip_broken,
-                background=config.background,
-                **size,
-            )
-        classes = getattr(dataset, "num_classes", model.num_classes)
-        if classes != model.num_classes:
-            raise ValueError(
-                f"argument 'dataset': expected {model.num_classes} classes for this model, got "
-                f"{classes}"
-            )
-        # Where nothing decodes them, items of 1 or 3 channels are pictures.
-        pixels = self.decode is None and model.channels in (1, 3)
-        labels = check_dataset(
-            dataset,
-            model.latent_shape,
-            model.num_classes,
-            name="dataset",
-            pixels=pixels and not isinstance(dataset, LatentDataset),
-        )
-        if labels is not None and len(unseen := set(range(classes)) - set(labels.tolist())):
-            warnings.warn(
-                f"{len(unseen)} of {classes} classes have no image in the training data, such as "
-                f"class {min(unseen)}: the model will not learn them",
-                stacklevel=4,
-            )
-        return Batches(
-            dataset,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            accumulation=config.gradient_accumulation,
-            stages=model.num_stages,
-            shape=model.latent_shape,
-            label_dropout=cast("float", config.label_dropout),
-            null_class=model.null_class,
-            flip=config.flip,
-            workers=config.num_workers,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-        )
+    def header(self) -> list[str]:
+        """What is trained, on what, where, and from where it goes on, in some lines."""
+        held_out = 0 if self.validation is None else len(self.validation)
+        images = len(cast("Sized", self.batches.dataset))
+        processes = self.accelerator.num_processes
+        return describe(self.raw_model, self.config, images, held_out, processes, self.origin)
 
-    def _build(self, *, fresh: bool) -> None:
+    def _agreed(self, signalled: bool) -> bool:
+        """Whether to stop: all processes must at the same step, and ask each other now and then."""
+        if self.accelerator.num_processes == 1:
+            return signalled
+        if self.step % _ASK_EVERY:
+            return False
+        flag = torch.tensor(float(signalled), device=self.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    def _look(self, log: Log, sample: bool, validate: bool) -> None:
+        """Measure the held-out loss, and draw a sheet, where they are due."""
+        if validate and self.validation:
+            losses = self.validation.losses(self.averaged)
+            names = [f"loss_{s}" for s in range(1, len(losses) + 1)]
+            row = dict(zip(names, losses, strict=True), loss=sum(losses) / len(losses))
+            images = self.step * self.config.batch_size
+            if log.validated({"step": self.step, "images": images, **row}):
+                states.keep_checkpoint(self.averaged, self.output, "best")
+        if sample:
+            path = self.output / "samples" / f"step_{self.step:07d}.png"
+            log.sheet(write_sheet(self.averaged, self.config, path, self.decode), self.step)
+
+    def _build(self, *, fresh: bool) -> str:
+        """The model, its average and its optimizer; says what the weights are."""
         config = self.config
-        if config.init_from is None or not fresh:
-            with torch.random.fork_rng():
-                torch.manual_seed(config.seed)
-                model = ECAR(config.model)
-        else:
-            model = ECAR.from_pretrained(config.init_from)
-            if model.config != config.model:
-                raise ValueError(
-                    f"argument 'init_from': {config.init_from} holds another configuration, "
-                    f"{model.config}"
-                )
+        model, origin = initial_model(config if fresh else config.replace(init_from=None))
         model.to(self.device)
         self.ema = EMA(model, config.ema_decay)
         model.train()
@@ -259,30 +250,18 @@ class Trainer:
             torch.backends.cuda.matmul.fp32_precision = "tf32"
         names, parameters = zip(*model.named_parameters(), strict=True)
         self.names = list(names)
-        optimizer = torch.optim.AdamW(
-            parameters,
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
+        optimizer = make_optimizer(config, parameters)
         self.raw_model, self.raw_optimizer = model, optimizer
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         stages = config.model.num_stages
-        self.gradnorm = None
-        if config.stage_weights == "gradnorm":
-            self.gradnorm = GradNorm(
-                stages,
-                alpha=config.gradnorm_alpha,
-                learning_rate=config.gradnorm_lr,
-                device=self.device,
-            )
-        else:
+        self.gradnorm = make_gradnorm(config, self.device)
+        if self.gradnorm is None:
             self.fixed_weights = torch.tensor(config.stage_weights, device=self.device)
         # Of each step since the last log row: losses [S], weights [S], gradient norm.
         self.history = torch.empty(0, 2 * stages + 1)
         self._pending: list[Tensor] = []
         self._interval = 0.0
+        return origin
 
     @property
     def averaged(self) -> ECAR:
@@ -351,20 +330,6 @@ class Trainer:
                 f"gradient norm {values[-1]}); state file {self.state_path}: {kept}"
             )
 
-    def _columns(self) -> list[str]:
-        stages = range(1, self.config.model.num_stages + 1)
-        return [
-            "step",
-            "images",
-            "lr",
-            "loss",
-            *(f"loss_{s}" for s in stages),
-            *(f"weight_{s}" for s in stages),
-            "grad_norm",
-            "images_per_second",
-            "seconds",
-        ]
-
     def _row(self) -> dict[str, float]:
         """The log row of the steps since the last one: means, but the weights as they stand."""
         stages, count = self.config.model.num_stages, len(self.history)
@@ -384,7 +349,7 @@ class Trainer:
         ]
         self.history = self.history[:0]
         self._interval = 0.0
-        return dict(zip(self._columns(), values, strict=True))
+        return dict(zip(columns(stages), values, strict=True))
 
     def _tensors(self) -> dict[str, Tensor]:
         """All that the state file holds."""
@@ -407,6 +372,10 @@ class Trainer:
         }
         states.write_state(self.state_path, self._tensors(), self.config, header)
         self.averaged.save_pretrained(self.output)
+        if self.config.keep_last:
+            folder = f"checkpoints/step_{self.step:07d}"
+            states.keep_checkpoint(self.averaged, self.output, folder)
+            states.prune(self.output, self.config.keep_last)
 
     def _load(self, header: dict[str, Any]) -> None:
         tensors = states.read_state(self.state_path)
@@ -427,20 +396,3 @@ class Trainer:
         self.step, self.seconds = header["step"], header["seconds"]
         self._interval = header["interval"]
         self.ema.n_averaged.fill_(self.step + 1)
-
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    cpu = config.device == "cpu" or not torch.accelerator.is_available()
-    if config.mixed_precision == "fp16" and (cpu or not torch.cuda.is_available()):
-        raise ValueError("argument 'mixed_precision': 'fp16' needs CUDA; use 'bf16' or 'no'")
-    # accelerate holds device and precision process-wide: a second training may want others. A
-    # process group, once there, stays.
-    alone = not PartialState._shared_state or PartialState().distributed_type == DistributedType.NO
-    AcceleratorState._reset_state(reset_partial_state=alone)
-    return Accelerator(
-        cpu=cpu,
-        mixed_precision=config.mixed_precision,
-        # Accumulation is the loop's: accelerate's would follow an environment variable.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )

@@ -125,28 +125,49 @@ def test_an_internal_bug_shows_its_traceback(start):
     assert errors.endswith("RuntimeError: a bug\n")
 
 
-@pytest.mark.parametrize("name", ["sample", "train"])
-def test_ctrl_c_is_130_without_a_traceback(folder, start, name):
+def wait_for(process, text):
+    """Read stderr until it is there: the command is at work."""
+    shown = ""
+    deadline = time.monotonic() + TIMEOUT
+    while text not in shown:
+        assert time.monotonic() < deadline
+        character = process.stderr.read(1)
+        assert character, shown
+        shown += character
+    return shown
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_training_told_to_end_is_saved_and_says_how_to_go_on(folder, start, kind):
     values = {
         "model": json.loads((folder / "model" / "config.json").read_text()),
         "batch_size": 4,
         "steps": 10**6,
         "sample_every": 0,
+        "log_every": 1,
         "device": "cpu",
     }
     (folder / "train.json").write_text(json.dumps(values))
-    words = {
-        "sample": ("--checkpoint", "model", "--steps", "1000000"),
-        "train": ("--config", "train.json", "--output", "out"),
-    }[name]
-    process = start(command(name, *words))
-    shown = ""
-    deadline = time.monotonic() + TIMEOUT
-    while "step/s" not in shown:  # the progress bar: it is at work
-        assert time.monotonic() < deadline
-        character = process.stderr.read(1)
-        assert character, shown
-        shown += character
+    process = start(command("train", "--config", "train.json", "--output", "out"))
+    header = wait_for(process, "images/s")
+    assert "data: 1,437 training images of digits, 360 for validation" in header
+    os.killpg(process.pid, kind)
+    output, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 128 + kind
+    assert output.startswith("out\n")
+    assert "Traceback" not in errors
+    last = errors.splitlines()[-1]
+    assert last.startswith(f"ecar: stopped by {kind.name} and saved at step ")
+    assert last.endswith("of 1000000; go on with: ecar train --resume out")
+    step = int(last.split("step ")[1].split()[0])
+    words = ("--resume", "out", "--steps", str(step + 1), "--no-progress")
+    output, errors = start(command("train", *words)).communicate(timeout=TIMEOUT)
+    assert f"{step + 1} steps in " in output, errors
+
+
+def test_ctrl_c_is_130_without_a_traceback(folder, start):
+    process = start(command("sample", "--checkpoint", "model", "--steps", "1000000"))
+    wait_for(process, "step/s")
     os.killpg(process.pid, signal.SIGINT)
     output, errors = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, output) == (130, "")

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -76,6 +77,22 @@ def test_flip_doubles_the_set(tmp_path, random):
     both, both_labels = load_dataset("folder", root=tmp_path, image_size=8, flip=True).tensors()
     assert torch.equal(both, torch.cat([plain, plain.flip(-1)]))
     assert both_labels.tolist() == labels.tolist() * 2
+
+
+@pytest.mark.parametrize(("channels", "flip"), [(3, False), (1, True)])
+def test_decoded_images_are_the_same_and_no_file_is_read_again(tmp_path, random, channels, flip):
+    for name in "ab":
+        for index in range(3):
+            save(tmp_path / name / f"{index}.png", picture(random, 20, 16))
+    dataset = load_dataset("folder", root=tmp_path, image_size=8, channels=channels, flip=flip)
+    before = dataset.tensors()
+    decoded = dataset.decoded()
+    shutil.rmtree(tmp_path / "a")
+    assert (decoded.name, decoded.class_names) == ("folder", ("a", "b"))
+    assert all(torch.equal(x, y) for x, y in zip(decoded.tensors(), before, strict=True))
+    rows = torch.tensor([4, 0, 4])
+    images, labels = decoded.take(rows)
+    assert torch.equal(images, before[0][rows]) and torch.equal(labels, before[1][rows])
 
 
 def test_split_layout_keeps_the_labels(tmp_path, random):

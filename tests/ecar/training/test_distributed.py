@@ -1,14 +1,17 @@
-"""Two gloo processes against one, at the same global batch."""
+"""Two gloo processes: against one, at the same global batch, and told to end."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from ecar.training import Trainer
+from ecar.training.state import read_header, state_path
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = """
@@ -71,3 +74,60 @@ def test_two_processes_equal_one(make_config, read_log, tmp_path):
         # Adam magnifies rounding where a gradient is near 0, by at most a share of its step.
         for key in left:
             assert (left[key] - right[key]).abs().max() < 8 * 1e-3 * 0.05, key
+
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    # Without --multi_gpu it starts one process, on CPUs too.
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_signal_to_one_process_saves_and_ends_both(make_config, tmp_path, launcher):
+    config = make_config(steps=10**6, save_every=10**6, log_every=10, validate_every=0)
+    config.to_json(tmp_path / "train.json")
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", *LAUNCHERS[launcher]),
+            *("-m", "ecar", "train", "--config", str(tmp_path / "train.json")),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        log = Path(config.output_dir) / "log.csv"
+        deadline = time.monotonic() + 120
+        while not log.exists() or len(log.read_text().splitlines()) < 3:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(worker(process.pid), signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    step = read_header(state_path(config.output_dir))[1]["step"]
+    assert step >= 20 and step % 10 == 0
+    assert f"ecar: stopped by SIGTERM and saved at step {step} of 1000000" in output
+    assert output.count("go on with: ecar train --resume") == 1
+    assert "run: 2 x cpu" in output
+    resumed = Trainer.resume(config.output_dir, steps=step + 1, progress=False)
+    assert resumed.step == step and resumed.run().step == step + 1
+
+
+def worker(launcher: int) -> int:
+    """A process that trains, of those below the launcher: the one that was started last."""
+    found = []
+    parents = [launcher]
+    while parents:
+        parent = parents.pop()
+        for task in Path(f"/proc/{parent}/task").iterdir():
+            children = [int(child) for child in (task / "children").read_text().split()]
+            parents += children
+            found += children
+    trains = [pid for pid in found if b"ecar" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return max(trains)
