@@ -16,6 +16,7 @@ from ecar.checkpoint import BUILT_IN_DEFAULTS, check_settings, checkpoint_config
 from ecar.cli.parser import add_device, add_sampling
 from ecar.cli.runtime import chosen_backend, chosen_device, chosen_settings
 from ecar.config import PRESETS, ECARConfig
+from ecar.files import read_json
 from ecar.info import StageCost, backends_in_use, count_multiply_adds, count_parameters
 
 EXAMPLES = """\
@@ -23,6 +24,7 @@ examples:
   ecar info --preset S
       E-CAR-S of the paper, 250 steps
   ecar info --checkpoint checkpoints/mnist --steps 10,20,30 --json
+  ecar info --config runs/birds/train.json
 """
 FLAGS = {
     "steps": "--steps",
@@ -39,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--checkpoint", metavar="DIR|OWNER/NAME", help="only its configuration is read"
     )
+    which.add_argument(
+        "--config", metavar="FILE", help="a training's train.json, or a model's config.json"
+    )
     add_sampling(parser)
     add_device(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -48,6 +53,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.preset is not None:
         config, settings = ECARConfig.preset(arguments.preset), BUILT_IN_DEFAULTS
         name = f"preset {arguments.preset}"
+    elif arguments.config is not None:
+        config, settings = read_config(arguments.config), BUILT_IN_DEFAULTS
+        name = arguments.config
     else:
         config, settings = checkpoint_config(arguments.checkpoint)
         name = str(arguments.checkpoint)
@@ -57,6 +65,21 @@ def run(arguments: argparse.Namespace) -> None:
         backends = backends_in_use(config, chosen_device(arguments.device), torch.float32)
     report = make_report(name, config, settings, backends)
     print(json.dumps(report, indent=2) if arguments.json else describe(report))
+
+
+def read_config(path: str) -> ECARConfig:
+    """The model's configuration in a train.json or a config.json.
+
+    Raises:
+        OSError, ValueError: naming the file.
+    """
+    values = read_json(path)
+    if isinstance(values, dict) and "model" in values:
+        values = values["model"]
+    try:
+        return ECARConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def make_report(

@@ -16,16 +16,18 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from ecar.checkpoint import write_settings
-from ecar.cli.parser import UsageError
+from ecar.checkpoint import VAE_FOLDER, write_settings
+from ecar.cli.parser import UsageError, positive
 from ecar.codec import AutoencoderKLCodec
 from ecar.config import PRESETS, ECARConfig
+from ecar.data.load import dataset_sizes
 from ecar.files import read_json
 from ecar.images import check_output_folder
 from ecar.training import TrainConfig, Trainer
 
 EXAMPLES = """\
 examples:
+  ecar train --preset emoji --dataset folder --data-root birds/ --output runs/birds
   ecar train --preset digits --dataset digits --output runs/digits --steps 3300 \\
       --batch-size 128 --learning-rate 1e-3 --warmup-steps 200 --schedule linear
   ecar train --resume runs/digits
@@ -41,6 +43,14 @@ FIELD_FLAGS = {
     if field.name != "model"
 }
 
+# Sizes of the model that depend on the data.
+SIZES = {
+    "num_classes": "classes of the model; with --preset, by default those of the folder or latents",
+    "channels": "of its images or latents; with --preset, by default those of the latents",
+    "image_size": "side of the last stage in pixels, of images or latents; each stage before it "
+    "has half the side",
+}
+
 # What data sets and models say of their arguments, which the configuration gives.
 FLAGS = {
     **FIELD_FLAGS,
@@ -53,6 +63,8 @@ FLAGS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=tuple(PRESETS), help="sizes of the model")
+    for name, text in SIZES.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=positive, metavar="N", help=text)
     parser.add_argument(
         "--config",
         metavar="FILE",
@@ -88,15 +100,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Returns: the exit code, 128 + the signal's number where SIGINT or SIGTERM ended it."""
     given = {name: value for name, value in vars(arguments).items() if name in FIELD_FLAGS}
-    codec = None if arguments.vae is None else AutoencoderKLCodec.load(arguments.vae)
+    vae = arguments.vae
+    if vae is None and arguments.resume is not None:
+        kept = Path(arguments.resume) / VAE_FOLDER
+        vae = kept if kept.is_dir() else None
+    codec = None if vae is None else AutoencoderKLCodec.load(vae)
     options: dict[str, Any] = {
         "decode": codec and codec.decode,
         "progress": not arguments.no_progress,
     }
     if arguments.resume is not None:
-        for name in ("config", "preset"):
+        for name in ("config", "preset", *SIZES):
             if getattr(arguments, name) is not None:
-                raise UsageError(f"--resume: --{name} does not go with it")
+                flag = name.replace("_", "-")
+                raise UsageError(f"--resume: --{flag} does not go with it")
         if "output_dir" in given:
             raise UsageError("--resume: names the folder; --output-dir does not go with it")
         trainer = Trainer.resume(arguments.resume, **options, **given)
@@ -134,14 +151,40 @@ def new_config(arguments: argparse.Namespace, given: dict[str, Any]) -> TrainCon
         values = read_json(arguments.config)
         if not isinstance(values, dict):
             raise UsageError(f"--config: {arguments.config} holds no object of fields")
+    values.update(given)
     if arguments.preset is not None:
         values["model"] = ECARConfig.preset(arguments.preset).to_dict()
-    values.update(given)
+        if values.get("dataset") in ("folder", "latents") and values.get("data_root"):
+            sizes = dataset_sizes(values["dataset"], values["data_root"])
+            values["model"] = resized(values["model"], sizes)
+    if isinstance(values.get("model"), dict):
+        chosen = {name: getattr(arguments, name) for name in SIZES}
+        sizes = {name: value for name, value in chosen.items() if value is not None}
+        values["model"] = resized(values["model"], sizes)
     if "model" not in values:
         raise UsageError("--preset: is needed for a new training, or a --config that has a model")
     if "output_dir" not in values:
         raise UsageError("--output: is needed for a new training")
     return TrainConfig.from_dict(values)
+
+
+def resized(model: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
+    """The fields of an ECARConfig with other "num_classes", "channels" and "image_size".
+
+    Raises:
+        UsageError: the side is not that of as many stages, each twice the one before.
+    """
+    sizes, model = dict(sizes), dict(model)
+    side = sizes.pop("image_size", None)
+    if side is not None:
+        stages = len(model.get("stage_sides", ECARConfig.stage_sides))
+        if side % 2 ** (stages - 1):
+            raise UsageError(
+                f"--image-size: expected a multiple of {2 ** (stages - 1)} for {stages} stages, "
+                f"got {side}"
+            )
+        model["stage_sides"] = [side >> (stages - 1 - stage) for stage in range(stages)]
+    return {**model, **sizes}
 
 
 def _first_that_exists(folder: str) -> Path:

@@ -238,6 +238,11 @@ def _class_folders(root: Path, folder: Path) -> list[str]:
     return names
 
 
+def folder_classes(root: str | os.PathLike[str]) -> list[str]:
+    """Names of the classes of a folder's training split, as its folders are called."""
+    return _classes(Path(root), "train")[2]
+
+
 def _classes(root: Path, split: str) -> tuple[Path, list[str], list[str]]:
     """A split's folder, its class folders, and those of the training split, which has all."""
     folder = _locate(root, split)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import ImageDataset, InMemoryDataset, checked_labels
-from .folder import FolderDataset
+from .folder import FolderDataset, folder_classes
 from .latents import LatentDataset
 
 DATASETS = ("digits", "mnist", "emoji", "folder", "latents")
@@ -90,6 +90,22 @@ def load_dataset(
         dataset = LatentDataset(cast("Path", root), split=split)
     _check_shape(dataset, image_size, channels)
     return dataset
+
+
+def dataset_sizes(name: str, root: str | os.PathLike[str]) -> dict[str, int]:
+    """What a model must have for a folder of images or of latents.
+
+    Returns: "num_classes"; of "latents" also "channels" and "image_size", the side in pixels.
+    Raises:
+        OSError, ValueError: as `load_dataset`.
+    """
+    if name == "folder":
+        return {"num_classes": len(folder_classes(root))}
+    if name == "latents":
+        latents = LatentDataset(root)
+        channels, side, _ = latents.shape
+        return {"num_classes": latents.num_classes, "channels": channels, "image_size": side}
+    raise ValueError(f"argument 'name': expected 'folder' or 'latents', got {name!r}")
 
 
 def _check_shape(dataset: ImageDataset, image_size: int | None, channels: int | None) -> None:

@@ -99,12 +99,45 @@ def test_latents_with_their_vae(here, run):
     values = json.loads((here / "tiny.json").read_text())
     values["model"].update(channels=4, num_classes=3)
     (here / "tiny.json").write_text(json.dumps({**values, "sample_every": 2, "sample_steps": 2}))
-    code, _, errors = run(f"{NEW} --vae vae --dataset latents --data-root latents --output out")
+    options = "--vae vae --dataset latents --data-root latents --keep-last 1"
+    code, _, errors = run(f"{NEW} {options} --output out")
     assert (code, errors) == (0, "")
     sheet = Image.open(here / "out" / "samples" / "step_0000002.png")
     assert sheet.mode == "RGB"
     pipe = ECARPipeline.from_pretrained(here / "out")
     assert pipe(2, 2, progress=False).images[0].size == (16, 16)
+    kept = ECARPipeline.from_pretrained(here / "out" / "checkpoints" / "step_0000002")
+    assert kept(2, 2, progress=False).images[0].size == (16, 16)
+    # Resumed, it finds the VAE that the sheets need.
+    code, *_ = run("train --resume out --steps 4 --no-progress")
+    assert code == 0
+    assert Image.open(here / "out" / "samples" / "step_0000004.png").mode == "RGB"
+    assert ECARPipeline.from_pretrained(here / "out")(2, 2, progress=False).images[0].size[0] == 16
+    # A preset takes its sizes from the cache.
+    code, *_ = run(f"{NEW} --preset digits {options} --output sized")
+    assert code == 0
+    config = ECARConfig.from_json(here / "sized" / "config.json")
+    assert (config.channels, config.num_classes, config.stage_sides) == (4, 3, (4, 8))
+    assert config.width == ECARConfig.preset("digits").width
+
+
+def test_a_preset_takes_the_classes_of_a_folder(here, run):
+    for name in ("robin", "wren"):
+        (here / "birds" / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20), "red").save(here / "birds" / name / "0.png")
+    options = "--preset digits --dataset folder --data-root birds --steps 1 --batch-size 2"
+    code, *_ = run(f"{NEW} {options} --output out")
+    assert code == 0
+    config = ECARConfig.from_json(here / "out" / "config.json")
+    assert config == ECARConfig.preset("digits", num_classes=2)
+    code, *_ = run(f"{NEW} {options} --channels 3 --image-size 16 --output sized")
+    assert code == 0
+    config = ECARConfig.from_json(here / "sized" / "config.json")
+    assert (config.channels, config.num_classes, config.stage_sides) == (3, 2, (8, 16))
+    code, output, _ = run("info --config sized/train.json")
+    assert code == 0
+    assert "3 channels" in output and "2 classes" in output
+    assert run("info --config sized/config.json")[1].splitlines()[1:] == output.splitlines()[1:]
 
 
 @pytest.mark.parametrize(
@@ -129,6 +162,10 @@ def test_latents_with_their_vae(here, run):
         ("--output x --background black", "--background: only 'folder' has transparency"),
         ("--output x --background glass", "--background: expected a colour such as white"),
         ("--output x --preset S", "--dataset: 'digits' is 8 x 8, got 32"),
+        ("--output x --image-size 9", "--image-size: expected a multiple of 2 for 2 stages, got 9"),
+        ("--output x --num-classes 7", "--dataset: expected 7 classes for this model, got 10"),
+        ("--output x --channels 0", "--channels: expected a positive whole number, got '0'"),
+        ("--resume x --config y --image-size 8", "--resume: --config does not go with it"),
         ("--output x --init-from nowhere", "checkpoint 'nowhere': no such folder"),
         ("--output x --vae nowhere", "VAE folder nowhere: holds no config.json"),
         ("--output tiny.json/x", "tiny.json: is not a folder"),
