@@ -227,8 +227,8 @@ class ArenaDraw(Draw):
         return "seeds" if "seeds" in names else names[0]
 
     def takes(self, argument: Argument) -> bool:
-        """Steps' parts; numbers have their defaults."""
-        return argument.is_tensor or not argument.optional
+        """Steps' parts; numbers have their defaults, and steps are Euler's."""
+        return not argument.optional or (argument.is_tensor and argument.name != "previous")
 
     def tensor(self, argument: Argument, shape: tuple[int, ...]) -> Tensor:
         if argument.dtype is not None:

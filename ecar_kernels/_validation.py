@@ -118,6 +118,32 @@ def check_number(name: str, value: object) -> None:
         raise ValueError(f"argument '{name}': expected a finite number, got {value}")
 
 
+def check_number_or_data(name: str, value: object, leading: Tensor, leading_name: str) -> None:
+    """A finite Python number, or one float32 on the leading tensor's device, read when the op runs:
+    a 0-dim tensor without a gradient."""
+    if not isinstance(value, Tensor) or value.ndim != 0:
+        check_number(name, value)
+    elif value.dtype != torch.float32:
+        raise TypeError(
+            f"argument '{name}': expected a float or a 0-dim torch.float32 tensor, "
+            f"got {value.dtype}"
+        )
+    elif value.device != leading.device:
+        raise ValueError(
+            f"argument '{name}': expected a tensor on {leading.device} like '{leading_name}', "
+            f"got {value.device}"
+        )
+    elif value.requires_grad:
+        raise ValueError(
+            f"argument '{name}': expected a tensor without a gradient, got one that requires grad"
+        )
+
+
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"argument '{name}': expected True or False, got {type(value).__name__}")
+
+
 def check_positive(name: str, value: float) -> None:
     check_number(name, value)
     if value <= 0:
@@ -153,7 +179,7 @@ def check_inference(**tensors: Tensor | None) -> None:
                 )
 
 
-def _autocast(op: Callable[P, R], widest: bool, kept: str | None = None) -> Callable[P, R]:
+def _autocast(op: Callable[P, R], widest: bool, kept: tuple[str, ...] = ()) -> Callable[P, R]:
     names = tuple(inspect.signature(op).parameters)
 
     @functools.wraps(op)
@@ -174,7 +200,7 @@ def _autocast(op: Callable[P, R], widest: bool, kept: str | None = None) -> Call
             )
 
         def convert(name: str, value: Any) -> Any:
-            return value.to(target) if name != kept and _is_floating(value) else value
+            return value.to(target) if name not in kept and _is_floating(value) else value
 
         with torch.autocast(device, enabled=False):
             return op(
@@ -190,10 +216,10 @@ def _is_floating(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.dtype in registry.KERNEL_DTYPES and value.ndim > 0
 
 
-def autocast_low(op: Callable[P, R], kept: str | None = None) -> Callable[P, R]:
+def autocast_low(op: Callable[P, R], kept: tuple[str, ...] = ()) -> Callable[P, R]:
     """Under torch.autocast, run `op` in the autocast type, as matrix products do.
 
-    kept: the argument that keeps its type.
+    kept: the arguments that keep their type.
     """
     return _autocast(op, widest=False, kept=kept)
 

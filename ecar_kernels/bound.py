@@ -56,6 +56,7 @@ class BoundFlowStep:
         hidden: the MLPs' width.
         values: numbers V of a patch.
         dtype: float32, bfloat16 or float16, of the network. The state is float32.
+        history: keep the velocity of each step for the next, as a solver of several steps needs.
 
     Attributes:
         state: [B, N, V] of the bound head: patches before and after a step.
@@ -78,6 +79,7 @@ class BoundFlowStep:
         hidden: int,
         values: int,
         dtype: torch.dtype,
+        history: bool = False,
     ) -> None:
         from ecar_kernels.flow_block import cpp
 
@@ -89,10 +91,13 @@ class BoundFlowStep:
         # Queries, keys, values and what attention makes of them; later the MLP's hidden tokens.
         self._wide = buffer(rows * tokens * max(4 * width, hidden), dtype)
         self._state = buffer(batch * tokens * values)
+        self._velocity = buffer(batch * tokens * values if history else 0)
+        self._history = history
         self._workspace = buffer(
             max(cpp.workspace_size(rows * tokens, depth) for depth in (width, hidden))
         )
-        self._calls: list[list[Call]] = []
+        # Of each step the blocks' calls, the boundary's, and that of a step without a history.
+        self._steps: list[tuple[list[Call], Call, Call]] = []
 
     @staticmethod
     def why_not(
@@ -148,9 +153,11 @@ class BoundFlowStep:
 
         (rows, tokens, _), width, values = spatial.shape, output.in_features, output.out_features
         batch = self._batch
-        self.state = self._state[: batch * tokens * values].view(batch, tokens, values)
+        size = batch * tokens * values
+        self.state = self._state[:size].view(batch, tokens, values)
+        self._kept = self._velocity[:size].view(batch, tokens, values) if self._history else None
         self.stream = self._stream[: rows * tokens * width].view(rows, tokens, width)
-        self._spatial, self._width, self._calls = spatial, width, []
+        self._spatial, self._width, self._steps = spatial, width, []
         # What follows a block's modulations among its arguments, its weights packed.
         self._blocks = [
             (
@@ -174,18 +181,27 @@ class BoundFlowStep:
         for op in (*BLOCK_OPS, "flow_boundary"):
             registry.note(op, "cpp")
 
-    def add(self, time: Tensor, *, rows: int, dt: float, guidance_scale: float = 1.0) -> None:
+    def add(
+        self, time: Tensor, *, rows: int, dt: float, ratio: float = 0.0, guidance_scale: float = 1.0
+    ) -> None:
         """Lay out the next step.
 
         Args:
             time: [1, 1, (6 L + 2) C], the modulation's part of the time.
             rows: B, or 2 B where the step is guided.
             dt: the step's length.
+            ratio: of `euler_step`; 0 for an Euler step.
             guidance_scale: of `euler_step`.
+
+        Raises:
+            ValueError: a ratio other than 0, without a history or of the head's first step.
         """
+        if ratio and (not self._history or not self._steps):
+            why = "of the first step" if self._history else "without a history"
+            raise ValueError(f"argument 'ratio': expected 0 {why}, got {ratio}")
         calls: list[Call] = []
         x, spatial = self.stream[:rows], self._spatial[:rows]
-        if self._calls and self._rows < rows:  # unconditional rows begin as the others
+        if self._steps and self._rows < rows:  # unconditional rows begin as the others
             half = rows // 2
             calls.append(partial(x[half:].copy_, x[:half]))
         calls += [
@@ -195,30 +211,26 @@ class BoundFlowStep:
         (shift, scale), (step_shift, step_scale) = (
             part[..., -2 * self._width :].chunk(2, dim=-1) for part in (spatial, time)
         )
-        calls.append(
-            partial(
-                self._flow_boundary,
-                x,
-                self.state,
-                shift,
-                scale,
-                *self._ends,
-                dt,
-                step_shift,
-                step_scale,
-                float(guidance_scale),
-                self._eps,
-                self.state,
-                x,
-            )
+        modulated = x, self.state, shift, scale, *self._ends, dt, step_shift, step_scale
+        results = self._eps, self.state, x
+        euler = partial(
+            self._flow_boundary, *modulated, guidance_scale, 0.0, *results, None, self._kept
         )
+        boundary = euler
+        if ratio:  # the velocity takes the place of that before
+            history = self._kept, self._kept
+            boundary = partial(
+                self._flow_boundary, *modulated, guidance_scale, ratio, *results, *history
+            )
         self._rows = rows
-        self._calls.append(calls)
+        self._steps.append((calls, boundary, euler))
 
-    def run(self, step: int) -> None:
-        """Take a step that was laid out."""
-        for call in self._calls[step]:
+    def run(self, step: int, *, restart: bool = False) -> None:
+        """Take a step that was laid out; restart: an Euler step, of a state of another history."""
+        calls, boundary, euler = self._steps[step]
+        for call in calls:
             call()
+        (euler if restart else boundary)()
 
     @staticmethod
     def jump(end: Tensor, start: Tensor, *, time: float, stage: int, seeds: Tensor) -> None:

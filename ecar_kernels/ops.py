@@ -160,6 +160,8 @@ class Argument:
     number: bool = False
     dtype: torch.dtype | None = None  # of a tensor of another dtype than the leading one
     either: torch.dtype | None = None  # this dtype or the leading tensor's, whatever autocast says
+    like: str = ""  # the argument whose dtype it has, where that may not be the leading one's
+    needs: str = ""  # the argument without which it has its default
     part: bool = False  # of a projection that a model cuts its modulations from
     weight: bool = False
     contiguous: bool = False  # no views
@@ -204,6 +206,16 @@ def number(
         return is_number(value) and (within is None or within(value))
 
     return value(name, values, is_valid, number=True, **options)
+
+
+def history(shape: str, like: str = "") -> tuple[Argument, ...]:
+    """What a solver of several steps adds to a step: the velocity of the step before, its ratio,
+    and whether this one's is returned."""
+    return (
+        tensor("previous", shape, like=like, optional=True, nullable=True),
+        number("ratio", 0.5, 0.0, 1.0, 3, within=lambda r: r >= 0, optional=True, needs="previous"),
+        value("return_velocity", (True, False), lambda v: type(v) is bool, optional=True),
+    )
 
 
 DT = number("dt", 0.125, 1.0, 0.1, 1)
@@ -333,10 +345,14 @@ class Op:
             if not argument.is_tensor:
                 if not argument.is_valid(found):
                     return False
+                missing = argument.needs and given.get(argument.needs) is None
+                if missing and found != self.defaults[argument.name]:
+                    return False
                 continue
             if not isinstance(found, Tensor) or found.device.type != device:
                 return False
-            dtypes = (argument.dtype,) if argument.dtype else (leading.dtype, argument.either)
+            set_by: Any = given[argument.like] if argument.like else leading
+            dtypes = (argument.dtype,) if argument.dtype else (set_by.dtype, argument.either)
             if found.dtype not in dtypes or not (argument.dtype or found.dtype in DTYPES):
                 return False
             lies = not found.ndim or found.shape[-1] <= 1 or found.stride(-1) == 1

@@ -217,6 +217,8 @@ class Draw:
             name = argument.name
             if name in left_out or not self.takes(argument):
                 continue
+            if argument.needs and found.get(argument.needs) is None:
+                continue
             if argument.unguided is not None and not self.sizes.guided:
                 found[name] = argument.unguided
             elif not argument.is_tensor:
@@ -232,7 +234,8 @@ class Draw:
                 if argument.part:
                     parts.setdefault(shape, []).append(argument)
                 else:
-                    found[name] = self.tensor(argument, shape)
+                    made = self.tensor(argument, shape)
+                    found[name] = made.to(found[argument.like].dtype) if argument.like else made
         for shape, its in parts.items():
             for argument, part in zip(its, self.projection(its, shape), strict=True):
                 found[argument.name] = part

@@ -2,6 +2,7 @@
 
 // flow_boundary's arguments, checked and taken apart, on the CPU and on CUDA.
 
+#include "bindings/step.h"
 #include "bindings/tokens.h"
 #include "cpu/boundary.h"
 
@@ -9,11 +10,11 @@ namespace ecar {
 
 struct BoundaryTensors {
   const Tensor &x, &state, &shift, &scale, &weight, &bias, &embed_weight, &embed_bias, &positions;
-  const MaybeTensor &step_shift, &step_scale;
+  const MaybeTensor &step_shift, &step_scale, &previous;
 };
 
-// All but the outputs, and the guidance scale, of which each device has its own kind.
-inline Dtype set_boundary(Boundary& a, const BoundaryTensors& in, double dt, double eps) {
+// All but the outputs, and the numbers, of which each device has its own kind.
+inline Dtype set_boundary(Boundary& a, const BoundaryTensors& in, double eps) {
   const Tensor &x = in.x, &state = in.state;
   const Dtype dtype = check_leading("x", x, 3);
   const Tokens t = tokens_of(x);
@@ -48,13 +49,18 @@ inline Dtype set_boundary(Boundary& a, const BoundaryTensors& in, double dt, dou
   a.state = state.const_data_ptr();
   a.state_image_stride = state.stride(0);
   a.state_token_stride = state.stride(1);
+  if (in.previous.has_value()) {
+    check_sizes("previous", *in.previous, state, {images, t.tokens, outputs});
+    a.previous = in.previous->const_data_ptr();
+    a.previous_image_stride = in.previous->stride(0);
+    a.previous_token_stride = in.previous->stride(1);
+  }
   a.images = images;
   a.tokens = t.tokens;
   a.channels = t.channels;
   a.outputs = outputs;
   a.guided = t.images != images;
   a.wide_state = state_code == aoti_torch_dtype_float32();
-  a.dt = static_cast<float>(dt);
   return dtype;
 }
 

@@ -4,71 +4,30 @@
 
 #include <tuple>
 
-#include "bindings/tokens.h"
+#include "bindings/step.h"
 
 namespace ecar {
 namespace {
 
-// Adjacent dimensions that are one in memory become one, so that short rows become long ones.
-void merge_dimensions(EulerStep& a) {
-  for (int d = 2; d >= 0; --d) {
-    const bool joined = a.sizes[d] == 1 || (a.x_strides[d] == a.inner &&
-                                            a.velocity_strides[d] == a.inner);
-    if (!joined) return;
-    a.inner *= a.sizes[d];
-    a.sizes[d] = 1;
-    a.x_strides[d] = a.velocity_strides[d] = 0;
-  }
-}
-
-EulerStep euler_arguments(const Tensor& x, const Tensor& velocity, double dt,
-                          double guidance_scale, const Tensor& out) {
-  const Sizes sizes = x.sizes();
-  const std::int64_t images = velocity.dim() == 4 ? velocity.size(0) : 0;
-  const bool guided = images == 2 * sizes[0];
-  check_sizes("velocity", velocity, x,
-              {guided ? 2 * sizes[0] : sizes[0], sizes[1], sizes[2], sizes[3]});
-  EulerStep a{};
-  a.x = x.const_data_ptr();
-  a.velocity = velocity.const_data_ptr();
-  const Sizes x_strides = x.strides(), velocity_strides = velocity.strides();
-  for (int d = 0; d < 3; ++d) {
-    a.sizes[d] = sizes[d];
-    a.x_strides[d] = x_strides[d];
-    a.velocity_strides[d] = velocity_strides[d];
-  }
-  a.inner = sizes[3];
-  a.out = out.mutable_data_ptr();
-  a.dt = static_cast<float>(dt);
-  a.guidance = static_cast<float>(guidance_scale);
-  if (guided) {
-    const std::int64_t bytes = sizes[0] * velocity_strides[0] *
-                               static_cast<std::int64_t>(x.element_size());
-    a.unconditional = static_cast<const char*>(a.velocity) + bytes;
-  }
-  return a;
-}
-
-// A scale in a tensor is for CUDA graphs; ecar_kernels.flow_step reads one on the CPU itself.
-void check_guidance(const MaybeTensor& guidance) {
-  if (guidance.has_value()) refuse("guidance", "none for CPU tensors, got a tensor");
-}
-
-Tensor euler_step(const Tensor& x, const Tensor& velocity, double dt, double guidance_scale,
-                  const MaybeTensor& guidance) {
-  check_guidance(guidance);
+// With kVelocity the guided velocity is a result, too.
+template <bool kVelocity>
+auto euler_step(const Tensor& x, const Tensor& velocity, double dt, double guidance_scale,
+                double ratio, const MaybeTensor& previous, const MaybeTensor& dt_data,
+                const MaybeTensor& guidance_data, const MaybeTensor& ratio_data) {
   const Dtype dtype = check_leading("x", x, 4);
-  const Sizes sizes = x.sizes();
-  const Tensor out = empty(x, {sizes[0], sizes[1], sizes[2], sizes[3]});
-  EulerStep a = euler_arguments(x, velocity, dt, guidance_scale, out);
+  const Tensor out = empty_as(x);
+  const MaybeTensor kept = kVelocity ? MaybeTensor(empty_as(x)) : std::nullopt;
+  EulerStep a{};
+  set_step(a, {x, velocity, previous}, out, kept);
+  read_numbers(a, {dt, guidance_scale, ratio, dt_data, guidance_data, ratio_data});
   a.stream = stream(out);
   merge_dimensions(a);
   const std::int64_t rows = a.sizes[0] * a.sizes[1] * a.sizes[2];
   const std::int64_t blocks = (a.inner + kEulerBlock - 1) / kEulerBlock;
-  const EulerStepKernel kernel = ECAR_CHOOSE(flow_step_kernels).euler_step[dtype];
+  const EulerStepKernel kernel = ECAR_CHOOSE(flow_step_kernels).euler_step[dtype][has_history(a)];
   parallel(rows * blocks, a.inner < kEulerBlock ? a.inner : kEulerBlock,
            [&](std::int64_t begin, std::int64_t end) { kernel(a, begin, end); });
-  return out;
+  return with_velocity<kVelocity>(kept, out);
 }
 
 void check_seeds(const Tensor& seeds) {
@@ -76,28 +35,31 @@ void check_seeds(const Tensor& seeds) {
   if (seeds.dim() != 1) refuse("seeds", "one dimension, got ", text(seeds.sizes()));
 }
 
-void jump(Dtype dtype, UpsampleRenoise& a, const Tensor& x, const Tensor& velocity, double dt,
-          double guidance_scale, double time, const Tensor& end, const Tensor& start) {
-  const Sizes sizes = x.sizes();
-  a.step = euler_arguments(x, velocity, dt, guidance_scale, end);
+void jump(Dtype dtype, UpsampleRenoise& a, const StepTensors& in, const StepNumbers& numbers,
+          double time, const Tensor& end, const Tensor& start, const MaybeTensor& kept) {
+  const Sizes sizes = in.x.sizes();
+  set_step(a.step, in, end, kept);
+  read_numbers(a.step, numbers);
   a.up_factor = static_cast<float>((1 + time) / 2);
   a.noise_factor = static_cast<float>(1 - time);
   a.start = start.mutable_data_ptr();
-  const UpsampleRenoiseKernel kernel = ECAR_CHOOSE(flow_step_kernels).upsample_renoise[dtype];
+  const UpsampleRenoiseKernel kernel =
+      ECAR_CHOOSE(flow_step_kernels).upsample_renoise[dtype][has_history(a.step)];
   // A drawn normal costs some twenty copied elements.
   parallel(sizes[3] > 0 ? sizes[0] * sizes[1] * sizes[2] : 0,
            sizes[3] * (a.details == nullptr ? 20 : 5),
            [&](std::int64_t begin, std::int64_t end) { kernel(a, begin, end); });
 }
 
-std::tuple<Tensor, Tensor> new_jump(Dtype dtype, UpsampleRenoise& a, const Tensor& x,
-                                    const Tensor& velocity, double dt, double guidance_scale,
-                                    double time) {
-  const Sizes sizes = x.sizes();
-  const Tensor end = empty(x, {sizes[0], sizes[1], sizes[2], sizes[3]});
-  const Tensor start = empty(x, {sizes[0], sizes[1], 2 * sizes[2], 2 * sizes[3]});
-  jump(dtype, a, x, velocity, dt, guidance_scale, time, end, start);
-  return {end, start};
+template <bool kVelocity>
+auto new_jump(Dtype dtype, UpsampleRenoise& a, const StepTensors& in, const StepNumbers& numbers,
+              double time) {
+  const Sizes sizes = in.x.sizes();
+  const Tensor end = empty_as(in.x);
+  const Tensor start = empty(in.x, {sizes[0], sizes[1], 2 * sizes[2], 2 * sizes[3]});
+  const MaybeTensor kept = kVelocity ? MaybeTensor(empty_as(in.x)) : std::nullopt;
+  jump(dtype, a, in, numbers, time, end, start, kept);
+  return with_velocity<kVelocity>(kept, end, start);
 }
 
 void set_seeds(UpsampleRenoise& a, const Tensor& seeds, std::int64_t stage, const Tensor& x) {
@@ -110,16 +72,19 @@ void set_seeds(UpsampleRenoise& a, const Tensor& seeds, std::int64_t stage, cons
   a.stage = static_cast<std::uint32_t>(stage);
 }
 
-std::tuple<Tensor, Tensor> upsample_renoise_euler_seeds(const Tensor& x, const Tensor& velocity,
-                                                        double dt, double guidance_scale,
-                                                        double time, std::int64_t stage,
-                                                        const Tensor& seeds,
-                                                        const MaybeTensor& guidance) {
-  check_guidance(guidance);
+template <bool kVelocity>
+auto upsample_renoise_euler_seeds(const Tensor& x, const Tensor& velocity, double dt,
+                                  double guidance_scale, double ratio, double time,
+                                  std::int64_t stage, const Tensor& seeds,
+                                  const MaybeTensor& previous, const MaybeTensor& dt_data,
+                                  const MaybeTensor& guidance_data,
+                                  const MaybeTensor& ratio_data) {
   const Dtype dtype = check_leading("x", x, 4);
   UpsampleRenoise a{};
   set_seeds(a, seeds, stage, x);
-  return new_jump(dtype, a, x, velocity, dt, guidance_scale, time);
+  return new_jump<kVelocity>(dtype, a, {x, velocity, previous},
+                             {dt, guidance_scale, ratio, dt_data, guidance_data, ratio_data},
+                             time);
 }
 
 // `end` may be x or the velocity: each element is read before it is replaced.
@@ -137,21 +102,26 @@ void upsample_renoise_euler_seeds_out(const Tensor& x, const Tensor& velocity, d
     if (!same_memory(end, *input)) check_apart("end", end, *input);
     check_apart("start", start, *input);
   }
-  jump(dtype, a, x, velocity, dt, guidance_scale, time, end, start);
+  const MaybeTensor none;
+  jump(dtype, a, {x, velocity, none}, {dt, guidance_scale, 0, none, none, none}, time, end, start,
+       none);
 }
 
-std::tuple<Tensor, Tensor> upsample_renoise_euler_details(const Tensor& x, const Tensor& velocity,
-                                                          double dt, double guidance_scale,
-                                                          double time, const Tensor& details,
-                                                          const MaybeTensor& guidance) {
-  check_guidance(guidance);
+template <bool kVelocity>
+auto upsample_renoise_euler_details(const Tensor& x, const Tensor& velocity, double dt,
+                                    double guidance_scale, double ratio, double time,
+                                    const Tensor& details, const MaybeTensor& previous,
+                                    const MaybeTensor& dt_data, const MaybeTensor& guidance_data,
+                                    const MaybeTensor& ratio_data) {
   const Dtype dtype = check_leading("x", x, 4);
   const Sizes sizes = x.sizes();
   check_sizes("details", details, x, {sizes[0], sizes[1], 3, sizes[2], sizes[3]});
   UpsampleRenoise a{};
   a.details = details.const_data_ptr();
   for (int d = 0; d < 4; ++d) a.details_strides[d] = details.stride(d);
-  return new_jump(dtype, a, x, velocity, dt, guidance_scale, time);
+  return new_jump<kVelocity>(dtype, a, {x, velocity, previous},
+                             {dt, guidance_scale, ratio, dt_data, guidance_data, ratio_data},
+                             time);
 }
 
 Dtype table_entry(ScalarType type) {
@@ -192,30 +162,44 @@ Tensor initial_noise(const Tensor& seeds, std::int64_t channels, std::int64_t he
 }  // namespace ecar
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
-  library.def(
-      "euler_step(Tensor x, Tensor velocity, float dt, float guidance_scale, "
-      "Tensor? guidance=None) -> Tensor");
-  library.def(
-      "upsample_renoise_euler_seeds(Tensor x, Tensor velocity, float dt, float guidance_scale, "
-      "float time, int stage, Tensor seeds, Tensor? guidance=None) -> (Tensor end, Tensor start)");
+#define ECAR_EULER_STEP \
+  "(Tensor x, Tensor velocity, float dt, float guidance_scale, float ratio, " ECAR_STEP_OPTIONS
+  library.def("euler_step" ECAR_EULER_STEP "Tensor");
+  library.def("euler_step_velocity" ECAR_EULER_STEP "(Tensor x, Tensor velocity)");
+#undef ECAR_EULER_STEP
+#define ECAR_SEEDS                                                               \
+  "(Tensor x, Tensor velocity, float dt, float guidance_scale, float ratio, "    \
+  "float time, int stage, Tensor seeds, " ECAR_STEP_OPTIONS "(Tensor end, Tensor start"
+  library.def("upsample_renoise_euler_seeds" ECAR_SEEDS ")");
+  library.def("upsample_renoise_euler_seeds_velocity" ECAR_SEEDS ", Tensor velocity)");
+#undef ECAR_SEEDS
   library.def(
       "upsample_renoise_euler_seeds_out(Tensor x, Tensor velocity, float dt, "
       "float guidance_scale, float time, int stage, Tensor seeds, Tensor(a!) end, "
       "Tensor(b!) start) -> ()");
-  library.def(
-      "upsample_renoise_euler_details(Tensor x, Tensor velocity, float dt, float guidance_scale, "
-      "float time, Tensor details, Tensor? guidance=None) -> (Tensor end, Tensor start)");
+#define ECAR_DETAILS                                                             \
+  "(Tensor x, Tensor velocity, float dt, float guidance_scale, float ratio, "    \
+  "float time, Tensor details, " ECAR_STEP_OPTIONS "(Tensor end, Tensor start"
+  library.def("upsample_renoise_euler_details" ECAR_DETAILS ")");
+  library.def("upsample_renoise_euler_details_velocity" ECAR_DETAILS ", Tensor velocity)");
+#undef ECAR_DETAILS
   library.def(
       "initial_noise(Tensor seeds, int channels, int height, int width, ScalarType dtype) "
       "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ecar, CPU, library) {
-  library.impl("euler_step", TORCH_BOX(&ecar::euler_step));
-  library.impl("upsample_renoise_euler_seeds", TORCH_BOX(&ecar::upsample_renoise_euler_seeds));
+  library.impl("euler_step", TORCH_BOX(&ecar::euler_step<false>));
+  library.impl("euler_step_velocity", TORCH_BOX(&ecar::euler_step<true>));
+  library.impl("upsample_renoise_euler_seeds",
+               TORCH_BOX(&ecar::upsample_renoise_euler_seeds<false>));
+  library.impl("upsample_renoise_euler_seeds_velocity",
+               TORCH_BOX(&ecar::upsample_renoise_euler_seeds<true>));
   library.impl("upsample_renoise_euler_seeds_out",
                TORCH_BOX(&ecar::upsample_renoise_euler_seeds_out));
   library.impl("upsample_renoise_euler_details",
-               TORCH_BOX(&ecar::upsample_renoise_euler_details));
+               TORCH_BOX(&ecar::upsample_renoise_euler_details<false>));
+  library.impl("upsample_renoise_euler_details_velocity",
+               TORCH_BOX(&ecar::upsample_renoise_euler_details<true>));
   library.impl("initial_noise", TORCH_BOX(&ecar::initial_noise));
 }

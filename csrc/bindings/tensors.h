@@ -25,6 +25,7 @@ namespace ecar {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // The wording of an error: "argument 'x': expected ..., got ...".
@@ -107,30 +108,40 @@ inline bool stream(const Tensor& output) {
 }
 
 // A new contiguous tensor of the type and device of `like`.
-inline Tensor empty(const Tensor& like, std::initializer_list<std::int64_t> sizes,
-                    std::int32_t dtype, bool host = true) {
+inline Tensor empty(const Tensor& like, const std::int64_t* sizes, std::size_t dims,
+                    std::int32_t dtype, bool host) {
   std::int64_t strides[8];
   std::int64_t stride = 1, count = 1;
-  for (std::size_t i = sizes.size(); i-- > 0;) {
+  for (std::size_t i = dims; i-- > 0;) {
     strides[i] = stride;
-    count *= sizes.begin()[i];
-    stride *= sizes.begin()[i] > 1 ? sizes.begin()[i] : 1;
+    count *= sizes[i];
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
   std::int32_t device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<std::int64_t>(sizes.size()), sizes.begin(), strides, dtype, device_type,
-      device_index, &handle));
+      static_cast<std::int64_t>(dims), sizes, strides, dtype, device_type, device_index, &handle));
   const Tensor tensor(handle);
   const std::int64_t bytes = count * static_cast<std::int64_t>(aoti_torch_dtype_element_size(dtype));
   if (host && bytes >= kLarge) prepare_large(tensor.mutable_data_ptr(), bytes);
   return tensor;
 }
 
+inline Tensor empty(const Tensor& like, std::initializer_list<std::int64_t> sizes,
+                    std::int32_t dtype, bool host = true) {
+  return empty(like, sizes.begin(), sizes.size(), dtype, host);
+}
+
 inline Tensor empty(const Tensor& like, std::initializer_list<std::int64_t> sizes) {
   return empty(like, sizes, dtype_code(like));
+}
+
+// A new contiguous tensor of the sizes, type and device of `like`.
+inline Tensor empty_as(const Tensor& like, bool host = true) {
+  const Sizes sizes = like.sizes();
+  return empty(like, sizes.data(), sizes.size(), dtype_code(like), host);
 }
 
 // A tensor to write to: of the leading one's type, of these sizes, contiguous.
@@ -156,10 +167,12 @@ inline void check_apart(const char* name, const Tensor& out, const Tensor& input
     if (input.size(d) == 0) return;
     last += (input.size(d) - 1) * input.stride(d);
   }
-  const std::int64_t item = static_cast<std::int64_t>(input.element_size());
+  const auto bytes = [](const Tensor& tensor, std::int64_t elements) {
+    return elements * static_cast<std::int64_t>(tensor.element_size());
+  };
   const char* in = static_cast<const char*>(input.const_data_ptr());
   const char* to = static_cast<const char*>(out.const_data_ptr());
-  if (to < in + (last + 1) * item && in < to + out.numel() * item) {
+  if (to < in + bytes(input, last + 1) && in < to + bytes(out, out.numel())) {
     refuse(name, "memory apart from that of the inputs, got an overlap");
   }
 }

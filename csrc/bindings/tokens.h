@@ -7,8 +7,6 @@
 
 namespace ecar {
 
-using MaybeTensor = std::optional<Tensor>;
-
 struct Tokens {
   std::int64_t images, tokens, channels;
 };

@@ -15,10 +15,13 @@ struct Boundary {
   const void *weight, *bias, *embed_weight, *embed_bias, *positions;
   const void* state;
   std::int64_t state_image_stride, state_token_stride;
+  const void* previous;  // null, or the guided velocity of the step before: rows like the state's
+  std::int64_t previous_image_stride, previous_token_stride;
   void *new_state, *embedded;
+  void* kept;  // null, or where the guided velocity is left; may be `previous`
   std::int64_t images, tokens, channels, outputs;
   bool guided, wide_state;  // wide_state: float32 whatever x is
-  float dt, eps;
+  float eps;
 };
 
 constexpr std::int64_t kMaxOutputs = 64;

@@ -4,7 +4,7 @@
 // token by token; then the next step's embedding with positions, band of channels by band, so
 // that a weight is turned once for many tokens. Every sum is taken in an order that depends on
 // channels and outputs alone. Since all tokens are read before the first is embedded, `embedded`
-// may be x itself, and `new_state` the state.
+// may be x itself, `new_state` the state, and `kept` the velocity of the step before.
 
 #include "cpu/boundary.h"
 #include "cpu/dtypes.h"
@@ -13,7 +13,7 @@
 namespace ecar {
 
 struct FlowBoundary : Boundary {
-  float guidance;
+  float dt, guidance, half_ratio;
 };
 
 constexpr std::int64_t kBandTokens = 64;  // of one unit, at most

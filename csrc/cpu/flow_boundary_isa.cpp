@@ -69,12 +69,20 @@ void new_states(const FlowBoundary& a, int64_t begin, int64_t end) {
     if (a.guided) velocity_of<T>(a, a.images + image, token, unconditional);
     const S* old = at<S>(a.state, image * a.state_image_stride + token * a.state_token_stride);
     S* to = static_cast<S*>(a.new_state) + index * a.outputs;
+    const S* previous =
+        a.previous == nullptr
+            ? nullptr
+            : at<S>(a.previous, image * a.previous_image_stride + token * a.previous_token_stride);
+    S* kept = a.kept == nullptr ? nullptr : static_cast<S*>(a.kept) + index * a.outputs;
     for_each(a.outputs, [&](auto io, int64_t output) {
       Vec v = io.load(velocity + output);
       if (a.guided) {
         const Vec u = io.load(unconditional + output);
         v = u + a.guidance * (v - u);
       }
+      const Vec guided = v;
+      if (previous != nullptr) v = v + a.half_ratio * (v - io.load(previous + output));
+      if (kept != nullptr) io.store(kept + output, guided);
       io.store(to + output, io.load(old + output) + a.dt * v);  // not fused, as euler_step
     });
   }

@@ -10,15 +10,19 @@
 namespace ecar {
 
 // x + dt v of images whose dimensions before the last are free in memory; v is guided where
-// there is an unconditional one: v = u + guidance (c - u).
+// there is an unconditional one: v = u + guidance (c - u). With the guided velocity p of the step
+// before it is x + dt (v + half_ratio (v - p)).
 struct EulerStep {
-  const void *x, *velocity, *unconditional;  // unconditional: null if not guided
-  std::int64_t sizes[3], inner;              // dimensions before the last, and the last
-  std::int64_t x_strides[3], velocity_strides[3];  // of the former; the latter's are 1
-  void* out;                                       // contiguous
-  float dt, guidance;
-  bool stream;  // the output goes past the caches
+  const void *x, *velocity, *unconditional, *previous;  // the last two: or null
+  std::int64_t sizes[3], inner;  // dimensions before the last, and the last
+  std::int64_t x_strides[3], velocity_strides[3], previous_strides[3];  // the last one's are 1
+  void* out;   // contiguous, as is `kept`
+  void* kept;  // null, or where v is left; may be `previous`
+  float dt, guidance, half_ratio;
+  bool stream;  // the outputs go past the caches
 };
+
+inline bool has_history(const EulerStep& a) { return a.previous != nullptr || a.kept != nullptr; }
 
 // Elements of a row that are one unit of work.
 constexpr std::int64_t kEulerBlock = 4096;
@@ -57,8 +61,8 @@ constexpr std::int64_t kNoiseBlock = 1024;
 using InitialNoiseKernel = void (*)(const InitialNoise&, std::int64_t begin, std::int64_t end);
 
 struct FlowStepKernels {
-  EulerStepKernel euler_step[kDtypes];
-  UpsampleRenoiseKernel upsample_renoise[kDtypes];
+  EulerStepKernel euler_step[kDtypes][2];  // [1]: of a step that has a history
+  UpsampleRenoiseKernel upsample_renoise[kDtypes][2];
   InitialNoiseKernel initial_noise[kDtypes];
 };
 

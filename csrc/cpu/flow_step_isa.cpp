@@ -6,62 +6,78 @@ namespace ecar {
 namespace ECAR_ISA {
 namespace {
 
+// kHistory, here and below: there may be a velocity of the step before, or a place for this one's;
+// an Euler step does not look for them.
 template <class T>
 struct StepRow {
-  const T *x, *velocity, *unconditional;
-  T* out;
+  const T *x, *velocity, *unconditional, *previous;
+  T *out, *kept;
   std::int64_t index[3];
 };
 
-template <class T>
+template <bool kHistory, class T>
 StepRow<T> step_row(const EulerStep& a, std::int64_t row) {
   StepRow<T> found;
-  std::int64_t rest = row, x = 0, velocity = 0;
+  std::int64_t rest = row, x = 0, velocity = 0, previous = 0;
   for (int d = 2; d >= 0; --d) {
     found.index[d] = rest % a.sizes[d];
     rest /= a.sizes[d];
     x += found.index[d] * a.x_strides[d];
     velocity += found.index[d] * a.velocity_strides[d];
+    if (kHistory) previous += found.index[d] * a.previous_strides[d];
   }
+  const auto offset = [](auto* data, std::int64_t by) {
+    return data == nullptr ? nullptr : data + by;
+  };
   found.x = static_cast<const T*>(a.x) + x;
   found.velocity = static_cast<const T*>(a.velocity) + velocity;
-  found.unconditional =
-      a.unconditional == nullptr ? nullptr : static_cast<const T*>(a.unconditional) + velocity;
+  found.unconditional = offset(static_cast<const T*>(a.unconditional), velocity);
   found.out = static_cast<T*>(a.out) + row * a.inner;
+  if (kHistory) {
+    found.previous = offset(static_cast<const T*>(a.previous), previous);
+    found.kept = offset(static_cast<T*>(a.kept), row * a.inner);
+  }
   return found;
 }
 
 // Not fused: the same bits as the reference's.
-template <class T, class Access>
+template <bool kHistory, class T, class Access>
 inline Vec stepped(Access io, const EulerStep& a, const StepRow<T>& row, std::int64_t at) {
   Vec velocity = io.load(row.velocity + at);
   if (row.unconditional != nullptr) {
     const Vec unconditional = io.load(row.unconditional + at);
     velocity = unconditional + a.guidance * (velocity - unconditional);
   }
+  if (kHistory) {
+    const Vec guided = velocity;
+    if (row.previous != nullptr) {
+      velocity = guided + a.half_ratio * (guided - io.load(row.previous + at));
+    }
+    if (row.kept != nullptr) io.store(row.kept + at, guided);
+  }
   return io.load(row.x + at) + a.dt * velocity;
 }
 
-template <class T, class Whole>
+template <bool kHistory, class T, class Whole>
 void euler_rows(const EulerStep& a, std::int64_t begin, std::int64_t end) {
   const std::int64_t blocks = (a.inner + kEulerBlock - 1) / kEulerBlock;
   for (std::int64_t unit = begin; unit < end; ++unit) {
-    const StepRow<T> row = step_row<T>(a, unit / blocks);
+    const StepRow<T> row = step_row<kHistory, T>(a, unit / blocks);
     const std::int64_t first = unit % blocks * kEulerBlock;
     const std::int64_t rest = a.inner - first;
     for_each<Whole>(rest < kEulerBlock ? rest : kEulerBlock, [&](auto io, std::int64_t at) {
-      io.store(row.out + first + at, stepped(io, a, row, first + at));
+      io.store(row.out + first + at, stepped<kHistory>(io, a, row, first + at));
     });
   }
 }
 
-template <class T>
+template <bool kHistory, class T>
 void euler_step(const EulerStep& a, std::int64_t begin, std::int64_t end) {
   if (a.stream) {
-    euler_rows<T, Stream>(a, begin, end);
+    euler_rows<kHistory, T, Stream>(a, begin, end);
     fence();
   } else {
-    euler_rows<T, Full>(a, begin, end);
+    euler_rows<kHistory, T, Full>(a, begin, end);
   }
 }
 
@@ -83,12 +99,12 @@ inline void store_pairs(Partial io, T* to, Vec even, Vec odd) {
   if (count > kWidth) Partial{count - kWidth}.store(to + kWidth, second);
 }
 
-template <class T>
+template <bool kHistory, class T>
 void upsample_renoise(const UpsampleRenoise& a, std::int64_t begin, std::int64_t end) {
   const std::int64_t width = a.step.inner, rows = a.step.sizes[2];
   const Vec up = splat(a.up_factor), half_noise = splat(0.5f * a.noise_factor);
   for (std::int64_t index = begin; index < end; ++index) {
-    const StepRow<T> row = step_row<T>(a.step, index);
+    const StepRow<T> row = step_row<kHistory, T>(a.step, index);
     const auto [image, channel, line] = row.index;
     T* top = static_cast<T*>(a.start) + index * 4 * width;
     T* bottom = top + 2 * width;
@@ -102,7 +118,7 @@ void upsample_renoise(const UpsampleRenoise& a, std::int64_t begin, std::int64_t
                  line * a.details_strides[3];
     }
     for_each(width, [&](auto io, std::int64_t at) {
-      const Vec value = stepped(io, a.step, row, at);
+      const Vec value = stepped<kHistory>(io, a.step, row, at);
       io.store(row.out + at, value);
       Vec d1, d2, d3;
       if (details == nullptr) {
@@ -153,8 +169,12 @@ void initial_noise(const InitialNoise& a, std::int64_t begin, std::int64_t end) 
 }  // namespace
 
 const FlowStepKernels flow_step_kernels = {
-    {euler_step<float>, euler_step<BFloat16>, euler_step<Float16>},
-    {upsample_renoise<float>, upsample_renoise<BFloat16>, upsample_renoise<Float16>},
+    {{euler_step<false, float>, euler_step<true, float>},
+     {euler_step<false, BFloat16>, euler_step<true, BFloat16>},
+     {euler_step<false, Float16>, euler_step<true, Float16>}},
+    {{upsample_renoise<false, float>, upsample_renoise<true, float>},
+     {upsample_renoise<false, BFloat16>, upsample_renoise<true, BFloat16>},
+     {upsample_renoise<false, Float16>, upsample_renoise<true, Float16>}},
     {initial_noise<float>, initial_noise<BFloat16>, initial_noise<Float16>},
 };
 

@@ -5,8 +5,7 @@
 // image, with guidance both of their rows, so that a weight read once serves them all. Sums are
 // in float, each in an order that neither the batch nor the group changes.
 
-#include "cuda/elements.cuh"
-#include "cuda/flow_step.h"
+#include "cuda/flow_step.cuh"
 
 namespace ecar {
 namespace cuda {
@@ -173,8 +172,8 @@ __device__ inline void flow_boundary_block(const FlowBoundary& a, float* shared)
   }
   __syncthreads();
 
-  const float guidance =
-      a.guidance.on_device != nullptr ? *a.guidance.on_device : a.guidance.value;
+  const float dt = value_of(a.dt), guidance = value_of(a.guidance);
+  const float half_ratio = a.previous != nullptr ? 0.5f * value_of(a.ratio) : 0.0f;
   for (int i = threadIdx.x; i < kTokens * outputs; i += blockDim.x) {
     const int t = i / outputs, output = i % outputs;
     const std::int64_t token = first + t;
@@ -186,8 +185,15 @@ __device__ inline void flow_boundary_block(const FlowBoundary& a, float* shared)
     }
     const S* old = static_cast<const S*>(a.state) + image * a.state_image_stride +
                    token * a.state_token_stride;
-    S* to = static_cast<S*>(a.new_state) + (image * a.tokens + token) * outputs + output;
-    const float value = to_float(old[output]) + a.dt * v;
+    const std::int64_t place = (image * a.tokens + token) * outputs + output;
+    S* to = static_cast<S*>(a.new_state) + place;
+    if (a.kept != nullptr) from_float(v, static_cast<S*>(a.kept)[place]);
+    if (a.previous != nullptr) {
+      const S* previous = static_cast<const S*>(a.previous) + image * a.previous_image_stride +
+                          token * a.previous_token_stride;
+      v = v + half_ratio * (v - to_float(previous[output]));
+    }
+    const float value = to_float(old[output]) + dt * v;
     from_float(value, *to);
     state[i] = to_float(*to);  // what the next step reads
   }

@@ -39,7 +39,8 @@ template <class T>
 ECAR_HOST_DEVICE bool wide(const EulerStep& a) {
   return rows_aligned<T>(a.x, a.x_strides, a.sizes, 3) &&
          rows_aligned<T>(a.velocity, a.velocity_strides, a.sizes, 3) &&
-         aligned(a.unconditional) && aligned(a.out) &&
+         rows_aligned<T>(a.previous, a.previous_strides, a.sizes, 3) &&
+         aligned(a.unconditional) && aligned(a.out) && aligned(a.kept) &&
          (rows_of(a) <= 1 || a.inner % kVector<T> == 0);
 }
 
@@ -63,7 +64,7 @@ ECAR_HOST_DEVICE bool wide(const InitialNoise& a) {
 struct Place {
   std::int64_t row, at;    // at: first element of the vector
   std::int64_t index[3];   // of the row
-  std::int64_t x, velocity;  // offsets
+  std::int64_t x, velocity, previous;  // offsets
   int count;
 };
 
@@ -97,15 +98,17 @@ ECAR_DEVICE Place place_of(const EulerStep& a, std::int64_t unit) {
   for (int d = 0; d < 3; ++d) {
     p.x += p.index[d] * a.x_strides[d];
     p.velocity += p.index[d] * a.velocity_strides[d];
+    p.previous += p.index[d] * a.previous_strides[d];
   }
   return p;
 }
 
-ECAR_DEVICE float scale_of(const Guidance& guidance) {
-  return guidance.on_device != nullptr ? *guidance.on_device : guidance.value;
+ECAR_DEVICE float value_of(const Number& number) {
+  return number.on_device != nullptr ? *number.on_device : number.value;
 }
 
-// Stores x + dt v and leaves it in `value`.
+// Stores x + dt v, or with a history x + dt (v + ratio (v - previous) / 2), and leaves it in
+// `value`.
 template <class T>
 ECAR_DEVICE void step(const EulerStep& a, const Place& p, bool whole,
                            float (&value)[kVector<T>]) {
@@ -116,14 +119,27 @@ ECAR_DEVICE void step(const EulerStep& a, const Place& p, bool whole,
     float unconditional[kVector<T>];
     load(static_cast<const T*>(a.unconditional) + p.velocity + p.at, p.count, whole,
          unconditional);
-    const float scale = scale_of(a.guidance);
+    const float scale = value_of(a.guidance);
 #pragma unroll
     for (int i = 0; i < kVector<T>; ++i) {
       velocity[i] = unconditional[i] + scale * (velocity[i] - unconditional[i]);
     }
   }
+  if (a.kept != nullptr) {
+    store(static_cast<T*>(a.kept) + p.row * a.inner + p.at, p.count, whole, velocity);
+  }
+  if (a.previous != nullptr) {
+    float previous[kVector<T>];
+    load(static_cast<const T*>(a.previous) + p.previous + p.at, p.count, whole, previous);
+    const float half_ratio = 0.5f * value_of(a.ratio);
 #pragma unroll
-  for (int i = 0; i < kVector<T>; ++i) value[i] = value[i] + a.dt * velocity[i];
+    for (int i = 0; i < kVector<T>; ++i) {
+      velocity[i] = velocity[i] + half_ratio * (velocity[i] - previous[i]);
+    }
+  }
+  const float dt = value_of(a.dt);
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) value[i] = value[i] + dt * velocity[i];
   store(static_cast<T*>(a.out) + p.row * a.inner + p.at, p.count, whole, value);
 }
 

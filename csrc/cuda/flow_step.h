@@ -10,21 +10,19 @@
 namespace ecar {
 namespace cuda {
 
-// v = u + guidance (c - u) where there is an unconditional velocity; the scale is read from the
-// device where `on_device` is not null, so that a graph replays with another one.
-struct Guidance {
+// Read from the device where `on_device` is not null, so that a graph replays with another one.
+struct Number {
   float value;
   const float* on_device;
 };
 
 // As cpu/flow_step.h: dimensions before the last are free in memory.
 struct EulerStep {
-  const void *x, *velocity, *unconditional;  // unconditional: null if not guided
+  const void *x, *velocity, *unconditional, *previous;  // the last two: or null
   std::int64_t sizes[3], inner;
-  std::int64_t x_strides[3], velocity_strides[3];
-  void* out;  // contiguous
-  float dt;
-  Guidance guidance;
+  std::int64_t x_strides[3], velocity_strides[3], previous_strides[3];
+  void *out, *kept;  // contiguous; kept: null, or where the guided velocity is left
+  Number dt, guidance, ratio;
 };
 
 struct UpsampleRenoise {
@@ -45,7 +43,7 @@ struct InitialNoise {
 };
 
 struct FlowBoundary : Boundary {
-  Guidance guidance;
+  Number dt, guidance, ratio;
 };
 
 constexpr std::int64_t kMaxChannels = 8192;

@@ -143,9 +143,9 @@ struct Calls {
     UpsampleRenoise u{};
     u.step = e, u.seeds = &seed, u.stage = 2, u.up_factor = 0.5f, u.noise_factor = 0.5f;
     u.start = memory(4 * count);
-    measure("upsample_renoise_euler", [&] { kernels.upsample_renoise[dtype](u, 0, 4 * side); });
+    measure("upsample_renoise_euler", [&] { kernels.upsample_renoise[dtype][0](u, 0, 4 * side); });
     e.sizes[1] = e.sizes[2] = 1, e.inner = count;  // as the binding merges them
-    measure("euler_step", [&] { kernels.euler_step[dtype](e, 0, 1); });
+    measure("euler_step", [&] { kernels.euler_step[dtype][0](e, 0, 1); });
     InitialNoise n{&seed, 0, memory(count), count, (count + kNoiseBlock - 1) / kNoiseBlock};
     measure("initial_noise", [&] { kernels.initial_noise[dtype](n, 0, n.blocks); });
   }

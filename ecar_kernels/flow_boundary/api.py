@@ -1,6 +1,7 @@
 """What lies between two network calls of a stage, in one call; for inference."""
 
 import functools
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,19 +13,19 @@ from ecar_kernels._validation import (
     check_last_dim,
     check_leading,
     check_like,
-    check_number,
+    check_number_or_data,
     check_positive,
     check_spatial,
     check_step,
     check_tensor,
     shape_error,
 )
-from ecar_kernels.flow_step.api import check_guidance
+from ecar_kernels.flow_step.api import check_history
 
 MAX_OUTPUTS = 64
 
 
-@functools.partial(autocast_low, kept="state")
+@overload
 def flow_boundary(
     x: Tensor,
     state: Tensor,
@@ -35,30 +36,79 @@ def flow_boundary(
     embed_weight: Tensor,
     embed_bias: Tensor,
     positions: Tensor,
-    dt: float,
+    dt: float | Tensor,
+    *,
+    step_shift: Tensor | None = ...,
+    step_scale: Tensor | None = ...,
+    guidance_scale: float | Tensor = ...,
+    eps: float = ...,
+    previous: Tensor | None = ...,
+    ratio: float | Tensor = ...,
+    return_velocity: Literal[False] = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def flow_boundary(
+    x: Tensor,
+    state: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    embed_weight: Tensor,
+    embed_bias: Tensor,
+    positions: Tensor,
+    dt: float | Tensor,
+    *,
+    step_shift: Tensor | None = ...,
+    step_scale: Tensor | None = ...,
+    guidance_scale: float | Tensor = ...,
+    eps: float = ...,
+    previous: Tensor | None = ...,
+    ratio: float | Tensor = ...,
+    return_velocity: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@functools.partial(autocast_low, kept=("state", "previous"))
+def flow_boundary(
+    x: Tensor,
+    state: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    embed_weight: Tensor,
+    embed_bias: Tensor,
+    positions: Tensor,
+    dt: float | Tensor,
     *,
     step_shift: Tensor | None = None,
     step_scale: Tensor | None = None,
     guidance_scale: float | Tensor = 1.0,
     eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
-    """The final adaLN and linear, guidance, an Euler step, and the next step's embedding.
+    previous: Tensor | None = None,
+    ratio: float | Tensor = 0.0,
+    return_velocity: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    """The final adaLN and linear, guidance, a step, and the next step's embedding.
 
         v        = adaln(x, shift, scale) weight^T + bias      2B rows: v_u + g (v_c - v_u)
-        state'   = state + dt v
+        state'   = state + dt v                                as euler_step, with its history
         embedded = state' embed_weight^T + embed_bias + positions
 
     x: [R, N, C], the residual stream behind the last block, R = B or 2B (conditional rows
     first), float32, bfloat16 or float16. state: [B, N, P], the latent in tokens, float32 or
     x's type, P at most 64. shift, scale: [R, N, C] or [R, 1, C]. step_shift, step_scale:
     [1, 1, C] or [R, 1, C]. weight: [P, C]. bias: [P]. embed_weight: [C, P]. embed_bias: [C].
-    positions: [N, C]. dt: a finite number. guidance_scale: a finite number, or a 0-dim float32
-    tensor on x's device; the number 1 where R = B. eps > 0. Weights and positions are
-    contiguous. Returns state' [B, N, P] in state's type and embedded [R, N, C] in x's, the same
-    rows twice where R = 2B. No derivatives: ValueError where one is asked for. Under
-    torch.autocast all but the state, which keeps its type, are cast to the autocast type. Raises
-    ValueError or TypeError where an argument does not fit, BackendUnavailableError where the
-    backend in force cannot serve.
+    positions: [N, C]. dt: a finite number. guidance_scale: a finite number; 1 where R = B. eps > 0.
+    Weights and positions are contiguous. previous: [B, N, P] in state's type, the guided velocity
+    of the step before. ratio: dt over that step's, at least 0; 0 without `previous`. dt,
+    guidance_scale and ratio may also be 0-dim float32 tensors on x's device, which a CUDA graph
+    reads when it is replayed.
+
+    Returns state' [B, N, P] in state's type and embedded [R, N, C] in x's, the same rows twice
+    where R = 2B; with return_velocity also v [B, N, P] in state's type. No derivatives: ValueError
+    where one is asked for. Under torch.autocast all but the state and `previous`, which keep their
+    type, are cast to the autocast type. Raises ValueError or TypeError where an argument does not
+    fit, BackendUnavailableError where the backend in force cannot serve.
     """
     check_leading("x", x, "[R, N, C]")
     rows, tokens, channels = x.shape
@@ -87,14 +137,15 @@ def flow_boundary(
                 f"argument '{name}': expected a contiguous tensor, got strides "
                 f"{list(value.stride())}"
             )
-    check_number("dt", dt)
-    check_guidance(guidance_scale, x)
+    check_number_or_data("dt", dt, x, "x")
+    check_number_or_data("guidance_scale", guidance_scale, x, "x")
     if rows != 2 * batch and (isinstance(guidance_scale, Tensor) or guidance_scale != 1):
         raise ValueError(
             "argument 'guidance_scale': expected 1.0 for x without unconditional "
             f"rows, got {guidance_scale}"
         )
     check_positive("eps", eps)
+    check_history(previous, ratio, return_velocity, state, "state")
     check_inference(
         x=x,
         state=state,
@@ -107,6 +158,7 @@ def flow_boundary(
         positions=positions,
         step_shift=step_shift,
         step_scale=step_scale,
+        previous=previous,
     )
     run = registry.implementation("flow_boundary", x.device.type, x.dtype, channels).function
     return run(
@@ -124,6 +176,9 @@ def flow_boundary(
         step_scale=step_scale,
         guidance_scale=guidance_scale,
         eps=eps,
+        previous=previous,
+        ratio=ratio,
+        return_velocity=return_velocity,
     )
 
 

@@ -1,105 +1,74 @@
 """The boundary between two network calls in C++: csrc/cpu/flow_boundary_isa.cpp."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ecar_kernels import _native
-from ecar_kernels.flow_step.cpp import scale_as_number
+from ecar_kernels.flow_step.cpp import numbers
 
 _native.require()
 
-_flow_boundary = _native.op("flow_boundary")
-# The arguments up to `eps`, then the outputs: the state's may be the state, the embedding's x.
+# Without and with the guided velocity as a result, by `return_velocity`.
+_flow_boundary = _native.op("flow_boundary"), _native.op("flow_boundary_velocity")
+# The numbers, then the outputs: the state's may be the state, the embedding's x. Then the history:
+# the velocity that is left may be that of the step before.
 flow_boundary_out = torch.ops.ecar.flow_boundary_out.default
 
 
-def boundary(scale_of: Callable) -> Callable:
-    """The op; scale_of: the guidance scale as a device's op takes it."""
-
-    def flow_boundary(
-        x: Tensor,
-        state: Tensor,
-        shift: Tensor,
-        scale: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        embed_weight: Tensor,
-        embed_bias: Tensor,
-        positions: Tensor,
-        dt: float,
-        *,
-        step_shift: Tensor | None = None,
-        step_scale: Tensor | None = None,
-        guidance_scale: float | Tensor = 1.0,
-        eps: float = 1e-6,
-    ) -> tuple[Tensor, Tensor]:
-        """v = adaln(x) weight^T + bias;  state' = state + dt v;  state' embed^T + bias +
-        positions."""
-        number, on_device = scale_of(guidance_scale)
-        return _flow_boundary(
-            x,
-            state,
-            shift,
-            scale,
-            weight,
-            bias,
-            embed_weight,
-            embed_bias,
-            positions,
-            dt,
-            step_shift,
-            step_scale,
-            number,
-            eps,
-            on_device,
-        )
-
-    return flow_boundary
-
-
-flow_boundary = boundary(scale_as_number)
+def flow_boundary(
+    x: Tensor,
+    state: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    embed_weight: Tensor,
+    embed_bias: Tensor,
+    positions: Tensor,
+    dt: float | Tensor,
+    *,
+    step_shift: Tensor | None = None,
+    step_scale: Tensor | None = None,
+    guidance_scale: float | Tensor = 1.0,
+    eps: float = 1e-6,
+    previous: Tensor | None = None,
+    ratio: float | Tensor = 0.0,
+    return_velocity: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    """v = adaln(x) weight^T + bias;  state' = euler_step(state, v, ..);  state' embed^T + bias +
+    positions."""
+    (dt, guidance_scale, ratio), data = numbers(dt, guidance_scale, ratio)
+    return _flow_boundary[return_velocity](
+        x,
+        state,
+        shift,
+        scale,
+        weight,
+        bias,
+        embed_weight,
+        embed_bias,
+        positions,
+        dt,
+        step_shift,
+        step_scale,
+        guidance_scale,
+        ratio,
+        eps,
+        previous,
+        *data,
+    )
 
 
 @torch.library.register_fake("ecar::flow_boundary")
-def _(
-    x,
-    state,
-    shift,
-    scale,
-    weight,
-    bias,
-    embed_weight,
-    embed_bias,
-    positions,
-    dt,
-    step_shift,
-    step_scale,
-    guidance_scale,
-    eps,
-    guidance=None,
-):
+def _fake(x, state, *arguments, **options):
     return state.new_empty(state.shape), x.new_empty(x.shape)
 
 
+@torch.library.register_fake("ecar::flow_boundary_velocity")
+def _(x, state, *arguments, **options):
+    return *_fake(x, state), state.new_empty(state.shape)
+
+
 @torch.library.register_fake("ecar::flow_boundary_out")
-def _(
-    x,
-    state,
-    shift,
-    scale,
-    weight,
-    bias,
-    embed_weight,
-    embed_bias,
-    positions,
-    dt,
-    step_shift,
-    step_scale,
-    guidance_scale,
-    eps,
-    new_state,
-    embedded,
-):
+def _(*arguments, **options):
     return None

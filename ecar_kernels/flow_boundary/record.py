@@ -3,6 +3,7 @@
 import torch
 
 from ecar_kernels import _native
+from ecar_kernels.flow_step.record import HISTORY_INVALID
 from ecar_kernels.ops import (
     DT,
     EPS,
@@ -12,6 +13,7 @@ from ecar_kernels.ops import (
     Implementation,
     Op,
     guided,
+    history,
     modulation,
     tensor,
 )
@@ -34,6 +36,7 @@ FAMILY = Family(
                 DT,
                 GUIDANCE_SCALE,
                 EPS,
+                *history("[B, N, P]", like="state"),
             ),
             {
                 "cpp": Implementation(
@@ -54,6 +57,7 @@ FAMILY = Family(
                 lambda sizes, given: 1 <= sizes["P"] <= 64,
                 guided("R", "B"),
             ),
+            invalid=HISTORY_INVALID,
             gradients="refused",
             cost=Cost(
                 lambda sizes, given: (

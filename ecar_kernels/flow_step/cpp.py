@@ -10,44 +10,44 @@ from ecar_kernels.flow_step import autograd
 
 _native.require()
 
-_euler_step = _native.op("euler_step")
-_from_seeds = _native.op("upsample_renoise_euler_seeds")
+# Each without and with the guided velocity as a result, by `return_velocity`.
+_euler_step, _from_seeds, _from_details = (
+    (_native.op(name), _native.op(f"{name}_velocity"))
+    for name in ("euler_step", "upsample_renoise_euler_seeds", "upsample_renoise_euler_details")
+)
 # upsample_renoise_euler from seeds into tensors that are there; `end` may be x.
 jump_out = torch.ops.ecar.upsample_renoise_euler_seeds_out.default
-_from_details = _native.op("upsample_renoise_euler_details")
 _initial_noise = _native.op("initial_noise")
 
 
-def scale_as_number(scale: float | Tensor) -> tuple[float | Tensor, None]:
-    """A guidance scale as the ops take it for CPU tensors; a graph reads it when it runs."""
-    if not isinstance(scale, Tensor) or torch.compiler.is_compiling():
-        return scale, None
-    return float(scale), None
+def numbers(*values: float | Tensor) -> tuple[list[float | Tensor], list[Tensor | None]]:
+    """A step's numbers as the ops take them: those that are numbers, and those in tensors, which
+    are read when the op runs, or the CUDA graph that has it.
+
+    Under torch.compile a float64 tensor is a number that the graph leaves open (_numbers.py).
+    """
+    data = [
+        value if isinstance(value, Tensor) and value.dtype == torch.float32 else None
+        for value in values
+    ]
+    return [0.0 if y is not None else x for x, y in zip(values, data, strict=True)], data
 
 
-def step(scale_of=scale_as_number):
-    """(x, velocity, dt, guidance_scale) -> x; scale_of: the scale as a device's ops take it."""
-
-    def run(x, velocity, dt, guidance_scale):
-        return _euler_step(x, velocity, dt, *scale_of(guidance_scale))
-
-    return run
+def _step(x, velocity, previous, dt, guidance_scale, ratio, return_velocity):
+    given, data = numbers(dt, guidance_scale, ratio)
+    return _euler_step[return_velocity](x, velocity, *given, previous, *data)
 
 
-def jump(scale_of=scale_as_number):
-    """Likewise (x, velocity, details, seeds, dt, guidance_scale, time, stage) -> end, start."""
-
-    def run(x, velocity, details, seeds, dt, guidance_scale, time, stage):
-        number, on_device = scale_of(guidance_scale)
-        if details is None:
-            return _from_seeds(x, velocity, dt, number, time, stage, seeds, on_device)
-        return _from_details(x, velocity, dt, number, time, details, on_device)
-
-    return run
+def _jump(
+    x, velocity, previous, details, seeds, dt, guidance_scale, ratio, time, stage, return_velocity
+):
+    given, data = numbers(dt, guidance_scale, ratio)
+    op, noise = (_from_seeds, (stage, seeds)) if details is None else (_from_details, (details,))
+    return op[return_velocity](x, velocity, *given, time, *noise, previous, *data)
 
 
-euler_step = autograd.euler_step(step())
-upsample_renoise_euler = autograd.upsample_renoise_euler(jump())
+euler_step = autograd.euler_step(_step)
+upsample_renoise_euler = autograd.upsample_renoise_euler(_jump)
 
 
 def initial_noise(
@@ -58,28 +58,33 @@ def initial_noise(
 
 
 @torch.library.register_fake("ecar::euler_step")
-def _(x, velocity, dt, guidance_scale, guidance=None):
+def _fake_step(x, *arguments, **options):
     return x.new_empty(x.shape)
 
 
-def _fake_jump(x: Tensor) -> tuple[Tensor, Tensor]:
+@torch.library.register_fake("ecar::euler_step_velocity")
+def _(x, *arguments, **options):
+    return _fake_step(x), _fake_step(x)
+
+
+def _fake_jump(x, *arguments, **options):
     batch, channels, height, width = x.shape
-    return x.new_empty(x.shape), x.new_empty((batch, channels, 2 * height, 2 * width))
+    return _fake_step(x), x.new_empty((batch, channels, 2 * height, 2 * width))
 
 
-@torch.library.register_fake("ecar::upsample_renoise_euler_seeds")
-def _(x, velocity, dt, guidance_scale, time, stage, seeds, guidance=None):
-    return _fake_jump(x)
+def _fake_jump_velocity(x, *arguments, **options):
+    return *_fake_jump(x), _fake_step(x)
+
+
+for _source in ("seeds", "details"):
+    _name = f"ecar::upsample_renoise_euler_{_source}"
+    torch.library.register_fake(_name)(_fake_jump)
+    torch.library.register_fake(f"{_name}_velocity")(_fake_jump_velocity)
 
 
 @torch.library.register_fake("ecar::upsample_renoise_euler_seeds_out")
 def _(x, velocity, dt, guidance_scale, time, stage, seeds, end, start):
     return None
-
-
-@torch.library.register_fake("ecar::upsample_renoise_euler_details")
-def _(x, velocity, dt, guidance_scale, time, details, guidance=None):
-    return _fake_jump(x)
 
 
 @torch.library.register_fake("ecar::initial_noise")

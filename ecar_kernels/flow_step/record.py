@@ -13,6 +13,7 @@ from ecar_kernels.ops import (
     Invalid,
     Op,
     guided,
+    history,
     is_count,
     number,
     tensor,
@@ -48,6 +49,7 @@ _STEP = (
     DT,
     GUIDANCE_SCALE,
 )
+_HISTORY = history("[B, C, h, w]")
 _SEEDS = tensor("seeds", "[B]", dtype=torch.int64, nullable=True)
 
 
@@ -55,7 +57,25 @@ def _seeds(error: type[Exception], make, message: str) -> Invalid:
     return Invalid(lambda: {"details": None, "seeds": make()}, error, message)
 
 
+# What an op with a history refuses, beyond what holds for every number.
+HISTORY_INVALID = (
+    Invalid({"ratio": -0.5}, ValueError, "argument 'ratio': expected at least 0, got -0.5"),
+    Invalid(
+        {"previous": None}, ValueError, "argument 'ratio': expected 0 without 'previous', got 0.5"
+    ),
+    Invalid(
+        lambda: {"previous": None, "ratio": torch.tensor(0.5)},
+        ValueError,
+        "argument 'ratio': expected 0 without 'previous', got a tensor",
+    ),
+    Invalid(
+        {"return_velocity": 1},
+        TypeError,
+        "argument 'return_velocity': expected True or False, got int",
+    ),
+)
 _JUMP_INVALID = (
+    *HISTORY_INVALID,
     Invalid({"time": 1.0}, ValueError, "argument 'time': expected a number in [0, 1), got 1.0"),
     Invalid({"time": -0.1}, ValueError, "argument 'time': expected a number in [0, 1), got -0.1"),
     Invalid(
@@ -127,10 +147,11 @@ FAMILY = Family(
         Op(
             "euler_step",
             "a flow step with classifier-free guidance",
-            _STEP,
+            (*_STEP, *_HISTORY),
             _backends("euler_step"),
             width="",
             rules=(guided("velocity", "x"),),
+            invalid=HISTORY_INVALID,
             autocast="widest",
             cost=Cost(backward_reads=(), free=("x",)),
         ),
@@ -143,6 +164,7 @@ FAMILY = Family(
                 value("stage", (2, 3, 4), lambda stage: is_count(stage) and stage >= 2),
                 tensor("details", "[B, C, 3, h, w]", nullable=True),
                 _SEEDS,
+                *_HISTORY,
             ),
             _backends("upsample_renoise_euler"),
             width="",

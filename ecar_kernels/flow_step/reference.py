@@ -119,36 +119,60 @@ def haar_high_pass(details: Tensor) -> Tensor:
     return blocks.flatten(4, 5).flatten(2, 3).to(details.dtype)
 
 
-def guided_euler(x: Tensor, velocity: Tensor, dt: float, guidance_scale: float | Tensor) -> Tensor:
-    """x + dt v in the wide type; v is guided where the velocity has both halves."""
+def guided_step(
+    x: Tensor,
+    velocity: Tensor,
+    dt: float | Tensor,
+    guidance_scale: float | Tensor,
+    previous: Tensor | None,
+    ratio: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """x + dt (v + ratio (v - previous) / 2) and v, in the wide type; v is guided where the velocity
+    has both halves. Without `previous` an Euler step."""
     v = widen(velocity)
     batch = x.shape[0]
     if velocity.shape[0] != batch:
         conditional, unconditional = v[:batch], v[batch:]
         v = unconditional + guidance_scale * (conditional - unconditional)
-    return widen(x) + dt * v
+    slope = v if previous is None else v + ratio * (v - widen(previous)) / 2
+    return widen(x) + dt * slope, v
 
 
 def euler_step(
-    x: Tensor, velocity: Tensor, dt: float, *, guidance_scale: float | Tensor = 1.0
-) -> Tensor:
-    """x + dt v, v = v_u + guidance_scale (v_c - v_u) for a velocity of 2B rows, v_c first."""
-    return guided_euler(x, velocity, dt, guidance_scale).to(x.dtype)
+    x: Tensor,
+    velocity: Tensor,
+    dt: float | Tensor,
+    *,
+    guidance_scale: float | Tensor = 1.0,
+    previous: Tensor | None = None,
+    ratio: float | Tensor = 0.0,
+    return_velocity: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x + dt ((1 + r/2) v - (r/2) previous), r = ratio; x + dt v without `previous`.
+
+    v = v_u + guidance_scale (v_c - v_u) for a velocity of 2B rows, v_c first.
+    """
+    moved, v = guided_step(x, velocity, dt, guidance_scale, previous, ratio)
+    # A copy: v may be the velocity itself.
+    return (moved.to(x.dtype), v.to(x.dtype, copy=True)) if return_velocity else moved.to(x.dtype)
 
 
 def upsample_renoise_euler(
     x: Tensor,
     velocity: Tensor,
-    dt: float,
+    dt: float | Tensor,
     *,
     time: float,
     stage: int,
     seeds: Tensor | None = None,
     details: Tensor | None = None,
     guidance_scale: float | Tensor = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """end = x + dt v;  start = (1 + t)/2 up(end) + (1 - t) h, with t = time."""
-    end = guided_euler(x, velocity, dt, guidance_scale)
+    previous: Tensor | None = None,
+    ratio: float | Tensor = 0.0,
+    return_velocity: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    """end = euler_step(x, ..);  start = (1 + t)/2 up(end) + (1 - t) h, with t = time."""
+    end, v = guided_step(x, velocity, dt, guidance_scale, previous, ratio)
     if details is None:
         # One of the two is given.
         details = block_details(seeds, stage, x.shape[1:], end.dtype)  # type: ignore[arg-type]
@@ -156,4 +180,5 @@ def upsample_renoise_euler(
         time = _numbers.opened(time)
     upsampled = end.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     start = (1 + time) / 2 * upsampled + (1 - time) * haar_high_pass(widen(details))
-    return end.to(x.dtype), start.to(x.dtype)
+    results = end.to(x.dtype), start.to(x.dtype)
+    return (*results, v.to(x.dtype, copy=True)) if return_velocity else results

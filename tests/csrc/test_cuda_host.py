@@ -6,7 +6,7 @@ import torch
 from ecar_kernels.flow_boundary.reference import flow_boundary
 from ecar_kernels.flow_step import reference
 from ecar_kernels.registry import KERNEL_DTYPES
-from tests.support.accuracy import assert_accurate
+from tests.support.accuracy import assert_accurate, tensors
 from tests.support.cuda_host import BOUNDARY, DETAILS, EULER, NOISE, SEEDS, STREAM, boundary, laid
 
 MOST_BLOCKS = 2**31 - 1
@@ -83,6 +83,58 @@ def test_flow_step(host, shape, of_x, of_velocity, of_details, wide, guided, dty
     assert x.equal(before[0]) and velocity.equal(before[1])
 
 
+# Shape, layouts of x and of the velocity before; whether 16-byte accesses are taken in float32 and
+# in 16 bits, by euler_step and by the jump.
+HISTORIES = [
+    ((2, 3, 4, 16), "dense", "dense", "11 11"),
+    ((2, 3, 4, 4), "dense", "dense", "11 10"),  # merged into one row, or not
+    ((2, 3, 4, 4), "dense", "aligned", "10 10"),  # not merged where one of them has gaps
+    ((2, 3, 4, 16), "aligned", "aligned", "11 11"),
+    ((2, 3, 4, 16), "dense", "padded", "00 00"),
+    ((2, 3, 4, 16), "dense", "offset", "00 00"),
+    ((2, 3, 4, 16), "dense", "apart", "00 00"),
+    ((2, 3, 4, 16), "dense", "swapped", "11 11"),
+    ((2, 3, 4, 16), "swapped", "expanded", "11 11"),
+    ((1, 1, 1, 21), "dense", "dense", "11 00"),
+    ((0, 3, 4, 16), "dense", "dense", ""),
+    ((2, 3, 4, 0), "dense", "dense", ""),
+]
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("shape, of_x, of_previous, wide", HISTORIES)
+def test_flow_step_with_a_history(host, shape, of_x, of_previous, wide, guided, dtype):
+    """In the same single launch; with either half of it too, and of ratio 0 an Euler step."""
+    euler = {
+        "x": laid(shape, dtype, of_x),
+        "velocity": laid((shape[0] * (1 + guided), *shape[1:]), dtype, "dense"),
+        "dt": 0.125,
+        "guidance_scale": 1.5 if guided else 1.0,
+    }
+    history = {"previous": laid(shape, dtype, of_previous), "ratio": 0.7}
+    jump = {"time": 1 / 3, "stage": 2, "seeds": torch.arange(shape[0])}
+    for name, more, column in (("euler_step", {}, 0), ("upsample_renoise_euler", jump, 1)):
+        run, plain = getattr(host, name), getattr(reference, name)
+        for its in (history, {}, history | {"return_velocity": True}, {"return_velocity": True}):
+            call = euler | more | its
+            if more:
+                assert_accurate(run, plain, call)
+            else:
+                results = tensors(run(**call)), tensors(plain(**call))
+                assert all(a.equal(b) for a, b in zip(*results, strict=True))
+            if "previous" in its:
+                assert len(host.launched) == bool(wide)
+            if "previous" in its and wide:
+                vector = ("false", "true")[int(wide.split()[column][dtype != torch.float32])]
+                if guided and (shape[0] * shape[1] * shape[2] * shape[3] * dtype.itemsize) % 16:
+                    vector = "false"  # the other half is unaligned
+                assert host.launched[0].kernel.endswith(vector)
+        of_ratio_0 = run(**euler | more | history | {"ratio": 0, "return_velocity": True})
+        expected = run(**euler | more | {"return_velocity": True})
+        assert all(a.equal(b) for a, b in zip(of_ratio_0, expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize(
     "images, shape, wide",
@@ -120,8 +172,9 @@ def boundary_reference(scale_, **call):
     [(torch.float32, False), *((dtype, wide) for dtype in KERNEL_DTYPES[1:] for wide in (0, 1))],
 )
 @pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("history", [False, True])
 @pytest.mark.parametrize("group", [1, 4])
-def test_flow_boundary(host, group, guided, dtype, wide_state):
+def test_flow_boundary(host, group, history, guided, dtype, wide_state):
     """Both sizes of a block; weights of every alignment."""
     few = {"batch": 2, "tokens": 5}
     cases = [
@@ -138,7 +191,7 @@ def test_flow_boundary(host, group, guided, dtype, wide_state):
         cases = [{"batch": 4, "tokens": 257, "channels": 72, "outputs": 12}]
     for case in cases:
         batch = case["batch"]
-        call = boundary(dtype, guided=guided, wide_state=wide_state, **case)
+        call = boundary(dtype, guided=guided, wide_state=wide_state, history=history, **case)
         kept = []
 
         def run(kept=kept, **call):
@@ -154,11 +207,19 @@ def test_flow_boundary(host, group, guided, dtype, wide_state):
         one = {
             name: value[1::batch]
             for name, value in call.items()
-            if name in ("x", "state", "shift", "scale_", "step_scale")
+            if name in ("x", "state", "shift", "scale_", "step_scale", "previous")
         }
         alone = host.flow_boundary(**call | one)
         assert host.launched[0].kernel.split()[3] == "1"
         assert all(a[1::batch].equal(b) for a, b in zip(kept[0], alone, strict=True))
+        if history:
+            *results, velocity = host.flow_boundary(**call | {"ratio": 0.0})
+            euler = {n: x for n, x in call.items() if n not in ("previous", "ratio")}
+            expected = host.flow_boundary(**euler)
+            assert all(a.equal(b) for a, b in zip((*results, velocity), expected, strict=True))
+            del euler["return_velocity"]
+            plain = host.flow_boundary(**euler)
+            assert all(a.equal(b) for a, b in zip(results, plain, strict=True))
 
 
 @pytest.mark.parametrize("sizes", [(0, 5, 8, 4), (2, 0, 8, 4), (2, 5, 8, 0)])
@@ -196,8 +257,8 @@ def wide_boundary(images, tokens, channels, outputs, guided):
         None,
         None,
         1.0,
+        0.0,
         1e-6,
-        None,
     )
 
 
@@ -242,12 +303,12 @@ EDGES = [
 def test_launches_at_the_edges_of_each_choice(host, op, sizes, blocks, threads, shared):
     host.set(dry=True)
     if op == EULER:
-        call = (*sizes, 0.1, 1.0, None)
+        call = (*sizes, 0.1, 1.0, 0.0)
     elif op == SEEDS:
-        call = (*sizes, 0.1, 1.0, 0.5, 2, torch.zeros(1, dtype=torch.int64).expand(128), None)
+        call = (*sizes, 0.1, 1.0, 0.0, 0.5, 2, torch.zeros(1, dtype=torch.int64).expand(128))
     elif op == DETAILS:
         shape = sizes[0].shape
-        call = (*sizes, 0.1, 1.0, 0.5, zeros(*shape[:2], 3, *shape[2:]), None)
+        call = (*sizes, 0.1, 1.0, 0.0, 0.5, zeros(*shape[:2], 3, *shape[2:]))
     elif op == NOISE:
         call = (torch.zeros(1, dtype=torch.int64).expand(sizes[0]), sizes[1], 1, 1, torch.bfloat16)
     else:

@@ -19,6 +19,7 @@ from tests.support.ops import (
 )
 
 WITH_TENSORS = tuple(op for op in OPS if tensor_names(op))
+STEPS = tuple(op for op in OPS if "previous" in tensor_names(op))  # of solvers
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -142,7 +143,7 @@ def test_autocast(op):
     first = tensor_names(op)[0]
     mixed = call | {first: call[first].bfloat16()}
     target = {"low": torch.bfloat16, "widest": torch.float32}[RECORDS[op].autocast]
-    kept = {its.name for its in RECORDS[op].arguments if its.either}
+    kept = {its.name for its in RECORDS[op].arguments if its.either or its.like}
     expected = tensors(
         function(op)(
             **{
@@ -152,7 +153,7 @@ def test_autocast(op):
         )
     )
     assert [result.dtype for result in expected] == (
-        [torch.float32, target] if kept else [target] * len(expected)
+        [torch.float32, target, torch.float32] if kept else [target] * len(expected)
     )
     with torch.autocast("cpu", torch.bfloat16):
         results = tensors(function(op)(**mixed))
@@ -208,3 +209,37 @@ def test_a_bound_implementation_is_the_op(op):
     run_bound = registry.resolve(op, device="cpu", dtype=torch.float32)
     for ours, public in zip(tensors(run_bound(**call)), tensors(function(op)(**call)), strict=True):
         assert ours.equal(public)
+
+
+def steps(test):
+    """By every backend that serves them here, in every dtype."""
+    for name, values in (("op", STEPS), ("backend", BACKENDS), ("dtype", KERNEL_DTYPES)):
+        test = pytest.mark.parametrize(name, values, ids=str)(test)
+    return test
+
+
+def step(op, backend, dtype):
+    found = registry.IMPLEMENTATIONS[op].get(backend)
+    if found is None or (reason := found.why_not("cpu", dtype)) is not None:
+        pytest.skip("there is none" if found is None else reason)
+    return found.function, arguments(op, dtype=dtype)
+
+
+@steps
+def test_a_number_in_a_tensor_is_the_number(op, backend, dtype):
+    run, call = step(op, backend, dtype)
+    call |= {"dt": 0.1, "ratio": 0.7, "guidance_scale": 1.3}
+    for names in (("dt",), ("guidance_scale",), ("ratio",), ("dt", "guidance_scale", "ratio")):
+        data = {name: torch.tensor(call[name]) for name in names}
+        assert all(map(torch.equal, run(**call), run(**call | data)))
+
+
+@steps
+def test_a_history_of_ratio_0_is_an_euler_step(op, backend, dtype):
+    run, call = step(op, backend, dtype)
+    euler = {n: x for n, x in call.items() if n not in ("previous", "ratio", "return_velocity")}
+    *expected, v = run(**euler, return_velocity=True)
+    assert all(map(torch.equal, expected, tensors(run(**euler))))
+    for ratio in (0, 0.0, torch.tensor(0.0)):
+        assert all(map(torch.equal, (*expected, v), run(**call | {"ratio": ratio})))
+    assert not expected[0].equal(run(**call)[0])

@@ -47,8 +47,8 @@ class Head(nn.Module):
 
 def op_by_op(head, state, stream, spatial, times, plan):
     """The state after each step, by the modules and the public op."""
-    shown = []
-    for (rows, dt, scale), time in zip(plan, times, strict=True):
+    shown, velocity = [], None
+    for (rows, dt, scale, ratio), time in zip(plan, times, strict=True):
         if len(stream) < rows:
             stream = stream.repeat(2, 1, 1)
         own, step = spatial[:rows].split(WIDTH, dim=-1), time.split(WIDTH, dim=-1)
@@ -56,7 +56,7 @@ def op_by_op(head, state, stream, spatial, times, plan):
         for index, block in enumerate(head.blocks):
             six = slice(6 * index, 6 * index + 6)
             x = block.infer(x, own[six], step[six])
-        state, stream = flow_boundary(
+        state, stream, velocity = flow_boundary(
             x,
             state,
             *own[-2:],
@@ -69,6 +69,9 @@ def op_by_op(head, state, stream, spatial, times, plan):
             step_shift=step[-2],
             step_scale=step[-1],
             guidance_scale=scale,
+            previous=velocity if ratio else None,
+            ratio=ratio,
+            return_velocity=True,
         )
         shown.append(state)
     return shown
@@ -78,10 +81,11 @@ def op_by_op(head, state, stream, spatial, times, plan):
 @pytest.mark.parametrize("packed_alone", [False, True])
 @torch.no_grad()
 def test_it_computes_what_the_ops_do(dtype, packed_alone):
-    """Steps of unequal length, some of them guided, and a second head on the same buffers: no
-    further from the exact states than twice the references, one by one."""
-    bound = BoundFlowStep(batch=BATCH, rows=2 * BATCH, dtype=dtype, **SIZES)
-    plan = [(2, 0.2, 1.0), (4, 0.3, 2.5), (4, 0.1, 0.5), (2, 0.4, 1.0)]
+    """Steps of unequal length, some of them guided, some with a history, and a second head on the
+    same buffers: no further from the exact states than twice the references, one by one."""
+    bound = BoundFlowStep(batch=BATCH, rows=2 * BATCH, dtype=dtype, history=True, **SIZES)
+    plan = [(2, 0.2, 1.0, 0.0), (4, 0.3, 2.5, 1.5), (4, 0.1, 0.5, 1 / 3), (2, 0.4, 1.0, 4.0)]
+    plan += [(2, 0.2, 1.0, 0.0)]
     for _ in range(2):
         head = Head().to(dtype)
         exactly = copy.deepcopy(head).double()
@@ -97,14 +101,45 @@ def test_it_computes_what_the_ops_do(dtype, packed_alone):
             doubled = [x.double() for x in given[:3]] + [[time.double() for time in times]]
             exact = op_by_op(exactly, *doubled, plan)
         bound.bind(*head.parts, spatial)
-        for (rows, dt, scale), time in zip(plan, times, strict=True):
-            bound.add(time, rows=rows, dt=dt, guidance_scale=scale)
+        for (rows, dt, scale, ratio), time in zip(plan, times, strict=True):
+            bound.add(time, rows=rows, dt=dt, guidance_scale=scale, ratio=ratio)
         bound.state.copy_(state)
         bound.stream[:BATCH].copy_(stream)
         for step, right in enumerate(exact):
             bound.run(step)
             assert bound.state.dtype == torch.float32
             assert (bound.state - right).norm() <= 2 * (plain[step] - right).norm()
+
+
+@torch.no_grad()
+def test_a_restart_is_an_euler_step_and_the_history_begins_with_it():
+    """Bit for bit the steps of a plan that has an Euler step there, whatever came before."""
+    head, states = Head(), []
+    spatial = torch.randn(BATCH, TOKENS, (6 * BLOCKS + 2) * WIDTH)
+    times = torch.randn(4, 1, 1, spatial.shape[-1]).unbind()
+    state = torch.randn(BATCH, TOKENS, VALUES)
+    for ratios, before in (((0, 1, 1, 2), 3.0), ((0, 0, 0, 2), torch.nan)):
+        bound = BoundFlowStep(batch=BATCH, rows=BATCH, dtype=torch.float32, history=True, **SIZES)
+        bound.bind(*head.parts, spatial)
+        for time, ratio in zip(times, ratios, strict=True):
+            bound.add(time, rows=BATCH, dt=0.1, ratio=ratio)
+        for x, steps in ((before * state, (0, 1)), (state, (2, 3))):
+            bound.state.copy_(x)
+            bound.stream.copy_(head.embed(x) + head.positions)
+            for step in steps:
+                bound.run(step, restart=step == 2)
+        states.append(bound.state.clone())
+    assert states[0].equal(states[1]) and states[0].isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("history", "why"), [(True, "of the first step"), (False, "without a")])
+def test_a_ratio_without_a_step_before_is_refused(history, why):
+    head = Head()
+    bound = BoundFlowStep(batch=BATCH, rows=BATCH, dtype=torch.float32, history=history, **SIZES)
+    bound.bind(*head.parts, torch.randn(BATCH, TOKENS, (6 * BLOCKS + 2) * WIDTH))
+    with pytest.raises(ValueError, match=f"argument 'ratio': expected 0 {why}.*, got 0.5"):
+        bound.add(torch.randn(1, 1, (6 * BLOCKS + 2) * WIDTH), rows=BATCH, dt=0.1, ratio=0.5)
 
 
 @torch.no_grad()

@@ -123,6 +123,18 @@ def test_values_of_a_number_are_one_graph(op, name, gradients, backend):
     assert counter.frame_count == 2
 
 
+@pytest.mark.parametrize("op", ["euler_step", "upsample_renoise_euler", "flow_boundary"])
+@torch.no_grad()
+def test_numbers_in_tensors_are_data_of_one_graph(op):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function(op), fullgraph=True, backend=counter)
+    call = arguments(op)
+    for value in (0.11, 0.23, 0.31):
+        call |= {name: torch.tensor(value) for name in ("dt", "guidance_scale", "ratio")}
+        close(tensors(compiled(**call)), tensors(function(op)(**call)))
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize("queries", ["all", "last stage"])
 @torch.no_grad()
 def test_lists_of_stages_are_a_bounded_number_of_graphs(queries):

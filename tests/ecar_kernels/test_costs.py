@@ -20,12 +20,14 @@ FORWARD = {
     "gated_residual_adaln": (7 * TOKENS + 3 * STEP, 0),
     "adaln_linear": (3 * TOKENS + 4 * (K * C + K + B * N * K) + 2 * STEP, B * N * C * K),
     "linear_gated_residual": (3 * TOKENS + 4 * (K * C + C + B * N * K) + STEP, B * N * C * K),
-    "euler_step": (4 * IMAGE, 0),
-    "upsample_renoise_euler": ((1 + 2 + 3 + 1 + 4) * IMAGE, 0),
+    # x, the velocity of 2B rows, that before, and out x' and the velocity
+    "euler_step": ((1 + 2 + 1 + 1 + 1) * IMAGE, 0),
+    "upsample_renoise_euler": ((1 + 2 + 1 + 3 + 1 + 4 + 1) * IMAGE, 0),
     "initial_noise": (8 * B + IMAGE, 0),
-    # x, shift, scale in and embedded out, of 2B rows; the state in and out; weights, positions
+    # x, shift, scale in and embedded out, of 2B rows; the state and a velocity in and out; weights,
+    # positions
     "flow_boundary": (
-        8 * TOKENS + 4 * (2 * B * N * P + 2 * P * C + P + C + N * C) + 2 * STEP,
+        8 * TOKENS + 4 * (4 * B * N * P + 2 * P * C + P + C + N * C) + 2 * STEP,
         (2 * B + B) * N * C * P,
     ),
 }
@@ -38,10 +40,10 @@ BACKWARD = {
     "gated_residual": (5 * TOKENS + 2 * STEP, 0),
     # dx', dy, x', branch, gate, scale in; dx, dbranch, dgate, dscale out
     "gated_residual_adaln": (10 * TOKENS + 5 * STEP, 0),
-    # d in; dvelocity, of 2B rows, out
-    "euler_step": (3 * IMAGE, 0),
-    # dend, dstart in; dx, dvelocity, ddetails out
-    "upsample_renoise_euler": ((1 + 4 + 1 + 2 + 3) * IMAGE, 0),
+    # d of x' and of the velocity in; those of the velocity of 2B rows and of that before out
+    "euler_step": ((2 + 2 + 1) * IMAGE, 0),
+    # dend, dstart, d of the velocity in; dx, dvelocity, dprevious, ddetails out
+    "upsample_renoise_euler": ((1 + 4 + 1 + 1 + 2 + 1 + 3) * IMAGE, 0),
 }
 
 

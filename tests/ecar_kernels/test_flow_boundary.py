@@ -43,11 +43,17 @@ def boundary(
     }
 
 
+def with_history(call, ratio=0.7):
+    """The call, of a solver of several steps."""
+    previous = torch.randn_like(call["state"].float()).to(call["state"].dtype)
+    return call | {"previous": previous, "ratio": ratio, "return_velocity": True}
+
+
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("guided", [False, True])
 def test_it_is_its_formula(guided, dtype):
     """By hand in float64."""
-    call = boundary(dtype, guided)
+    call = with_history(boundary(dtype, guided))
     wide = {
         name: value.double() if isinstance(value, torch.Tensor) else value
         for name, value in call.items()
@@ -57,11 +63,12 @@ def test_it_is_its_formula(guided, dtype):
     v = x @ wide["weight"].T + wide["bias"]
     if guided:
         v = v[2:] + 1.5 * (v[:2] - v[2:])
-    state = wide["state"] + 0.125 * v
+    state = wide["state"] + 0.125 * (1.35 * v - 0.35 * wide["previous"])
     embedded = state @ wide["embed_weight"].T + wide["embed_bias"] + wide["positions"]
     found = reference.flow_boundary(**wide)
     torch.testing.assert_close(found[0], state)
     torch.testing.assert_close(found[1], torch.cat([embedded] * (1 + guided)))
+    torch.testing.assert_close(found[2], v)
     with use_backend("auto"):
         assert_accurate(flow_boundary, reference.flow_boundary, call)
 
@@ -77,11 +84,17 @@ def test_it_is_its_formula(guided, dtype):
         ("guidance_scale", lambda c: torch.tensor(1.0, dtype=torch.float64)),
         ("guidance_scale", lambda c: torch.tensor(1.0, device="meta")),
         ("guidance_scale", lambda c: float("nan")),
+        ("dt", lambda c: torch.tensor(1.0, device="meta")),
+        ("dt", lambda c: torch.tensor(1.0, requires_grad=True)),
+        ("ratio", lambda c: torch.tensor(1.0).half()),
+        ("ratio", lambda c: torch.ones(2)),
+        ("previous", lambda c: c["previous"][:1]),
+        ("previous", lambda c: c["previous"].double()),
         ("eps", lambda c: 0.0),
     ],
 )
 def test_what_it_refuses(name, change):
-    call = boundary()
+    call = with_history(boundary())
     with pytest.raises((ValueError, TypeError), match=f"argument '{name}': expected"):
         flow_boundary(**call | {name: change(call)})
 
@@ -97,6 +110,8 @@ def test_fakes_without_a_gpu(guided):
         for name, value in boundary(torch.bfloat16, guided).items()
     }
     state, embedded = cuda.flow_boundary(**call)
+    *_, velocity = cuda.flow_boundary(**call, return_velocity=True)
+    assert velocity.shape == state.shape and velocity.dtype == state.dtype
     assert state.shape == call["state"].shape and embedded.shape == call["x"].shape
 
 
@@ -105,10 +120,13 @@ def kernel(dtype=torch.float32):
 
 
 def in_place(call):
-    """The outputs of `flow_boundary_out`, written over copies of the state and of x."""
+    """The outputs of `flow_boundary_out`, written over copies of the state, of x and, where there
+    is one, of the velocity before."""
     from ecar_kernels.flow_boundary.cpp import flow_boundary_out
 
     x, state = call["x"].clone(), call["state"].contiguous().clone()
+    before = call.get("previous")
+    velocity = state.clone() if before is None else before.contiguous().clone()
     names = ("shift", "scale", "weight", "bias", "embed_weight", "embed_bias", "positions", "dt")
     flow_boundary_out(
         x,
@@ -116,11 +134,14 @@ def in_place(call):
         *(call[name] for name in names),
         *(call.get(name) for name in OPTIONAL),
         call["guidance_scale"],
+        call.get("ratio", 0.0),
         1e-6,
         state,
         x,
+        None if before is None else velocity,
+        velocity,
     )
-    return state, x
+    return state, x, velocity
 
 
 @st.composite
@@ -142,6 +163,12 @@ def calls(draw):
         call["state"] = room.to(call["state"].dtype)[:, ::2, 1:-2]
     for name in draw(st.sets(st.sampled_from(OPTIONAL))):
         del call[name]
+    if draw(st.booleans()):
+        call = with_history(call, draw(st.sampled_from([0.0, 0.4, 1.0, 2.5])))
+        if draw(st.booleans()):
+            room = torch.randn(len(call["state"]), 2 * kinds["tokens"], kinds["outputs"] + 3)
+            call["previous"] = room.to(call["state"].dtype)[:, ::2, 1:-2]
+        call["return_velocity"] = draw(st.booleans())
     return call
 
 
@@ -163,14 +190,27 @@ def test_the_models_sizes(tokens, channels, dtype):
 @needs_native
 @given(calls())
 def test_in_place_gives_the_same_bits(call):
-    for found, expected in zip(in_place(call), kernel()(**call), strict=True):
-        assert found.equal(expected)
+    expected = kernel()(**call | {"return_velocity": True})
+    assert all(map(Tensor.equal, in_place(call), expected))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_it_is_the_ops_of_an_image(dtype):
+    """The velocity that it leaves, through euler_step, is its state: bit for bit."""
+    call = with_history(boundary(dtype))
+    call["state"], call["previous"] = call["state"].float(), call["previous"].float()
+    state, _, v = kernel(dtype)(**call)
+    images = [x.unflatten(1, (4, 4)) for x in (call["state"], v, call["previous"])]
+    step = resolve("euler_step", device="cpu", dtype=torch.float32, backend="cpp")
+    x, velocity, previous = images
+    assert step(x, velocity, 0.125, previous=previous, ratio=0.7).equal(state.unflatten(1, (4, 4)))
 
 
 @needs_native
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_an_image_is_the_same_bits_in_every_batch_and_on_any_number_of_threads(dtype):
-    call = boundary(dtype, batch=5, tokens=67, channels=130)
+    call = with_history(boundary(dtype, batch=5, tokens=67, channels=130))
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -187,8 +227,10 @@ def test_an_image_is_the_same_bits_in_every_batch_and_on_any_number_of_threads(d
             else value
             for name, value in call.items()
         }
-        state, embedded = kernel()(**alone | {"state": call["state"][image : image + 1]})
+        own = {name: call[name][image : image + 1] for name in ("state", "previous")}
+        state, embedded, velocity = kernel()(**alone | own)
         assert state[0].equal(results[0][0][image])
+        assert velocity[0].equal(results[0][2][image])
         assert embedded.equal(results[0][1][[image, 5 + image]])
 
 
@@ -214,8 +256,9 @@ def test_auto_takes_it():
 
 def out_arguments():
     """Of the op itself, with outputs apart from its inputs."""
-    call = boundary()
+    call = with_history(boundary())
     out = torch.empty_like(call["state"]), torch.empty_like(call["x"])
+    history = call["previous"], torch.empty_like(call["state"])
     return (
         *(
             call[name]
@@ -234,8 +277,10 @@ def out_arguments():
             )
         ),
         1.5,
+        0.7,
         1e-6,
         *out,
+        *history,
     )
 
 
@@ -244,7 +289,10 @@ def test_opcheck():
     kernel()  # its fakes
     arguments = out_arguments()
     torch.library.opcheck(torch.ops.ecar.flow_boundary_out.default, arguments)
-    torch.library.opcheck(torch.ops.ecar.flow_boundary.default, arguments[:-2])
+    data = (torch.tensor(0.5),) * 3
+    for op in (torch.ops.ecar.flow_boundary, torch.ops.ecar.flow_boundary_velocity):
+        for options in ((), arguments[17:18], (*arguments[17:18], *data)):
+            torch.library.opcheck(op.default, (*arguments[:15], *options))
 
 
 @needs_native
@@ -253,6 +301,7 @@ def test_inductor_equals_eager():
     torch._dynamo.reset()
     for guided in (False, True):
         call = boundary(guided=guided)
+        call = with_history(call) if guided else call
         with use_backend("cpp"):
             compiled = torch.compile(flow_boundary, fullgraph=True)(**call)
             assert all(map(Tensor.equal, compiled, flow_boundary(**call)))
@@ -266,14 +315,21 @@ def test_inductor_equals_eager():
         (1, lambda a: a[1].double(), "'state': expected float32 or the type of x"),
         (1, lambda a: torch.randn(2, 16, 65), "'state': expected at most 64 outputs"),
         (4, lambda a: a[4].T.contiguous().T, "'weight': expected a contiguous"),
-        (14, lambda a: a[14][:, :-1], "'new_state': expected"),
+        (15, lambda a: a[15][:, :-1], "'new_state': expected"),
         (
-            14,
+            15,
             lambda a: torch.empty(2, 16, 32)[..., :16],
             "'new_state': expected a contiguous tensor",
         ),
-        (15, lambda a: a[15].half(), "'embedded': expected the first argument's type"),
-        (15, lambda a: a[0].flatten()[4:], "'embedded': expected"),
+        (16, lambda a: a[16].half(), "'embedded': expected the first argument's type"),
+        (16, lambda a: a[0].flatten()[4:], "'embedded': expected"),
+        (17, lambda a: a[17][:1], "'previous': expected"),
+        (17, lambda a: a[17].half(), "'previous': expected"),
+        (18, lambda a: a[18][:1], "'velocity_out': expected"),
+        (18, lambda a: a[18].half(), "'velocity_out': expected"),
+        (18, lambda a: a[1], "'velocity_out': expected memory apart"),
+        (15, lambda a: a[17], "'new_state': expected memory apart"),
+        (15, lambda a: a[18], "'velocity_out': expected memory apart"),
     ],
 )
 def test_a_wrong_call_of_the_op_itself_is_refused(index, wrong, message):
@@ -290,7 +346,7 @@ def test_an_output_that_overlaps_an_input_is_refused():
     arguments = list(out_arguments())
     room = torch.randn(4 * 16 * 72 + 8)
     arguments[0] = room[:-8].view(4, 16, 72)
-    arguments[15] = room[8:].view(4, 16, 72)
+    arguments[16] = room[8:].view(4, 16, 72)
     with pytest.raises(RuntimeError, match="argument 'embedded': expected memory apart"):
         torch.ops.ecar.flow_boundary_out(*arguments)
 
@@ -304,17 +360,22 @@ class TestOnTheGPU:
     def test_accuracy(self, tokens, channels, guided, dtype):
         call = boundary(dtype, guided, "cuda", tokens=tokens, channels=channels)
         cuda = resolve("flow_boundary", device="cuda", dtype=dtype, backend="cuda")
-        assert_accurate(cuda, reference.flow_boundary, call)
+        for its in (call, with_history(call)):
+            assert_accurate(cuda, reference.flow_boundary, its)
 
-    def test_a_graph_replays_with_another_scale(self):
-        call = boundary(device="cuda") | {"guidance_scale": torch.tensor(1.5, device="cuda")}
+    def test_a_graph_replays_with_other_numbers(self):
+        names = ("dt", "guidance_scale", "ratio")
+        call = with_history(boundary(device="cuda"))
+        call |= {name: torch.tensor(call[name], device="cuda") for name in names}
         flow_boundary(**call)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph), use_backend("cuda"):
-            state, embedded = flow_boundary(**call)
-        call["guidance_scale"].fill_(3.0)
+            results = flow_boundary(**call)
+        others = dict(zip(names, (0.25, 3.0, 1.25), strict=True))
+        for name, value in others.items():
+            call[name].fill_(value)
         graph.replay()
         with use_backend("cuda"):
-            expected = flow_boundary(**call | {"guidance_scale": 3.0})
-        assert state.equal(expected[0]) and embedded.equal(expected[1])
+            expected = flow_boundary(**call | others)
+        assert all(map(Tensor.equal, results, expected))

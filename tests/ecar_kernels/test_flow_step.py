@@ -1,5 +1,6 @@
 """The flow step: the references against the formulas, and C++ and CUDA C++ against them."""
 
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from ecar_kernels import _native, euler_step, use_backend
 from ecar_kernels.flow_step import reference
 from ecar_kernels.registry import KERNEL_DTYPES, resolve
-from tests.support.accuracy import assert_accurate, error, largest_error, run, ulp
+from tests.support.accuracy import assert_accurate, error, largest_error, run, tensors, ulp
 from tests.support.backends import on_gpu
 from tests.support.native import needs_native
 from tests.support.ops import arguments
@@ -34,23 +35,27 @@ def test_euler_step_is_its_formula():
     call = arguments("euler_step", dtype=torch.float64)
     conditional, unconditional = call["velocity"][:2], call["velocity"][2:]
     guided = unconditional + 1.5 * (conditional - unconditional)
-    torch.testing.assert_close(reference.euler_step(**call), call["x"] + 0.125 * guided, **CLOSE)
-    plain = reference.euler_step(call["x"], conditional, 0.125)
+    found, v = reference.euler_step(**call)  # of a ratio of 0.5
+    slope = 1.25 * guided - 0.25 * call["previous"]
+    torch.testing.assert_close(found, call["x"] + 0.125 * slope, **CLOSE)
+    torch.testing.assert_close(v, guided, **CLOSE)
+    plain, v = reference.euler_step(call["x"], conditional, 0.125, return_velocity=True)
     torch.testing.assert_close(plain, call["x"] + 0.125 * conditional, **CLOSE)
+    assert v.equal(conditional) and v.data_ptr() != conditional.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_guidance_1_is_the_conditional_velocity(dtype):
-    call = arguments("euler_step", dtype=dtype) | {"guidance_scale": 1.0}
+    call = arguments("euler_step", dtype=dtype, optional=False) | {"guidance_scale": 1.0}
     plain = euler_step(call["x"], call["velocity"][:2], call["dt"])
     assert largest_error(euler_step(**call), plain.double()) <= ulp(plain, dtype)
 
 
 def test_upsample_renoise_is_an_euler_step_and_a_jump():
     call = arguments("upsample_renoise_euler", dtype=torch.float64)
-    end, start = reference.upsample_renoise_euler(**call)
-    step = {name: call[name] for name in ("x", "velocity", "dt", "guidance_scale")}
-    assert end.equal(reference.euler_step(**step))
+    end, start, v = reference.upsample_renoise_euler(**call)
+    step = {n: x for n, x in call.items() if n not in ("time", "stage", "details")}
+    assert all(map(torch.equal, (end, v), reference.euler_step(**step)))
     high_pass = reference.haar_high_pass(call["details"])
     torch.testing.assert_close(start, 2 / 3 * up(end) + 2 / 3 * high_pass, **CLOSE)
 
@@ -131,24 +136,29 @@ def test_an_image_does_not_depend_on_its_batch(op):
 
 
 def test_integers_are_numbers_too():
-    call = arguments("euler_step")
+    call = arguments("euler_step") | {"return_velocity": False}
     with use_backend("reference"):
-        assert euler_step(**call | {"dt": 1, "guidance_scale": 2}).equal(
-            euler_step(**call | {"dt": 1.0, "guidance_scale": 2.0})
+        assert euler_step(**call | {"dt": 1, "guidance_scale": 2, "ratio": 1}).equal(
+            euler_step(**call | {"dt": 1.0, "guidance_scale": 2.0, "ratio": 1.0})
         )
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_a_scale_in_a_tensor_is_its_number(op):
-    call = arguments(op)
-    run = resolve(op, device="cpu", dtype=torch.float32)
-    numbers, tensor = (
-        run(**call | {"guidance_scale": scale}) for scale in (1.5, torch.tensor(1.5))
-    )
-    for a, b in zip(
-        *((r if isinstance(r, tuple) else (r,)) for r in (numbers, tensor)), strict=True
-    ):
-        assert a.equal(b)
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_native)])
+def test_steps_with_a_history_are_of_order_2(backend):
+    """On dx/dt = (x + t) / 2, whose solution is known, with uneven steps; the first is Euler's."""
+    x0, errors = torch.randn(1, 2, 4, 4), []
+    exact = (x0.double() + 2) * math.exp(0.5) - 3
+    for count in (8, 16, 32):
+        times = [(i / count) ** 1.5 for i in range(count + 1)]
+        x, history, before = x0, {}, None
+        with use_backend(backend):
+            for t, after in itertools.pairwise(times):
+                if before is not None:
+                    history = {"previous": before, "ratio": (after - t) / length}  # noqa: F821
+                length = after - t
+                x, before = euler_step(x, (x + t) / 2, length, return_velocity=True, **history)
+        errors.append((x - exact).abs().max().item())
+    assert all(abs(math.log2(a / b) - 2) < 0.3 for a, b in itertools.pairwise(errors))
 
 
 # C++ on the CPU.
@@ -186,7 +196,7 @@ def images(shape, dtype, layout):
 def calls(draw, op):
     shape = [draw(st.integers(*limits)) for limits in ((0, 3), (1, 4), (0, 9), (1, 41))]
     dtype = draw(st.sampled_from(KERNEL_DTYPES))
-    layouts = [draw(st.sampled_from(LAYOUTS)) for _ in range(3)]
+    layouts = [draw(st.sampled_from(LAYOUTS)) for _ in range(4)]
     guided = draw(st.booleans())
     torch.manual_seed(draw(st.integers(0, 2**32)))
     call = {
@@ -195,6 +205,13 @@ def calls(draw, op):
         "dt": draw(st.sampled_from([1.0, 0.1, 1 / 83])),
         "guidance_scale": draw(st.sampled_from([1.0, 1.5, 4.0])) if guided else 1.0,
     }
+    if draw(st.booleans()):
+        call |= {
+            "previous": images(shape, dtype, layouts[3]),
+            "ratio": draw(st.sampled_from([0.0, 0.4, 1.0, 2.5])),
+        }
+    if draw(st.booleans()):
+        call["return_velocity"] = True
     if op == "upsample_renoise_euler":
         call |= {
             "time": draw(st.sampled_from([0.0, 1 / 3, 2 / 3])),
@@ -222,7 +239,28 @@ def test_outputs_and_gradients(op, data):
 @given(st.data())
 def test_an_euler_step_has_the_bits_of_the_reference(data):
     call = data.draw(calls("euler_step"))
-    assert cpp("euler_step")(**call).equal(reference.euler_step(**call))
+    results = (tensors(step(**call)) for step in (cpp("euler_step"), reference.euler_step))
+    assert all(itertools.starmap(torch.equal, zip(*results, strict=True)))
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["euler_step", "upsample_renoise_euler_seeds"])
+def test_a_wrong_history_of_the_op_itself_is_refused(name):
+    cpp("euler_step")
+    x = torch.randn(2, 3, 4, 5)
+    more = (0.5, 2, torch.tensor([3, -4])) if "seeds" in name else ()
+    for suffix in ("", "_velocity"):
+        op = getattr(torch.ops.ecar, name + suffix)
+        for options, message in (
+            ({"previous": x[:1]}, r"'previous': expected \[2, 3, 4, 5\], got \[1, 3, 4, 5\]"),
+            ({"previous": x.half()}, "'previous': expected the first argument's type"),
+            ({"previous": x.mT.contiguous().mT}, "'previous': expected a contiguous last dim"),
+            ({"dt_data": torch.ones(2)}, "'dt_data': expected one float32"),
+            ({"guidance_data": torch.ones(()).half()}, "'guidance_data': expected one float32"),
+            ({"ratio_data": torch.ones(()).double()}, "'ratio_data': expected one float32"),
+        ):
+            with pytest.raises(RuntimeError, match=f"argument {message}"):
+                op(x, x, 0.1, 1.0, 0.5, *more, **options)
 
 
 @needs_native
@@ -299,43 +337,6 @@ def test_a_jump_into_given_tensors_has_the_same_bits_and_may_replace_x(dtype):
 
 
 @needs_native
-def test_edge_words_through_the_vector_functions():
-    """The smallest and largest uniforms, and every quarter turn, by seeds found with Philox."""
-    wanted = {(word, edge): None for word in range(4) for edge in ("low", "high")}
-    seeds = torch.arange(1 << 16)
-    key = torch.stack((seeds, torch.zeros_like(seeds)), -1)
-    words = reference.philox4x32_10(torch.tensor([0, 1, 0, 0]), key)
-    for word, edge in wanted:
-        column = words[:, word]
-        wanted[word, edge] = (column.argmin() if edge == "low" else column.argmax()).item()
-    quarter = (words[:, 1] - 2**30).abs().argmin().item()
-    extremes = torch.tensor([*wanted.values(), quarter])
-    noise = cpp("initial_noise")(extremes, (1, 1, 4), device="cpu", dtype=torch.float32)
-    oracle = reference.normals(words[extremes], torch.float64)
-    assert noise.isfinite().all()
-    assert (noise.flatten(1).double() - oracle).abs().max() <= 4e-6
-
-
-@needs_native
-def test_seeds_may_be_strided_and_noise_fills_whole_images():
-    """Elements in the last partial call and block, for counts around their sizes."""
-    seeds = torch.randint(-(2**63), 2**63 - 1, (6,))[::3]
-    for count in (1, 3, 4, 5, 63, 64, 65, 1023, 1024, 1025, 2051):
-        ours = cpp("initial_noise")(seeds, (1, 1, count), device="cpu", dtype=torch.float32)
-        plain = reference.initial_noise(seeds, (1, 1, count), device="cpu", dtype=torch.float32)
-        assert ours.shape == (2, 1, 1, count)
-        assert (ours - plain).abs().max() <= 4e-6
-
-
-@needs_native
-def test_noise_of_no_image():
-    noise = cpp("initial_noise")(
-        torch.zeros(0, dtype=torch.int64), (4, 8, 8), device="cpu", dtype=torch.float32
-    )
-    assert noise.shape == (0, 4, 8, 8)
-
-
-@needs_native
 def test_a_guided_step_extrapolates():
     x, conditional, unconditional = torch.randn(3, 2, 4, 8, 8)
     velocity = torch.cat((conditional, unconditional))
@@ -370,4 +371,4 @@ class TestOnTheGPU:
     def test_wrong_devices_are_refused(self):
         call = on_gpu(arguments("euler_step"))
         with pytest.raises(RuntimeError, match="velocity"):
-            torch.ops.ecar.euler_step(call["x"], call["velocity"].cpu(), 0.1, 1.5)
+            torch.ops.ecar.euler_step(call["x"], call["velocity"].cpu(), 0.1, 1.5, 0.0)

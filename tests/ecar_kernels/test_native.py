@@ -39,6 +39,8 @@ def samples(op):
     x, y = normal(n, b, c).transpose(0, 1), normal(b, n, c)
     image, velocity = normal(b, 3, 4, 5), normal(2 * b, 3, 4, 5)
     details = normal(b, 3, 3, 4, 5)
+    previous, data = normal(3, b, 4, 5).transpose(0, 1), (each[0, 0, 0],) * 3
+    histories = [(), (previous,), (previous, *data), (None, None, data[0])]
     return {
         "adaln": [(x, packed[0], row, None, one, 1e-6), (y, row, packed[1], each, None, 1e-5)],
         "gated_residual": [(x, y, packed[2], None), (y, packed[0], row, one)],
@@ -59,11 +61,12 @@ def samples(op):
             (x, y, y, packed[1], row, row, None, each, 1e-6, False, False, False),
         ],
         "euler_step": [
-            (image, velocity, 0.1, 1.5),
-            (image.transpose(0, 1), image.transpose(0, 1), 0.1, 1.0),
+            *((image, velocity, 0.1, 1.5, 0.7, *history) for history in histories),
+            (image.transpose(0, 1), image.transpose(0, 1), 0.1, 1.0, 0.0),
         ],
         "upsample_renoise_euler_seeds": [
-            (image, velocity, 0.1, 1.5, 0.5, 2, torch.tensor([1, -7]))
+            (image, velocity, 0.1, 1.5, 0.7, 0.5, 2, torch.tensor([1, -7]), *history)
+            for history in histories
         ],
         "upsample_renoise_euler_seeds_out": [
             (
@@ -78,9 +81,11 @@ def samples(op):
                 torch.empty(2, 3, 8, 10),
             )
         ],
-        "upsample_renoise_euler_details": [(image, image, 0.1, 1.0, 0.5, details)],
+        "upsample_renoise_euler_details": [
+            (image, image, 0.1, 1.0, 0.7, 0.5, details, *history) for history in histories
+        ],
         "initial_noise": [(torch.tensor([3, -3]), 3, 4, 5, torch.float16)],
-    }[op]
+    }[op.removesuffix("_velocity")]
 
 
 NAMES = (
@@ -91,9 +96,12 @@ NAMES = (
     "gated_residual_backward",
     "gated_residual_adaln_backward",
     "euler_step",
+    "euler_step_velocity",
     "upsample_renoise_euler_seeds",
+    "upsample_renoise_euler_seeds_velocity",
     "upsample_renoise_euler_seeds_out",
     "upsample_renoise_euler_details",
+    "upsample_renoise_euler_details_velocity",
     "initial_noise",
 )
 
@@ -155,6 +163,8 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, threads):
     row, one = torch.randn(5, 1, 200).to(dtype), torch.randn(1, 1, 200).to(dtype)
     state, velocity = torch.randn(5, 4, 48, 48).to(dtype), torch.randn(10, 4, 48, 48).to(dtype)
     seeds = torch.arange(5)
+    step = {"x": state, "velocity": velocity, "dt": 0.1, "guidance_scale": 2.0}
+    step |= {"previous": torch.randn_like(state), "ratio": 0.7, "return_velocity": True}
     calls = {
         "adaln": {"x": x, "shift": row, "scale": scale, "step_shift": one, "step_scale": one},
         "gated_residual": {"x": x, "branch": branch, "gate": row, "step_gate": one},
@@ -167,16 +177,8 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, threads):
             "step_gate": row,
             "step_scale": one,
         },
-        "euler_step": {"x": state, "velocity": velocity, "dt": 0.1, "guidance_scale": 2.0},
-        "upsample_renoise_euler": {
-            "x": state,
-            "velocity": velocity,
-            "dt": 0.1,
-            "time": 0.5,
-            "stage": 2,
-            "seeds": seeds,
-            "guidance_scale": 2.0,
-        },
+        "euler_step": step,
+        "upsample_renoise_euler": step | {"time": 0.5, "stage": 2, "seeds": seeds},
         "initial_noise": {"seeds": seeds, "shape": (4, 48, 48), "device": "cpu", "dtype": dtype},
     }
     assert set(calls) == set(ELEMENTWISE)
@@ -238,8 +240,13 @@ def test_outputs_too_large_for_a_cache_have_the_same_bits(dtype, channels):
                 part = tensors(function(op)(*(value[half : half + 1] for value in call)))
                 assert all(a[0].equal(b[half]) for a, b in zip(part, whole, strict=True)), op
         state, velocity = x.unflatten(1, (-1, 1)), branch.unflatten(1, (-1, 1))
-        whole = function("euler_step")(state, velocity, 0.1)
-        assert function("euler_step")(state[:1], velocity[:1], 0.1)[0].equal(whole[0])
+        step, previous = function("euler_step"), gate.unflatten(1, (-1, 1))
+        whole = step(state, velocity, 0.1)
+        assert step(state[:1], velocity[:1], 0.1)[0].equal(whole[0])
+        history = {"ratio": 0.7, "return_velocity": True}
+        whole = step(state, velocity, 0.1, previous=previous, **history)
+        part = step(state[:1], velocity[:1], 0.1, previous=previous[:1], **history)
+        assert all(a[0].equal(b[0]) for a, b in zip(part, whole, strict=True))
 
 
 @needs_native

@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ecar_kernels import initial_noise
+from ecar_kernels.flow_step import reference
 from ecar_kernels.flow_step.reference import (
     block_details,
     haar_high_pass,
@@ -16,7 +17,8 @@ from ecar_kernels.flow_step.reference import (
     philox4x32_10,
     uniforms,
 )
-from ecar_kernels.registry import KERNEL_DTYPES
+from ecar_kernels.registry import KERNEL_DTYPES, resolve
+from tests.support.native import needs_native
 
 SEEDS = st.integers(-(2**63), 2**63 - 1)
 KNOWN_ANSWERS = [  # Random123, kat_vectors
@@ -211,3 +213,47 @@ def test_a_gpu_draws_the_same_noise():
     here = initial_noise(seeds, (4, 8, 8), device="cpu", dtype=torch.float32)
     there = initial_noise(seeds, (4, 8, 8), device="cuda", dtype=torch.float32)
     torch.testing.assert_close(there.cpu(), here, rtol=2e-6, atol=2e-6)
+
+
+# C++ on the CPU.
+
+
+def cpp_noise():
+    return resolve("initial_noise", device="cpu", dtype=torch.float32, backend="cpp")
+
+
+@needs_native
+def test_edge_words_through_the_vector_functions():
+    """The smallest and largest uniforms, and every quarter turn, by seeds found with Philox."""
+    wanted = {(word, edge): None for word in range(4) for edge in ("low", "high")}
+    seeds = torch.arange(1 << 16)
+    key = torch.stack((seeds, torch.zeros_like(seeds)), -1)
+    words = reference.philox4x32_10(torch.tensor([0, 1, 0, 0]), key)
+    for word, edge in wanted:
+        column = words[:, word]
+        wanted[word, edge] = (column.argmin() if edge == "low" else column.argmax()).item()
+    quarter = (words[:, 1] - 2**30).abs().argmin().item()
+    extremes = torch.tensor([*wanted.values(), quarter])
+    noise = cpp_noise()(extremes, (1, 1, 4), device="cpu", dtype=torch.float32)
+    oracle = reference.normals(words[extremes], torch.float64)
+    assert noise.isfinite().all()
+    assert (noise.flatten(1).double() - oracle).abs().max() <= 4e-6
+
+
+@needs_native
+def test_seeds_may_be_strided_and_noise_fills_whole_images():
+    """Elements in the last partial call and block, for counts around their sizes."""
+    seeds = torch.randint(-(2**63), 2**63 - 1, (6,))[::3]
+    for count in (1, 3, 4, 5, 63, 64, 65, 1023, 1024, 1025, 2051):
+        ours = cpp_noise()(seeds, (1, 1, count), device="cpu", dtype=torch.float32)
+        plain = reference.initial_noise(seeds, (1, 1, count), device="cpu", dtype=torch.float32)
+        assert ours.shape == (2, 1, 1, count)
+        assert (ours - plain).abs().max() <= 4e-6
+
+
+@needs_native
+def test_noise_of_no_image():
+    noise = cpp_noise()(
+        torch.zeros(0, dtype=torch.int64), (4, 8, 8), device="cpu", dtype=torch.float32
+    )
+    assert noise.shape == (0, 4, 8, 8)

@@ -112,20 +112,21 @@ def test_seeds_in_batches(op, backend):
             torch.testing.assert_close(result[row], wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("number", ["dt", "guidance_scale", "ratio"])
 @pytest.mark.parametrize("op, backend", of(["euler_step", "upsample_renoise_euler"]))
-def test_guidance_on_the_device(op, backend):
+def test_numbers_on_the_device(op, backend, number):
     """A 0-dim tensor: in batches and tangents as the reference; grad is refused by name."""
     call, scale = small_arguments(op), torch.tensor(1.5)
     names = tensor_names(op)
     values = [call[name] for name in names]
 
     def guided(scale, *values):
-        given = dict(zip(names, values, strict=True)) | {"guidance_scale": scale}
+        given = dict(zip(names, values, strict=True)) | {number: scale}
         return function(op)(**call | given)
 
     for transform in (transforms.forward_derivative, transforms.rows):
         assert_as_the_reference(transform, guided, [scale, *values])
-    with pytest.raises(ValueError, match="argument 'guidance_scale'"):
+    with pytest.raises(ValueError, match=f"argument '{number}'"):
         transforms.gradient(guided, [scale, *values])
 
 

@@ -47,6 +47,9 @@ def test_the_leading_tensors_type(op, name):
 @pytest.mark.parametrize("op, name", FOLLOWING)
 def test_one_type_and_one_device(op, name):
     value, leading = arguments(op)[name], tensor_names(op)[0]
+    (like,) = [its.like for its in RECORDS[op].arguments if its.name == name]
+    if like:
+        leading = like
     if op == "linear_gated_residual" and name in ("gate", "step_gate"):
         leading = "residual"  # what they modulate
     refused(

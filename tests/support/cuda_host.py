@@ -10,7 +10,8 @@ from torch import Tensor
 
 EULER, NOISE, BOUNDARY = "euler_step", "initial_noise", "flow_boundary"
 SEEDS, DETAILS = "upsample_renoise_euler_seeds", "upsample_renoise_euler_details"
-OPS = (EULER, SEEDS, DETAILS, NOISE, BOUNDARY)
+STEPS = (EULER, SEEDS, DETAILS, BOUNDARY)  # which have a twin that returns the velocity, too
+OPS = (*STEPS, NOISE)
 LEAST_SHARED = 99 << 10  # what a block of sm_120 can have
 STREAM = 0x5001  # of cuda:0; 16 more for the next device
 
@@ -44,7 +45,7 @@ class Host:
         self.library.host_launches.restype = ctypes.c_char_p
         self.namespace = torch.ops.ecar_host
         self.schemas = torch.library.Library("ecar_host", "FRAGMENT")
-        for op in OPS:
+        for op in (*OPS, *(f"{step}_velocity" for step in STEPS)):
             schema = str(getattr(torch.ops.ecar, op).default._schema)
             self.schemas.define(schema.removeprefix("ecar::"))
         self.launched: list[Launch] = []
@@ -85,16 +86,31 @@ class Host:
 
     # The references' signatures.
 
-    def euler_step(self, x, velocity, dt, *, guidance_scale=1.0, **where):
-        return self.call(EULER, x, velocity, dt, *scale(guidance_scale), **where)
+    def euler_step(self, x, velocity, dt, *, guidance_scale=1.0, previous=None, ratio=0.0, **more):
+        numbers, data = divided(dt, guidance_scale, ratio)
+        return self.step(EULER, x, velocity, *numbers, previous, *data, **more)
 
     def upsample_renoise_euler(
-        self, x, velocity, dt, *, time, stage, seeds=None, details=None, guidance_scale=1.0, **where
+        self,
+        x,
+        velocity,
+        dt,
+        *,
+        time,
+        stage,
+        seeds=None,
+        details=None,
+        guidance_scale=1.0,
+        previous=None,
+        ratio=0.0,
+        **more,
     ):
-        number, tensor = scale(guidance_scale)
-        if details is None:
-            return self.call(SEEDS, x, velocity, dt, number, time, stage, seeds, tensor, **where)
-        return self.call(DETAILS, x, velocity, dt, number, time, details, tensor, **where)
+        numbers, data = divided(dt, guidance_scale, ratio)
+        op, noise = (SEEDS, (stage, seeds)) if details is None else (DETAILS, (details,))
+        return self.step(op, x, velocity, *numbers, time, *noise, previous, *data, **more)
+
+    def step(self, op, *arguments, return_velocity=False, **where):
+        return self.call(f"{op}_velocity" if return_velocity else op, *arguments, **where)
 
     def initial_noise(self, seeds, shape, dtype, **where):
         return self.call(NOISE, seeds, *shape, dtype, **where)
@@ -116,10 +132,12 @@ class Host:
         step_scale=None,
         guidance_scale=1.0,
         eps=1e-6,
-        **where,
+        previous=None,
+        ratio=0.0,
+        **more,
     ):
-        number, tensor = scale(guidance_scale)
-        return self.call(
+        (dt, guidance_scale, ratio), data = divided(dt, guidance_scale, ratio)
+        return self.step(
             BOUNDARY,
             x,
             state,
@@ -133,15 +151,19 @@ class Host:
             dt,
             step_shift,
             step_scale,
-            number,
+            guidance_scale,
+            ratio,
             eps,
-            tensor,
-            **where,
+            previous,
+            *data,
+            **more,
         )
 
 
-def scale(guidance_scale):
-    return (0.0, guidance_scale) if isinstance(guidance_scale, Tensor) else (guidance_scale, None)
+def divided(*numbers):
+    """Those that are numbers, 0 in the place of others, and those in tensors."""
+    data = [value if isinstance(value, Tensor) else None for value in numbers]
+    return [0.0 if isinstance(value, Tensor) else value for value in numbers], data
 
 
 def laid(shape, dtype, layout: str) -> Tensor:
@@ -165,15 +187,30 @@ def laid(shape, dtype, layout: str) -> Tensor:
     return torch.randn(shape).to(dtype)
 
 
-def boundary(dtype, *, guided, batch, tokens, channels, outputs, wide_state=False, offset=False):
-    """Arguments as a model has them; offset: weights that begin between 16 bytes."""
+def boundary(
+    dtype,
+    *,
+    guided,
+    batch,
+    tokens,
+    channels,
+    outputs,
+    wide_state=False,
+    offset=False,
+    history=False,
+):
+    """Arguments as a model has them; offset: weights that begin between 16 bytes; history: of a
+    solver of several steps."""
     rows = batch * (1 + guided)
     weights = "offset" if offset else "dense"
     packed = torch.randn(rows, tokens, 2 * channels + 1).to(dtype)
     state = torch.randn(batch, tokens, outputs + 3).to(dtype)[..., 1 : outputs + 1]
+    state = state.float() if wide_state else state
+    previous = laid((batch, tokens, outputs), state.dtype, "padded")
+    more = {"previous": previous, "ratio": 0.75, "return_velocity": True}
     return {
         "x": laid((rows, tokens, channels), dtype, "padded"),
-        "state": state.float() if wide_state else state,
+        "state": state,
         "shift": packed[..., :channels],
         "scale_": packed[..., 1 + channels :],
         "weight": laid((outputs, channels), dtype, weights).div_(8),
@@ -185,6 +222,7 @@ def boundary(dtype, *, guided, batch, tokens, channels, outputs, wide_state=Fals
         "step_shift": laid((1, 1, channels), dtype, weights),
         "step_scale": laid((rows, 1, channels), dtype, weights),
         "guidance_scale": 1.5 if guided else 1.0,
+        **(more if history else {}),
     }
 
 
@@ -192,6 +230,7 @@ def sample_calls(dtype=torch.float32) -> dict:
     """For each op a method of `Host` and its arguments."""
     x, velocity = torch.randn(2, 3, 4, 8).to(dtype), torch.randn(4, 3, 4, 8).to(dtype)
     step = {"x": x, "velocity": velocity, "dt": 0.125, "guidance_scale": 1.5}
+    step |= {"previous": torch.randn(2, 3, 4, 8).to(dtype), "ratio": 0.75, "return_velocity": True}
     jump = step | {"time": 0.5, "stage": 2}
     return {
         EULER: ("euler_step", step),
@@ -203,6 +242,6 @@ def sample_calls(dtype=torch.float32) -> dict:
         NOISE: ("initial_noise", {"seeds": torch.arange(2), "shape": (3, 4, 8), "dtype": dtype}),
         BOUNDARY: (
             "flow_boundary",
-            boundary(dtype, guided=True, batch=2, tokens=5, channels=72, outputs=16),
+            boundary(dtype, guided=True, batch=2, tokens=5, channels=72, outputs=16, history=True),
         ),
     }

@@ -58,66 +58,48 @@ void check_device(const char* name, const Tensor& tensor, const Tensor& leading)
   }
 }
 
-cuda::Guidance guidance_of(double scale, const MaybeTensor& tensor, const Tensor& leading) {
-  if (!tensor.has_value()) return {static_cast<float>(scale), nullptr};
-  check_device("guidance", *tensor, leading);
-  if (dtype_code(*tensor) != aoti_torch_dtype_float32() || tensor->numel() != 1) {
-    refuse("guidance", "one float32");
-  }
-  return {0.0f, static_cast<const float*>(tensor->const_data_ptr())};
+// The numbers of a step, with those in tensors on the device of the leading one.
+template <class Arguments>
+void set_numbers(Arguments& a, const StepNumbers& numbers, const Tensor& leading) {
+  const auto set = [&](const char* name, double value, const MaybeTensor& tensor) {
+    if (tensor.has_value()) check_device(name, *tensor, leading);
+    return cuda::Number{static_cast<float>(value), number_data(name, tensor)};
+  };
+  a.dt = set("dt_data", numbers.dt, numbers.dt_data);
+  a.guidance = set("guidance_data", numbers.guidance_scale, numbers.guidance_data);
+  a.ratio = set("ratio_data", numbers.ratio, numbers.ratio_data);
 }
 
-// As the CPU's: adjacent dimensions that are one in memory become one.
-void merge_dimensions(cuda::EulerStep& a) {
-  for (int d = 2; d >= 0; --d) {
-    const bool joined = a.sizes[d] == 1 || (a.x_strides[d] == a.inner &&
-                                            a.velocity_strides[d] == a.inner);
-    if (!joined) return;
-    a.inner *= a.sizes[d];
-    a.sizes[d] = 1;
-    a.x_strides[d] = a.velocity_strides[d] = 0;
-  }
+void set_device_step(cuda::EulerStep& a, const StepTensors& in, const StepNumbers& numbers,
+                     const Tensor& out, const MaybeTensor& kept) {
+  set_step(a, in, out, kept);
+  check_device("velocity", in.velocity, in.x);
+  if (in.previous.has_value()) check_device("previous", *in.previous, in.x);
+  set_numbers(a, numbers, in.x);
 }
 
-cuda::EulerStep euler_arguments(const Tensor& x, const Tensor& velocity, double dt,
-                                double guidance_scale, const MaybeTensor& guidance,
-                                const Tensor& out) {
-  const Sizes sizes = x.sizes();
-  const std::int64_t images = velocity.dim() == 4 ? velocity.size(0) : 0;
-  const bool guided = images == 2 * sizes[0];
-  check_sizes("velocity", velocity, x,
-              {guided ? 2 * sizes[0] : sizes[0], sizes[1], sizes[2], sizes[3]});
-  check_device("velocity", velocity, x);
-  cuda::EulerStep a{};
-  a.x = x.const_data_ptr();
-  a.velocity = velocity.const_data_ptr();
-  for (int d = 0; d < 3; ++d) {
-    a.sizes[d] = sizes[d];
-    a.x_strides[d] = x.stride(d);
-    a.velocity_strides[d] = velocity.stride(d);
-  }
-  a.inner = sizes[3];
-  a.out = out.mutable_data_ptr();
-  a.dt = static_cast<float>(dt);
-  a.guidance = guidance_of(guidance_scale, guidance, x);
-  if (guided && sizes[0] > 0) {
-    a.unconditional = static_cast<const char*>(a.velocity) +
-                      sizes[0] * velocity.stride(0) * static_cast<std::int64_t>(x.element_size());
-  }
-  return a;
+// A new tensor like another one for the velocity, where it is a result.
+template <bool kVelocity>
+MaybeTensor room_for_velocity(const Tensor& like) {
+  return kVelocity ? MaybeTensor(empty_as(like, false)) : std::nullopt;
 }
 
-Tensor euler_step(const Tensor& x, const Tensor& velocity, double dt, double guidance_scale,
-                  const MaybeTensor& guidance) {
+// With kVelocity the guided velocity is a result, too.
+template <bool kVelocity>
+auto euler_step(const Tensor& x, const Tensor& velocity, double dt, double guidance_scale,
+                double ratio, const MaybeTensor& previous, const MaybeTensor& dt_data,
+                const MaybeTensor& guidance_data, const MaybeTensor& ratio_data) {
   check_cuda("x", x);
   const Dtype dtype = check_leading("x", x, 4);
   const DeviceGuard guard(device_of(x));
-  const Sizes sizes = x.sizes();
-  const Tensor out = empty(x, {sizes[0], sizes[1], sizes[2], sizes[3]}, dtype_code(x), false);
-  cuda::EulerStep a = euler_arguments(x, velocity, dt, guidance_scale, guidance, out);
+  const Tensor out = empty_as(x, false);
+  const MaybeTensor kept = room_for_velocity<kVelocity>(x);
+  cuda::EulerStep a{};
+  set_device_step(a, {x, velocity, previous},
+                  {dt, guidance_scale, ratio, dt_data, guidance_data, ratio_data}, out, kept);
   merge_dimensions(a);
   check("euler_step", cuda::euler_step(a, dtype, current_stream(device_of(x))));
-  return out;
+  return with_velocity<kVelocity>(kept, out);
 }
 
 std::int64_t check_seeds(const Tensor& seeds) {
@@ -126,27 +108,31 @@ std::int64_t check_seeds(const Tensor& seeds) {
   return seeds.size(0);
 }
 
-std::tuple<Tensor, Tensor> jump(Dtype dtype, cuda::UpsampleRenoise& a, const Tensor& x,
-                                const Tensor& velocity, double dt, double guidance_scale,
-                                double time, const MaybeTensor& guidance) {
+template <bool kVelocity>
+auto jump(Dtype dtype, cuda::UpsampleRenoise& a, const StepTensors& in, const StepNumbers& numbers,
+          double time) {
+  const Tensor& x = in.x;
   const DeviceGuard guard(device_of(x));
   const Sizes sizes = x.sizes();
-  const std::int32_t code = dtype_code(x);
-  const Tensor end = empty(x, {sizes[0], sizes[1], sizes[2], sizes[3]}, code, false);
-  const Tensor start = empty(x, {sizes[0], sizes[1], 2 * sizes[2], 2 * sizes[3]}, code, false);
-  a.step = euler_arguments(x, velocity, dt, guidance_scale, guidance, end);
+  const Tensor end = empty_as(x, false);
+  const Tensor start =
+      empty(x, {sizes[0], sizes[1], 2 * sizes[2], 2 * sizes[3]}, dtype_code(x), false);
+  const MaybeTensor kept = room_for_velocity<kVelocity>(x);
+  set_device_step(a.step, in, numbers, end, kept);
   a.up_factor = static_cast<float>((1 + time) / 2);
   a.noise_factor = static_cast<float>(1 - time);
   a.start = start.mutable_data_ptr();
   check("upsample_renoise_euler", cuda::upsample_renoise(a, dtype, current_stream(device_of(x))));
-  return {end, start};
+  return with_velocity<kVelocity>(kept, end, start);
 }
 
-std::tuple<Tensor, Tensor> upsample_renoise_euler_seeds(const Tensor& x, const Tensor& velocity,
-                                                        double dt, double guidance_scale,
-                                                        double time, std::int64_t stage,
-                                                        const Tensor& seeds,
-                                                        const MaybeTensor& guidance) {
+template <bool kVelocity>
+auto upsample_renoise_euler_seeds(const Tensor& x, const Tensor& velocity, double dt,
+                                  double guidance_scale, double ratio, double time,
+                                  std::int64_t stage, const Tensor& seeds,
+                                  const MaybeTensor& previous, const MaybeTensor& dt_data,
+                                  const MaybeTensor& guidance_data,
+                                  const MaybeTensor& ratio_data) {
   check_cuda("x", x);
   const Dtype dtype = check_leading("x", x, 4);
   if (check_seeds(seeds) != x.size(0)) {
@@ -157,13 +143,16 @@ std::tuple<Tensor, Tensor> upsample_renoise_euler_seeds(const Tensor& x, const T
   a.seeds = static_cast<const std::int64_t*>(seeds.const_data_ptr());
   a.seed_stride = seeds.stride(0);
   a.stage = static_cast<std::uint32_t>(stage);
-  return jump(dtype, a, x, velocity, dt, guidance_scale, time, guidance);
+  return jump<kVelocity>(dtype, a, {x, velocity, previous},
+                         {dt, guidance_scale, ratio, dt_data, guidance_data, ratio_data}, time);
 }
 
-std::tuple<Tensor, Tensor> upsample_renoise_euler_details(const Tensor& x, const Tensor& velocity,
-                                                          double dt, double guidance_scale,
-                                                          double time, const Tensor& details,
-                                                          const MaybeTensor& guidance) {
+template <bool kVelocity>
+auto upsample_renoise_euler_details(const Tensor& x, const Tensor& velocity, double dt,
+                                    double guidance_scale, double ratio, double time,
+                                    const Tensor& details, const MaybeTensor& previous,
+                                    const MaybeTensor& dt_data, const MaybeTensor& guidance_data,
+                                    const MaybeTensor& ratio_data) {
   check_cuda("x", x);
   const Dtype dtype = check_leading("x", x, 4);
   const Sizes sizes = x.sizes();
@@ -172,7 +161,8 @@ std::tuple<Tensor, Tensor> upsample_renoise_euler_details(const Tensor& x, const
   cuda::UpsampleRenoise a{};
   a.details = details.const_data_ptr();
   for (int d = 0; d < 4; ++d) a.details_strides[d] = details.stride(d);
-  return jump(dtype, a, x, velocity, dt, guidance_scale, time, guidance);
+  return jump<kVelocity>(dtype, a, {x, velocity, previous},
+                         {dt, guidance_scale, ratio, dt_data, guidance_data, ratio_data}, time);
 }
 
 Tensor initial_noise(const Tensor& seeds, std::int64_t channels, std::int64_t height,
@@ -198,16 +188,19 @@ Tensor initial_noise(const Tensor& seeds, std::int64_t channels, std::int64_t he
   return out;
 }
 
-std::tuple<Tensor, Tensor> flow_boundary(
-    const Tensor& x, const Tensor& state, const Tensor& shift, const Tensor& scale,
-    const Tensor& weight, const Tensor& bias, const Tensor& embed_weight,
-    const Tensor& embed_bias, const Tensor& positions, double dt, const MaybeTensor& step_shift,
-    const MaybeTensor& step_scale, double guidance_scale, double eps,
-    const MaybeTensor& guidance) {
+template <bool kVelocity>
+auto flow_boundary(const Tensor& x, const Tensor& state, const Tensor& shift, const Tensor& scale,
+                   const Tensor& weight, const Tensor& bias, const Tensor& embed_weight,
+                   const Tensor& embed_bias, const Tensor& positions, double dt,
+                   const MaybeTensor& step_shift, const MaybeTensor& step_scale,
+                   double guidance_scale, double ratio, double eps, const MaybeTensor& previous,
+                   const MaybeTensor& dt_data, const MaybeTensor& guidance_data,
+                   const MaybeTensor& ratio_data) {
   check_cuda("x", x);
   cuda::FlowBoundary a{};
   const Dtype dtype = set_boundary(a, {x, state, shift, scale, weight, bias, embed_weight,
-                                       embed_bias, positions, step_shift, step_scale}, dt, eps);
+                                       embed_bias, positions, step_shift, step_scale, previous},
+                                   eps);
   if (a.channels > cuda::kMaxChannels || a.channels < 1) {
     refuse("x", "1 to ", cuda::kMaxChannels, " channels, got ", a.channels);
   }
@@ -217,27 +210,36 @@ std::tuple<Tensor, Tensor> flow_boundary(
         {"positions", &positions}}) {
     check_device(name, *tensor, x);
   }
-  if (step_shift.has_value()) check_device("step_shift", *step_shift, x);
-  if (step_scale.has_value()) check_device("step_scale", *step_scale, x);
+  for (const auto& [name, tensor] : {std::pair<const char*, const MaybeTensor*>{"step_shift",
+        &step_shift}, {"step_scale", &step_scale}, {"previous", &previous}}) {
+    if (tensor->has_value()) check_device(name, **tensor, x);
+  }
   const DeviceGuard guard(device_of(x));
-  const Tensor new_state =
-      empty(state, {a.images, a.tokens, a.outputs}, dtype_code(state), false);
-  const Tensor embedded = empty(x, {x.size(0), a.tokens, a.channels}, dtype_code(x), false);
+  const Tensor new_state = empty_as(state, false), embedded = empty_as(x, false);
+  const MaybeTensor kept = room_for_velocity<kVelocity>(state);
   a.new_state = new_state.mutable_data_ptr();
   a.embedded = embedded.mutable_data_ptr();
-  a.guidance = guidance_of(guidance_scale, guidance, x);
+  if (kVelocity) a.kept = kept->mutable_data_ptr();
+  set_numbers(a, {dt, guidance_scale, ratio, dt_data, guidance_data, ratio_data}, x);
   check("flow_boundary", cuda::flow_boundary(a, dtype, current_stream(device_of(x))));
-  return {new_state, embedded};
+  return with_velocity<kVelocity>(kept, new_state, embedded);
 }
 
 }  // namespace
 }  // namespace ecar
 
 STABLE_TORCH_LIBRARY_IMPL(ecar, CUDA, library) {
-  library.impl("euler_step", TORCH_BOX(&ecar::euler_step));
-  library.impl("upsample_renoise_euler_seeds", TORCH_BOX(&ecar::upsample_renoise_euler_seeds));
+  library.impl("euler_step", TORCH_BOX(&ecar::euler_step<false>));
+  library.impl("euler_step_velocity", TORCH_BOX(&ecar::euler_step<true>));
+  library.impl("upsample_renoise_euler_seeds",
+               TORCH_BOX(&ecar::upsample_renoise_euler_seeds<false>));
+  library.impl("upsample_renoise_euler_seeds_velocity",
+               TORCH_BOX(&ecar::upsample_renoise_euler_seeds<true>));
   library.impl("upsample_renoise_euler_details",
-               TORCH_BOX(&ecar::upsample_renoise_euler_details));
+               TORCH_BOX(&ecar::upsample_renoise_euler_details<false>));
+  library.impl("upsample_renoise_euler_details_velocity",
+               TORCH_BOX(&ecar::upsample_renoise_euler_details<true>));
   library.impl("initial_noise", TORCH_BOX(&ecar::initial_noise));
-  library.impl("flow_boundary", TORCH_BOX(&ecar::flow_boundary));
+  library.impl("flow_boundary", TORCH_BOX(&ecar::flow_boundary<false>));
+  library.impl("flow_boundary_velocity", TORCH_BOX(&ecar::flow_boundary<true>));
 }
