@@ -7,7 +7,7 @@ modules to a backend ahead of time. The ops `adaln` and
 and `from ecar_kernels.adaln import reference` still finds the module.
 """
 
-from ecar_kernels.acceleration import Accelerated, accelerate, accelerates, report, restore
+from ecar_kernels.acceleration import Accelerated, accelerates
 from ecar_kernels.adaln.api import adaln, gated_residual, gated_residual_adaln
 from ecar_kernels.bound import BoundFlowStep
 from ecar_kernels.flow_block.api import adaln_linear, linear_gated_residual
@@ -33,6 +33,7 @@ from ecar_kernels.registry import (
     use_backend,
 )
 from ecar_kernels.stage_attention.api import stage_attention
+from ecar_kernels.swapping import accelerate, report, restore
 from ecar_kernels.version import __version__
 
 __all__ = [

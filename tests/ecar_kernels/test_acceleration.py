@@ -275,7 +275,7 @@ def test_a_users_own_block():
         assert (infer_two(norm, x, scale) - plain).abs().max() < 1e-5
         assert type(restore(norm)) is Norm
     finally:
-        acceleration._accelerated.pop(Norm, None)
+        acceleration.replacements.pop(Norm, None)
 
 
 @torch.no_grad()
@@ -299,7 +299,7 @@ def test_what_accelerates_refuses():
         accelerates(AdaLN)(Stateful)
     with pytest.raises(ValueError, match=r"Unknown\.uses: .* got 'softmax'"):
         accelerates(AdaLN)(Unknown)
-    assert acceleration._accelerated[AdaLN].__name__ == "AcceleratedAdaLN"
+    assert acceleration.replacements[AdaLN].__name__ == "AcceleratedAdaLN"
 
 
 def test_what_accelerate_refuses(model):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import ecar_kernels
-from ecar_kernels import acceleration, modules
+from ecar_kernels import acceleration, modules, swapping
 from ecar_kernels.modules import AdaLN, FlowBlock, GatedResidual, Linear, StageAttention, StageBlock
 from tests.support import situations
 from tests.support.modules import accelerated
@@ -238,7 +238,7 @@ def test_it_refuses_what_the_plain_module_refuses(case, wrong):
 
 
 def test_every_accelerated_module_has_an_entry():
-    kinds = {kind for kind in acceleration._accelerated if kind.__module__ == modules.__name__}
+    kinds = {kind for kind in acceleration.replacements if kind.__module__ == modules.__name__}
     assert kinds == set(MODULES)
 
 
@@ -273,7 +273,7 @@ def test_an_error_leaves_the_model_as_it_was(monkeypatch):
     model = nn.ModuleList([StageBlock(WIDTH, 4), StageBlock(WIDTH, 4)])
     ecar_kernels.accelerate(model[0], backend="reference")
     before = [(type(module), vars(module).get("_binding")) for module in model.modules()]
-    prepare, calls = acceleration._prepare_weights, []
+    prepare, calls = swapping._prepare_weights, []
 
     def fail(module, keep):
         calls.append(module)
@@ -281,7 +281,7 @@ def test_an_error_leaves_the_model_as_it_was(monkeypatch):
             raise MemoryError("no memory for the packed weights")
         prepare(module, keep)
 
-    monkeypatch.setattr(acceleration, "_prepare_weights", fail)
+    monkeypatch.setattr(swapping, "_prepare_weights", fail)
     with pytest.raises(MemoryError):
         ecar_kernels.accelerate(model)
     assert [(type(module), vars(module).get("_binding")) for module in model.modules()] == before

@@ -1,0 +1,231 @@
+"""A model's modules swapped for accelerated ones, and back: `accelerate`, `report` and `restore`.
+
+What is swapped is a module's class (acceleration.py); parameters, buffers and hooks stay.
+"""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from ecar_kernels import registry
+from ecar_kernels._written import as_written, has_affine, is_plain, why_not
+from ecar_kernels.acceleration import (
+    Accelerated,
+    Binding,
+    place_of,
+    replacements,
+    resolve_ops,
+    serving,
+)
+from ecar_kernels.flow_block import packing
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One module of `report`.
+
+    name: in the model. kind: its original class. served: op -> backend; empty where the module was
+    not swapped. left: what of it is not fused, and why.
+    """
+
+    name: str
+    kind: str
+    served: dict[str, str]
+    left: tuple[str, ...]
+
+
+class Report(tuple[ReportRow, ...]):
+    """What `accelerate` swapped in a model and what it left: a row for each module, printed as a
+    table.
+    """
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        lines = [("module", "class", "served", "left")]
+        lines += [
+            (
+                row.name or "(the model)",
+                row.kind,
+                ", ".join(f"{op}: {by}" for op, by in row.served.items()) or "-",
+                "; ".join(row.left) or "-",
+            )
+            for row in self
+        ]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+    __repr__ = __str__
+
+
+def accelerate(
+    model: nn.Module, *, backend: str | None = None, keep_weights: bool = True
+) -> Report:
+    """Serve the modules of `model` that have an accelerated class from one backend, in place.
+
+    model: any module; its modules of a class that `accelerates` knows are swapped: those of
+    `ecar_kernels.modules`, and those that their author registered. backend: as for
+    `use_backend`, chosen now and for good; None for the active one. keep_weights: weights that
+    the backend packs are packed now, beside the plain ones; with False in their place, so that
+    memory does not grow. That is for sampling: whatever reads or writes such a weight later (a
+    state_dict, an optimizer, `to`, torch.compile) turns it back into a plain one first.
+
+    Returns a report of what was swapped, what was left and why: printed, a table. `report(model)`
+    tells the same later, and print(model) shows what serves each module. A warning says so where
+    nothing was swapped.
+    parameters(), state_dict() and hooks are unchanged. Training, autocast and torch.compile work
+    as before, on the public ops. What stands in a layer's place (an adapter, a quantized layer)
+    is called, and hooks fire, also where they come later. Calling it again binds anew; a weight
+    that changed is packed again on its next use.
+
+    Raises TypeError where `model` is no module, ValueError for an unknown backend,
+    BackendUnavailableError where a backend asked for by name cannot serve a module, which then
+    names it; the model is then unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"argument 'model': expected a module, got {type(model).__name__}")
+    if backend is None:
+        backend = registry.active_backend()
+    else:
+        registry._check_backend(backend, "argument 'backend'")
+    found = []
+    for name, module in model.named_modules():
+        original = _original(module)
+        if (replacement := replacements.get(original)) is not None:
+            try:
+                resolve_ops(replacement, module, backend)
+            except registry.BackendUnavailableError as error:
+                raise registry.BackendUnavailableError(
+                    f"module '{name}' ({original.__name__}): {error}"
+                ) from None
+            found.append((module, replacement, Binding(backend, original, replacement)))
+    if not found:
+        warnings.warn(
+            f"accelerate: no module of {type(model).__name__} was swapped: none is a "
+            f"{', '.join(kind.__name__ for kind in replacements)}",
+            stacklevel=2,
+        )
+    before = [(module, type(module), vars(module).get("_binding")) for module, *_ in found]
+    try:
+        for module, replacement, binding in found:
+            module._binding = binding
+            module.__class__ = replacement
+            _prepare_weights(module, keep_weights)
+    except BaseException:
+        for module, kind, binding in before:
+            module.__class__ = kind
+            module._binding = binding
+            if binding is None:
+                del module._binding
+        raise
+    return report(model)
+
+
+def report(model: nn.Module) -> Report:
+    """The modules of `model` that `accelerate` swapped, or knows by a class of theirs, as they are
+    now: what serves them, and which of their layers are called instead of fused, and why.
+
+    Raises TypeError where `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"argument 'model': expected a module, got {type(model).__name__}")
+    rows = []
+    for name, module in model.named_modules():
+        original = _original(module)
+        if original is not type(module):
+            rows.append(ReportRow(name, original.__name__, serving(module), tuple(_left(module))))
+        elif isinstance(module, tuple(replacements)):
+            why = (
+                "accelerate was not called since it is there"
+                if type(module) in replacements
+                else "a subclass, whose forward may be another"
+            )
+            rows.append(ReportRow(name, type(module).__name__, {}, (why,)))
+    return Report(rows)
+
+
+Restored = TypeVar("Restored", bound=nn.Module)
+
+
+def restore(model: Restored) -> Restored:
+    """Undo `accelerate`, in place: every module has its class back, every weight is plain.
+
+    Returns the model. Modules that were not accelerated are left alone. Raises TypeError where
+    `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"argument 'model': expected a module, got {type(model).__name__}")
+    for module in model.modules():
+        binding = vars(module).get("_binding")
+        if binding is not None:
+            for _, layer in _layers(module, binding.replacement):
+                if layer is not None and is_plain(weight := layer._parameters.get("weight")):
+                    packing.release(weight)
+            module.__class__ = _restored(type(module), binding)
+            del module._binding
+    return model
+
+
+def _left(module: Accelerated) -> Iterator[str]:
+    for name, layer in _layers(module, type(module)):
+        if (reason := why_not(layer, nn.Linear)) is not None:
+            yield f"{name or 'weight'}: {reason}"
+    for name in module.norms:
+        norm = module.get_submodule(name)
+        if (reason := why_not(norm, nn.LayerNorm)) is not None:
+            yield f"{name}: {reason}"
+        elif not has_affine(norm):
+            yield f"{name}: it has no weight or no bias"
+
+
+def _layers(module: nn.Module, kind: type[Accelerated]) -> Iterator[tuple[str, nn.Module | None]]:
+    """Those whose weights the class reads, by name; None where there is nothing of that name."""
+    for name in kind.weights:
+        layer: nn.Module | None = module
+        path = name.rpartition(".")[0]
+        for part in filter(None, path.split(".")):
+            layer = layer._modules.get(part) if layer is not None else None
+        yield path, layer
+
+
+def _original(module: nn.Module) -> type[nn.Module]:
+    """Its class, without acceleration."""
+    kind, binding = type(module), vars(module).get("_binding")
+    return binding.original if binding is not None and kind is binding.replacement else kind
+
+
+def _restored(kind: type[nn.Module], binding: Binding) -> type[nn.Module]:
+    """The class without acceleration of a module whose class may have been changed since, to one
+    made of the accelerated class (as parametrize does) or to another."""
+    if kind is binding.replacement:
+        return binding.original
+    if binding.replacement not in kind.__bases__:
+        return kind
+    bases = tuple(
+        binding.original if base is binding.replacement else base for base in kind.__bases__
+    )
+    own = {
+        name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")
+    }
+    return type(
+        kind.__name__.replace(binding.replacement.__name__, binding.original.__name__), bases, own
+    )
+
+
+def _prepare_weights(module: Accelerated, keep: bool) -> None:
+    if not module.weights:
+        return
+    device_type, dtype = place_of(module)
+    run = registry.implementation(
+        "adaln_linear", device_type, dtype, backend=module._binding.backend
+    )
+    if run.prepare_weight is not None:
+        for _, layer in _layers(module, type(module)):
+            if as_written(layer, nn.Linear):
+                run.prepare_weight(layer.weight, keep)
