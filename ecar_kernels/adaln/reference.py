@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ecar_kernels import _numbers
-from ecar_kernels._modulation import combine
 from ecar_kernels._precision import widen
 
 
@@ -57,3 +56,11 @@ def gated_residual_adaln(
     x = gated_residual(x, branch, gate, step_gate=step_gate)
     y = adaln(x, shift, scale, step_shift=step_shift, step_scale=step_scale, eps=eps)
     return x, y
+
+
+def combine(spatial: Tensor, step: Tensor | None) -> Tensor:
+    """spatial [B, N, C] or [B, 1, C], plus step [1, 1, C] or [B, 1, C], in the wide type.
+
+    The result broadcasts against tokens [B, N, C].
+    """
+    return widen(spatial) if step is None else widen(spatial) + widen(step)

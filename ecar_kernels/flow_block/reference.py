@@ -3,8 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from ecar_kernels._modulation import combine
-from ecar_kernels.adaln.reference import gated_residual, modulated
+from ecar_kernels.adaln.reference import combine, gated_residual, modulated
 
 
 def adaln_linear(
