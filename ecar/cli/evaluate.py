@@ -12,7 +12,7 @@ from typing import Any
 
 from ecar.cli.parser import UsageError, add_device, add_sampling, positive
 from ecar.cli.runtime import chosen_backend, chosen_device, chosen_settings
-from ecar.evaluation import DigitClassifier, InceptionExtractor, evaluate, summary
+from ecar.evaluation import Classifier, InceptionExtractor, evaluate, summary
 from ecar.files import read_json
 from ecar.hub import checkpoint_folder
 
@@ -21,6 +21,10 @@ examples:
   ecar evaluate --checkpoint checkpoints/mnist --dataset mnist --output evaluation.json
   ecar evaluate --checkpoint runs/birds --dataset folder --data-root birds/ --samples 50000 \\
       --inception weights-inception-2015-12-05-6726825d.pth --npz samples.npz
+  ecar evaluate --checkpoint runs/birds --dataset folder --data-root birds/ --classifier train \
+      --save-classifier birds.safetensors --neighbours memorised.png
+  ecar evaluate --checkpoint runs/birds --npz samples.npz
+      draws, and measures nothing if there is nothing to measure in or to compare with
 """
 FLAGS = {
     "dataset": "--dataset",
@@ -32,6 +36,8 @@ FLAGS = {
     "first_seed": "--seed",
     "report": "--output",
     "samples": "--npz",
+    "classifier": "--save-classifier",
+    "neighbours": "--neighbours",
     "extractor": "--classifier",
     "test": "--dataset",
     "train": "--dataset",
@@ -90,14 +96,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--classifier",
-        metavar="FILE",
-        help="whose features to measure in: a DigitClassifier's safetensors; by "
-        "default the project's own for this data set",
+        metavar="FILE|train",
+        help="whose features to measure in: a classifier's safetensors, or train: one is trained "
+        "on the data set first; by default the project's own for this data set",
     )
     which.add_argument(
         "--inception",
         metavar="FILE",
         help="torch-fidelity's Inception weights, for figures that compare to published ones",
+    )
+    parser.add_argument(
+        "--save-classifier", metavar="FILE", help="write what --classifier train trained"
+    )
+    parser.add_argument(
+        "--neighbours",
+        metavar="FILE",
+        help="write a picture of samples, below each the nearest training picture, and report "
+        "the distances: is anything memorised?",
     )
     parser.add_argument("--output", metavar="FILE", help="write the report as JSON")
     parser.add_argument(
@@ -115,7 +130,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.inception is not None:
         extractor = InceptionExtractor(arguments.inception)
     elif arguments.classifier is not None:
-        extractor = DigitClassifier.load(arguments.classifier)
+        train = arguments.classifier == "train"
+        extractor = "train" if train else Classifier.load(arguments.classifier)
+    if arguments.save_classifier is not None and extractor != "train":
+        raise UsageError("--save-classifier: goes with --classifier train")
     with chosen_backend(arguments.backend):
         report = evaluate(
             arguments.checkpoint,
@@ -128,29 +146,36 @@ def run(arguments: argparse.Namespace) -> None:
             device=device,
             report=arguments.output,
             samples=arguments.npz,
+            classifier=arguments.save_classifier,
+            neighbours=arguments.neighbours,
             skip_broken=arguments.skip_broken,
             background=background,
             progress=not arguments.no_progress,
             **chosen_settings(arguments),
         )
     print(summary(report))
-    for path in (arguments.output, arguments.npz):
+    outputs = (arguments.output, arguments.npz, arguments.neighbours, arguments.save_classifier)
+    for path in outputs:
         if path is not None:
             print(path)
 
 
-def chosen_dataset(arguments: argparse.Namespace) -> tuple[str, str | None, str]:
+def chosen_dataset(arguments: argparse.Namespace) -> tuple[str | None, str | None, str]:
     """The data set given, or the one that the checkpoint was trained on; where it lies; what
-    transparent images lie on, which is as in training if nothing else is said."""
+    transparent images lie on, which is as in training if nothing else is said. For --npz alone
+    there need be none."""
     name, root, background = arguments.dataset, arguments.data_root, arguments.background
     # Without --dataset or with a folder of images, the training's settings are looked at.
     if name in (None, "folder") and None in (name, background):
-        path = _trained_settings(arguments, needed=name is None)
+        measures = (arguments.classifier, arguments.inception, arguments.output)
+        alone = arguments.npz is not None and {*measures, arguments.neighbours} == {None}
+        path = _trained_settings(arguments, needed=name is None and not alone)
         trained = {} if path is None else read_json(path)
         if name is None:
-            if not isinstance(trained, dict) or "dataset" not in trained:
+            if isinstance(trained, dict) and "dataset" in trained:
+                name, root = trained["dataset"], root or trained.get("data_root")
+            elif not alone:
                 raise UsageError(f"--dataset: is needed, {path} names none")
-            name, root = trained["dataset"], root or trained.get("data_root")
         if background is None and isinstance(trained, dict):
             background = trained.get("background")
     return name, root, background or "white"

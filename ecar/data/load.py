@@ -39,7 +39,7 @@ def load_dataset(
     name        what                                                     C, H, W     train / test
     "digits"    scikit-learn's load_digits                               1, 8, 8     1,437 / 360
     "mnist"     data/mnist.npz, padded from 28 to 32 pixels              1, 32, 32   60,000 / 10,000
-    "emoji"     data/emoji.npz, Noto Emoji on white, 28 classes          3, 32, 32   2,568 / 307
+    "emoji"     data/emoji.npz, Noto Emoji on white, 28 classes          3, 32, 32   2,568 / 303
     "folder"    root/class/file.png (and other formats)                  C, size, size
     "latents"   root/index.json and shards, from `cache_latents`         the codec's
 
@@ -194,7 +194,7 @@ def _mnist(path: Path, split: str) -> ImageDataset:
 
 
 def _emoji(path: Path, split: str) -> ImageDataset:
-    count = {"train": 2568, "test": 307}[split]
+    count = {"train": 2568, "test": 303}[split]
     images, labels, names = _read_npz(path, split, (count, 3, 32, 32), "class_names")
     pixels = torch.from_numpy(images)
     return _in_memory("emoji", split, path, pixels, labels, [str(name) for name in names])

@@ -14,33 +14,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ecar.evaluation.classifier import DigitClassifier as DigitClassifier
+    from ecar.evaluation.classifier import Classifier as Classifier
     from ecar.evaluation.export import save_npz as save_npz
     from ecar.evaluation.extractors import InceptionExtractor as InceptionExtractor
     from ecar.evaluation.extractors import extract as extract
+    from ecar.evaluation.measure import evaluate_images as evaluate_images
     from ecar.evaluation.metrics import feature_statistics as feature_statistics
     from ecar.evaluation.metrics import frechet_distance as frechet_distance
     from ecar.evaluation.metrics import frechet_distance_of_features as frechet_distance_of_features
     from ecar.evaluation.metrics import inception_score as inception_score
     from ecar.evaluation.metrics import precision_recall as precision_recall
+    from ecar.evaluation.neighbours import nearest_training as nearest_training
     from ecar.evaluation.report import evaluate as evaluate
-    from ecar.evaluation.report import evaluate_images as evaluate_images
     from ecar.evaluation.report import summary as summary
     from ecar.evaluation.sampling import draw_labels as draw_labels
     from ecar.evaluation.sampling import generate as generate
 
 _HOMES = {
-    "DigitClassifier": "classifier",
+    "Classifier": "classifier",
     "InceptionExtractor": "extractors",
     "draw_labels": "sampling",
     "evaluate": "report",
-    "evaluate_images": "report",
+    "evaluate_images": "measure",
     "extract": "extractors",
     "feature_statistics": "metrics",
     "frechet_distance": "metrics",
     "frechet_distance_of_features": "metrics",
     "generate": "sampling",
     "inception_score": "metrics",
+    "nearest_training": "neighbours",
     "precision_recall": "metrics",
     "save_npz": "export",
     "summary": "report",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .classifier import PRESETS, DigitClassifier
+from .classifier import PRESETS, Classifier
 
 __all__ = ["Extractor", "InceptionExtractor", "default_extractor", "extract", "to_bytes"]
 
@@ -26,6 +26,10 @@ Extractor = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 # torch-fidelity; the name bears the first digits of their sha256.
 _INCEPTION_SHA256 = "6726825d"
 _INCEPTION_NAME = f"weights-inception-2015-12-05-{_INCEPTION_SHA256}.pth"
+
+
+class NoExtractorError(ValueError):
+    """The project has no classifier for this data set."""
 
 
 class InceptionExtractor(nn.Module):
@@ -72,18 +76,19 @@ class InceptionExtractor(nn.Module):
         return self.network(to_bytes(images).expand(-1, 3, -1, -1))
 
 
-def default_extractor(dataset_name: str) -> DigitClassifier:
-    """The project's classifier for "mnist" or "digits".
+def default_extractor(dataset_name: str) -> Classifier:
+    """The project's classifier for "mnist", "digits" or "emoji".
 
     Raises:
-        ValueError: there is none for this data set.
+        NoExtractorError: there is none for this data set.
+        FileNotFoundError: its weights are not here.
     """
     if dataset_name not in PRESETS:
-        raise ValueError(
-            f"argument 'extractor': there is none for {dataset_name!r} by default; give one, such "
-            "as ecar.evaluation.InceptionExtractor(weights)"
+        raise NoExtractorError(
+            f"argument 'extractor': there is none for {dataset_name!r} by default; give 'train', "
+            "which trains one, or such as ecar.evaluation.InceptionExtractor(weights)"
         )
-    return DigitClassifier.load(dataset_name)
+    return Classifier.load(dataset_name)
 
 
 def to_bytes(images: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ecar.checkpoint import write_settings
 from ecar.codec import AutoencoderKLCodec
 from ecar.data import InMemoryDataset, cache_latents
 from ecar.evaluation import save_npz
-from ecar.evaluation.classifier import ClassifierConfig, DigitClassifier
+from ecar.evaluation.classifier import Classifier, ClassifierConfig
 from ecar.files import append, atomic_folder, atomic_path, check_target, write_json, write_tensors
 from ecar.images import save_image
 from ecar.training import TrainConfig
@@ -35,7 +35,7 @@ MODEL = tiny_model()
 TRAIN = TrainConfig(
     model=tiny_config(), output_dir="x", sample_rows=1, sample_columns=1, sample_steps=2
 )
-CLASSIFIER = DigitClassifier(ClassifierConfig(image_size=8, widths=(4, 4), features=4))
+CLASSIFIER = Classifier(ClassifierConfig(image_size=8, widths=(4, 4), features=4))
 SCRATCH = ".ecar-tmp"
 
 

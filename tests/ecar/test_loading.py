@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from ecar import ECAR, ECARPipeline
 from ecar.codec import AutoencoderKLCodec, load_codec
-from ecar.evaluation.classifier import ClassifierConfig, DigitClassifier
+from ecar.evaluation.classifier import Classifier, ClassifierConfig
 from ecar.training import TrainConfig, Trainer
 from ecar.training.state import state_path
 
@@ -33,9 +33,9 @@ def pipeline(folder):
 
 def classifier(folder):
     config = ClassifierConfig(image_size=8, widths=(4, 4), features=4)
-    DigitClassifier(config).save(folder / "c.safetensors")
+    Classifier(config).save(folder / "c.safetensors")
     path = folder / "c.safetensors"
-    return path, "head.weight", lambda: DigitClassifier.load(path)
+    return path, "head.weight", lambda: Classifier.load(path)
 
 
 def autoencoder(folder):

@@ -5,6 +5,8 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from ecar.cli.evaluate import add_arguments, chosen_dataset
 
@@ -34,9 +36,59 @@ def test_report_and_samples(folder, run, how):
         assert archive["arr_0"].shape == (20, 8, 8, 3)  # ADM's evaluator reads colours
 
 
+@pytest.fixture
+def pictures(folder):
+    """A folder of 8 x 8 pictures of ten classes, bright or dark."""
+    for split, count in (("train", 4), ("test", 2)):
+        for label in range(10):
+            place = folder / "pictures" / split / f"c{label}"
+            place.mkdir(parents=True)
+            for index in range(count):
+                level = torch.randint(0, 100, (8, 8), dtype=torch.uint8) + 15 * label
+                Image.fromarray(level.numpy()).save(place / f"{index}.png")
+    return folder
+
+
+def test_a_classifier_is_trained_for_any_images(pictures, run):
+    code, output, _ = run(
+        f"{LINE} --dataset folder --data-root pictures --classifier train --output report.json "
+        "--save-classifier c.safetensors --neighbours near.png"
+    )
+    assert code == 0
+    assert output.splitlines()[-3:] == ["report.json", "near.png", "c.safetensors"]
+    report = json.loads((pictures / "report.json").read_text())
+    used = report["protocol"]["extractor"]
+    assert used["metadata"]["dataset"] == "folder"
+    assert used["metadata"]["held_out_images"] == "20" and len(used["sha256"]) == 64
+    near = report["nearest_training"]
+    assert 0 < near["generated"]["least"] <= near["generated"]["median"]
+    assert "to nearest training image" in output
+    with Image.open(pictures / "near.png") as sheet:
+        assert sheet.height > 2 * 2 * 64
+    code, again, _ = run(f"{LINE} --dataset folder --data-root pictures --classifier c.safetensors")
+    assert code == 0
+    assert again.splitlines()[:3] == output.splitlines()[:3]
+
+
+@pytest.mark.parametrize("trained", [None, "folder", "mnist"])
+def test_samples_alone_need_nothing_to_measure_with(pictures, run, monkeypatch, trained):
+    """No train.json; a data set without a classifier; one that is nowhere."""
+    if trained is not None:
+        settings = {"dataset": trained, "data_root": {"folder": "pictures"}.get(trained, "nowhere")}
+        (pictures / "model" / "train.json").write_text(json.dumps(settings))
+    code, output, errors = run(f"{LINE} --npz samples.npz")
+    assert (code, errors) == (0, "")
+    assert output.splitlines() == ["20 images, not measured", "samples.npz"]
+    with np.load(pictures / "samples.npz") as archive:
+        counts = np.bincount(archive["arr_1"], minlength=10)
+    assert counts.sum() == 20
+    assert trained == "folder" or counts.tolist() == [2] * 10
+
+
 @pytest.mark.parametrize(
     ("trained", "options", "expected"),
     [
+        (None, "--npz x.npz", (None, None, "white")),
         (None, "--dataset folder --data-root x", ("folder", "x", "white")),
         ({"dataset": "folder", "data_root": "y"}, "", ("folder", "y", "white")),
         ({**ON_BLACK, "data_root": "y"}, "", ("folder", "y", "black")),
@@ -75,10 +127,17 @@ def test_images_are_read_as_in_training(folder, monkeypatch, trained, options, e
         ("--dataset digits --skip-broken", "--skip-broken: only 'folder' has files to skip"),
         ("--dataset digits --background red", "--background: only 'folder' has transparency"),
         ("--dataset folder --data-root empty --background glass", "--background: expected a colo"),
+        ("--npz x.npz --output y.json", "--dataset: is needed, 'model' holds no train.json"),
+        (
+            "--dataset folder --data-root pictures --npz x.npz --output y.json",
+            "--classifier: there",
+        ),
+        ("--dataset digits --save-classifier x", "--save-classifier: goes with --classifier train"),
+        ("--dataset digits --neighbours x.txt", "x.txt"),
         ("--dataset digits --steps 1,2,3", "--steps: expected a list of 2 numbers"),
         ("--dataset digits --device gpu", "--device: cannot use 'gpu' here"),
     ],
 )
-def test_bad_evaluation_is_one_line(folder, refused, options, message):
-    (folder / "empty").mkdir()
+def test_bad_evaluation_is_one_line(pictures, refused, options, message):
+    (pictures / "empty").mkdir()
     assert message in refused(f"{LINE} {options}")

@@ -1,4 +1,4 @@
-"""The classifiers in the repository read digits, and their files are checked."""
+"""The classifiers in the repository read what they should, and their files are checked."""
 
 import json
 
@@ -7,12 +7,14 @@ import torch
 from safetensors.torch import save_file
 
 from ecar.data import InMemoryDataset, load_dataset
-from ecar.evaluation import DigitClassifier
+from ecar.evaluation import Classifier
 from ecar.evaluation.classifier import (
     PRESETS,
     ClassifierConfig,
     accuracy,
     augment,
+    background,
+    default_config,
     find_classifier,
     main,
     train_classifier,
@@ -21,9 +23,9 @@ from ecar.evaluation.classifier import (
 SMALL = ClassifierConfig(image_size=8, stem_kernel=3, stem_stride=1, widths=(8, 16), features=12)
 
 
-@pytest.mark.parametrize(("name", "least"), [("mnist", 0.99), ("digits", 0.98)])
-def test_committed_classifiers_read_the_held_out_digits(name, least):
-    model = DigitClassifier.load(name)
+@pytest.mark.parametrize(("name", "least"), [("mnist", 0.99), ("digits", 0.98), ("emoji", 0.7)])
+def test_committed_classifiers_read_the_held_out_images(name, least):
+    model = Classifier.load(name)
     test = load_dataset(name, split="test")
     share = accuracy(model, test)
     assert share >= least
@@ -35,11 +37,11 @@ def test_committed_classifiers_read_the_held_out_digits(name, least):
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_shapes_and_independence_of_the_batch(name):
-    model = DigitClassifier.load(name)
+    model = Classifier.load(name)
     config = model.config
-    images = torch.rand(7, 1, config.image_size, config.image_size) * 2 - 1
+    images = torch.rand(7, config.channels, config.image_size, config.image_size) * 2 - 1
     features, logits = model(images)
-    assert features.shape == (7, config.features) and logits.shape == (7, 10)
+    assert features.shape == (7, config.features) and logits.shape == (7, config.num_classes)
     assert not features.requires_grad and not model.training
     alone, _ = model(images[3:4])
     assert torch.allclose(alone, features[3:4], rtol=1e-5, atol=1e-5)
@@ -65,7 +67,7 @@ def test_training_is_reproducible_and_learns(tmp_path):
 
     path = tmp_path / "toy.safetensors"
     first.save(path, dataset="toy", held_out_accuracy=1.0)
-    loaded = DigitClassifier.load(path)
+    loaded = Classifier.load(path)
     images, _ = data.tensors()
     assert all(torch.equal(a, b) for a, b in zip(first(images), loaded(images), strict=True))
     assert loaded.metadata["dataset"] == "toy" and len(loaded.sha256) == 64
@@ -87,27 +89,60 @@ def test_augmentation_stays_in_range_and_moves_little():
     assert (border == -1).all()
 
 
+def test_what_lies_outside_is_the_data_sets_background():
+    images = torch.full((8, 3, 16, 16), 0.25)
+    images[:, 0] = 1
+    images[:, :, 4:12, 4:12] = -1
+    images[0, :, 0] = 0  # one picture with another border
+    outside = background(images)
+    assert outside.flatten().tolist() == [1, 0.25, 0.25]
+    moved = augment(images[1:], torch.Generator().manual_seed(1), noise=0, outside=outside)
+    # No third colour comes in from outside, which black would have been.
+    assert torch.allclose(moved[:, :, 0, 0], torch.tensor([1, 0.25, 0.25]), atol=1e-5)
+
+
+@pytest.mark.parametrize(("side", "channels"), [(8, 3), (20, 1), (64, 3), (150, 3)])
+def test_any_data_set_of_images_has_a_classifier(side, channels):
+    labels = torch.arange(12) % 3
+    pixels = torch.randint(0, 256, (12, channels, side, side), dtype=torch.uint8)
+    pixels[labels == 1] //= 8
+    data = InMemoryDataset("folder", "train", pixels, labels, "abc")
+    model = train_classifier(data, epochs=1, batch_size=6, progress=False)
+    assert model.config == default_config(data) and model.config.image_size == side
+    features, logits = model(data.tensors()[0])
+    assert features.shape == (12, 64) and logits.shape == (12, 3)
+    assert model.metadata["train_images"] == "12" and model.metadata["epochs"] == "1"
+
+
+def test_latents_have_none():
+    data = InMemoryDataset(
+        "latents", "train", torch.zeros(4, 4, 8, 8, dtype=torch.uint8), torch.zeros(4), "a"
+    )
+    with pytest.raises(ValueError, match=r"square images of 1 or 3 channels .*\[4, 8, 8\]"):
+        train_classifier(data, progress=False)
+
+
 def test_files_that_are_no_classifier(tmp_path):
     path = tmp_path / "x.safetensors"
     with pytest.raises(FileNotFoundError, match=r"x\.safetensors"):
-        DigitClassifier.load(path)
-    DigitClassifier(SMALL).save(path)
+        Classifier.load(path)
+    Classifier(SMALL).save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"x\.safetensors: not a safetensors file"):
-        DigitClassifier.load(path)
-    tensors = {name: t.contiguous() for name, t in DigitClassifier(SMALL).state_dict().items()}
+        Classifier.load(path)
+    tensors = {name: t.contiguous() for name, t in Classifier(SMALL).state_dict().items()}
     wrong = json.dumps({"image_size": 8, "widths": [8, 24]})
     for metadata in ({}, {"config": "{"}, {"config": '{"depth": 3}'}, {"config": wrong}):
         save_file(tensors, path, metadata)
         with pytest.raises(ValueError, match=r"x\.safetensors: not the weights") as caught:
-            DigitClassifier.load(path)
+            Classifier.load(path)
         assert "\n" not in str(caught.value)
-    model = DigitClassifier(SMALL)
+    model = Classifier(SMALL)
     model.head.weight.data[0, 0] = torch.nan
     model.save(path)
     with pytest.raises(ValueError, match=r"head\.weight"):
-        DigitClassifier.load(path)
+        Classifier.load(path)
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
@@ -115,4 +150,4 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     out = tmp_path / "new" / "digits.safetensors"
     main(["--dataset", "digits", "--out", str(out), "--epochs", "1"])
     assert "of 360 held-out images" in capsys.readouterr().out
-    assert DigitClassifier.load(out).metadata["epochs"] == "1"
+    assert Classifier.load(out).metadata["epochs"] == "1"

@@ -9,7 +9,7 @@ import torch
 from ecar.config import ECARConfig
 from ecar.data import InMemoryDataset, load_dataset
 from ecar.evaluation import (
-    DigitClassifier,
+    Classifier,
     draw_labels,
     evaluate,
     evaluate_images,
@@ -44,7 +44,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def classifier():
-    return DigitClassifier.load("digits")
+    return Classifier.load("digits")
 
 
 def test_labels_are_as_frequent_as_in_the_training_set(digits):
