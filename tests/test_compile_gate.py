@@ -28,7 +28,8 @@ import triton
 import triton.language as tl
 
 from ecar_kernels._triton import CompileCase
-from tools.compile_gate import cases, compile_case
+from tools.compile_case import compile_case
+from tools.compile_gate import cases
 
 
 @triton.jit
@@ -353,7 +354,7 @@ import sys
 from dataclasses import replace
 
 from ecar_kernels._triton import CompileCase
-from tools import compile_gate as gate
+from tools import compile_case
 
 sys.path.insert(0, sys.argv[1])
 found = {}
@@ -362,17 +363,17 @@ for name in sys.argv[2:]:
     # As if all were versions of one module.
     kernel.__module__ = kernel.fn.__globals__["helper"].__module__ = "module"
     case = CompileCase("case", kernel, {"x": "*fp32", "y": "*fp32"}, {"OTHER": 1}, aligned=("x",))
-    found[name] = gate.digest(case, 80)
+    found[name] = compile_case.digest(case, 80)
     if name == "plain":
         found |= {
-            "settings": gate.digest(replace(case, num_stages=4), 80),
-            "constants": gate.digest(replace(case, constants={"OTHER": 2}), 80),
-            "types": gate.digest(replace(case, signature={"x": "*bf16", "y": "*fp32"}), 80),
-            "alignment": gate.digest(replace(case, aligned=("x", "y")), 80),
-            "chip": gate.digest(case, 90),
+            "settings": compile_case.digest(replace(case, num_stages=4), 80),
+            "constants": compile_case.digest(replace(case, constants={"OTHER": 2}), 80),
+            "types": compile_case.digest(replace(case, signature={"x": "*bf16", "y": "*fp32"}), 80),
+            "alignment": compile_case.digest(replace(case, aligned=("x", "y")), 80),
+            "chip": compile_case.digest(case, 90),
         }
-gate.assembler = lambda chip: "V0"
-found["compiler"] = gate.digest(case, 80)
+compile_case.assembler = lambda chip: "V0"
+found["compiler"] = compile_case.digest(case, 80)
 print(json.dumps(found))
 """
 
