@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
 from ecar.files import atomic_path, check_output_folder, check_target
@@ -61,7 +61,12 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def make_sheet(
-    images: Sequence[Image.Image], rows: int, columns: int, padding: int = 2, scale: int = 1
+    images: Sequence[Image.Image],
+    rows: int,
+    columns: int,
+    padding: int = 2,
+    scale: int = 1,
+    names: Sequence[str] | None = None,
 ) -> Image.Image:
     """Lay pictures of one size out on a dark grid, row by row.
 
@@ -69,6 +74,7 @@ def make_sheet(
         images: at most ``rows * columns`` pictures of one size and mode; missing ones stay dark.
         padding: pixels around each picture.
         scale: whole factor by which each picture is enlarged, nearest neighbour.
+        names: written to the left of the rows, one for each; long ones are cut short.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -92,15 +98,28 @@ def make_sheet(
     kinds = {(image.mode, image.size) for image in images}
     if len(kinds) > 1:
         raise ValueError(f"argument 'images': expected one mode and size, got {sorted(kinds)}")
+    if names is not None and len(names) != rows:
+        raise ValueError(f"argument 'names': expected {rows}, one for each row, got {len(names)}")
     mode, (width, height) = kinds.pop()
     width, height = width * scale, height * scale
+    margin, labels = (
+        0,
+        [name if len(name) <= _LONGEST else f"{name[:_LONGEST]}.." for name in names or ()],
+    )
+    if labels:
+        font = ImageFont.load_default(min(max(height // 4, 9), 20))
+        margin = round(max(font.getlength(label) for label in labels)) + 2 * _GAP
     sheet = Image.new(
-        mode, (columns * (width + padding) + padding, rows * (height + padding) + padding)
+        mode, (margin + columns * (width + padding) + padding, rows * (height + padding) + padding)
     )
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
-        corner = (padding + column * (width + padding), padding + row * (height + padding))
+        corner = (margin + padding + column * (width + padding), padding + row * (height + padding))
         sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), corner)
+    draw = ImageDraw.Draw(sheet)
+    for row, label in enumerate(labels):
+        middle = padding + row * (height + padding) + height / 2
+        draw.text((margin - _GAP, middle), label, fill="white", font=font, anchor="rm")
     return sheet
 
 
@@ -140,6 +159,8 @@ def _picture_format(path: Path) -> str:
     return name
 
 
+_GAP = 4  # pixels around the names of a sheet's rows
+_LONGEST = 24  # letters of such a name
 _LISTED = 10  # bad files that a message names
 # By EXIF's number, how a stored picture is turned into the one that viewers show.
 _TURNS = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 from tqdm.auto import tqdm
 
 from ecar.checkpoint import check_settings
@@ -90,6 +90,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "NAME-stage1.png ..: smaller and partly noise, enlarged to fit",
     )
     group.add_argument(
+        "--strip",
+        action="store_true",
+        help="also write the first image of each row from stage to stage, as NAME-strip.png",
+    )
+    group.add_argument("--names", action="store_true", help="write the classes next to the rows")
+    group.add_argument(
         "--scale",
         type=positive,
         default=1,
@@ -143,11 +149,16 @@ def run(arguments: argparse.Namespace) -> None:
         begin = time.perf_counter()
         images, stages = draw(pipe, grid, arguments, settings)
         seconds = time.perf_counter() - begin
+    names = row_names(pipe, grid) if arguments.names else None
+    sheet, shown = output, stages if arguments.stages else []
     if to_folder:
         output.mkdir(exist_ok=True)
-        written = write_folder(output, grid, images, stages, arguments)
+        sheet = output / "sheet.png"
+        written = write_folder(output, grid, images, shown, arguments, names)
     else:
-        written = write_sheets(output, grid, images, stages, arguments.scale)
+        written = write_sheets(output, grid, images, shown, arguments.scale, names)
+    if arguments.strip:
+        write_strip(sheet, grid, images, stages, arguments.scale, names)
     count = len(grid.pairs)
     print(written)
     print(f"{seconds / count:.3g} s per image ({count} images in {seconds:.3g} s on {pipe.device})")
@@ -196,7 +207,8 @@ def draw(
     stage_count = pipe.model.config.num_stages
     total = len(batches) * sum(split_steps(settings["num_inference_steps"], stage_count))
     images: list[Image] = []
-    stages: list[list[Image]] = [[] for _ in range(stage_count - 1)] if arguments.stages else []
+    kept = arguments.stages or arguments.strip
+    stages: list[list[Image]] = [[] for _ in range(stage_count - 1)] if kept else []
     with tqdm(
         total=total, desc=f"{len(pairs)} images", unit="step", disable=arguments.no_progress
     ) as bar:
@@ -209,7 +221,7 @@ def draw(
             output = pipe(
                 list(classes),
                 seeds=list(seeds),
-                return_stages=arguments.stages,
+                return_stages=kept,
                 progress=False,
                 callback_on_step_end=step_done,
                 **settings,
@@ -220,17 +232,46 @@ def draw(
     return images, stages
 
 
+def row_names(pipe: ECARPipeline, grid: Grid) -> list[str]:
+    """The classes by name, or by number where they have none."""
+    names = pipe.class_names
+    return [str(number) if names is None else names[number] for number in grid.classes]
+
+
+def write_strip(
+    path: Path,
+    grid: Grid,
+    images: list[Image],
+    stages: list[list[Image]],
+    scale: int,
+    names: list[str] | None,
+) -> None:
+    """Each row's first image, at the left as stage 1 ended and at the right done."""
+    cells = [
+        ends[first].resize(images[0].size, Resampling.NEAREST)
+        for first in range(0, len(images), len(grid.seeds))
+        for ends in (*stages, images)
+    ]
+    sheet = make_sheet(cells, len(grid.classes), len(stages) + 1, PADDING, scale, names)
+    save_image(sheet, path.with_name(f"{path.stem}-strip{path.suffix}"))
+
+
 def write_sheets(
-    path: Path, grid: Grid, images: list[Image], stages: list[list[Image]], scale: int
+    path: Path,
+    grid: Grid,
+    images: list[Image],
+    stages: list[list[Image]],
+    scale: int,
+    names: list[str] | None = None,
 ) -> Path:
     """The sheet, and beside it one of each stage; a lone image gets no frame."""
     rows, columns = len(grid.classes), len(grid.seeds)
     padding = PADDING if rows * columns > 1 else 0
     for stage, ends in enumerate(stages, start=1):
         enlarged = scale * (images[0].width // ends[0].width)
-        sheet = make_sheet(ends, rows, columns, padding, enlarged)
+        sheet = make_sheet(ends, rows, columns, padding, enlarged, names)
         save_image(sheet, path.with_name(f"{path.stem}-stage{stage}{path.suffix}"))
-    return save_image(make_sheet(images, rows, columns, padding, scale), path)
+    return save_image(make_sheet(images, rows, columns, padding, scale, names), path)
 
 
 def write_folder(
@@ -239,6 +280,7 @@ def write_folder(
     images: list[Image],
     stages: list[list[Image]],
     arguments: argparse.Namespace,
+    names: list[str] | None,
 ) -> Path:
     """One file for each image and end state, and the sheet if one was asked for."""
     for index, (number, seed) in enumerate(grid.pairs):
@@ -247,5 +289,5 @@ def write_folder(
         ends = [[stage[index]] for stage in stages]
         write_sheets(path, one, [images[index]], ends, arguments.scale)
     if arguments.sheet:
-        write_sheets(folder / "sheet.png", grid, images, stages, arguments.scale)
+        write_sheets(folder / "sheet.png", grid, images, stages, arguments.scale, names)
     return folder

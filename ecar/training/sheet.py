@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,13 +20,18 @@ _CHUNK = 64  # images sampled at once
 
 
 def write_sheet(
-    model: ECAR, config: TrainConfig, path: Path, decode: Callable[[Tensor], Tensor] | None
+    model: ECAR,
+    config: TrainConfig,
+    path: Path,
+    decode: Callable[[Tensor], Tensor] | None,
+    class_names: Sequence[str] | None = None,
 ) -> Image.Image:
     """Sample a sheet, write it as a PNG, and return it.
 
     Args:
         model: the averaged weights.
         decode: latents [B, C, H, W] -> images in [-1, 1]; None where latents are pixels.
+        class_names: of all classes, for the rows.
     """
     classes = config.model.num_classes
     rows, columns = min(config.sample_rows, classes), config.sample_columns
@@ -47,6 +52,7 @@ def write_sheet(
         pictures += to_pil(latents if decode is None else decode(latents))
     path.parent.mkdir(parents=True, exist_ok=True)
     scale = max(1, 32 // pictures[0].width)
-    sheet = make_sheet(pictures, rows, columns, scale=scale)
+    names = None if class_names is None else [class_names[label] for label in chosen.tolist()]
+    sheet = make_sheet(pictures, rows, columns, scale=scale, names=names)
     save_image(sheet, path)
     return sheet

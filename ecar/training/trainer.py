@@ -234,7 +234,9 @@ class Trainer:
                 states.keep_checkpoint(self.averaged, self.output, "best")
         if sample:
             path = self.output / "samples" / f"step_{self.step:07d}.png"
-            log.sheet(write_sheet(self.averaged, self.config, path, self.decode), self.step)
+            classes = getattr(self.batches.dataset, "class_names", None)
+            sheet = write_sheet(self.averaged, self.config, path, self.decode, classes)
+            log.sheet(sheet, self.step)
 
     def _build(self, *, fresh: bool) -> str:
         """The model, its average and its optimizer; says what the weights are."""

@@ -57,9 +57,24 @@ def test_sheet_places_pictures_row_by_row():
     assert not sheet[0].any()
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sheet_has_its_rows_names_at_the_left(channels):
+    pictures = to_pil(random_images(6, channels, 8, 8))
+    plain = np.asarray(make_sheet(pictures, 2, 3, scale=4))
+    names = ["robin", "a name that is longer than there is room for"]
+    named = np.asarray(make_sheet(pictures, 2, 3, scale=4, names=names))
+    margin = named.shape[1] - plain.shape[1]
+    assert named.shape[0] == plain.shape[0] and 60 < margin < 250
+    assert np.array_equal(named[:, margin:], plain)
+    for row in range(2):  # something is written in the middle of each row, and not at its ends
+        left = named[row * 34 : (row + 1) * 34, :margin]
+        assert left[10:25].max() > 128 and left[:8].max() == 0 and left[28:].max() == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        (([Image.new("L", (2, 2))], 1, 1, 0, 1, ["a", "b"]), ValueError, "'names'.*1.*got 2"),
         (([], 1, 1), ValueError, "'images'.*got 0"),
         ((["x"] * 5, 2, 2), ValueError, "'images'.*1 to 4.*got 5"),
         (([Image.new("L", (2, 2)), Image.new("L", (3, 2))], 1, 2), ValueError, "one mode and size"),

@@ -53,6 +53,24 @@ def test_chosen_classes_seeds_scale_and_stages(folder, run):
     assert np.array_equal(cells("y.png", 3, 2, 8)[:, 0], sheet[:, 1, ::3, ::3])
 
 
+def test_names_of_the_rows_and_a_strip_of_the_stages(folder, run):
+    line = "sample --checkpoint model --classes three,7 --per-class 3 --scale 4 --no-progress"
+    code, _, errors = run(f"{line} --strip --output x.png")
+    assert (code, errors) == (0, "")
+    assert sorted(path.name for path in folder.glob("*.png")) == ["x-strip.png", "x.png"]
+    strip = cells("x-strip.png", 2, 2, 32)  # two stages
+    assert np.array_equal(strip[:, 1], cells("x.png", 2, 3, 32)[:, 0])
+    run(f"{line} --stages --output y.png")
+    assert np.array_equal(strip[:, 0], cells("y-stage1.png", 2, 3, 32)[:, 0])
+    run(f"{line} --names --strip --stages --output out/")
+    names = ["sheet-strip.png"]
+    assert sorted(path.name for path in (folder / "out").glob("sheet*")) == names
+    named = np.asarray(Image.open("out/sheet-strip.png"))
+    plain = np.asarray(Image.open("x-strip.png"))
+    assert np.array_equal(named[:, -plain.shape[1] :], plain)
+    assert named[:, : -plain.shape[1]].max() > 128
+
+
 def test_batches_change_no_image(folder, run):
     line = "sample --checkpoint model --sheet 3x3 --no-progress --output"
     run(f"{line} one.png")
