@@ -3,6 +3,7 @@
 Colours are those of Okabe and Ito, which stay apart for the colour-blind.
 """
 
+import csv
 import io
 import statistics
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
@@ -36,6 +38,7 @@ SETTINGS = {
     "grid.color": "#dddddd",
     "legend.frameon": False,
 }
+STAGES = ("#0072B2", "#E69F00", "#009E73", "#D55E00")
 CHECKPOINTS = {"digits": 7, "mnist": 7}  # by seed
 Record = dict[str, Any]
 
@@ -56,7 +59,12 @@ def draw_all(folder: Path) -> list[Path]:
     """Every picture of docs/images/ that is made from results or checkpoints."""
     files = sorted(results.FOLDER.glob("*/*.json"))
     drawn = [picture for file in files for picture in draw(file, folder)]
-    return [save(stages(), folder / "stages.png"), *drawn]
+    logs = sorted(ROOT.glob("checkpoints/*/log.csv"))
+    return [
+        save(stages(), folder / "stages.png"),
+        save(losses(logs), folder / "losses.png"),
+        *drawn,
+    ]
 
 
 def save(picture: Figure, path: Path) -> Path:
@@ -186,6 +194,29 @@ def stages() -> Figure:
         axes.set_axis_off()
         side = stage.shape[1]
         axes.text(-12, 32, f"{label}\n{side} x {side}", ha="right", va="center", fontsize=9)
+    return made
+
+
+def losses(logs: list[Path]) -> Figure:
+    """The loss of each stage over the images seen, of each training (Figure 6 of the paper)."""
+    made = figure(2.6 * len(logs) + 0.4, "Training loss: each stage's, by images seen")
+    grid = made.subplots(len(logs), 1, squeeze=False)
+    for axes, path in zip(grid[:, 0], logs, strict=True):
+        with open(path, newline="") as file:
+            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        count = sum(name.startswith("loss_") for name in rows[0])
+        for stage, colour in zip(range(1, count + 1), STAGES, strict=False):
+            values = [row[f"loss_{stage}"] for row in rows]
+            images = [row["images"] for row in rows]
+            axes.plot(images, values, color=colour, linewidth=1, label=f"stage {stage}")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="y", which="both", labelsize=8)
+        axes.set_ylabel(path.parent.name)
+        axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=" "))
+        axes.legend(fontsize=8, ncols=count)
+    grid[-1, 0].set_xlabel("images")
     return made
 
 

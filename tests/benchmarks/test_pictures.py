@@ -57,3 +57,13 @@ def test_images_lie_side_by_side():
     row = pictures.strip(np.stack([np.zeros((4, 4, 1)), np.full((4, 4, 1), 0.5)]))
     assert row.shape == (64, 132)
     assert (row[:, :64] == 0).all() and (row[:, 64:68] == 1).all() and (row[:, 68:] == 0.5).all()
+
+
+def test_losses_are_those_of_the_log(tmp_path):
+    rows = ["step,images,loss_1,loss_2", "10,640,0.5,0.25", "20,1280,0.125,0.0625"]
+    (tmp_path / "log.csv").write_text("\n".join(rows) + "\n")
+    (axes,) = pictures.losses([tmp_path / "log.csv"]).axes
+    first, second = axes.get_lines()
+    assert list(first.get_xdata()) == [640, 1280] and list(first.get_ydata()) == [0.5, 0.125]
+    assert list(second.get_ydata()) == [0.25, 0.0625]
+    assert axes.get_ylabel() == tmp_path.name
