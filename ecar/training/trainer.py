@@ -61,8 +61,7 @@ class Trainer:
         config: what to train, and how.
         dataset: used in place of ``config.dataset``; map-style, of (float32 [C, H, W], int): images
             in [-1, 1], or with ``decode`` latents of any range; labels from 0 to num_classes - 1.
-        held_out: likewise, for the validation loss; without it a ``dataset`` that is given has
-            none.
+        held_out: likewise, for the validation loss; a ``dataset`` that is given has none else.
         decode: latents -> images in [-1, 1] for the sample sheets, needed unless the latents
             are pixels of 1 or 3 channels or ``sample_every`` is 0.
         resume: go on from the state in ``config.output_dir``.
@@ -121,7 +120,8 @@ class Trainer:
             world=self.accelerator.num_processes,
         )
         self.validation: Validation | None = None
-        if config.validate_every and (dataset is None or held_out is not None):
+        measures = config.validate_every and self.accelerator.is_main_process
+        if measures and (dataset is None or held_out is not None):
             held_out = held_out_data(config, held_out, decode)
             self.validation = None if held_out is None else Validation(held_out, config)
         self.origin = self._build(fresh=not resume)
@@ -173,8 +173,8 @@ class Trainer:
                 self._train_step(parts)
                 self.step += 1
                 progress.advance()
-                stopped = self._agreed(signals.received is not None)
                 ended = self.step == config.steps
+                stopped = self._agreed(signals.received is not None) and not ended
                 row, save, sample, validate = (
                     ended or (bool(every) and self.step % every == 0)
                     for every in (
