@@ -1,9 +1,10 @@
 """Kernels that sampling launches on an H100, counted without one.
 
-E-CAR-S, B and L in bfloat16, one image, plain and accelerated, with guidance and without: an Euler
-step and the AR transformer at each stage, and an image of 250 steps. The model runs on a fake GPU
-(tools.fake_gpu): a launch is one of Triton's, an op of torch (taken for one kernel), or one of the
-CUDA C++ library's (one kernel each). Fails if a count is above the committed one.
+E-CAR-S, B and L in bfloat16, one image, plain and accelerated, with guidance and without, by
+Euler's method and by ab2: a step and the AR transformer at each stage, and an image of 250 steps.
+The model runs on a fake GPU (tools.fake_gpu): a launch is one of Triton's, an op of torch (taken
+for one kernel), or one of the CUDA C++ library's (one kernel each). Fails if a count is above the
+committed one.
 """
 
 import argparse
@@ -28,13 +29,14 @@ from ecar_kernels import _native
 
 RESULTS = results.FOLDER / "launches.json"
 SIZES = ("S", "B", "L")
+SOLVERS = ("euler", "ab2")  # of one network call a step
 STEPS = 250
 KINDS = ("triton", "c++", "aten", "copy")
 TARGET = {"S": 23, "B": 45, "L": 67}  # launches of a step, at most
-COUNTED = 3  # steps of a stage: the first ends with what every one but the last has
+COUNTED = 3  # steps of a stage: the second is as all are between the first and the last
 
 
-def count(size: str, *, accelerated: bool, guided: bool) -> dict[str, Any]:
+def count(size: str, *, accelerated: bool, guided: bool, solver: str) -> dict[str, Any]:
     """A row of the results; in a process without TRITON_INTERPRET (see tools.fake_gpu)."""
     from tools.fake_gpu import FakeGPU
 
@@ -49,7 +51,7 @@ def count(size: str, *, accelerated: bool, guided: bool) -> dict[str, Any]:
         stages = model.config.num_stages
         guidance = ((guided,) * COUNTED,) * stages
         every = (COUNTED,) * stages
-        inputs = Inputs(model, Shape(1, every, "euler", guidance), device_scales=True)
+        inputs = Inputs(model, Shape(1, every, solver, guidance), device_data=True)
         ends: list[int] = []  # launches after each step
 
         loop.run(PlainEngine(model, inputs), every)  # tables of attention's tiles are made once
@@ -69,6 +71,7 @@ def count(size: str, *, accelerated: bool, guided: bool) -> dict[str, Any]:
             "size": size,
             "accelerated": accelerated,
             "guided": guided,
+            "solver": solver,
             "steps": steps,
             "ar": _ar(gpu, model, inputs.rows),
             "image": dict(image),
@@ -118,7 +121,7 @@ def _parts(row: dict[str, Any]) -> list[tuple[str, dict[str, int]]]:
 def _name(row: dict[str, Any]) -> str:
     return (
         f"{row['size']}, {'accelerated' if row['accelerated'] else 'plain'}"
-        f"{', guided' if row['guided'] else ''}"
+        f"{', guided' if row['guided'] else ''}, {row['solver']}"
     )
 
 
@@ -172,10 +175,11 @@ def main(argv: list[str] | None = None) -> int:
     if options.update and set(options.sizes) != set(SIZES):
         parser.error("--update writes all sizes, leave --sizes out")
     rows = [
-        count(size, accelerated=accelerated, guided=guided)
+        count(size, accelerated=accelerated, guided=guided, solver=solver)
         for size in options.sizes
         for accelerated in (False, True)
         for guided in (False, True)
+        for solver in SOLVERS
     ]
     if options.update:
         write(RESULTS, rows)

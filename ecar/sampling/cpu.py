@@ -1,4 +1,4 @@
-"""The CPU's engine: a stage's Euler steps as C++ calls, laid out before the first of them.
+"""The CPU's engine: a stage's steps as C++ calls, laid out before the first of them.
 
 The calls are ``ecar_kernels.BoundFlowStep``'s. The state is tokens [B, N, C p p] between the
 steps; only a stage's end is an image.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ecar.flow import NORM_EPS, FlowHead
 from ecar.model import ECAR
-from ecar.sampling.solver import Solver
+from ecar.sampling.solver import Solver, solver_class
 from ecar.sampling.stage import Inputs, Stage
 from ecar_kernels import BoundFlowStep
 
@@ -25,10 +25,11 @@ class CpuEngine:
 
     Args:
         model: the model.
-        inputs: loaded, with guidance scales that are numbers.
+        inputs: loaded, with scales and steps that are numbers.
     """
 
     _stage: Stage
+    _restart: bool  # the next step has no history
 
     def __init__(self, model: ECAR, inputs: Inputs) -> None:
         self.model, self.inputs = model, inputs
@@ -41,6 +42,7 @@ class CpuEngine:
             hidden=config.mlp_width,
             values=config.channels * config.patch_size**2,
             dtype=inputs.dtype,
+            history=solver_class(inputs.shape.solver).history,
         )
         self._ends = [
             torch.empty(batch, *config.stage_shape(stage), dtype=torch.float32, device="cpu")
@@ -68,14 +70,18 @@ class CpuEngine:
         times = head.step_modulation(run.times).split(1)
         for step, (time, placed) in enumerate(zip(times, run.solver.steps, strict=True)):
             self.bound.add(
-                time, rows=run.rows(step), dt=placed.dt, guidance_scale=float(run.scale(step))
+                time,
+                rows=run.rows(step),
+                dt=float(placed.dt),
+                ratio=float(run.solver.ratio(step)),
+                guidance_scale=float(run.scale(step)),
             )
         self._end_patches = _patches(self._end, head.patch_size)
         self._state_patches = self.bound.state.view(self._end_patches.shape)
         self.replace(x, 0)
 
     def replace(self, x: Tensor, step: int) -> None:
-        run = self._stage
+        run, self._restart = self._stage, True
         if step > run.last:
             self._end.copy_(x)
             return
@@ -84,8 +90,8 @@ class CpuEngine:
         self.bound.stream[: len(tokens)].copy_(tokens)
 
     def step(self, step: int) -> int:
-        self.bound.run(step)
-        run = self._stage
+        self.bound.run(step, restart=self._restart)
+        run, self._restart = self._stage, False
         if step == run.last:
             self._end_patches.copy_(self._state_patches)
             if run.next_time is not None:

@@ -1,10 +1,10 @@
 """The engine that replays a CUDA graph of a whole image, and the graphs that a model keeps.
 
 A graph is the plain engine's run, captured once and then replayed for other images. It belongs to
-one model and one key (batch, steps, solver, guided steps, backend, number format). It reads the
-weights where they lie: new values copied into them are seen by the next replay, other storage
-(``.to()``, a swapped module) drops the model's graphs. Classes, seeds and guidance scales are data
-in the buffers of its ``Inputs``.
+one model and one key (batch, steps of each stage, solver, guided steps, backend, number format). It
+reads the weights where they lie: new values copied into them are seen by the next replay, other
+storage (``.to()``, a swapped module) drops the model's graphs. Classes, seeds, guidance scales and
+where the steps lie are data in the buffers of its ``Inputs``.
 
 All graphs of a model share one memory pool, of the size of the largest, and are replayed one at
 a time: between replays nothing in the pool is alive.
@@ -28,6 +28,7 @@ from ecar.flow import FlowHead
 from ecar.model import ECAR
 from ecar.sampling import loop
 from ecar.sampling.plain import PlainEngine
+from ecar.sampling.solver import Grid
 from ecar.sampling.stage import Inputs, Shape
 from ecar.transformer import ARTransformer
 from ecar_kernels import MLP, FlowBlock, Linear, StageBlock, active_backend
@@ -236,6 +237,7 @@ class GraphCache:
         labels: Tensor,
         seeds: Tensor,
         scales: Sequence[Sequence[float]],
+        grid: Grid,
         progress: Callable[[int], object] | None = None,
     ) -> tuple[list[Tensor], dict[str, str]]:
         """The end state of every stage, replayed, and what serves it (``SampleOutput.served``).
@@ -252,12 +254,12 @@ class GraphCache:
             if key in self.refused:
                 raise CaptureError(self.refused[key])
             if key not in self._graphs:
-                self._capture(model, shape, key, (labels, seeds, scales))
+                self._capture(model, shape, key, (labels, seeds, scales, grid))
             self._graphs.move_to_end(key)
             engine = self._graphs[key]
             assert self._recorder is not None, "a graph without the recorder that captured it"
             with self._recorder.turn():
-                engine.inputs.load(labels, seeds, scales)
+                engine.inputs.load(labels, seeds, scales, grid)
                 return loop.run(engine, shape.counts, progress=progress), engine.served
 
     def release(self) -> None:
@@ -322,7 +324,7 @@ class GraphCache:
             self._recorder = CudaRecorder(model.device)
         recorder = self._recorder
         with recorder.turn():
-            inputs = Inputs(model, shape, device_scales=True)
+            inputs = Inputs(model, shape, device_data=True)
             inputs.load(*data)
             ends = [
                 torch.empty(shape.batch, *model.config.stage_shape(stage), device=model.device)

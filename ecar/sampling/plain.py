@@ -1,7 +1,7 @@
 """The plain engine: op after op from Python, on any device and by any backend.
 
 Between the steps the state is an image or, where ``flow_boundary`` serves, tokens [B, N, C p p]:
-then a step ends in one op, which also embeds the next step's tokens.
+then a step ends in one op, which also embeds the next step's tokens. A stage's end is an image.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class PlainEngine:
         run, head = self._stage, self._stage.head
         self._state, self._embedded = x, None
         run.solver.restart()
-        if self._boundary is not None and step < run.last:
+        if self._boundary is not None and step <= run.last:
             self._state = patchify(x, head.patch_size)
             self._embedded = head.embed_tokens(run.network_input(x, step))
 
     def step(self, step: int) -> int:
-        if step < self._stage.last and self._boundary is not None and self._embedded is not None:
+        if self._boundary is not None and self._embedded is not None:
             self._token_step(step, self._boundary, self._embedded)
         else:
             self._image_step(step)
@@ -64,7 +64,6 @@ class PlainEngine:
 
     def _image_step(self, step: int) -> None:
         run, x = self._stage, self.image()
-        self._embedded = None
         slope, scale = run.slope(x, step)
         if step == run.last and run.next_time is not None:
             self._state, self._start = run.solver.jump(
@@ -95,6 +94,19 @@ class PlainEngine:
             guidance_scale=run.scale(step),
             eps=NORM_EPS,
         )
+        if step < run.last:
+            return
+        self._state, self._embedded = self.image(), None
+        if run.next_time is not None:
+            # A step of no length: the step itself is done.
+            self._state, self._start = ecar_kernels.upsample_renoise_euler(
+                self._state,
+                self._state,
+                0.0,
+                time=run.next_time,
+                stage=run.number + 1,
+                seeds=run.seeds,
+            )
 
     def image(self) -> Tensor:
         if self._embedded is None:

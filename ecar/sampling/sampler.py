@@ -23,7 +23,7 @@ from ecar.sampling.graph import CaptureError, release_graphs
 from ecar.sampling.guidance import Guidance, split_steps
 from ecar.sampling.loop import StepInfo
 from ecar.sampling.plain import PlainEngine
-from ecar.sampling.solver import SOLVERS, check_grid, solver_class
+from ecar.sampling.solver import SOLVERS, Grid, check_grid, solver_class
 from ecar.sampling.stage import Inputs, Shape
 from ecar_kernels import active_backend, inspection
 
@@ -76,10 +76,10 @@ def sample(
     batch, on the batch's size or on the device (to rounding).
 
     On a CUDA device the first call of a kind captures a CUDA graph of the whole image, and all
-    calls of that kind replay it. A kind is a batch size, steps and where they lie, a solver, which
-    steps are guided, a backend, and the format of numbers; classes, seeds and guidance scales are
-    free. The model's 8 last used graphs are kept, with memory for the largest; ``release_graphs``
-    frees it.
+    calls of that kind replay it. A kind is a batch size, each stage's steps, a solver, which steps
+    are guided, a backend, and the format of numbers; classes, seeds, guidance scales and where the
+    steps lie are free. The model's 8 last used graphs are kept, with memory for the largest;
+    ``release_graphs`` frees it.
 
     Args:
         model: on any device; its weights' dtype is that of the network calls, the state itself
@@ -124,8 +124,8 @@ def sample(
     placed = check_grid(grid, counts)
     scales = Guidance(guidance_scale, guidance_schedule, guidance_interval).scales(counts, placed)
     guided = tuple(tuple(scale != 1.0 for scale in values) for values in scales)
-    shape = Shape(batch, tuple(counts), solver, guided, placed)
-    data = (class_labels, seeds, scales)
+    shape = Shape(batch, tuple(counts), solver, guided)
+    data = (class_labels, seeds, scales, placed)
     _warn_of_missing_kernels(model.device)
 
     # Buffers that outlive the call must be normal tensors, also where the caller is in
@@ -213,6 +213,7 @@ def run_eagerly(
     labels: Tensor,
     seeds: Tensor,
     scales: Sequence[Sequence[float]],
+    grid: Grid = 1.0,
     *,
     progress: Callable[[int], object] | None = None,
     callback: Callable[[StepInfo], Tensor | None] | None = None,
@@ -222,6 +223,7 @@ def run_eagerly(
     Args:
         model, shape: of the run.
         labels, seeds, scales: int64 [B] each, and every step's guidance scale.
+        grid: where the steps lie, of ``check_grid``.
         progress, callback: as ``loop.run``'s.
 
     Raises:
@@ -229,14 +231,12 @@ def run_eagerly(
     """
 
     def draw() -> tuple[list[Tensor], dict[str, str]]:
-        inputs = Inputs(model, shape, device_scales=False)
-        inputs.load(labels, seeds, scales)
+        inputs = Inputs(model, shape, device_data=False)
+        inputs.load(labels, seeds, scales, grid)
         on_cpu = CpuEngine.serves(model, solver_class(shape.solver))
         engine = (CpuEngine if on_cpu else PlainEngine)(model, inputs)
         with loop.served_by() as served:
-            ends = loop.run(
-                engine, shape.counts, grid=shape.grid, progress=progress, callback=callback
-            )
+            ends = loop.run(engine, shape.counts, grid=grid, progress=progress, callback=callback)
         return ends, served
 
     try:

@@ -18,9 +18,8 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 import ecar_kernels
@@ -51,22 +50,27 @@ Grid = float | tuple[tuple[float, ...], ...]
 
 
 class Step(NamedTuple):
-    """Where a step lies within its stage."""
+    """Where a step lies within its stage. A run that a CUDA graph replays has its numbers as device
+    data, 0-dim float32 tensors."""
 
     tau: float  # at which it begins
-    dt: float  # how long it is
+    dt: float | Tensor  # how long it is
+    ratio: float | Tensor = 0.0  # of that to the length of the step before; 0 at the first
 
 
 def place_steps(counts: Sequence[int], stage: int, grid: Grid = 1.0) -> tuple[Step, ...]:
     """The steps of ``stage`` (from 1), from tau = 0 to 1; counts: steps of every stage."""
     count = counts[stage - 1]
-    if grid == 1:
-        return tuple(Step(index / count, 1 / count) for index in range(count))
     if isinstance(grid, tuple):
         taus = [*grid[stage - 1], 1.0]
     else:
         taus = [(index / count) ** grid for index in range(count + 1)]
-    return tuple(Step(tau, after - tau) for tau, after in itertools.pairwise(taus))
+    if grid == 1:
+        lengths = [1 / count] * count
+    else:
+        lengths = [after - tau for tau, after in itertools.pairwise(taus)]
+    ratios = [0.0, *(length / before for before, length in itertools.pairwise(lengths))]
+    return tuple(map(Step, taus, lengths, ratios))
 
 
 def check_grid(grid: object, counts: Sequence[int]) -> Grid:
@@ -116,24 +120,33 @@ class Solver(ABC):
     """The steps of one stage.
 
     Args:
-        steps: of ``place_steps``.
+        steps: of ``place_steps``, or with device data in the place of their numbers.
 
     Class attributes:
         fused: a step is one velocity and one update of the state, so that one op
             (``flow_boundary``) may do both, with the state in the token layout.
+        history: it is fused, and a step has the guided velocity of the one before, with ``ratio``,
+            in its update.
     """
 
     fused: ClassVar[bool] = False
+    history: ClassVar[bool] = False
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self.steps = tuple(steps)
+        self._before: Tensor | None = None  # the guided velocity of the step before
 
     def taus(self) -> list[float]:
         """Times within the stage at which it takes velocities; a step's own is at its index."""
         return [step.tau for step in self.steps]
 
-    def restart(self) -> None:  # noqa: B027 (most remember nothing)
+    def ratio(self, step: int) -> float | Tensor:
+        """Of the step's length to that of the one before; 0 for one that needs no history."""
+        return self.steps[step].ratio if self.history else 0.0
+
+    def restart(self) -> None:
         """Forget earlier steps: the state that comes next is not theirs."""
+        self._before = None
 
     @abstractmethod
     def slope(
@@ -144,7 +157,8 @@ class Solver(ABC):
 
     def advance(self, x: Tensor, slope: Tensor, step: int, scale: float | Tensor) -> Tensor:
         """The state after the step, x [B, C, h, w]; slope and scale are ``slope``'s."""
-        return _euler_step(x, slope, self.steps[step].dt, scale)
+        (x,) = self._update(ecar_kernels.euler_step, step, x, slope, guidance_scale=scale)
+        return x
 
     def jump(
         self,
@@ -161,23 +175,38 @@ class Solver(ABC):
 
         time, stage, seeds: as in ``ecar_kernels.upsample_renoise_euler``.
         """
-        slope, scale = _guide(slope, scale)
-        return ecar_kernels.upsample_renoise_euler(
-            x, slope, self.steps[step].dt, time=time, stage=stage, seeds=seeds, guidance_scale=scale
-        )
+        noise = {"time": time, "stage": stage, "seeds": seeds}
+        op = ecar_kernels.upsample_renoise_euler
+        end, start = self._update(op, step, x, slope, guidance_scale=scale, **noise)
+        return end, start
 
     def boundary(
         self,
-        flow_boundary: Callable[..., tuple[Tensor, Tensor]],
+        flow_boundary: Callable[..., tuple[Tensor, ...]],
         step: int,
         *tensors: Tensor,
         **options: object,
     ) -> tuple[Tensor, Tensor]:
         """``advance`` of a ``fused`` solver in the token layout: (state, embedded tokens).
 
-        tensors, options: of ``ecar_kernels.flow_boundary``, without ``dt``.
+        tensors, options: of ``ecar_kernels.flow_boundary``, without ``dt`` and a history.
         """
-        return flow_boundary(*tensors, self.steps[step].dt, **options)
+        state, embedded = self._update(flow_boundary, step, *tensors, **options)
+        return state, embedded
+
+    def _update(
+        self, op: Callable[..., Any], step: int, *tensors: Tensor, **options: object
+    ) -> Sequence[Tensor]:
+        """The results of an op that takes the step, which has and leaves the solver's history."""
+        if self._before is not None:
+            options |= {"previous": self._before, "ratio": self.ratio(step)}
+        kept = self.history and step + 1 < len(self.steps)
+        if kept:
+            options["return_velocity"] = True
+        results = op(*tensors, self.steps[step].dt, **options)
+        if kept:
+            *results, self._before = results
+        return (results,) if isinstance(results, Tensor) else results
 
 
 class Euler(Solver):
@@ -202,38 +231,14 @@ class Heun(Solver):
         self, velocity: Velocity, x: Tensor, step: int, scale: float | Tensor
     ) -> tuple[Tensor, float | Tensor]:
         v = velocity(x, step, step)
-        ahead = _euler_step(x, v, self.steps[step].dt, scale)
+        ahead = ecar_kernels.euler_step(x, v, self.steps[step].dt, guidance_scale=scale)
         return (v + velocity(ahead, step, step + 1)) / 2, scale
 
 
-class AB2(Solver):
-    """Order 2, of one network call a step; it remembers the guided velocity of the step before."""
+class AB2(Euler):
+    """Order 2, of one network call a step: Euler's with the velocity before."""
 
-    def __init__(self, steps: Sequence[Step]) -> None:
-        super().__init__(steps)
-        self._before: Tensor | None = None
-
-    def restart(self) -> None:
-        self._before = None
-
-    def slope(
-        self, velocity: Velocity, x: Tensor, step: int, scale: float | Tensor
-    ) -> tuple[Tensor, float | Tensor]:
-        v, before = guided(velocity(x, step, step), scale, len(x)), self._before
-        self._before = v
-        if before is None:
-            return v, 1.0
-        ratio = self.steps[step].dt / self.steps[step - 1].dt
-        return torch.lerp(before, v, 1 + ratio / 2), 1.0
-
-
-def guided(velocity: Tensor, scale: float | Tensor, batch: int) -> Tensor:
-    """v_u + scale (v_c - v_u) of a velocity with 2 ``batch`` rows, v_c first; of one with
-    ``batch`` rows, itself."""
-    if len(velocity) == batch:
-        return velocity
-    conditional, unconditional = velocity.chunk(2)
-    return torch.lerp(unconditional, conditional, scale)
+    history = True
 
 
 _SOLVERS: dict[str, type[Solver]] = {"euler": Euler, "heun": Heun, "ab2": AB2}
@@ -243,18 +248,3 @@ SOLVERS = tuple(_SOLVERS)
 def solver_class(name: str) -> type[Solver]:
     """The class of a name out of ``SOLVERS``."""
     return _SOLVERS[name]
-
-
-def _euler_step(x: Tensor, velocity: Tensor, dt: float, scale: float | Tensor) -> Tensor:
-    velocity, scale = _guide(velocity, scale)
-    return ecar_kernels.euler_step(x, velocity, dt, guidance_scale=scale)
-
-
-def _guide(velocity: Tensor, scale: float | Tensor) -> tuple[Tensor, float | Tensor]:
-    """The guidance itself where the scale is data on the CPU, where the ops take it as a number.
-
-    A run that was recorded would keep that number.
-    """
-    if velocity.is_cuda or not isinstance(scale, Tensor):
-        return velocity, scale
-    return guided(velocity, scale, len(velocity) // 2), 1.0

@@ -1,12 +1,15 @@
 """What a run is told, in buffers allocated once, and what one stage of it needs.
 
 A run is made for a ``Shape``. What differs between images of the same shape (classes, seeds,
-guidance scales) is data in ``Inputs``, so that a CUDA graph of a run serves them all.
+guidance scales, where the steps lie) is data in ``Inputs``, so that a CUDA graph of a run serves
+them all.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -17,7 +20,7 @@ from torch import Tensor
 from ecar import stages
 from ecar.flow import FlowHead
 from ecar.model import ECAR
-from ecar.sampling.solver import Grid, Solver, place_steps, solver_class
+from ecar.sampling.solver import Grid, Solver, Step, place_steps, solver_class
 from ecar.transformer import KVCache
 from ecar_kernels import initial_noise
 
@@ -32,7 +35,6 @@ class Shape:
     counts: tuple[int, ...]  # steps of each stage
     solver: str
     guided: tuple[tuple[bool, ...], ...]  # each stage's steps: are there unconditional rows?
-    grid: Grid = 1.0  # where the steps lie
 
 
 @dataclass
@@ -98,18 +100,18 @@ class Stage:
 
 
 class Inputs:
-    """Classes, seeds and guidance scales of a run, and the buffers that its stages share.
+    """Classes, seeds, guidance scales and steps of a run, and the buffers that its stages share.
 
     The model is given to ``stage`` and not kept, so that a model's graphs do not keep it alive.
 
     Args:
         model: for its configuration, device and dtype.
         shape: of the run.
-        device_scales: guidance scales are device data, as a CUDA graph needs them, and not
-            numbers, which cost the CPU less.
+        device_data: guidance scales and the steps' lengths and ratios are device data, as a CUDA
+            graph needs them, and not numbers, which cost the CPU less.
     """
 
-    def __init__(self, model: ECAR, shape: Shape, *, device_scales: bool) -> None:
+    def __init__(self, model: ECAR, shape: Shape, *, device_data: bool) -> None:
         config, device, dtype = model.config, model.device, model.dtype
         self.config, self.shape, self.dtype = config, shape, dtype
         batch, counts = shape.batch, shape.counts
@@ -118,38 +120,60 @@ class Inputs:
         self.rows = 2 * batch if any(map(any, shape.guided)) else batch
         self.labels = torch.full((self.rows,), config.null_class, device=device)
         self.seeds = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.scale_data = torch.ones(sum(counts), device=device) if device_scales else None
         self.scales: list[list[float | Tensor]] = [[1.0] * count for count in counts]
-        if self.scale_data is not None:
-            views = iter(self.scale_data.unbind())
-            self.scales = [[next(views) for _ in range(count)] for count in counts]
-        self.times = [
-            torch.tensor(self._times(stage), dtype=torch.float32, device=device)
-            for stage in range(1, config.num_stages + 1)
-        ]
+        self.steps = self._placed(1.0)
+        # Every stage's times, then the scales, lengths and ratios of the steps: one copy loads all.
+        times = [len(its) for its in self._times(self.steps)]
+        numbers = 3 * sum(counts) if device_data else 0
+        self._data = torch.zeros(sum(times) + numbers, dtype=torch.float32, device=device)
+        self.times = self._data[: sum(times)].split(times)
+        self._device_data = device_data
+        if device_data:
+            views = iter(self._data[sum(times) :].unbind())
+
+            def each_step() -> list[list[float | Tensor]]:
+                return [list(itertools.islice(views, count)) for count in counts]
+
+            self.scales, lengths, ratios = each_step(), each_step(), each_step()
+            # Where they begin is known to the times alone.
+            self.steps = [
+                tuple(Step(math.nan, *pair) for pair in zip(*its, strict=True))
+                for its in zip(lengths, ratios, strict=True)
+            ]
         self.inputs = [
             torch.empty(self.rows, *config.stage_shape(stage), device=device, dtype=dtype)
             for stage in range(1, config.num_stages + 1)
         ]
         self.cache = KVCache(config, self.rows, device=device, dtype=dtype)
 
-    def _solver(self, stage: int) -> Solver:
-        shape = self.shape
-        return solver_class(shape.solver)(place_steps(shape.counts, stage, shape.grid))
+    def _placed(self, grid: Grid) -> list[tuple[Step, ...]]:
+        counts = self.shape.counts
+        return [place_steps(counts, stage, grid) for stage in range(1, len(counts) + 1)]
 
-    def _times(self, stage: int) -> list[float]:
-        taus = self._solver(stage).taus()
-        return [stages.global_time(stage, self.config.num_stages, tau) for tau in taus]
+    def _times(self, placed: Sequence[Sequence[Step]]) -> list[list[float]]:
+        """Global times of the velocities of each stage's solver."""
+        solver, count = solver_class(self.shape.solver), self.config.num_stages
+        return [
+            [stages.global_time(stage, count, tau) for tau in solver(steps).taus()]
+            for stage, steps in enumerate(placed, start=1)
+        ]
 
-    def load(self, labels: Tensor, seeds: Tensor, scales: Sequence[Sequence[float]]) -> None:
-        """Set the classes [B], the seeds [B] and every step's guidance scale."""
+    def load(
+        self, labels: Tensor, seeds: Tensor, scales: Sequence[Sequence[float]], grid: Grid
+    ) -> None:
+        """Set the classes [B], the seeds [B], every step's guidance scale, and where steps lie."""
         self.labels[: self.shape.batch].copy_(labels, non_blocking=True)
         self.seeds.copy_(seeds, non_blocking=True)
-        if self.scale_data is None:
-            self.scales = [list(values) for values in scales]
+        placed = self._placed(grid)
+        numbers: list[Sequence[float | Tensor]] = [*self._times(placed)]
+        if self._device_data:
+            numbers += scales
+            numbers += [[step.dt for step in steps] for steps in placed]
+            numbers += [[step.ratio for step in steps] for steps in placed]
         else:
-            flat = [scale for values in scales for scale in values]
-            self.scale_data.copy_(torch.tensor(flat), non_blocking=True)
+            self.scales, self.steps = [list(values) for values in scales], placed
+        flat = torch.tensor(list(itertools.chain(*numbers)), dtype=torch.float32, device="cpu")
+        self._data.copy_(flat, non_blocking=True)
 
     def noise(self) -> Tensor:
         """The state that the first stage starts from: n_1 [B, C, h, w], float32."""
@@ -170,7 +194,7 @@ class Inputs:
         return Stage(
             number,
             cast("FlowHead", model.heads[number - 1]),
-            self._solver(number),
+            solver_class(self.shape.solver)(self.steps[number - 1]),
             token_map[: 2 * batch if any(guided) else batch],
             self.times[number - 1],
             guided,

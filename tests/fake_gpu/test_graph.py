@@ -107,10 +107,17 @@ class TestRecorder:
         order = [place(gpus, name) for name in ("wait_event", "replay", "record")]
         assert order == sorted(order)
         kinds = [entry.kind for entry in gpus.launches]
-        # Classes, seeds and scales in; both stages' ends out.
+        # Classes, seeds and numbers in; both stages' ends out.
         assert kinds == ["copy"] * 3 + ["aten"] * 2
         assert all(order[0] < gpus.log.index(entry) < order[2] for entry in gpus.launches)
         assert torch.cuda.current_stream(model.device) is not mine
+
+    def test_another_grid_and_another_scale_are_data(self, gpus, model):
+        draw(model, solver="ab2", guidance_scale=2.0)
+        gpus.clear()
+        assert draw(model, solver="ab2", guidance_scale=3.0, grid=1.5).why_not_graph is None
+        assert not called(gpus, "capture_begin") and len(called(gpus, "replay")) == 1
+        assert [entry.kind for entry in gpus.launches] == ["copy"] * 3 + ["aten"] * 2
 
     def test_threads_take_turns_on_streams_of_their_own(self, gpus, model):
         draw(model)

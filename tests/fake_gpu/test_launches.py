@@ -15,26 +15,33 @@ ROWS = RECORD["rows"]
 
 
 @pytest.mark.parametrize(
-    ("size", "accelerated", "guided"),
+    ("size", "accelerated", "guided", "solver"),
     [
-        *(("S", *how) for how in itertools.product((False, True), repeat=2)),
-        ("B", True, True),
-        ("L", True, False),
+        *(("S", *how) for how in itertools.product((False, True), (False, True), launches.SOLVERS)),
+        ("B", True, True, "euler"),
+        ("L", True, False, "ab2"),
     ],
 )
-def test_no_more_than_committed(size, accelerated, guided):
-    row = launches.count(size, accelerated=accelerated, guided=guided)
+def test_no_more_than_committed(size, accelerated, guided, solver):
+    row = launches.count(size, accelerated=accelerated, guided=guided, solver=solver)
     assert not launches.compare([row], ROWS), "more launches; else python -m benchmarks.launches"
     assert launches.compare(ROWS, [row])  # nor are the committed ones other rows
 
 
 def test_every_size_is_committed_within_its_target():
-    expected = set(itertools.product(launches.SIZES, (False, True), (False, True)))
-    assert {(row["size"], row["accelerated"], row["guided"]) for row in ROWS} == expected
+    both = (False, True)
+    expected = set(itertools.product(launches.SIZES, both, both, launches.SOLVERS))
+    keys = ("size", "accelerated", "guided", "solver")
+    assert {tuple(row[key] for key in keys) for row in ROWS} == expected
     assert RECORD["target"] == launches.TARGET
     for row in ROWS:
         assert all(sum(step.values()) <= launches.TARGET[row["size"]] for step in row["steps"])
         assert all(set(part) <= set(launches.KINDS) for part in (*row["steps"], *row["ar"]))
+
+
+def test_a_solver_of_several_steps_launches_what_eulers_method_does():
+    for euler, ab2 in zip(ROWS[::2], ROWS[1::2], strict=True):
+        assert ab2 == euler | {"solver": "ab2"}
 
 
 @pytest.mark.parametrize(
@@ -59,5 +66,5 @@ def test_one_launch_more_is_seen(change, said):
 
 def test_the_table():
     table = launches.render(RECORD)
-    assert "| S, plain " in table and "| L, accelerated, guided " in table
+    assert "| S, plain, euler " in table and "| L, accelerated, guided, ab2 " in table
     assert RECORD["versions"]["triton"] in table

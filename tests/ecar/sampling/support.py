@@ -42,6 +42,9 @@ def composed_boundary(
     step_scale,
     guidance_scale,
     eps,
+    previous=None,
+    ratio=0.0,
+    return_velocity=False,
 ):
     """flow_boundary by its contract, out of plain ops."""
     v = adaln_linear(
@@ -50,9 +53,11 @@ def composed_boundary(
     if len(v) != len(state):
         conditional, unconditional = v.chunk(2)
         v = unconditional + guidance_scale * (conditional - unconditional)
-    state = state + dt * v
+    slope = v if previous is None else v + ratio / 2 * (v - previous)
+    state = state + dt * slope
     embedded = F.linear(state.to(x.dtype), embed_weight, embed_bias) + positions
-    return state, embedded.repeat(len(x) // len(state), 1, 1) if len(state) else embedded
+    embedded = embedded.repeat(len(x) // len(state), 1, 1) if len(state) else embedded
+    return (state, embedded, v) if return_velocity else (state, embedded)
 
 
 # What a stream under capture refuses: reading a value back, and copying one up from Python.

@@ -10,7 +10,7 @@ import ecar_kernels
 from ecar.flow import FlowHead
 from ecar.sampling import plain, sample
 from ecar.sampling.cpu import CpuEngine
-from ecar.sampling.solver import Euler, Heun
+from ecar.sampling.solver import AB2, Euler, Heun
 from ecar.sampling.stage import Inputs, Shape
 from ecar_kernels import use_backend
 from tests.support.native import needs_native
@@ -25,6 +25,8 @@ PATTERNS = [
     {"guidance_scale": 2.5},
     {"guidance_scale": 2.5, "guidance_interval": (0.1, 0.6)},
     {"guidance_scale": 2.5, "guidance_schedule": "linear"},
+    {"solver": "ab2", "grid": 1.5},
+    {"solver": "ab2", "guidance_scale": 2.5, "guidance_interval": (0.1, 0.6)},
 ]
 
 
@@ -42,11 +44,11 @@ def serves(model, solver=Euler):
     return CpuEngine.serves(model, solver)
 
 
-def engine_for(model, batch=2, counts=(4, 5), guided=False):
-    shape = Shape(batch, counts, "euler", tuple((guided,) * n for n in counts))
-    inputs = Inputs(model, shape, device_scales=False)
+def engine_for(model, batch=2, counts=(4, 5), guided=False, solver="euler"):
+    shape = Shape(batch, counts, solver, tuple((guided,) * n for n in counts))
+    inputs = Inputs(model, shape, device_data=False)
     scales = [[2.0 if guided else 1.0] * count for count in counts]
-    inputs.load(torch.arange(batch), torch.arange(batch), scales)
+    inputs.load(torch.arange(batch), torch.arange(batch), scales, 1.5)
     return CpuEngine(model, inputs)
 
 
@@ -84,15 +86,17 @@ def test_other_sizes(changes):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit_models_keep_their_state_in_float32(model, dtype):
+@pytest.mark.parametrize("solver", ["euler", "ab2"])
+def test_16_bit_models_keep_their_state_in_float32(model, dtype, solver):
     """By the accuracy rule's measure: no further from float32's image than twice the plain loop."""
     model.to(dtype)
     assert serves(model)
+    options = {"steps": [4, 5], "guidance_scale": 2.0, "solver": solver}
     images = []
     for loop in (contextlib.nullcontext(), plain_engine()):
         with loop:
-            images.append(draw(model, steps=[4, 5], guidance_scale=2.0).latents)
-    exact = draw(model.float(), steps=[4, 5], guidance_scale=2.0).latents
+            images.append(draw(model, **options).latents)
+    exact = draw(model.float(), **options).latents
     bound, op_by_op = ((image - exact).norm() for image in images)
     assert images[0].dtype == torch.float32
     assert bound <= 2 * op_by_op
@@ -111,7 +115,8 @@ def test_a_guided_batch_of_none(model):
 
 
 class TestCallback:
-    def test_it_sees_and_replaces_images(self, model):
+    @pytest.mark.parametrize("solver", ["euler", "ab2"])
+    def test_it_sees_and_replaces_images(self, model, solver):
         def turned(info):
             seen.append(info.latents)
             return info.latents.flip(-1) if info.index in (0, 4, 6) else None
@@ -120,7 +125,9 @@ class TestCallback:
         for loop in (contextlib.nullcontext(), plain_engine()):
             seen = []
             with loop:
-                output = draw(model, steps=[3, 4], guidance_scale=2.0, callback=turned)
+                output = draw(
+                    model, steps=[3, 4], guidance_scale=2.0, callback=turned, solver=solver
+                )
             images.append([*seen, output.latents])  # those kept are not written over later
         assert len(images[0]) == 8
         for found, expected in zip(*images, strict=True):
@@ -133,7 +140,7 @@ class TestCallback:
 
 class TestWhenItServes:
     def test_not_for_heun(self, model):
-        assert serves(model) and not serves(model, Heun)
+        assert serves(model) and serves(model, AB2) and not serves(model, Heun)
 
     def test_not_under_the_reference_nor_under_autocast(self, model):
         with use_backend("reference"):
@@ -200,11 +207,12 @@ def allocations(work):
     ]
 
 
+@pytest.mark.parametrize("solver", ["euler", "ab2"])
 @pytest.mark.parametrize("guided", [False, True])
 @torch.no_grad()
-def test_no_allocation_from_the_first_step_to_the_last(model, guided):
+def test_no_allocation_from_the_first_step_to_the_last(model, guided, solver):
     ecar_kernels.accelerate(model)
-    engine = engine_for(model, counts=(6, 6), guided=guided)
+    engine = engine_for(model, counts=(6, 6), guided=guided, solver=solver)
 
     def all_steps():
         for step in range(6):
@@ -221,9 +229,11 @@ def test_no_allocation_from_the_first_step_to_the_last(model, guided):
 @torch.no_grad()
 def test_the_buffers_are_no_more_than_a_step_s_activations(model):
     """Nor is the state beside them: the qkv of all rows and the MLP's hidden tokens share one."""
-    config, bound = model.config, engine_for(model, guided=True).bound
+    config, bound = model.config, engine_for(model, guided=True, solver="ab2").bound
     rows = 4 * max(config.stage_tokens)
     assert bound._stream.numel() == rows * config.width
     assert bound._wide.numel() == rows * config.mlp_width
     assert bound._workspace.numel() <= rows * config.mlp_width
     assert bound._state.numel() == rows // 2 * config.channels * config.patch_size**2
+    assert bound._velocity.numel() == bound._state.numel()
+    assert engine_for(model).bound._velocity.numel() == 0

@@ -14,7 +14,16 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from ecar.sampling import graph, loop, release_graphs, sample, sampler, stage, why_not_graphs
+from ecar.sampling import (
+    SOLVERS,
+    graph,
+    loop,
+    release_graphs,
+    sample,
+    sampler,
+    stage,
+    why_not_graphs,
+)
 from ecar.sampling.cpu import CpuEngine
 from ecar.sampling.stage import Inputs
 from ecar_kernels import accelerate, initial_noise, use_backend
@@ -31,8 +40,6 @@ def tape(monkeypatch):
     """Graphs are to be had on the CPU; counts the captures."""
     monkeypatch.setattr(graph, "device_reason", lambda device: None)
     monkeypatch.setattr(graph, "CudaRecorder", TapeRecorder)
-    # On CPU tensors it reads its guidance scale back, which no tape can hold.
-    monkeypatch.setattr("ecar.sampling.plain.boundary_op", lambda *settings: None)
     monkeypatch.setattr(CpuEngine, "serves", lambda *settings: False)
     monkeypatch.setattr(TapeRecorder, "captured", 0)
     monkeypatch.setattr(TapeRecorder, "failures", [])
@@ -59,27 +66,35 @@ class TestReplay:
             assert torch.equal(output.latents, plain(model, labels, seeds))
         assert tape.captured == 1
 
+    @pytest.fixture(params=["fused", "composed", None])
+    def layout(self, request, monkeypatch):
+        """The state in tokens, by the kernel and by other ops, or an image."""
+        if request.param != "fused":
+            op = composed_boundary if request.param else None
+            monkeypatch.setattr("ecar.sampling.plain.boundary_op", lambda *settings: op)
+
+    @pytest.mark.parametrize("solver", SOLVERS)
     @pytest.mark.parametrize(
-        "options",
-        [
-            {},
-            {"solver": "heun"},
-            {"solver": "ab2", "grid": 1.5},
-            {"guidance_schedule": "linear"},
-            {"guidance_interval": (0.1, 0.6)},
-        ],
+        "options", [{}, {"guidance_schedule": "linear"}, {"guidance_interval": (0.1, 0.6)}]
     )
-    def test_other_guidance_scales_are_other_data(self, model, tape, options):
+    def test_other_guidance_scales_are_other_data(self, model, tape, layout, solver, options):
+        options = {"solver": solver, "grid": 1.5} | options
         for scale in (2.0, 3.5, 1.25):
             found = draw(model, guidance_scale=scale, **options).latents
             assert close(found, plain(model, guidance_scale=scale, **options))
         assert tape.captured == 1
 
-    def test_the_token_layout(self, model, tape, monkeypatch):
-        monkeypatch.setattr("ecar.sampling.plain.boundary_op", lambda *settings: composed_boundary)
-        for scale, seeds in ((2.0, SEEDS), (3.0, (1, 2, 3))):
-            options = {"guidance_scale": scale, "guidance_interval": (0.1, 0.6), "seeds": seeds}
-            assert close(draw(model, **options).latents, plain(model, **options))
+    @pytest.mark.parametrize("solver", SOLVERS)
+    @pytest.mark.parametrize("scale", [1.0, 2.0])
+    def test_another_grid_is_other_data(self, model, tape, layout, solver, scale):
+        """Of as many steps, of which as many are guided; and another scale and seeds with it."""
+        own = ((0.0, 0.3, 0.5), (0.0, 0.2, 0.9))
+        for grid, seeds in ((1.0, SEEDS), (2.0, (1, 2, 3)), (own, SEEDS), (0.5, SEEDS)):
+            options = {"grid": grid, "guidance_scale": scale, "solver": solver, "seeds": seeds}
+            output = draw(model, **options)
+            assert output.why_not_graph is None
+            assert close(output.latents, plain(model, **options))
+            scale += scale > 1
         assert tape.captured == 1
 
     def test_a_bfloat16_model(self, model, tape):
@@ -136,7 +151,6 @@ class TestKeys:
             {"steps": [2, 4]},
             {"solver": "heun"},
             {"solver": "ab2"},
-            {"grid": 1.5},
             {"guidance_scale": 2.0},
             {"tf32": True},
         ],
@@ -152,9 +166,11 @@ class TestKeys:
         draw(model, guidance_scale=2.0, guidance_interval=(0.3, 1.0))
         draw(model, guidance_scale=2.0, guidance_schedule="linear")  # stage 1 is not guided
         assert tape.captured == 3
+        draw(model, guidance_scale=2.0, guidance_interval=(0.3, 1.0), grid=0.3)  # more steps
+        assert tape.captured == 4
         monkeypatch.setattr(graph, "active_backend", lambda: "another")
         draw(model, guidance_scale=2.0)
-        assert tape.captured == 4
+        assert tape.captured == 5
 
     def test_another_model_has_graphs_of_its_own(self, make_model, tape):
         models = make_model(), make_model()

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ecar.sampling import release_graphs, sample, stage, why_not_graphs
+from ecar.sampling import SOLVERS, release_graphs, sample, stage, why_not_graphs
+from ecar.sampling.graph import graphs_of
 
 from .support import LABELS, SEEDS, draw
 from .test_graph import close, plain, reads_a_value_back
@@ -29,12 +30,14 @@ class TestGraphs:
         error = (found.latents.cpu() - expected).abs().max()
         assert error < 1e-4 * max(1.0, expected.abs().max().item())
 
-    def test_a_replay_is_the_eager_run(self, gpu_model):
+    @pytest.mark.parametrize("solver", SOLVERS)
+    def test_a_replay_is_the_eager_run(self, gpu_model, solver):
         for scale in (1.0, 2.0, 3.5):
-            for seeds in (SEEDS, (1, 2, 3)):
-                found = draw(gpu_model, seeds=seeds, guidance_scale=scale, graphs=True).latents
-                eager = plain(gpu_model, seeds=seeds, guidance_scale=scale)
-                assert close(found, eager)
+            for seeds, grid in ((SEEDS, 1.0), ((1, 2, 3), 1.5), (SEEDS, 2.0)):
+                options = {"seeds": seeds, "guidance_scale": scale, "solver": solver, "grid": grid}
+                found = draw(gpu_model, graphs=True, **options).latents
+                assert close(found, plain(gpu_model, **options))
+        assert len(graphs_of(gpu_model)) == 2  # with guidance and without
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     def test_twice_the_same_bits_also_after_another_shape(self, gpu_model, dtype):

@@ -18,48 +18,63 @@ class TestTokenLayout:
 
     @pytest.fixture
     def boundary(self, monkeypatch):
-        calls = []
+        calls, histories = [], []
 
         def flow_boundary(*arguments, **options):
             calls.append(len(arguments[0]))
+            histories.append("previous" in options)
             return composed_boundary(*arguments, **options)
 
         monkeypatch.setattr(plain, "boundary_op", lambda *settings: flow_boundary)
         monkeypatch.setattr(CpuEngine, "serves", lambda *settings: False)
-        return calls
+        return calls, histories
 
+    @pytest.mark.parametrize("solver", ["euler", "ab2"])
     @pytest.mark.parametrize(
         ("options", "rows"),
         [
-            ({}, [3] * 7),
-            ({"guidance_scale": 2.5}, [6] * 7),
-            ({"guidance_scale": 2.5, "guidance_interval": (0.1, 0.6)}, [3, 6, 6, 6, 6, 3, 3]),
-            ({"guidance_scale": 2.5, "guidance_schedule": "linear"}, [3] * 3 + [6] * 4),
+            ({}, [3] * 9),
+            ({"guidance_scale": 2.5}, [6] * 9),
+            ({"guidance_scale": 2.5, "guidance_interval": (0.1, 0.6)}, [3, *[6] * 5, 3, 3, 3]),
+            ({"guidance_scale": 2.5, "guidance_schedule": "linear"}, [3] * 4 + [6] * 5),
         ],
     )
-    def test_it_is_the_same_image(self, model, boundary, monkeypatch, options, rows):
-        found = draw(model, steps=[4, 5], **options).latents
-        assert boundary == rows  # each stage's last step ends in another way
+    def test_it_is_the_same_image(self, model, boundary, monkeypatch, options, rows, solver):
+        options = {"steps": [4, 5], "solver": solver} | options
+        found = draw(model, **options).latents
+        calls, histories = boundary
+        assert calls == rows
+        assert histories == [solver == "ab2" and step not in (0, 4) for step in range(9)]
         monkeypatch.undo()
-        expected = draw(model, steps=[4, 5], **options).latents
+        monkeypatch.setattr(plain, "boundary_op", lambda *settings: None)
+        monkeypatch.setattr(CpuEngine, "serves", lambda *settings: False)
+        expected = draw(model, **options).latents
         assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
-    def test_stages_of_one_step_and_heun_need_none(self, model, boundary):
-        draw(model, steps=[1, 1])
+    def test_heun_needs_none(self, model, boundary):
         draw(model, solver="heun")
-        assert boundary == []
+        assert boundary == ([], [])
 
-    def test_the_callback_sees_and_replaces_images(self, model, boundary, monkeypatch):
+    def test_a_stage_of_one_step(self, model, boundary, monkeypatch):
+        found = draw(model, steps=[1, 1], solver="ab2").latents
+        assert boundary == ([3, 3], [False, False])
+        monkeypatch.undo()
+        expected = draw(model, steps=[1, 1]).latents
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+    @pytest.mark.parametrize("solver", ["euler", "ab2"])
+    def test_the_callback_sees_and_replaces_images(self, model, boundary, monkeypatch, solver):
         def turned(info):
             seen.append(info.latents.clone())
-            return info.latents.flip(-1) if info.index in (0, 4) else None
+            return info.latents.flip(-1) if info.index in (0, 4, 6) else None
 
         images = []
+        options = {"steps": [3, 4], "guidance_scale": 2.0, "solver": solver, "grid": 1.5}
         for undo in (False, True):
             if undo:
                 monkeypatch.undo()
             seen = []
-            output = draw(model, steps=[3, 4], guidance_scale=2.0, callback=turned)
+            output = draw(model, callback=turned, **options)
             images.append([*seen, output.latents])
         assert len(images[0]) == 8
         for found, expected in zip(*images, strict=True):
