@@ -18,17 +18,23 @@ from ecar.codec import CODECS, AutoencoderKLCodec, IdentityCodec
 from ecar.config import ECARConfig
 from ecar.files import read_json, write_json
 from ecar.hub import checkpoint_folder
-from ecar.sampling import SOLVERS, Guidance, split_steps
-from ecar.sampling.solver import check_grid
+from ecar.sampling.guidance import (
+    DEFAULT_GRID,
+    DEFAULT_SOLVER,
+    DEFAULT_STEPS,
+    Guidance,
+    is_paper,
+    plan_steps,
+)
 
 __all__ = [
     "BUILT_IN_DEFAULTS",
     "CHECKPOINT_FILES",
     "PIPELINE_FILE",
     "VAE_FOLDER",
-    "check_settings",
     "checkpoint_config",
     "complete_settings",
+    "merge_settings",
     "read_settings",
     "write_settings",
 ]
@@ -43,12 +49,12 @@ CHECKPOINT_FILES = (
     f"{VAE_FOLDER}/*.safetensors",
 )
 BUILT_IN_DEFAULTS = {
-    "num_inference_steps": 250,
+    "num_inference_steps": DEFAULT_STEPS,
     "guidance_scale": 1.0,
     "guidance_schedule": "constant",
     "guidance_interval": (0.0, 1.0),
-    "solver": "euler",
-    "grid": 1.0,
+    "solver": DEFAULT_SOLVER,
+    "grid": DEFAULT_GRID,
 }
 
 
@@ -80,27 +86,36 @@ def complete_settings(defaults: dict[str, Any], num_stages: int) -> dict[str, An
             f"argument 'defaults': expected settings out of {', '.join(BUILT_IN_DEFAULTS)}, got "
             f"{unknown[0]!r}"
         )
-    complete = {**BUILT_IN_DEFAULTS, **defaults}
     try:
-        check_settings(complete, num_stages)
+        return merge_settings(BUILT_IN_DEFAULTS, defaults, num_stages)
     except (TypeError, ValueError) as error:
         raise type(error)(f"argument 'defaults': {error}") from None
-    return complete
 
 
-def check_settings(settings: dict[str, Any], num_stages: int) -> None:
-    """Validate as the sampler does, by the pipeline's names."""
-    try:
-        counts = split_steps(settings["num_inference_steps"], num_stages)
-    except (TypeError, ValueError) as error:
-        message = str(error).replace("argument 'steps'", "argument 'num_inference_steps'")
-        raise type(error)(message) from None
+def merge_settings(
+    defaults: dict[str, Any], given: dict[str, Any], num_stages: int
+) -> dict[str, Any]:
+    """``given`` over the complete ``defaults``, by the pipeline's names; validated as the sampler
+    does.
+
+    The solver and the grid belong to the paper's protocol: where ``num_inference_steps`` becomes
+    "paper", or is no longer, those of ``defaults`` are not taken over.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    settings = {**defaults, **given}
+    steps = settings["num_inference_steps"]
+    if is_paper(steps) != is_paper(defaults["num_inference_steps"]):
+        settings |= {name: given.get(name) for name in ("solver", "grid")}
+    plan = plan_steps(
+        steps, settings["solver"], settings["grid"], num_stages, name="num_inference_steps"
+    )
     Guidance(*(settings[f"guidance_{name}"] for name in ("scale", "schedule", "interval")))
-    if settings["solver"] not in SOLVERS:
-        raise ValueError(
-            f"argument 'solver': expected one of {SOLVERS}, got {settings['solver']!r}"
-        )
-    check_grid(settings["grid"], counts)
+    settings["solver"] = plan.solver
+    if settings["grid"] is None:
+        settings["grid"] = plan.grid
+    return settings
 
 
 def write_settings(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ecar.config import ECARConfig
 from ecar.model import ECAR
 from ecar.sampling import sample, split_steps
+from ecar.sampling.guidance import DEFAULT_STEPS, Steps
 from ecar.sampling.plain import boundary_op
 from ecar_kernels import resolve, use_backend
 
@@ -78,7 +79,7 @@ def count_parameters(config: ECARConfig) -> dict[str, int]:
 def count_multiply_adds(
     config: ECARConfig,
     *,
-    steps: int | Sequence[int] = 250,
+    steps: Steps = DEFAULT_STEPS,
     guidance_scale: float = 1.0,
     **settings: Any,
 ) -> list[StageCost]:
@@ -100,7 +101,7 @@ def count_multiply_adds(
     with use_backend("auto"), FlopCounterMode(display=False) as counter:
         ledger = _Ledger(model, counter)
         zero = torch.zeros(1, dtype=torch.int64)
-        sample(model, zero, seeds=zero, steps=counts, guidance_scale=guidance_scale, **settings)
+        sample(model, zero, seeds=zero, steps=steps, guidance_scale=guidance_scale, **settings)
     stages = [
         StageCost(
             stage,

@@ -14,8 +14,8 @@ from ecar.checkpoint import (
     CHECKPOINT_FILES,
     PIPELINE_FILE,
     VAE_FOLDER,
-    check_settings,
     complete_settings,
+    merge_settings,
     read_settings,
     write_settings,
 )
@@ -26,6 +26,7 @@ from ecar.images import to_numpy, to_pil, to_unit
 from ecar.inputs import ClassNames, draw_seeds, pair
 from ecar.model import ECAR
 from ecar.sampling import StepInfo, release_graphs, sample
+from ecar.sampling.guidance import Steps
 from ecar_kernels import accelerate, active_backend
 
 __all__ = ["ECARPipeline", "ECARPipelineOutput"]
@@ -199,12 +200,13 @@ class ECARPipeline:
     def __call__(
         self,
         class_labels: int | str | Sequence[int | str] | Tensor,
-        num_inference_steps: int | Sequence[int] | None = None,
+        num_inference_steps: Steps | None = None,
         guidance_scale: float | None = None,
         *,
         guidance_schedule: str | None = None,
         guidance_interval: tuple[float, float] | None = None,
         solver: str | None = None,
+        grid: float | Sequence[Sequence[float]] | None = None,
         seeds: int | Sequence[int] | Tensor | None = None,
         generator: torch.Generator | None = None,
         output_type: str = "pil",
@@ -219,12 +221,13 @@ class ECARPipeline:
     def __call__(
         self,
         class_labels: int | str | Sequence[int | str] | Tensor,
-        num_inference_steps: int | Sequence[int] | None = None,
+        num_inference_steps: Steps | None = None,
         guidance_scale: float | None = None,
         *,
         guidance_schedule: str | None = None,
         guidance_interval: tuple[float, float] | None = None,
         solver: str | None = None,
+        grid: float | Sequence[Sequence[float]] | None = None,
         seeds: int | Sequence[int] | Tensor | None = None,
         generator: torch.Generator | None = None,
         output_type: str = "pil",
@@ -238,7 +241,7 @@ class ECARPipeline:
     def __call__(
         self,
         class_labels: int | str | Sequence[int | str] | Tensor,
-        num_inference_steps: int | Sequence[int] | None = None,
+        num_inference_steps: Steps | None = None,
         guidance_scale: float | None = None,
         *,
         guidance_schedule: str | None = None,
@@ -260,8 +263,9 @@ class ECARPipeline:
 
         Args:
             class_labels: class numbers or names. One alone goes with every seed.
-            num_inference_steps: of all stages together, or a list with each stage's; here and
-                below None is the pipeline's default.
+            num_inference_steps: of all stages together, a list with each stage's, or "paper",
+                the paper's protocol: 250 even Euler steps. Here and below None is the pipeline's
+                default.
             guidance_scale: w of classifier-free guidance; 1 is none.
             guidance_schedule: "constant", or "linear" over stages.
             guidance_interval: global times (low, high) outside which there is no guidance.
@@ -295,8 +299,7 @@ class ECARPipeline:
             "grid": grid,
         }
         chosen = {name: value for name, value in chosen.items() if value is not None}
-        settings = {**self.defaults, **chosen}
-        check_settings(settings, self.model.config.num_stages)
+        settings = merge_settings(self.defaults, chosen, self.model.config.num_stages)
         self._check_output_type(output_type)
         if set(callback_on_step_end_tensor_inputs) - {"latents"}:
             raise ValueError(

@@ -46,6 +46,8 @@ FLAGS = {
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
     "guidance_interval": "--guidance-interval",
+    "solver": "--solver",
+    "grid": "--grid",
 }
 
 

@@ -1,7 +1,8 @@
 """`ecar info`: tokens, parameters, multiply-adds and backends of a preset or a checkpoint.
 
 Parameters and multiply-adds are counted from the modules: the sampler runs on shapes alone, and
-torch's FlopCounterMode counts its matrix products and attention. Units are powers of 1000.
+torch's FlopCounterMode counts its matrix products and attention. Units are powers of 1000. An
+image is counted as the checkpoint or the options say, and by the paper's protocol of 250 steps.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ from typing import Any
 
 import torch
 
-from ecar.checkpoint import BUILT_IN_DEFAULTS, check_settings, checkpoint_config
+from ecar.checkpoint import BUILT_IN_DEFAULTS, checkpoint_config, merge_settings
 from ecar.cli.parser import add_device, add_sampling
 from ecar.cli.runtime import chosen_backend, chosen_device, chosen_settings
 from ecar.config import PRESETS, ECARConfig
 from ecar.files import read_json
 from ecar.info import StageCost, backends_in_use, count_multiply_adds, count_parameters
+from ecar.sampling.guidance import PAPER
 
 EXAMPLES = """\
 examples:
   ecar info --preset S
-      E-CAR-S of the paper, 250 steps
+      E-CAR-S of the paper
   ecar info --checkpoint checkpoints/mnist --steps 10,20,30 --json
   ecar info --config runs/birds/train.json
 """
@@ -31,7 +33,11 @@ FLAGS = {
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
     "guidance_interval": "--guidance-interval",
+    "solver": "--solver",
+    "grid": "--grid",
 }
+PARTS = {"ar": "AR", "modulation": "modulation", "flow": "steps"}
+STEPS = "num_inference_steps"
 SHOWN_GUIDANCE = 2.0  # any scale but 1 costs the same
 
 
@@ -59,8 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         config, settings = checkpoint_config(arguments.checkpoint)
         name = str(arguments.checkpoint)
-    settings = {**settings, **chosen_settings(arguments)}
-    check_settings(settings, config.num_stages)
+    settings = merge_settings(settings, chosen_settings(arguments), config.num_stages)
     with chosen_backend(arguments.backend):
         backends = backends_in_use(config, chosen_device(arguments.device), torch.float32)
     report = make_report(name, config, settings, backends)
@@ -87,22 +92,32 @@ def make_report(
 ) -> dict[str, Any]:
     """All figures, as JSON can hold them."""
     parameters = count_parameters(config)
+    guidance = {key: value for key, value in settings.items() if key.startswith("guidance_")}
+    papers = merge_settings({**BUILT_IN_DEFAULTS, **guidance}, {STEPS: PAPER}, config.num_stages)
+    return {
+        "name": name,
+        "config": config.to_dict(),
+        "parameters": parameters,
+        **_image(config, settings),
+        "paper": _image(config, papers),
+        "backends": backends,
+    }
+
+
+def _image(config: ECARConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    """One image's steps and multiply-adds."""
     settings = dict(settings)
-    steps, scale = (settings.pop(key) for key in ("num_inference_steps", "guidance_scale"))
+    steps, scale = (settings.pop(key) for key in (STEPS, "guidance_scale"))
     plain = count_multiply_adds(config, steps=steps, **settings)
     guided = count_multiply_adds(
         config, steps=steps, guidance_scale=SHOWN_GUIDANCE if scale == 1 else scale, **settings
     )
     return {
-        "name": name,
-        "config": config.to_dict(),
-        "parameters": parameters,
         "sampling": {"steps": [stage.steps for stage in plain], **settings},
         "multiply_adds_per_image": {
             "without_guidance": _costs(plain),
             "with_guidance": _costs(guided),
         },
-        "backends": backends,
     }
 
 
@@ -113,14 +128,14 @@ def _costs(stages: list[StageCost]) -> dict[str, Any]:
             "side": stage.side,
             "tokens": stage.tokens,
             "steps": stage.steps,
-            "ar": stage.ar,
-            "modulation": stage.modulation,
-            "flow": stage.flow,
+            **{part: getattr(stage, part) for part in PARTS},
             "total": stage.total,
         }
         for stage in stages
     ]
-    return {"stages": rows, "total": sum(stage.total for stage in stages)}
+    total = sum(stage.total for stage in stages)
+    shares = {part: sum(row[part] for row in rows) / total for part in PARTS}
+    return {"stages": rows, "total": total, "shares": shares}
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -139,10 +154,11 @@ def describe(report: dict[str, Any]) -> str:
         for part, count in report["parameters"].items()
     ]
     plain, guided = report["multiply_adds_per_image"].values()
+    sampling = report["sampling"]
     columns = ("stage", "side", "tokens", "steps", "AR", "modulation", "flow", "unguided", "guided")
     lines += [
         "",
-        "multiply-adds of one image",
+        f"multiply-adds of one image, {_protocol(sampling)}",
         "".join(
             f"{column:>12}" if index > 3 else f"{column:>8}" for index, column in enumerate(columns)
         ),
@@ -158,9 +174,23 @@ def describe(report: dict[str, Any]) -> str:
         f"{'all':>8}{'':>8}{tokens:>8}{steps:>8}{'':>36}{_short(plain['total']):>12}"
         f"{_short(guided['total']):>12}"
     )
+    lines += ["", "multiply-adds of one image without guidance, by part"]
+    shown = {_protocol(image["sampling"]): image for image in (report, report["paper"])}
+    width = max(map(len, shown))
+    for protocol, image in shown.items():
+        costs = image["multiply_adds_per_image"]["without_guidance"]
+        parts = ", ".join(f"{PARTS[part]} {share:.1%}" for part, share in costs["shares"].items())
+        lines.append(f"  {protocol:<{width}}{_short(costs['total']):>10}: {parts}")
     lines += ["", "backends"]
     lines += [f"  {op:<24}{backend}" for op, backend in report["backends"].items()]
     return "\n".join(lines)
+
+
+def _protocol(sampling: dict[str, Any]) -> str:
+    """ "13 + 10 + 7 steps of ab2, grid 1.6"."""
+    grid = sampling["grid"]
+    placed = f"grid {grid:g}" if isinstance(grid, (int, float)) else "a grid of its own"
+    return f"{' + '.join(map(str, sampling['steps']))} steps of {sampling['solver']}, {placed}"
 
 
 def _short(count: int) -> str:

@@ -10,6 +10,7 @@ __all__ = [
     "Parser",
     "UsageError",
     "add_device",
+    "add_guidance",
     "add_sampling",
     "class_list",
     "interval",
@@ -43,11 +44,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def step_list(text: str) -> int | list[int]:
-    """ "40" -> 40; "10,20,30" -> [10, 20, 30]."""
+def step_list(text: str) -> int | list[int] | str:
+    """ "40" -> 40; "10,20,30" -> [10, 20, 30]; "paper" as it is."""
+    if text == "paper":
+        return text
     if not re.fullmatch(r"\d+(,\d+)*", text) or any(int(part) < 1 for part in text.split(",")):
         raise argparse.ArgumentTypeError(
-            "expected a positive whole number, or one for each stage such as 10,20,30, got "
+            "expected a positive whole number, one for each stage such as 10,20,30, or paper, got "
             f"{text!r}"
         )
     steps = [int(part) for part in text.split(",")]
@@ -122,8 +125,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--steps",
         type=step_list,
-        metavar="N[,N..]",
-        help="network calls in all, or of each stage; Heun makes two a step",
+        metavar="N[,N..]|paper",
+        help="network calls in all, or of each stage (Heun makes two a step); or paper: the "
+        "paper's 250 even Euler steps",
     )
     group.add_argument("--solver", choices=("euler", "heun", "ab2"))
     group.add_argument(
@@ -132,6 +136,15 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="where a stage's N steps begin: (i / N)^P; above 1, closer together at its beginning",
     )
+    _add_guidance(group)
+
+
+def add_guidance(parser: argparse.ArgumentParser) -> None:
+    """How to guide; what is not given is the checkpoint's default."""
+    _add_guidance(parser.add_argument_group("guidance (by default as the checkpoint says)"))
+
+
+def _add_guidance(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--guidance", type=float, metavar="W", help="scale of classifier-free guidance; 1 is none"
     )

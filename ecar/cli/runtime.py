@@ -29,7 +29,7 @@ SETTINGS = {
 
 def chosen_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The sampling settings that were given."""
-    values = {name: getattr(arguments, flag) for name, flag in SETTINGS.items()}
+    values = {name: getattr(arguments, flag, None) for name, flag in SETTINGS.items()}
     return {name: value for name, value in values.items() if value is not None}
 
 

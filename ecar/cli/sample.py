@@ -13,7 +13,7 @@ import torch
 from PIL.Image import Image, Resampling
 from tqdm.auto import tqdm
 
-from ecar.checkpoint import check_settings
+from ecar.checkpoint import merge_settings
 from ecar.cli.parser import (
     UsageError,
     add_device,
@@ -45,6 +45,8 @@ FLAGS = {
     "guidance_scale": "--guidance",
     "guidance_schedule": "--guidance-schedule",
     "guidance_interval": "--guidance-interval",
+    "solver": "--solver",
+    "grid": "--grid",
 }
 DEFAULT_ROWS, DEFAULT_COLUMNS = 10, 10
 PADDING = 2
@@ -142,15 +144,15 @@ def run(arguments: argparse.Namespace) -> None:
     pipe = ECARPipeline.from_pretrained(arguments.checkpoint)
     pipe.to(device, getattr(torch, arguments.dtype))
     grid = choose_grid(arguments, pipe)
-    settings = {**pipe.defaults, **chosen_settings(arguments)}
-    check_settings(settings, pipe.model.config.num_stages)
+    stages = pipe.model.config.num_stages
+    settings = merge_settings(pipe.defaults, chosen_settings(arguments), stages)
     with chosen_backend(arguments.backend):
         backends = describe_backends(pipe.model.config, pipe.device, pipe.dtype)
         begin = time.perf_counter()
-        images, stages = draw(pipe, grid, arguments, settings)
+        images, ends = draw(pipe, grid, arguments, settings)
         seconds = time.perf_counter() - begin
     names = row_names(pipe, grid) if arguments.names else None
-    sheet, shown = output, stages if arguments.stages else []
+    sheet, shown = output, ends if arguments.stages else []
     if to_folder:
         output.mkdir(exist_ok=True)
         sheet = output / "sheet.png"
@@ -158,7 +160,7 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         written = write_sheets(output, grid, images, shown, arguments.scale, names)
     if arguments.strip:
-        write_strip(sheet, grid, images, stages, arguments.scale, names)
+        write_strip(sheet, grid, images, ends, arguments.scale, names)
     count = len(grid.pairs)
     print(written)
     print(f"{seconds / count:.3g} s per image ({count} images in {seconds:.3g} s on {pipe.device})")

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ecar.checkpoint import BUILT_IN_DEFAULTS, check_settings
+from ecar.checkpoint import BUILT_IN_DEFAULTS, merge_settings
 from ecar.data import ImageDataset, load_dataset
 from ecar.files import check_output_folder, check_target, write_json
 from ecar.images import check_output_file
 from ecar.model import ECAR
 from ecar.pipeline import ECARPipeline
+from ecar.sampling import split_steps
 
 from .classifier import train_and_test
 from .export import save_npz
@@ -108,7 +109,7 @@ def evaluate(
         if device is not None:
             pipeline.to(device)
         config = pipeline.model.config
-        check_settings({**pipeline.defaults, **settings}, config.num_stages)
+        settings = merge_settings(pipeline.defaults, settings, config.num_stages)
         train = real = None
         try:
             if dataset is not None:
@@ -154,7 +155,8 @@ def evaluate(
             "labels": how,
             "seeds": [first_seed, first_seed + num_images - 1],
             "batch_size": batch_size,
-            **{**pipeline.defaults, **settings},
+            **settings,
+            "steps_of_each_stage": split_steps(settings["num_inference_steps"], config.num_stages),
             "dtype": str(pipeline.dtype),
             "device": device_name(pipeline.device),
         }

@@ -1,7 +1,7 @@
 """Sampling: solver steps stage by stage, and the jump between stages (design.md, 3.4).
 
 sampler.py   `sample`, what it checks and says, and which engine it takes
-guidance.py  classifier-free guidance, and how steps are split over stages
+guidance.py  classifier-free guidance, how steps are split over stages, and the defaults
 solver.py    the solvers' arithmetic, and where the steps of a stage lie
 stage.py     what a run is told, in buffers, and what one stage needs
 loop.py      the one loop over stages and steps, and the callback's protocol

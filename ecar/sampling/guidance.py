@@ -1,18 +1,36 @@
-"""What a run of the sampler is told: guidance and steps, checked."""
+"""What a run of the sampler is told: guidance and steps, checked, and their defaults.
+
+The defaults of the solver, its grid and its steps are here and nowhere else; `ecar steps` measured
+them (docs/steps.md).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from ecar.sampling.solver import Grid, step_times
+from ecar.sampling.solver import SOLVERS, Grid, check_grid, step_times
 
-__all__ = ["SCHEDULES", "Guidance", "split_steps"]
+__all__ = ["PAPER", "SCHEDULES", "Guidance", "Steps", "plan_steps", "split_steps"]
 
 SCHEDULES = ("constant", "linear")
+
+# Steps of all stages together, of each stage, or the paper's protocol.
+Steps = int | Sequence[int] | Literal["paper"]
+
+DEFAULT_STEPS = 30
+DEFAULT_SOLVER = "ab2"
+DEFAULT_GRID = 1.6
+DEFAULT_RATIO = 0.75  # a stage's steps over those of the stage before
+
+PAPER: Literal["paper"] = "paper"  # 250 even Euler steps, as many at each stage
+PAPER_STEPS = 250
+PAPER_SOLVER = "euler"
+PAPER_GRID = 1.0
 
 
 @dataclass(frozen=True)
@@ -67,33 +85,104 @@ class Guidance:
         )
 
 
-def split_steps(steps: int | Sequence[int], num_stages: int) -> list[int]:
-    """Steps of each stage: a number is split as evenly as can be, a list is taken exactly.
+class StepPlan(NamedTuple):
+    """Steps of each stage, the solver, and where the steps lie."""
 
-    Earlier, cheaper stages get the remainder.
+    counts: list[int]
+    solver: str
+    grid: Grid
+
+
+def plan_steps(
+    steps: Steps, solver: str | None, grid: Any, num_stages: int, *, name: str = "steps"
+) -> StepPlan:
+    """What a caller asks for, checked, with the defaults of what is None.
+
+    Args:
+        steps, solver, grid: as ``sample``'s.
+        name: of the argument ``steps``, for errors.
+
+    Raises:
+        TypeError, ValueError: naming the argument; also for "paper" with another solver or grid
+            than the paper's.
     """
+    counts = split_steps(steps, num_stages, name=name)
+    if solver is not None and solver not in SOLVERS:
+        raise ValueError(f"argument 'solver': expected one of {SOLVERS}, got {solver!r}")
+    placed = None if grid is None else check_grid(grid, counts)
+    if not is_paper(steps):
+        grid = DEFAULT_GRID if placed is None else placed
+        return StepPlan(counts, solver or DEFAULT_SOLVER, grid)
+    for what, given, papers in (("solver", solver, PAPER_SOLVER), ("grid", placed, PAPER_GRID)):
+        if given not in (None, papers):
+            raise ValueError(
+                f"argument {what!r}: expected {papers!r} or none with {name}={PAPER!r}, which is "
+                f"the paper's whole protocol, got {given!r}; give a number of steps with it"
+            )
+    return StepPlan(counts, PAPER_SOLVER, PAPER_GRID)
+
+
+def is_paper(steps: object) -> bool:
+    """Whether the steps are the paper's protocol."""
+    return isinstance(steps, str) and steps == PAPER
+
+
+def split_steps(steps: Steps, num_stages: int, *, name: str = "steps") -> list[int]:
+    """Steps of each stage.
+
+    Args:
+        steps: a number, split so that a stage has ``DEFAULT_RATIO`` times the steps of the one
+            before (early stages are cheap and need them most); a list, taken exactly; or
+            "paper", the paper's 250, split evenly.
+        name: of the argument, for errors.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    expected = f"an integer, a list of them or {PAPER!r}"
+    if isinstance(steps, str):
+        if steps == PAPER:
+            return geometric_split(PAPER_STEPS, num_stages, 1.0)
+        raise ValueError(f"argument {name!r}: expected {expected}, got {steps!r}")
     if isinstance(steps, Tensor):
-        raise TypeError("argument 'steps': expected an integer or a list of them, got a tensor")
-    if isinstance(steps, bool) or not isinstance(steps, (int, Sequence)) or isinstance(steps, str):
-        raise TypeError(f"argument 'steps': expected an integer or a list of them, got {steps!r}")
+        raise TypeError(f"argument {name!r}: expected {expected}, got a tensor")
+    if isinstance(steps, (bool, bytes)) or not isinstance(steps, (int, Sequence)):
+        raise TypeError(f"argument {name!r}: expected {expected}, got {steps!r}")
     if isinstance(steps, int):
         if steps < num_stages:
             raise ValueError(
-                f"argument 'steps': expected at least one step for each of {num_stages} stages, "
+                f"argument {name!r}: expected at least one step for each of {num_stages} stages, "
                 f"got {steps}"
             )
-        return [steps // num_stages + (s < steps % num_stages) for s in range(num_stages)]
+        return geometric_split(steps, num_stages, DEFAULT_RATIO)
     if len(steps) != num_stages:
         raise ValueError(
-            f"argument 'steps': expected a list of {num_stages} numbers, one for each stage, got "
+            f"argument {name!r}: expected a list of {num_stages} numbers, one for each stage, got "
             f"{list(steps)}"
         )
     for count in steps:
         if isinstance(count, bool) or not isinstance(count, int):
-            raise TypeError(f"argument 'steps': expected integers, got {list(steps)}")
+            raise TypeError(f"argument {name!r}: expected integers, got {list(steps)}")
         if count < 1:
-            raise ValueError(f"argument 'steps': expected positive numbers, got {list(steps)}")
-    return list(steps)
+            raise ValueError(f"argument {name!r}: expected positive numbers, got {list(steps)}")
+    return [int(count) for count in steps]
+
+
+def geometric_split(steps: int, num_stages: int, ratio: float) -> list[int]:
+    """``steps`` over stages each of which has ``ratio`` times the steps of the one before: rounded
+    by largest remainders (of equal ones, the earlier stage's), and at least one each."""
+    weights = [ratio**stage for stage in range(num_stages)]
+    shares = [steps * weight / sum(weights) for weight in weights]
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(num_stages), key=lambda stage: counts[stage] - shares[stage])
+    for stage in by_remainder[: steps - sum(counts)]:
+        counts[stage] += 1
+    for stage in range(num_stages):
+        if counts[stage] == 0:
+            most = max(range(num_stages), key=lambda other: (counts[other], other))
+            counts[most] -= 1
+            counts[stage] = 1
+    return counts
 
 
 def _require_finite(name: str, value: object) -> None:

@@ -20,10 +20,10 @@ from ecar.model import ECAR, check_labels
 from ecar.sampling import graph, loop
 from ecar.sampling.cpu import CpuEngine
 from ecar.sampling.graph import CaptureError, release_graphs
-from ecar.sampling.guidance import Guidance, split_steps
+from ecar.sampling.guidance import DEFAULT_STEPS, Guidance, Steps, plan_steps
 from ecar.sampling.loop import StepInfo
 from ecar.sampling.plain import PlainEngine
-from ecar.sampling.solver import SOLVERS, Grid, check_grid, solver_class
+from ecar.sampling.solver import Grid, solver_class
 from ecar.sampling.stage import Inputs, Shape
 from ecar_kernels import active_backend, inspection
 
@@ -58,9 +58,9 @@ def sample(
     class_labels: Tensor,
     *,
     seeds: Tensor,
-    steps: int | Sequence[int] = 250,
-    solver: str = "euler",
-    grid: float | Sequence[Sequence[float]] = 1.0,
+    steps: Steps = DEFAULT_STEPS,
+    solver: str | None = None,
+    grid: float | Sequence[Sequence[float]] | None = None,
     guidance_scale: float = 1.0,
     guidance_schedule: str = "constant",
     guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -86,13 +86,15 @@ def sample(
             is float32. bfloat16 is ``model.to(torch.bfloat16)``.
         class_labels: int64 [B] in [0, num_classes).
         seeds: int64 [B].
-        steps: network calls (Euler) of all stages together, or of each stage in a list. Heun
-            makes two calls a step.
+        steps: of all stages together, split by ``split_steps``; or of each stage in a list; or
+            "paper", the paper's protocol: 250 even Euler steps, split evenly. A step is one
+            network call, or two of Heun's.
         solver: "euler" (order 1), "heun" (order 2) or "ab2" (order 2 at one network call a step:
-            Adams-Bashforth, which remembers the velocity before).
+            Adams-Bashforth, which remembers the velocity before). None is "ab2", or "euler" with
+            "paper".
         grid: where a stage's N steps begin: the exponent p of (i / N)^p, where 1 is even and more
             puts the steps closer together at a stage's beginning; or a list of each stage's times
-            in [0, 1), as many as it has steps, from 0 on.
+            in [0, 1), as many as it has steps, from 0 on. None is 1.6, or 1 with "paper".
         guidance_scale, guidance_schedule, guidance_interval: see ``Guidance``.
         callback: called after each step; a returned tensor replaces the state. There is no graph
             then.
@@ -107,21 +109,18 @@ def sample(
         RuntimeWarning: on a CUDA device, once for each reason why its kernels are missing.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: naming the argument; also for "paper" with another solver or grid.
         RuntimeError: ``graphs=True`` and there can be none.
         torch.OutOfMemoryError: the device has too little memory for the batch.
     """
     config, batch = model.config, len(class_labels)
     check_labels(class_labels, config.num_classes)
     _check_seeds(seeds, batch)
-    counts = split_steps(steps, config.num_stages)
-    if solver not in SOLVERS:
-        raise ValueError(f"argument 'solver': expected one of {SOLVERS}, got {solver!r}")
+    counts, solver, placed = plan_steps(steps, solver, grid, config.num_stages)
     if graphs not in (True, False, "auto"):
         raise ValueError(f"argument 'graphs': expected True, False or 'auto', got {graphs!r}")
     if tf32 not in (None, True, False):
         raise ValueError(f"argument 'tf32': expected True, False or None, got {tf32!r}")
-    placed = check_grid(grid, counts)
     scales = Guidance(guidance_scale, guidance_schedule, guidance_interval).scales(counts, placed)
     guided = tuple(tuple(scale != 1.0 for scale in values) for values in scales)
     shape = Shape(batch, tuple(counts), solver, guided)

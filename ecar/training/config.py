@@ -11,6 +11,7 @@ from typing import Any
 from ecar.config import ECARConfig
 from ecar.files import read_json, write_json
 from ecar.images import parse_background
+from ecar.sampling.guidance import DEFAULT_STEPS
 
 __all__ = ["TrainConfig"]
 
@@ -129,7 +130,8 @@ class TrainConfig:
         validation_images: held-out images to measure it on, at most.
         sample_every: steps between sample sheets; 0: none.
         sample_rows, sample_columns: classes and seeds of a sheet.
-        sample_steps: network steps of one sample, in all; at least one per stage.
+        sample_steps: solver steps of one sample, in all; at least one per stage. The solver and
+            its grid are ``sample``'s defaults.
         sample_guidance: guidance scale of the sheets.
         log: "csv" (log.csv), or "tensorboard" (log.csv and TensorBoard's event files).
 
@@ -175,7 +177,7 @@ class TrainConfig:
     sample_every: int = 1000
     sample_rows: int = 10
     sample_columns: int = 8
-    sample_steps: int = 30
+    sample_steps: int = DEFAULT_STEPS
     sample_guidance: float = 2.0
     log: str = "csv"
 

@@ -12,7 +12,7 @@ TINY = ECARConfig(
 
 
 def test_memory_needed_is_of_the_largest_stage():
-    found = memory.needed(TINY, 8)
+    found = memory.needed(TINY, [4, 4])
     assert found == {
         "modulation": 4 * (16 + 4) * 8 * 16,
         "kv_cache": 4 * 2 * 20 * 16,

@@ -35,10 +35,12 @@ def test_presets_meet_the_paper(preset, parameters, multiply_adds):
         1000,
     )
     assert count_parameters(config)["total"] == pytest.approx(parameters, rel=0.01)
-    stages = count_multiply_adds(config, steps=250, guidance_scale=4.0)
+    stages = count_multiply_adds(config, steps="paper", guidance_scale=4.0)
     assert [stage.tokens for stage in stages] == [16, 64, 256]
-    assert sum(stage.steps for stage in stages) == 250
-    assert sum(stage.total for stage in stages) == pytest.approx(multiply_adds, rel=0.01)
+    assert [stage.steps for stage in stages] == [84, 83, 83]
+    total = sum(stage.total for stage in stages)
+    assert total == pytest.approx(multiply_adds, rel=0.01)
+    assert total > 6 * sum(stage.total for stage in count_multiply_adds(config, guidance_scale=4.0))
 
 
 def test_parameters_add_up_to_those_of_a_real_model():

@@ -147,8 +147,8 @@ def test_guidance_and_steps_reach_the_sampler(pipe):
         {"guidance_scale": 3.0},
         {"num_inference_steps": [1, 3]},
         {"solver": "heun"},
-        {"solver": "ab2"},
-        {"grid": 1.5},
+        {"solver": "euler"},
+        {"grid": 1.0},
         {"guidance_scale": 3.0, "guidance_schedule": "linear"},
         {"guidance_scale": 3.0, "guidance_interval": (0.5, 1.0)},
     ):
@@ -160,6 +160,18 @@ def test_defaults_are_used(pipe):
     other = ECARPipeline(pipe.model, defaults=defaults)
     expected = draw(pipe, 1, [3, 2], 2.5, seeds=0).images
     assert torch.equal(draw(other, 1, seeds=0).images, expected)
+
+
+def test_the_papers_protocol_is_one_argument(pipe):
+    papers = draw(pipe, 1, [125, 125], seeds=0, solver="euler", grid=1.0).images
+    assert torch.equal(draw(pipe, 1, "paper", seeds=0).images, papers)
+    # As a default it is a whole: another number of steps has the usual solver and grid.
+    other = ECARPipeline(pipe.model, defaults={"num_inference_steps": "paper"})
+    assert (other.defaults["solver"], other.defaults["grid"]) == ("euler", 1.0)
+    assert torch.equal(draw(other, 1, seeds=0).images, papers)
+    assert torch.equal(draw(other, 1, 4, seeds=0).images, draw(pipe, 1, 4, seeds=0).images)
+    with pytest.raises(ValueError, match=r"'solver'.*num_inference_steps='paper'.*got 'ab2'"):
+        draw(other, 1, solver="ab2")
 
 
 def test_stage_images(pipe):
@@ -185,8 +197,8 @@ def test_callback_sees_every_step_and_may_change_the_state(pipe):
         calls.append((index, time, kwargs["latents"].shape))
         return kwargs
 
-    same = draw(pipe, [1, 2], seeds=0, callback_on_step_end=look).images
-    assert torch.equal(same, draw(pipe, [1, 2], seeds=0).images)
+    same = draw(pipe, [1, 2], seeds=0, callback_on_step_end=look, grid=1.0).images
+    assert torch.equal(same, draw(pipe, [1, 2], seeds=0, grid=1.0).images)
     assert calls == [
         (0, 0.0, (2, 1, 4, 4)),
         (1, 0.25, (2, 1, 4, 4)),
@@ -238,6 +250,8 @@ def test_progress_bar_is_shown_on_request(pipe, capsys):
         ({"num_inference_steps": -3}, ValueError, "'num_inference_steps'.*got -3"),
         ({"num_inference_steps": [1, 2, 3]}, ValueError, r"'num_inference_steps'.*\[1, 2, 3\]"),
         ({"num_inference_steps": 4.0}, TypeError, "'num_inference_steps'.*4.0"),
+        ({"num_inference_steps": "papr"}, ValueError, "'num_inference_steps'.*got 'papr'"),
+        ({"num_inference_steps": "paper", "grid": 2}, ValueError, "'grid'.*'paper'.*got 2"),
         ({"guidance_scale": float("nan")}, ValueError, "'guidance_scale'.*nan"),
         ({"guidance_schedule": "cosine"}, ValueError, "'guidance_schedule'.*'cosine'"),
         ({"guidance_interval": (0.5, 0.1)}, ValueError, "'guidance_interval'"),
@@ -273,6 +287,11 @@ def test_names_without_names_and_names_twice():
         ({"class_names": "abcdefghij"}, TypeError, "'class_names'"),
         ({"defaults": {"step": 3}}, ValueError, "'defaults'.*'step'"),
         ({"defaults": {"num_inference_steps": 1}}, ValueError, "'defaults'.*got 1"),
+        (
+            {"defaults": {"num_inference_steps": "paper", "solver": "ab2"}},
+            ValueError,
+            "'defaults'.*'solver'.*'paper'.*got 'ab2'",
+        ),
         ({"defaults": [4]}, TypeError, "'defaults'"),
     ],
 )
@@ -313,6 +332,17 @@ def test_round_trip_through_a_folder(pipe, tmp_path):
         ".safetensors",
         ".md",
     }
+
+
+def test_the_papers_protocol_in_a_folder(pipe, tmp_path):
+    defaults = {"num_inference_steps": "paper"}
+    ECARPipeline(pipe.model, defaults=defaults).save_pretrained(tmp_path)
+    loaded = ECARPipeline.from_pretrained(tmp_path).defaults
+    assert (loaded["num_inference_steps"], loaded["solver"], loaded["grid"]) == (
+        "paper",
+        "euler",
+        1,
+    )
 
 
 def test_a_folder_without_pipeline_json_has_the_identity_codec(pipe, tmp_path):

@@ -3,6 +3,8 @@
 import json
 import re
 
+import pytest
+
 from ecar.config import ECARConfig
 
 
@@ -36,3 +38,25 @@ def test_info_of_a_checkpoint_as_json(folder, run, pipe):
     assert plain["total"] == sum(stage["total"] for stage in plain["stages"])
     assert plain["total"] < guided["total"] < 2 * plain["total"] + 1
     assert guided["stages"][1]["flow"] == 2 * plain["stages"][1]["flow"]
+    assert sum(plain["shares"].values()) == pytest.approx(1)
+    for part, share in plain["shares"].items():
+        assert share * plain["total"] == pytest.approx(sum(s[part] for s in plain["stages"]))
+    assert (report["sampling"]["solver"], report["sampling"]["grid"]) == ("ab2", 1.6)
+    paper = report["paper"]
+    assert paper["sampling"]["steps"] == [125, 125]
+    assert (paper["sampling"]["solver"], paper["sampling"]["grid"]) == ("euler", 1.0)
+    paper = paper["multiply_adds_per_image"]["without_guidance"]
+    assert paper["stages"][1]["ar"] == plain["stages"][1]["ar"]
+    assert 2 * paper["stages"][1]["flow"] == 125 * plain["stages"][1]["flow"]
+
+
+def test_the_papers_protocol_is_told_once(folder, run):
+    code, output, _ = run("info --checkpoint model --steps paper")
+    assert code == 0
+    assert re.search(
+        r"^  125 \+ 125 steps of euler, grid 1 .* AR .*%, modulation", output, re.MULTILINE
+    )
+    assert output.count("125 + 125 steps of euler") == 2  # over the table, and of the parts
+    _, output, _ = run("info --checkpoint model")
+    assert "  2 + 2 steps of ab2, grid 1.6 " in output
+    assert output.count("125 + 125 steps of euler") == 1

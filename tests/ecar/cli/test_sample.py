@@ -106,16 +106,17 @@ def test_settings_reach_the_sampler(folder, run):
         "",
         "--steps 1,3",
         "--solver heun",
-        "--solver ab2",
-        "--grid 1.5",
+        "--solver euler",
+        "--grid 1",
+        "--steps paper",
         "--guidance 3",
         "--guidance 3 --guidance-schedule linear",
-        "--guidance 3 --guidance-interval 0.2,1",
+        "--guidance 3 --guidance-interval 0.1,1",
     ):
         code, *_ = run(f"sample --checkpoint model --classes 1 --per-class 1 {options}")
         assert code == 0
         pictures.add(np.asarray(Image.open("samples.png")).tobytes())
-    assert len(pictures) == 8
+    assert len(pictures) == 9
 
 
 @pytest.mark.parametrize("options", ["--dtype bfloat16", "--backend reference", "--device cpu"])
@@ -152,6 +153,9 @@ def test_where_and_how_it_runs(folder, run, options):
         ("--steps 3,0", "--steps: expected a positive whole number.*'3,0'"),
         ("--steps 1,2,3", r"--steps: expected a list of 2 numbers.*\[1, 2, 3\]"),
         ("--steps 1", "--steps: expected at least one step for each of 2 stages, got 1"),
+        ("--steps papers", "--steps: expected .* or paper, got 'papers'"),
+        ("--steps paper --solver ab2", "--solver: expected 'euler' or none .*, got 'ab2'"),
+        ("--steps paper --grid 2", "--grid: expected 1.0 or none .*, got 2.0"),
         ("--solver rk4", "--solver: invalid choice: 'rk4'"),
         ("--guidance nan", "--guidance: expected a finite number, got nan"),
         ("--guidance-interval 0.5", "--guidance-interval: expected two numbers.*'0.5'"),

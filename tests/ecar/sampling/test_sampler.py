@@ -110,6 +110,18 @@ class TestSteps:
         draw(model, steps=[1, 2], solver="heun")
         assert seen == pytest.approx([0, 1 / 2, 1 / 2, 3 / 4, 3 / 4, 1])
 
+    def test_the_default_and_the_papers_protocol(self, model):
+        """What is not said, said; the paper's steps are even, and all of them are taken."""
+        given = {"class_labels": torch.tensor([3, 7]), "seeds": torch.tensor([11, -5])}
+        default = sample(model, **given).latents
+        said = sample(model, **given, steps=[17, 13], solver="ab2", grid=1.6).latents
+        assert torch.equal(default, said)
+        seen = []
+        drawn = draw(model, steps="paper", callback=seen.append).latents
+        assert [info.tau for info in seen] == pytest.approx([i / 125 for i in range(125)] * 2)
+        same = draw(model, steps=[125, 125], solver="euler", grid=1.0).latents
+        assert torch.equal(drawn, same)
+
     def test_the_jump_is_the_transition(self, model, monkeypatch):
         """With no velocity, stage 2 starts at the transition of stage 1's noise."""
         monkeypatch.setattr(
@@ -172,6 +184,8 @@ def test_memory_does_not_grow_from_step_to_step(model):
         ({"steps": [1, 1.5]}, TypeError, "'steps'.*integers"),
         ({"steps": 2.5}, TypeError, "'steps'"),
         ({"steps": True}, TypeError, "'steps'"),
+        ({"steps": "papr"}, ValueError, "'steps'.*'paper', got 'papr'"),
+        ({"steps": "paper", "grid": 1.5}, ValueError, "'grid': expected 1.0.*got 1.5"),
         ({"solver": "rk4"}, ValueError, "'solver'.*'rk4'"),
         ({"guidance_scale": float("nan")}, ValueError, "'guidance_scale'.*finite"),
         ({"guidance_scale": "2"}, TypeError, "'guidance_scale'"),

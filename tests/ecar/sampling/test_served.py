@@ -199,8 +199,9 @@ def test_a_replayed_graph_is_served_as_its_capture(model, tape, solver):
 
 def test_the_pipeline_tells_it(model):
     pipeline = ECARPipeline(model)
-    found = pipeline([3], 4, seeds=1, output_type="latent", progress=False)
-    assert found.served == draw(model, (3,), (1,), steps=4).served
+    given = {"solver": "ab2", "grid": 1.5}
+    found = pipeline([3], 4, seeds=1, output_type="latent", progress=False, **given)
+    assert found.served == draw(model, (3,), (1,), steps=4, **given).served
     assert "need a CUDA device" in found.why_not_graph
 
 

@@ -86,7 +86,6 @@ def test_a_grid_places_steps_closer_together_at_a_stages_beginning():
         (math.inf, ValueError, "a positive exponent, got inf"),
         (True, TypeError, "got bool"),
         ("1.5", TypeError, "got str"),
-        (None, TypeError, "got NoneType"),
         ([[0, 0.5]], ValueError, "the times of each of 2 stages, got 1"),
         ([0, 0.5], ValueError, "2 times at stage 1, which has as many steps, got 0"),
         ([[0], [0, 0.5, 0.7]], ValueError, "2 times at stage 1, .* got \\[0\\]"),
