@@ -1,10 +1,10 @@
 """Kernels that sampling launches on an H100, counted without one.
 
 E-CAR-S, B and L in bfloat16, one image, plain and accelerated, with guidance and without, by
-Euler's method and by ab2: a step and the AR transformer at each stage, and an image of 250 steps.
-The model runs on a fake GPU (tools.fake_gpu): a launch is one of Triton's, an op of torch (taken
-for one kernel), or one of the CUDA C++ library's (one kernel each). Fails if a count is above the
-committed one.
+Euler's method and by ab2: a step and the AR transformer at each stage, and an image of the paper's
+250 steps. The model runs on a fake GPU (tools.fake_gpu): a launch is one of Triton's, an op of
+torch (taken for one kernel), or one of the CUDA C++ library's (one kernel each). Fails if a count
+is above the committed one.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from benchmarks import results
 from benchmarks.results import markdown
 from ecar import ECAR, ECARConfig, split_steps
 from ecar.sampling import loop
+from ecar.sampling.guidance import PAPER, PAPER_STEPS
 from ecar.sampling.plain import PlainEngine
 from ecar.sampling.stage import Inputs, Shape
 from ecar.transformer import KVCache
@@ -30,7 +31,6 @@ from ecar_kernels import _native
 RESULTS = results.FOLDER / "launches.json"
 SIZES = ("S", "B", "L")
 SOLVERS = ("euler", "ab2")  # of one network call a step
-STEPS = 250
 KINDS = ("triton", "c++", "aten", "copy")
 TARGET = {"S": 23, "B": 45, "L": 67}  # launches of a step, at most
 COUNTED = 3  # steps of a stage: the second is as all are between the first and the last
@@ -63,7 +63,7 @@ def count(size: str, *, accelerated: bool, guided: bool, solver: str) -> dict[st
             _kinds(launches[ends[first] : ends[first + 1]])
             for first in range(0, COUNTED * stages, COUNTED)
         ]
-        counts = split_steps(STEPS, stages)
+        counts = split_steps(PAPER, stages)
         image = Counter(_kinds(launches))
         for step, steps_of_stage in zip(steps, counts, strict=True):
             image.update({kind: n * (steps_of_stage - COUNTED) for kind, n in step.items()})
@@ -161,7 +161,7 @@ def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     from tools.fake_gpu import H100
 
     versions = {name: results.package_version(name) for name in ("torch", "triton")}
-    facts = {"chip": H100.name, "versions": versions, "step_count": STEPS, "target": TARGET}
+    facts = {"chip": H100.name, "versions": versions, "step_count": PAPER_STEPS, "target": TARGET}
     results.save(file, {**facts, "rows": list(rows)})
 
 

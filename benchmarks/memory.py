@@ -22,6 +22,8 @@ from benchmarks import models, results
 from benchmarks.models import STEPS
 from benchmarks.results import figures, markdown
 from ecar import ECAR, PRESETS, ECARConfig, sample, split_steps
+from ecar.cli.parser import step_list
+from ecar.sampling.guidance import PAPER_STEPS, Steps
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 SETTLED = 5  # steps of a stage after which nothing may grow
@@ -49,7 +51,7 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def needed(config: ECARConfig, steps: int, itemsize: int = 4) -> dict[str, int]:
+def needed(config: ECARConfig, steps: Steps, itemsize: int = 4) -> dict[str, int]:
     """Bytes that sampling one image needs besides the weights, at the largest stage.
 
     modulation: of all tokens, and of all steps. kv_cache: keys and values of all layers.
@@ -84,7 +86,7 @@ def kept(model: ECAR, backend: str) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
 
 
-def sampling(config: ECARConfig, steps: int) -> dict[str, Any]:
+def sampling(config: ECARConfig, steps: Steps) -> dict[str, Any]:
     """Peak and growth of one image in this process; weights are packed in place."""
     _draw(ECAR(ECARConfig.preset("digits")).eval(), 3)  # libraries, thread pools
     reset_peak()
@@ -104,7 +106,7 @@ def sampling(config: ECARConfig, steps: int) -> dict[str, Any]:
     return {
         "weights": weight_bytes(model),
         "needed": needed(config, steps),
-        "steps": steps,
+        "steps": sum(split_steps(steps, config.num_stages)),
         "peak": first,
         "second_image": resident("VmHWM") - before,
         "peak_of_making": making,
@@ -112,7 +114,7 @@ def sampling(config: ECARConfig, steps: int) -> dict[str, Any]:
     }
 
 
-def _draw(model: ECAR, steps: int, callback: Callable[[Any], object] | None = None) -> None:
+def _draw(model: ECAR, steps: Steps, callback: Callable[[Any], object] | None = None) -> None:
     zero = torch.zeros(1, dtype=torch.int64)
     sample(model, zero, seeds=zero, steps=steps, callback=callback)
 
@@ -141,7 +143,7 @@ def _train(config: ECARConfig, batch: int) -> int:
 
 
 def in_fresh_process(
-    kind: str, size: str, *, backend: str = "auto", steps: int = STEPS, batch: int = 1
+    kind: str, size: str, *, backend: str = "auto", steps: Steps = STEPS, batch: int = 1
 ) -> dict[str, Any]:
     """`sampling` or `training` of a preset, in a process of its own."""
     given = f"--child {kind} --sizes {size} --backend {backend} --steps {steps} --batch {batch}"
@@ -180,7 +182,7 @@ def render(record: dict[str, Any]) -> str:
             for row in record["training"]
         ],
     )
-    steps = record["sampling"][0]["steps"] if record["sampling"] else STEPS
+    steps = record["sampling"][0]["steps"] if record["sampling"] else PAPER_STEPS
     return (
         f"{sampled}\n\n{trained}\n\nMiB, float32; peak resident set of a fresh process, less what "
         f"it held before the model was made.\nSampling: one image of {steps} steps without "
@@ -202,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--training", nargs="*", choices=PRESETS, default=("S",), help="that train (default: S)"
     )
     parser.add_argument("--batch", type=int, default=16, help="of training (default: 16)")
-    parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
+    parser.add_argument("--steps", type=step_list, default=STEPS, help="default: %(default)s")
     parser.add_argument("--child", choices=("sampling", "training"), help=argparse.SUPPRESS)
     parser.add_argument("--backend", default="auto", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -13,10 +13,11 @@ from torch import nn
 
 import ecar_kernels
 from ecar import ECAR, ECARConfig, split_steps
+from ecar.sampling.guidance import PAPER, Steps, plan_steps
 from ecar.sampling.sampler import run_eagerly
 from ecar.sampling.stage import Shape
 
-STEPS = 250  # of the paper's Table 3
+STEPS: Steps = PAPER  # of the paper's tables: 250 even Euler steps
 WEIGHT_SCALE = 0.02
 
 
@@ -65,6 +66,13 @@ def accelerated(model: ECAR) -> ECAR:
     return copied
 
 
+def pipelines(model: ECAR, dtype: torch.dtype) -> ECAR:
+    """A copy as a pipeline has it: in that dtype, with packed weights in place of the plain."""
+    copied = copy.deepcopy(model).to(dtype)
+    ecar_kernels.accelerate(copied, backend="auto", keep_weights=False)
+    return copied
+
+
 @dataclass(frozen=True)
 class Way:
     """A model under the backend that serves it."""
@@ -98,21 +106,21 @@ class StageTime:
 
 
 def time_image(
-    way: Way, timed_steps: int, steps: int = STEPS, *, batch: int = 1
+    way: Way, timed_steps: int | None, steps: Steps = STEPS, *, batch: int = 1
 ) -> list[StageTime]:
-    """Each stage's time for images of `steps` steps, of which `timed_steps` a stage are run.
+    """Each stage's time for images of `steps` steps, of which `timed_steps` a stage are run; None
+    runs all of them, at least three a stage.
 
     The sampler's own loop runs. `once` is what precedes a stage's first step (the AR's pass, the
     tokens' modulation, and the modulation of all `steps`, whose rows beyond those of the steps
     that are run are timed apart), and what its last step takes longer than the others' median.
     """
     config = way.model.config
-    counts = split_steps(steps, config.num_stages)
-    timed_steps = max(3, timed_steps)
+    counts, solver, grid = plan_steps(steps, None, None, config.num_stages)
+    run = tuple(counts if timed_steps is None else [max(3, timed_steps)] * config.num_stages)
     stamps: list[float] = []  # after each step
     labels, seeds = torch.randint(config.num_classes, (batch,)), torch.randint(2**62, (batch,))
-    every = (timed_steps,) * config.num_stages
-    shape = Shape(batch, every, "euler", tuple((False,) * count for count in every))
+    shape = Shape(batch, run, solver, tuple((False,) * count for count in run), grid)
     with way.backend_in_force(), torch.no_grad():
         begin = time.perf_counter()
         run_eagerly(
@@ -120,16 +128,16 @@ def time_image(
             shape,
             labels,
             seeds,
-            [[1.0] * count for count in every],
+            [[1.0] * count for count in run],
             progress=lambda taken: stamps.append(time.perf_counter()),
         )
         found = []
-        for stage, (count, head) in enumerate(zip(counts, way.model.heads, strict=True)):
-            at = stamps[stage * timed_steps : (stage + 1) * timed_steps]
+        for timed, count, head in zip(run, counts, way.model.heads, strict=True):
+            at, stamps = stamps[:timed], stamps[timed:]
             lengths = [later - earlier for earlier, later in itertools.pairwise(at)]
             step = statistics.median(lengths[:-1])
             rest = (at[0] - begin) + lengths[-1] - 2 * step
-            found.append(StageTime(rest + _more_rows(head, timed_steps, count), step))
+            found.append(StageTime(rest + _more_rows(head, timed, count), step))
             begin = at[-1]
     return found
 
@@ -137,6 +145,8 @@ def time_image(
 @torch.no_grad()
 def _more_rows(head: nn.Module, timed: int, count: int) -> float:
     """What the step modulation of all steps takes longer than that of those that were timed."""
+    if timed == count:
+        return 0.0
     seconds = []
     for rows in (timed + 1, count + 1):
         begin = time.perf_counter()
@@ -145,6 +155,6 @@ def _more_rows(head: nn.Module, timed: int, count: int) -> float:
     return seconds[1] - seconds[0]
 
 
-def image_seconds(stages: Sequence[StageTime], steps: int = STEPS) -> float:
+def image_seconds(stages: Sequence[StageTime], steps: Steps = STEPS) -> float:
     counts = split_steps(steps, len(stages))
     return sum(stage.total(count) for stage, count in zip(stages, counts, strict=True))

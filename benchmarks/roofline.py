@@ -12,11 +12,11 @@ Launches are one an op, and one for each of PyTorch's own (LayerNorm, linear, GE
 """
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from ecar import ECARConfig, split_steps
 from ecar.flow import TIME_CHANNELS
+from ecar.sampling.guidance import DEFAULT_STEPS, Steps
 from ecar_kernels.costs import Cost, Rates, floor_seconds
 
 PARTS = ("AR", "modulation", "flow", "noise")
@@ -52,7 +52,7 @@ class Roofline:
 
     Args:
         config: the model's sizes.
-        steps: of all stages, or each stage's.
+        steps: as ``sample``'s.
         guided: every step has unconditional rows too.
         itemsize: bytes of a weight or activation; the state is float32.
     """
@@ -62,7 +62,7 @@ class Roofline:
         config: ECARConfig,
         *,
         batch: int = 1,
-        steps: int | Sequence[int] = 250,
+        steps: Steps = DEFAULT_STEPS,
         guided: bool = False,
         itemsize: int = 2,
     ) -> None:

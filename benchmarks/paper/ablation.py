@@ -1,7 +1,8 @@
 """What each design choice is worth: one image with each switched off alone.
 
-One E-CAR image, no guidance, random weights, float32, as `benchmarks.end_to_end` times it. All
-variants compute the same image (to rounding), take turns in one run, and share their weights.
+One E-CAR image by the paper's protocol, no guidance, random weights, float32, as
+`benchmarks.end_to_end` times it. All variants compute the same image (to rounding), take turns in
+one run, and share their weights.
 """
 
 import types
@@ -15,8 +16,9 @@ from torch import Tensor
 from benchmarks import models, rates, results, timing
 from benchmarks.models import STEPS, Way, image_seconds, time_image
 from benchmarks.results import duration, figures, markdown
-from ecar import ECAR, ECARConfig
+from ecar import ECAR, ECARConfig, split_steps
 from ecar.flow import FlowHead, time_frequencies
+from ecar.sampling.guidance import Steps
 from ecar.transformer import ARTransformer
 from ecar_kernels import FlowBlock, resolve
 
@@ -128,7 +130,7 @@ def variants(model: ECAR) -> dict[str, Way]:
 
 
 def measure(
-    size: str, config: ECARConfig, seconds: float, *, steps: int = STEPS, timed_steps: int = 4
+    size: str, config: ECARConfig, seconds: float, *, steps: Steps = STEPS, timed_steps: int = 4
 ) -> dict[str, Any]:
     """One size's record."""
     ways = variants(models.random_model(config))
@@ -139,7 +141,7 @@ def measure(
     taken = timing.rounds(runs, seconds, at_least=3, warm_up=True)
     return {
         "size": size,
-        "steps": steps,
+        "steps": sum(split_steps(steps, config.num_stages)),
         "timed_steps_of_a_stage": max(3, timed_steps),
         "seconds": timing.summaries(taken),
     }

@@ -1,9 +1,9 @@
 """The paper's Table 3: latencies of E-CAR, DiT and MAR, in the paper's pairs.
 
-One 256 x 256 image without guidance, random weights, float32, the latent only: E-CAR and
-diffusers' DiT of 250 steps, MAR (`benchmarks.paper.mar`, on this library's ops) of 64 and 256 AR
-steps with 100 diffusion steps each. A few steps are run and scaled. The models of a row take
-turns; figures are medians over the rounds.
+One 256 x 256 image without guidance, random weights, float32, the latent only: E-CAR by the paper's
+protocol (250 even steps of Euler's), diffusers' DiT of 250 steps, MAR (`benchmarks.paper.mar`, on
+this library's ops) of 64 and 256 AR steps with 100 diffusion steps each. A few steps are run and
+scaled. The models of a row take turns; figures are medians over the rounds.
 """
 
 import functools
@@ -11,14 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks import models, results, timing
-from benchmarks.end_to_end import forget
+from benchmarks.end_to_end import PEERS, forget
 from benchmarks.models import STEPS, Way, image_seconds, time_image
 from benchmarks.paper import dit, mar
 from benchmarks.results import duration, figures, markdown
-from ecar import ECARConfig
+from ecar import ECARConfig, split_steps
+from ecar.cli.parser import step_list
 from ecar.info import count_multiply_adds
+from ecar.sampling.guidance import Steps
 
-PAIRS = {"S": "B", "B": "L", "L": "XL"}  # E-CAR : DiT
 MARS = {"S": "B", "B": "L", "L": "H"}  # E-CAR : MAR
 SHARES = {"S": 1, "B": 3, "L": 4}
 # The paper's latencies in seconds: E-CAR, DiT, MAR. It does not say of how many AR steps MAR's are.
@@ -36,30 +37,31 @@ def measure(
     config: ECARConfig | None = None,
     peer: dit.DiTSize | None = None,
     masked: mar.MARSize | None = None,
-    steps: int = STEPS,
+    steps: Steps = STEPS,
     timed_steps: int = 4,
 ) -> dict[str, Any]:
     """The record of one size of E-CAR and its peers; None: the sizes of the paper."""
     config = config or ECARConfig.preset(size)
-    peer, masked = peer or dit.SIZES[PAIRS[size]], masked or mar.SIZES[MARS[size]]
+    peer, masked = peer or dit.SIZES[PEERS[size]], masked or mar.SIZES[MARS[size]]
     way = Way(models.accelerated(models.random_model(config)), "auto")
     ours = {"ecar": lambda: image_seconds(time_image(way, timed_steps, steps), steps)}
     # One peer after the other, for their weights and packed ones fill a memory.
     turns = functools.partial(timing.rounds, at_least=3, warm_up=True)
-    pair = turns(ours | _dit(peer, steps, timed_steps), seconds * DIT_SHARE)
+    count = sum(split_steps(steps, config.num_stages))
+    pair = turns(ours | _dit(peer, count, timed_steps), seconds * DIT_SHARE)
     others = turns(ours | _mar(masked, timed_steps), seconds * (1 - DIT_SHARE))
     counts = {name(ar_steps): mar.multiply_adds(masked, ar_steps) for ar_steps in mar.AR_STEPS}
     work = sum(stage.total for stage in count_multiply_adds(config, steps=steps))
     return {
         "size": size,
-        "steps": steps,
+        "steps": count,
         "timed_steps_of_a_stage": max(3, timed_steps),
         "timed_steps_of_dit": timed_steps,
         "timed_steps_of_mar": [TIMED_AR_STEPS, timed_steps],
         "seconds": timing.summaries(others | pair),
         "ratio": _ratios(pair)["dit"],
         "mar_ratios": _ratios(others),
-        "multiply_adds": {"ecar": work, "dit": dit.count(peer, steps, guided=False)[1], **counts},
+        "multiply_adds": {"ecar": work, "dit": dit.count(peer, count, guided=False)[1], **counts},
     }
 
 
@@ -102,7 +104,7 @@ def pairs(row: dict[str, Any]) -> list[tuple[str, str, dict[str, float]]]:
             "paper, RTX 4090": RTX_4090[size][column] / RTX_4090[size][0],
         }
 
-    found = [(f"DiT-{PAIRS[size]}/2", "dit", ratios("dit", row["ratio"], 1))]
+    found = [(f"DiT-{PEERS[size]}/2", "dit", ratios("dit", row["ratio"], 1))]
     for key, measured in row["mar_ratios"].items():
         peer = f"MAR-{MARS[size]}{key.removeprefix('mar')}"
         found.append((peer, key, ratios(key, measured, 2)))
@@ -137,9 +139,9 @@ def render(record: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = results.parser("paper.table3", __doc__)
-    parser.add_argument("--sizes", nargs="+", choices=PAIRS, default=tuple(PAIRS))
+    parser.add_argument("--sizes", nargs="+", choices=PEERS, default=tuple(PEERS))
     parser.add_argument("--minutes", type=float, default=5.0, help="of measuring (default: 5)")
-    parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
+    parser.add_argument("--steps", type=step_list, default=STEPS, help="default: %(default)s")
     parser.add_argument(
         "--timed-steps", type=int, default=4, help="of each kind that are run (default: 4)"
     )

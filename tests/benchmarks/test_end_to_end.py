@@ -1,8 +1,12 @@
 """One image end to end, with a tiny model."""
 
+import pytest
+
 from benchmarks import end_to_end
+from benchmarks.paper import dit
 from benchmarks.roofline import Roofline
-from ecar import ECARConfig
+from ecar import ECARConfig, split_steps
+from ecar.info import count_multiply_adds
 from ecar_kernels.costs import Rates
 from tests.support.native import needs_native
 
@@ -28,3 +32,52 @@ def test_a_row_has_every_way_the_gemms_and_the_floor():
     assert "3 steps of each stage were run and scaled to 8" in text
     del row["floor"]
     assert "| - |" in " ".join(end_to_end.render({"rows": [row]}).split())
+
+
+# Of diffusers' scheduler with NumPy 2.
+quiet = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@quiet
+@needs_native
+def test_each_protocol_of_ecar_and_of_dit_in_both_dtypes():
+    peer = dit.DiTSize(layers=1, width=16, heads=2, latent_side=8)
+    rows = end_to_end.measure_protocols("S", TINY, 0, peer=peer, timed_steps=3)
+    found = [(row["model"], row["dtype"], row["solver"], row["steps"]) for row in rows]
+    assert found == [
+        (model, dtype, solver, steps)
+        for dtype in ("float32", "bfloat16")
+        for model, solver, steps in (
+            ("E-CAR-S", "euler", split_steps("paper", 2)),
+            ("E-CAR-S", "ab2", split_steps(30, 2)),
+            ("DiT-B/2", "ddim", [250]),
+            ("DiT-B/2", "dpmsolver++", [20]),
+        )
+    ]
+    for row in rows:
+        assert row["seconds"]["median"] > 0 and row["seconds"]["rounds"] == 3
+    assert rows[0]["speedup"]["median"] == 1
+    for row, protocol in zip(rows, ("paper", 30), strict=False):
+        stages = count_multiply_adds(TINY, steps=protocol)
+        assert row["multiply_adds"] == sum(stage.total for stage in stages)
+        assert 0 < row["multiply_adds_before_steps"] < row["multiply_adds"]
+        assert 0 < row["seconds_before_steps"]["median"] < row["seconds"]["median"]
+    assert rows[2]["multiply_adds"] * 20 == rows[3]["multiply_adds"] * 250
+    text = " ".join(end_to_end.render_protocols(rows).split())
+    assert "| E-CAR-S | bfloat16 | 17 + 13 | ab2, grid 1.6 |" in text
+    assert "| DiT-B/2 | float32 | 20 | dpmsolver++ |" in text
+    assert "by the paper's protocol 3 steps of each stage" in text.replace("By", "by")
+
+
+@quiet
+def test_dpm_solver_takes_dits_users_twenty_steps():
+    """Of order 2 at one network call a step, from noise to the end of its schedule."""
+    peer = dit.DiTSize(layers=1, width=16, heads=2, latent_side=8)
+    sampler = dit.Sampler(peer, 20, "dpmsolver++")
+    config = sampler.scheduler.config
+    assert (config.algorithm_type, config.solver_order) == ("dpmsolver++", 2)
+    assert (config.beta_start, config.beta_schedule) == (0.0001, "linear")  # as DDIM's
+    calls = []
+    sampler.model.register_forward_hook(lambda *_: calls.append(1))
+    assert sampler.time_image(20) > 0
+    assert len(calls) == len(sampler.scheduler.timesteps) == 20

@@ -107,7 +107,7 @@ def test_the_performance_page_has_the_committed_figures():
             *(f"{figures(dit['measured'])}x", f"{dit['paper, i9-13900K']:.1f}x"),
             *(f"{dit['paper, RTX 4090']:.1f}x", f"{table3.MARS[row['size']]}: "),
         ]
-        peer = f"{table3.PAIRS[row['size']]}/2: {seconds['dit']}"
+        peer = f"{table3.PEERS[row['size']]}/2: {seconds['dit']}"
         start = f"| {row['size']} | {seconds['ecar']} | {peer} | {' | '.join(cells)}"
         end = f"{seconds['mar, 256 AR steps']} | {figures(mar['measured'])}x |"
         assert f"{start}{end}" in rows
