@@ -15,28 +15,14 @@ from typing import Any
 
 import torch
 
+from ecar.evaluation.provenance import cpu_name
+
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "numpy", "diffusers", "flash-attn", "xformers")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 ASSUMED_CACHE = 32 * 2**20
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-
-
-def cpu_name() -> str:
-    """The processor's marketing name with its family and model, or its architecture.
-
-    On virtual machines the name alone is often the same for several generations ("AMD EPYC").
-    """
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    found = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+?)\s*$", text, re.MULTILINE))
-    name = found.get("model name") or platform.processor() or platform.machine()
-    if {"cpu family", "model"} <= found.keys():
-        name += f" (family {found['cpu family']}, model {found['model']})"
-    return name
 
 
 def last_level_cache() -> int:

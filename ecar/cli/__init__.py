@@ -1,4 +1,4 @@
-"""The command line: `ecar sample`, `ecar train`, `ecar evaluate`, `ecar info`,
+"""The command line: `ecar sample`, `ecar train`, `ecar evaluate`, `ecar steps`, `ecar info`,
 `ecar tune`.
 
 Each subcommand is a module with ``add_arguments(parser)``, ``run(arguments)``, ``EXAMPLES``, and
@@ -25,6 +25,7 @@ COMMANDS = {
     "sample": "draw images, or a sheet of them, from a checkpoint",
     "train": "train on digits, MNIST, a folder of images or cached latents",
     "evaluate": "measure a checkpoint's samples against a data set",
+    "steps": "find the solver and steps that draw a checkpoint's images best",
     "info": "count the tokens, parameters and multiply-adds of a preset or checkpoint",
     "tune": "measure the launch settings of this machine's GPU",
 }

@@ -29,10 +29,14 @@ if TYPE_CHECKING:
     from ecar.evaluation.report import summary as summary
     from ecar.evaluation.sampling import draw_labels as draw_labels
     from ecar.evaluation.sampling import generate as generate
+    from ecar.evaluation.steps import best_row as best_row
+    from ecar.evaluation.steps import sweep_steps as sweep_steps
+    from ecar.evaluation.steps import write_best as write_best
 
 _HOMES = {
     "Classifier": "classifier",
     "InceptionExtractor": "extractors",
+    "best_row": "steps",
     "draw_labels": "sampling",
     "evaluate": "report",
     "evaluate_images": "measure",
@@ -46,6 +50,8 @@ _HOMES = {
     "precision_recall": "metrics",
     "save_npz": "export",
     "summary": "report",
+    "sweep_steps": "steps",
+    "write_best": "steps",
 }
 
 __all__ = sorted(_HOMES)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
+import re
 import subprocess
 from pathlib import Path
 
 import torch
 
-__all__ = ["device_name", "versions", "weights_sha256"]
+__all__ = ["cpu_name", "device_name", "versions", "weights_sha256"]
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
@@ -23,10 +24,26 @@ def weights_sha256(model: torch.nn.Module) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """Such as "cuda:0 (NVIDIA H100)" or "cpu (x86_64)"."""
+    """Such as "cuda:0 (NVIDIA H100)" or "cpu: AMD EPYC (family 25, model 17)"."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({platform.processor() or platform.machine()})"
+    return f"{device}: {cpu_name()}"
+
+
+def cpu_name() -> str:
+    """The processor's marketing name with its family and model, or its architecture.
+
+    On virtual machines the name alone is often the same for several generations ("AMD EPYC").
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+?)\s*$", text, re.MULTILINE))
+    name = found.get("model name") or platform.processor() or platform.machine()
+    if {"cpu family", "model"} <= found.keys():
+        name += f" (family {found['cpu family']}, model {found['model']})"
+    return name
 
 
 def versions() -> dict[str, str | None]:
