@@ -119,7 +119,7 @@ def test_commands_exist():
     from ecar.cli import main
 
     commands = set(re.findall(r"`ecar (\w+)`", README))
-    assert commands == {"sample", "train", "evaluate", "info", "tune"}
+    assert commands == {"sample", "train", "evaluate", "steps", "info", "tune"}
     for command in commands:
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
@@ -188,7 +188,7 @@ def test_options_that_pages_give_exist(capsys):
 
     calls = {
         call.partition("#")[0].strip()
-        for call in commands(r"^(?:\$ )?ecar ((?:sample|train|evaluate|info|tune)\b.*)$")
+        for call in commands(r"^(?:\$ )?ecar ((?:sample|train|evaluate|steps|info|tune)\b.*)$")
     }
     assert len(calls) > 8
     for call in calls:

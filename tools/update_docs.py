@@ -9,19 +9,22 @@ A page has places for them:
     <!-- contract: OP -->       an op's signature and docstring
     <!-- end of contract -->
 
-NAME is an op (one small table), or a kind of `benchmarks.report.KINDS`. The pictures of
-docs/images/ are drawn by `python -m benchmarks.report --images`.
+NAME is an op (one small table), a kind of `benchmarks.report.KINDS`, or "steps": the checkpoints'
+sweeps by `ecar steps`, which draws their pictures, too. The other pictures of docs/images/ are
+drawn by `python -m benchmarks.report --images`.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import textwrap
 from pathlib import Path
 
 import ecar_kernels
 from benchmarks import micro, report, results
+from ecar.evaluation.steps import best_row
 from ecar.files import atomic_path
 from ecar_kernels.registry import BACKENDS, OPS, RECORDS
 
@@ -77,6 +80,30 @@ def measured(name: str, root: Path = ROOT) -> str:
     return "\n\n".join(filter(None, texts)) or NOT_MEASURED
 
 
+def steps(root: Path = ROOT) -> str:
+    """Of each checkpoint's sweep, the best setting of each number of calls, and the paper's."""
+    lines = []
+    for file in sorted(root.glob("checkpoints/*/steps.json")):
+        report = json.loads(file.read_text("utf-8"))
+        paper = report["paper"]
+        found = [best_row(report, calls) for calls in report["protocol"]["tried"]["calls"]]
+        for row in (*found, paper):
+            grid = "even" if row["grid"] == 1 else f"{row['grid']:g}"
+            lines.append(
+                (
+                    file.parent.name,
+                    str(row["calls"]),
+                    f"{row['solver']}, {grid}",
+                    " + ".join(map(str, row["steps"])),
+                    f"{row['calls_x_tokens']:,}",
+                    f"{row['error']:.4f}",
+                    f"{row['error'] / paper['error']:.2f}x",
+                )
+            )
+    head = ("checkpoint", "calls", "solver, grid", "steps", "calls x tokens", "error", "paper's")
+    return results.markdown(head, lines) if lines else NOT_MEASURED
+
+
 def updated(text: str, root: Path = ROOT) -> str:
     """A page with everything in its places. Raises KeyError for an unknown name."""
 
@@ -86,6 +113,8 @@ def updated(text: str, root: Path = ROOT) -> str:
             made = contract(name)
         elif name == "ops":
             made = ops()
+        elif name == "steps":
+            made = steps(root)
         elif name in OPS or name in report.KINDS:
             made = measured(name, root)
         else:
