@@ -168,8 +168,9 @@ PRELOAD = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file
 WATCHED = env LD_PRELOAD='$(PRELOAD)' ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
   UBSAN_OPTIONS=print_stacktrace=1 ECAR_LIBRARY=$(SANITIZED)/libecar_cpu.so
 
-SANITIZED_TESTS = $(patsubst %,tests/ecar_kernels/test_%.py,adaln flow_block flow_block_ops flow_block_whole \
-  flow_boundary flow_step native packing stage_attention stage_attention_backward stage_attention_ops)
+SANITIZED_TESTS = $(patsubst %,tests/ecar_kernels/test_%.py,adaln adaln_backward flow_block \
+  flow_block_ops flow_block_whole flow_boundary flow_step native packing stage_attention \
+  stage_attention_backward stage_attention_ops)
 
 sanitize: $(STAMPS)/test
 	PATH="$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DECAR_SANITIZE=ON -DECAR_TORCH_DIR="$$( \

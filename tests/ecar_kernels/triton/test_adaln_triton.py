@@ -13,20 +13,22 @@ from ecar_kernels import use_backend
 from ecar_kernels.adaln import api, launch, reference
 from ecar_kernels.registry import KERNEL_DTYPES
 from tests.support.accuracy import assert_accurate, run, tensors
-from tests.support.adaln import LAYOUTS, MODULATION, call_of
+from tests.support.adaln import MODULATION, call_of, calls
 from tests.support.ops import opcheck
 
 triton = pytest.importorskip("ecar_kernels.adaln.triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = (None, "one", "rows")
-CONTIGUOUS, CHUNK = ("contiguous",) * 8, ("chunk",) * 8
+CHUNK = ("chunk",) * 8
 
 
-def call(
-    op, *shape, dtype=torch.float32, layouts=CONTIGUOUS, whole=(True,) * 3, steps=("one",) * 3
-):
-    return call_of(op, *shape, dtype, layouts, whole, steps, DEVICE)
+def call(op, *shape, **kinds):
+    return call_of(op, *shape, **kinds, device=DEVICE)
+
+
+def random_calls(op, channels):
+    return calls(op, channels, images=3, most=11, device=DEVICE)
 
 
 def check(op, arguments, *, gradients=True):
@@ -47,24 +49,12 @@ def set_tiles(monkeypatch, rows=4, fused=True):
     monkeypatch.setattr(launch, "default", default)
 
 
-@st.composite
-def calls(draw, op, channels):
-    three = {"min_size": 3, "max_size": 3}
-    shape = (draw(st.integers(0, 3)), draw(st.integers(0, 11)), draw(channels))
-    layouts = draw(st.lists(st.sampled_from(LAYOUTS), min_size=8, max_size=8))
-    whole = draw(st.lists(st.booleans(), **three))
-    steps = draw(st.lists(st.sampled_from(STEPS), **three))
-    dtype = draw(st.sampled_from(KERNEL_DTYPES))
-    torch.manual_seed(draw(st.integers(0, 2**32)))
-    return call(op, *shape, dtype=dtype, layouts=layouts, whole=whole, steps=steps)
-
-
 @pytest.mark.parametrize("op", MODULATION)
 @settings(max_examples=8)
 @given(st.data())
 def test_outputs(op, data):
     with torch.no_grad():
-        check(op, data.draw(calls(op, st.integers(1, 150))), gradients=False)
+        check(op, data.draw(random_calls(op, st.integers(1, 150))), gradients=False)
 
 
 @pytest.mark.parametrize("rows, fused", [(1, True), (4, True), (2, False)])
@@ -75,7 +65,7 @@ def test_gradients(op, rows, fused, data):
     """From 24 channels: the error of a sum into one or two numbers is a matter of luck."""
     with pytest.MonkeyPatch.context() as patch:
         set_tiles(patch, rows, fused)
-        check(op, data.draw(calls(op, st.integers(24, 150))))
+        check(op, data.draw(random_calls(op, st.integers(24, 150))))
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
