@@ -9,6 +9,7 @@ JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 CASES ?= 10000
 CHECKPOINT ?= checkpoints/digits
 DEMO ?= demo.png
+SCALE ?= 8
 REPORT ?= build/report
 
 BIN := $(VENV)/bin
@@ -32,7 +33,8 @@ REQUIREMENTS := $(BIN)/python -c 'import importlib, sys; \
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo        install, then draw a 10 x 10 sheet of digits into $(DEMO)"
+	@echo "make demo        install, then draw a 10 x 10 sheet of digits into $(DEMO),"
+	@echo "                 and the way of ten from coarse to fine next to it"
 	@echo "make test        install, then run the tests on $(JOBS) processes"
 	@echo "make test-fast   the tests of a change: references, C++, model and tools, in this process"
 	@echo "make lint        ruff, mypy, and the workflows' schema"
@@ -60,7 +62,8 @@ help:
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' CHECKPOINT=$(CHECKPOINT)"
 
 demo: $(STAMPS)/base
-	$(BIN)/ecar sample --checkpoint $(CHECKPOINT) --sheet 10x10 --scale 4 --output $(DEMO)
+	$(BIN)/ecar sample --checkpoint $(CHECKPOINT) --sheet 10x10 --scale $(SCALE) --names --strip \
+	  --output $(DEMO)
 
 test: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --timeout 600 tests
