@@ -120,7 +120,7 @@ def time_image(
     run = tuple(counts if timed_steps is None else [max(3, timed_steps)] * config.num_stages)
     stamps: list[float] = []  # after each step
     labels, seeds = torch.randint(config.num_classes, (batch,)), torch.randint(2**62, (batch,))
-    shape = Shape(batch, run, solver, tuple((False,) * count for count in run), grid)
+    shape = Shape(batch, run, solver, tuple((False,) * count for count in run))
     with way.backend_in_force(), torch.no_grad():
         begin = time.perf_counter()
         run_eagerly(
@@ -129,6 +129,7 @@ def time_image(
             labels,
             seeds,
             [[1.0] * count for count in run],
+            grid,
             progress=lambda taken: stamps.append(time.perf_counter()),
         )
         found = []
