@@ -49,7 +49,7 @@ def test_missing_checkpoint_is_one_line(folder, refused, command, name, message)
         ("draw", "no command 'draw'; commands are sample"),
         ("--colour", "unrecognized arguments: --colour"),
         ("sample", "the following arguments are required: --checkpoint"),
-        ("info", "one of the arguments --preset --checkpoint is required"),
+        ("info", "one of the arguments --preset --checkpoint --config is required"),
         ("info --preset XXL", "--preset: invalid choice: 'XXL'"),
         ("info --preset S --checkpoint x", "not allowed with argument"),
         ("info --preset S --steps 0", "--steps: expected a positive whole number"),
