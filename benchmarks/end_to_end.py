@@ -249,7 +249,7 @@ def render(record: dict[str, Any]) -> str:
 
 def render_protocols(rows: Sequence[dict[str, Any]]) -> str:
     header = (
-        "model", "numbers", "steps", "solver", "multiply-adds", "one image", "speed-up",
+        "model", "dtype", "steps", "solver", "multiply-adds", "one image", "speed-up",
         "before the steps",
     )  # fmt: skip
     cells = [
