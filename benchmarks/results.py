@@ -157,10 +157,16 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
 
 
 def finish(
-    folder: Path, kind: str, facts: dict[str, Any], render: Callable[[dict], str], **content: Any
+    folder: Path,
+    kind: str,
+    facts: dict[str, Any],
+    render: Callable[[dict], str],
+    *,
+    of: str | None = None,
+    **content: Any,
 ) -> None:
-    """Writes a result and prints its table."""
-    file = path(kind, folder)
+    """Writes a result and prints its table. of: what it is of, where there are several files."""
+    file = path(kind if of is None else f"{kind}-{of}", folder)
     write(file, kind, facts, **content)
     print(f"{render(content)}\n\n{where(facts)}\n\nwrote {file}")
 

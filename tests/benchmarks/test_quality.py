@@ -38,10 +38,26 @@ def test_training_images_have_the_ratio_one_and_are_read_right(judge):
     assert min(found["read as asked"] for found in judge.real) > 0.95
 
 
+def test_guidance_at_every_step_is_the_samplers():
+    pipeline = ECARPipeline.from_pretrained(quality.ROOT / "checkpoints" / "digits")
+    labels, seeds = torch.arange(10), torch.arange(10)
+    options = {"num_inference_steps": [4, 3], "grid": 1.5}
+    drawn = pipeline(
+        labels, seeds=seeds, solver="ab2", guidance_scale=2.0, output_type="latent", **options
+    ).images
+    same, reused = (
+        quality.draw_reusing(pipeline.model, labels, seeds, options, 2.0, every) for every in (1, 2)
+    )
+    torch.testing.assert_close(same, drawn, atol=1e-3, rtol=0)
+    assert (reused - drawn).abs().max() > 0.01
+
+
 def test_noise_is_judged_worse_than_images(judge):
     pipeline = ECARPipeline.from_pretrained(quality.ROOT / "checkpoints" / "digits")
-    row = quality.measure(pipeline, judge, quality.SETTINGS[-1], calls=8)
+    row = quality.measure(pipeline, judge, quality.SETTINGS[3], calls=8)
+    counts = split_steps(8, 2)
     assert row["calls"] == 8
+    assert row["calls_x_tokens"] == 2 * (4 * counts[0] + 16 * counts[1])
     drawn = {metric: mean for metric, (mean, _) in row["measures"].items()}
     noise = torch.randint(256, (100, 1, 8, 8), generator=torch.Generator().manual_seed(0))
     worse = judge.measure(noise.to(torch.uint8), judge.labels[0])
@@ -53,8 +69,8 @@ def test_noise_is_judged_worse_than_images(judge):
         "groups": 2,
         "images": 100,
         "real": quality.summary(judge.real),
-        "settings": [row],
+        "rows": [row],
     }
-    text = " ".join(quality.render({"rows": [record]}).split())
-    assert f"| ab2 | 8 | {100 * drawn['read as asked']:.1f} ± " in text
-    assert "| training images | - | " in text
+    text = " ".join(quality.render(record).split())
+    assert f"| ab2 | 8 | {row['calls_x_tokens']} | {100 * drawn['read as asked']:.1f} ± " in text
+    assert "| training images | - | - | " in text
