@@ -27,7 +27,7 @@ REQUIREMENTS := $(BIN)/python -c 'import importlib, sys; \
 
 .PHONY: help demo test test-fast lint docs bench bench-check report compile-gate compile-gate-oldest
 .PHONY: compile-gate-changed compile-gate-oldest-changed
-.PHONY: gpu gpu-check gpu-image gpu-ops gpu-pack
+.PHONY: gpu gpu-check gpu-image gpu-ops gpu-pack gpu-train
 .PHONY: cuda-gate cuda-gate-changed callgrind test-oldest-triton
 .PHONY: matrix wheel sanitize fuzz evaluate train-demo clean
 .DELETE_ON_ERROR:
@@ -50,6 +50,7 @@ help:
 	@echo "make gpu-check   on a GPU: build, ops and images against references, tests; with $(PYTHON)"
 	@echo "make gpu-image, gpu-ops  time whole images; ops next to other libraries', and memcheck"
 	@echo "make gpu         these three; make gpu-pack makes without a GPU what they can take along"
+	@echo "make gpu-train   on a GPU: train a checkpoint of emoji in less than four minutes"
 	@echo "make callgrind   count the C++ kernels' instructions, against the committed counts"
 	@echo "make report      one page of all results that there are: $(REPORT)/report.md"
 	@echo "make matrix      sdist and wheel in new environments, for PAIRS of Python:torch"
@@ -138,6 +139,10 @@ gpu-image:
 
 gpu-ops:
 	$(PYTHON) -m benchmarks.gpu ops $(GPU_OPTIONS)
+
+# Four minutes and less than 16 MiB, which a lent machine takes.
+gpu-train:
+	$(PYTHON) -m tools.train_for --seconds 220 --output $${OUT:-checkpoints}/emoji
 
 gpu-pack:
 	$(PYTHON) -m benchmarks.gpu.carry pack $(GPU_OPTIONS)

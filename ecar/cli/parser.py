@@ -15,6 +15,7 @@ __all__ = [
     "class_list",
     "interval",
     "positive",
+    "seconds",
     "seed_list",
     "sheet_size",
     "step_list",
@@ -42,6 +43,17 @@ def positive(text: str) -> int:
     if not re.fullmatch(r"\d+", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
     return int(text)
+
+
+def seconds(text: str) -> float:
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return value
 
 
 def step_list(text: str) -> int | list[int] | str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ecar.checkpoint import VAE_FOLDER, write_settings
-from ecar.cli.parser import UsageError, positive
+from ecar.cli.parser import UsageError, positive, seconds
 from ecar.codec import AutoencoderKLCodec
 from ecar.config import PRESETS, ECARConfig
 from ecar.data.load import dataset_sizes
@@ -78,7 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "data are: decodes sheets, goes into the "
         "checkpoint",
     )
-    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    parser.add_argument(
+        "--seconds", type=seconds, metavar="N", help="save and end after so long, to be resumed"
+    )
+    parser.add_argument(
+        "--no-progress", action="store_true", help="say nothing of what is trained and how far"
+    )
     group = parser.add_argument_group("training (with the defaults of a new one)")
     hints, texts = typing.get_type_hints(TrainConfig), field_texts()
     for field in dataclasses.fields(TrainConfig):
@@ -128,20 +133,19 @@ def run(arguments: argparse.Namespace) -> int:
         names = getattr(trainer.batches.dataset, "class_names", None)
         defaults = {"guidance_scale": float(trainer.config.sample_guidance)}
         write_settings(trainer.output, codec, names and list(names), defaults)
-    result = trainer.run()
+    result = trainer.run(arguments.seconds)
     if trainer.accelerator.is_main_process:
         losses = ", ".join(f"{loss:.4f}" for loss in result.losses)
         print(result.output_dir)
         print(f"{result.step} steps in {result.seconds:.3g} s; loss of each stage: {losses}")
-    if result.stopped_by is None:
-        return 0
-    if trainer.accelerator.is_main_process:
+    if result.step < trainer.config.steps and trainer.accelerator.is_main_process:
+        cause = "--seconds" if result.stopped_by is None else result.stopped_by.name
         print(
-            f"ecar: stopped by {result.stopped_by.name} and saved at step {result.step} of "
+            f"ecar: stopped by {cause} and saved at step {result.step} of "
             f"{trainer.config.steps}; go on with: ecar train --resume {result.output_dir}",
             file=sys.stderr,
         )
-    return 128 + result.stopped_by
+    return 0 if result.stopped_by is None else 128 + result.stopped_by
 
 
 def new_config(arguments: argparse.Namespace, given: dict[str, Any]) -> TrainConfig:

@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-__all__ = ["Progress", "Signals"]
+__all__ = ["Ending", "Progress", "Signals"]
 
+_ASK_EVERY = 10  # steps between asking the other processes whether one is to end
 _BETWEEN = 60.0  # seconds between lines where there is no terminal
 
 
@@ -104,3 +107,47 @@ class Signals:
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = signal.Signals(number)
         self.__exit__()
+
+
+class Ending(Signals):
+    """`Signals`, or so many seconds, end a training: in all processes at the same step.
+
+    Args:
+        seconds: from now; None: as long as it takes.
+
+    Attributes:
+        signal: what ended it, once `due` says so; None where the time was over.
+
+    Raises:
+        TypeError, ValueError: ``seconds`` is no positive number.
+    """
+
+    _SIGNALLED = 1000.0  # more than processes whose time is over
+
+    def __init__(self, accelerator: Accelerator, seconds: float | None) -> None:
+        super().__init__()
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float, type(None))):
+            raise TypeError(f"argument 'seconds': expected a number or None, got {seconds!r}")
+        if seconds is not None and not seconds > 0:
+            raise ValueError(f"argument 'seconds': expected a number above 0, got {seconds}")
+        self._accelerator = accelerator
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+        self.signal: signal.Signals | None = None
+
+    def __enter__(self) -> Ending:
+        super().__enter__()
+        return self
+
+    def due(self, step: int) -> bool:
+        """Whether to end after this step; several processes ask each other now and then."""
+        several = self._accelerator.num_processes > 1
+        if several and step % _ASK_EVERY:
+            return False
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        flag = self._SIGNALLED if self.received is not None else float(late)
+        if several:
+            asked = torch.tensor(flag, device=self._accelerator.device)
+            flag = float(self._accelerator.reduce(asked, "sum"))
+        if flag >= self._SIGNALLED:  # another process's, perhaps
+            self.signal = self.received or signal.SIGTERM
+        return flag > 0

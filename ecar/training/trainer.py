@@ -29,14 +29,11 @@ from ecar.training.build import (
 from ecar.training.config import TrainConfig
 from ecar.training.ema import EMA
 from ecar.training.log import Log, columns, open_log
-from ecar.training.progress import Progress, Signals
+from ecar.training.progress import Ending, Progress
 from ecar.training.sheet import write_sheet
 from ecar.training.validation import Validation
 
 __all__ = ["DivergenceError", "TrainResult", "Trainer"]
-
-
-_ASK_EVERY = 10  # steps between asking the other processes whether one was told to stop
 
 
 class DivergenceError(ValueError):
@@ -152,13 +149,17 @@ class Trainer:
             progress=progress,
         )  # fmt: skip
 
-    def run(self) -> TrainResult:
+    def run(self, seconds: float | None = None) -> TrainResult:
         """Train up to ``config.steps``, then write everything once more.
 
         SIGINT and SIGTERM end it after the step at hand, saved as at a ``save_every``.
 
+        Args:
+            seconds: ends likewise after so long.
+
         Raises:
             DivergenceError: naming the step whose loss or gradient was not finite.
+            TypeError, ValueError: ``seconds`` is no positive number.
         """
         config, main = self.config, self.accelerator.is_main_process
         log = open_log(config, self.step, validates=self.validation is not None) if main else None
@@ -168,13 +169,13 @@ class Trainer:
         last: dict[str, float] = {}
         stopped = False
         self._mark = time.perf_counter()
-        with contextlib.closing(progress), Signals() as signals:
+        with contextlib.closing(progress), Ending(self.accelerator, seconds) as ending:
             for parts in self.batches.steps(self.step, config.steps):
                 self._train_step(parts)
                 self.step += 1
                 progress.advance()
                 ended = self.step == config.steps
-                stopped = self._agreed(signals.received is not None) and not ended
+                stopped = ending.due(self.step) and not ended
                 row, save, sample, validate = (
                     ended or (bool(every) and self.step % every == 0)
                     for every in (
@@ -203,8 +204,7 @@ class Trainer:
         if log is not None:
             log.close()
         losses = [last[f"loss_{s}"] for s in range(1, config.model.num_stages + 1)] if last else []
-        # Another process's signal may have come first.
-        number = (signals.received or signal.SIGTERM) if stopped else None
+        number = ending.signal if stopped else None
         return TrainResult(self.output, self.step, losses, self.seconds, number)
 
     def header(self) -> list[str]:
@@ -213,15 +213,6 @@ class Trainer:
         images = len(cast("Sized", self.batches.dataset))
         processes = self.accelerator.num_processes
         return describe(self.raw_model, self.config, images, held_out, processes, self.origin)
-
-    def _agreed(self, signalled: bool) -> bool:
-        """Whether to stop: all processes must at the same step, and ask each other now and then."""
-        if self.accelerator.num_processes == 1:
-            return signalled
-        if self.step % _ASK_EVERY:
-            return False
-        flag = torch.tensor(float(signalled), device=self.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
 
     def _look(self, log: Log, sample: bool, validate: bool) -> None:
         """Measure the held-out loss, and draw a sheet, where they are due."""

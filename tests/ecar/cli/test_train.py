@@ -164,6 +164,7 @@ def test_a_preset_takes_the_classes_of_a_folder(here, run):
         ("--output x --preset S", "--dataset: 'digits' is 8 x 8, got 32"),
         ("--output x --image-size 9", "--image-size: expected a multiple of 2 for 2 stages, got 9"),
         ("--output x --num-classes 7", "--dataset: expected 7 classes for this model, got 10"),
+        ("--output x --seconds 0", "--seconds: expected a number of seconds above 0, got '0'"),
         ("--output x --channels 0", "--channels: expected a positive whole number, got '0'"),
         ("--resume x --config y --image-size 8", "--resume: --config does not go with it"),
         ("--output x --init-from nowhere", "checkpoint 'nowhere': no such folder"),

@@ -183,6 +183,16 @@ def test_a_signal_saves_and_the_rest_is_as_if_there_had_been_none(
         assert torch.equal(resumed._tensors()[name], tensor), name
 
 
+def test_it_ends_after_so_long(make_config, images, tmp_path):
+    result = trainer(make_config(steps=10**6, save_every=10**6), dataset=images).run(0.5)
+    assert result.stopped_by is None and 0 < result.step < 10**6
+    resumed = Trainer.resume(str(tmp_path / "run"), dataset=images, progress=False)
+    assert resumed.step == result.step
+    for seconds, error in ((0, ValueError), (float("nan"), ValueError), ("1", TypeError)):
+        with pytest.raises(error, match="argument 'seconds': expected a number"):
+            resumed.run(seconds)
+
+
 def test_a_second_signal_has_its_usual_effect():
     with Signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
