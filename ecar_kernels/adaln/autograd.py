@@ -90,8 +90,8 @@ def _of_gated(grad, branch, gate, step_gate):
 def adaln(forward: Callable, gradients: Callable) -> Callable:
     """The op, from a backend's.
 
-    forward: (x, shift, scale, step_shift, step_scale, eps) -> y. gradients: (grad_y, x, scale,
-    step_scale, eps, wanted, whole, shared) -> those of x, shift, scale, step_shift, step_scale,
+    forward: (x, shift, scale, step_shift, step_scale, eps) -> y. gradients: ((grad_y, x, scale,
+    step_scale, eps), wanted, whole, shared) -> those of x, shift, scale, step_shift, step_scale,
     each None where it is not wanted, or may be.
     """
 
@@ -109,11 +109,8 @@ def adaln(forward: Callable, gradients: Callable) -> Callable:
         @_transforms.differentiable_again(_adaln_again)
         def backward(ctx, grad_y):
             wanted = ctx.needs_input_grad[:5]
-            saved = ctx.saved_tensors
-            return (
-                *gradients(rows_of(grad_y), *saved, ctx.eps, wanted, ctx.whole, ctx.shared),
-                None,
-            )
+            saved = rows_of(grad_y), *ctx.saved_tensors, ctx.eps
+            return *gradients(saved, wanted, ctx.whole, ctx.shared), None
 
     def adaln(
         x: Tensor,
@@ -135,8 +132,8 @@ def adaln(forward: Callable, gradients: Callable) -> Callable:
 def gated_residual(forward: Callable, gradients: Callable) -> Callable:
     """The op, from a backend's.
 
-    forward: (x, branch, gate, step_gate) -> x. gradients: (grad, branch, gate, step_gate, wanted,
-    whole, shared) -> those of branch, gate, step_gate.
+    forward: (x, branch, gate, step_gate) -> x. gradients: ((grad, branch, gate, step_gate),
+    wanted, whole, shared) -> those of branch, gate, step_gate.
     """
 
     class GatedResidual(torch.autograd.Function):
@@ -154,8 +151,8 @@ def gated_residual(forward: Callable, gradients: Callable) -> Callable:
             if not any(wanted):
                 return grad_x, None, None, None
             whole, shared = (gate.shape == branch.shape,), (is_shared(step_gate),)
-            found = gradients(rows_of(grad), branch, gate, step_gate, wanted, whole, shared)
-            return grad_x, *found
+            saved = rows_of(grad), branch, gate, step_gate
+            return grad_x, *gradients(saved, wanted, whole, shared)
 
     def gated_residual(
         x: Tensor, branch: Tensor, gate: Tensor, *, step_gate: Tensor | None = None
@@ -172,8 +169,8 @@ def gated_residual_adaln(forward: Callable, gradients: Callable) -> Callable:
     """The op, from a backend's.
 
     forward: (x, branch, gate, shift, scale, step_gate, step_shift, step_scale, eps) -> new_x, y.
-    gradients: (grad_new_x, grad_y, new_x, branch, gate, scale, step_gate, step_scale, eps, wanted,
-    whole, shared) -> those of all tensors, in the forward's order.
+    gradients: ((grad_new_x, grad_y, new_x, branch, gate, scale, step_gate, step_scale, eps),
+    wanted, whole, shared) -> those of all tensors, in the forward's order.
     """
 
     class GatedResidualAdaLN(torch.autograd.Function):
@@ -194,9 +191,8 @@ def gated_residual_adaln(forward: Callable, gradients: Callable) -> Callable:
         @_transforms.differentiable_again(_both_again)
         def backward(ctx, grad_new_x, grad_y):
             wanted = ctx.needs_input_grad[:8]
-            grads = rows_of(grad_new_x), rows_of(grad_y)
-            found = gradients(*grads, *ctx.saved_tensors, ctx.eps, wanted, ctx.whole, ctx.shared)
-            return *found, None
+            saved = rows_of(grad_new_x), rows_of(grad_y), *ctx.saved_tensors, ctx.eps
+            return *gradients(saved, wanted, ctx.whole, ctx.shared), None
 
     def gated_residual_adaln(
         x: Tensor,

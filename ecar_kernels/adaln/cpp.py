@@ -34,32 +34,30 @@ def _steps(wanted: Sequence[bool], shared: Sequence[bool], sums: Tensor) -> list
 
 
 # Loops over two or three modulations are written out, for speed.
+# `saved`, here and in `autograd`: the gradients of the outputs, what the op's Function keeps, and
+# eps; as the backward takes them.
 
 
-def _adaln_gradients(grad_y, x, scale, step_scale, eps, wanted, whole, shared):
+def _adaln_gradients(saved, wanted, whole, shared):
     _, shift_, scale_, *steps_ = wanted
     whole_shift, whole_scale = whole
     grad_x, grad_scale, sums = _adaln_backward(
-        grad_y,
-        x,
-        scale,
-        step_scale,
-        eps,
+        *saved,
         scale_ and whole_scale,
         any(steps_) or (shift_ and not whole_shift) or (scale_ and not whole_scale),
     )
     return (
         grad_x,
-        _spatial(shift_, grad_y if whole_shift else None, sums, 0),
+        _spatial(shift_, saved[0] if whole_shift else None, sums, 0),
         _spatial(scale_, grad_scale if whole_scale else None, sums, 1),
         *_steps(steps_, shared, sums),
     )
 
 
-def _gated_residual_gradients(grad, branch, gate, step_gate, wanted, whole, shared):
+def _gated_residual_gradients(saved, wanted, whole, shared):
     _, gate_, step_ = wanted
     grad_branch, grad_gate, sums = _gated_residual_backward(
-        grad, branch, gate, step_gate, gate_ and whole[0], step_ or (gate_ and not whole[0])
+        *saved, gate_ and whole[0], step_ or (gate_ and not whole[0])
     )
     return (
         grad_branch,
@@ -68,32 +66,11 @@ def _gated_residual_gradients(grad, branch, gate, step_gate, wanted, whole, shar
     )
 
 
-def _both_gradients(
-    grad_new_x,
-    grad_y,
-    new_x,
-    branch,
-    gate,
-    scale,
-    step_gate,
-    step_scale,
-    eps,
-    wanted,
-    whole,
-    shared,
-):
+def _both_gradients(saved, wanted, whole, shared):
     _, _, gate_, shift_, scale_, *steps_ = wanted
     whole_gate, whole_shift, whole_scale = whole
     grad_x, grad_branch, grad_gate, grad_scale, sums = _both_backward(
-        grad_new_x,
-        grad_y,
-        new_x,
-        branch,
-        gate,
-        scale,
-        step_gate,
-        step_scale,
-        eps,
+        *saved,
         gate_ and whole_gate,
         scale_ and whole_scale,
         any(steps_)
@@ -105,7 +82,7 @@ def _both_gradients(
         grad_x,
         grad_branch,
         _spatial(gate_, grad_gate if whole_gate else None, sums, 0),
-        _spatial(shift_, grad_y if whole_shift else None, sums, 1),
+        _spatial(shift_, saved[1] if whole_shift else None, sums, 1),
         _spatial(scale_, grad_scale if whole_scale else None, sums, 2),
         *_steps(steps_, shared, sums),
     )
@@ -148,32 +125,13 @@ def _(grad_y, x, scale, step_scale, eps, scale_wanted, sums_wanted):
 
 @torch.library.register_fake("ecar::gated_residual_backward")
 def _(grad_new_x, branch, gate, step_gate, gate_wanted, sums_wanted):
-    return (
-        branch.new_empty(branch.shape),
-        _gradient(branch, gate_wanted),
-        _sums(branch, 1, sums_wanted),
-    )
+    gradients = branch.new_empty(branch.shape), _gradient(branch, gate_wanted)
+    return *gradients, _sums(branch, 1, sums_wanted)
 
 
 @torch.library.register_fake("ecar::gated_residual_adaln_backward")
-def _(
-    grad_new_x,
-    grad_y,
-    new_x,
-    branch,
-    gate,
-    scale,
-    step_gate,
-    step_scale,
-    eps,
-    gate_wanted,
-    scale_wanted,
-    sums_wanted,
-):
-    return (
-        new_x.new_empty(new_x.shape),
-        new_x.new_empty(new_x.shape),
-        _gradient(new_x, gate_wanted),
-        _gradient(new_x, scale_wanted),
-        _sums(new_x, 3, sums_wanted),
-    )
+def _(grad_new_x, grad_y, new_x, *others):
+    *_, gate_wanted, scale_wanted, sums_wanted = others
+    whole = new_x.new_empty(new_x.shape), new_x.new_empty(new_x.shape)
+    parts = _gradient(new_x, gate_wanted), _gradient(new_x, scale_wanted)
+    return *whole, *parts, _sums(new_x, 3, sums_wanted)

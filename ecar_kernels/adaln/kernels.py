@@ -18,18 +18,20 @@ COUNTS = ["tokens", "program_rows", "image_programs", "programs", "images", "slo
 
 
 @triton.jit
-def _load(tensor, image_stride, token_stride, image, token, column, mask):
-    """Rows in float32; 0 outside the mask."""
+def _load(view, place):
+    """Rows of a view (tensor, strides of B and N) in float32; 0 outside the mask."""
+    tensor, image_stride, token_stride = view
+    image, token, column, mask = place
     row = tensor + (image * image_stride + token * token_stride)
     return tl.load(row + column, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _combined(tensor, image_stride, token_stride, step, step_stride, image, token, column, mask):
+def _combined(view, step, step_stride, place):
     """A modulation: the token's part and, unless it is None, the step's."""
-    value = _load(tensor, image_stride, token_stride, image, token, column, mask)
+    value = _load(view, place)
     if step is not None:
-        value += _load(step, step_stride, 0, image, token, column, mask)
+        value += _load((step, step_stride, 0), place)
     return value
 
 
@@ -47,49 +49,6 @@ def _statistics(x, column, eps, C: tl.constexpr):
     centred = tl.where(valid, centred - tl.sum(centred, 1, keep_dims=True) / C, 0.0)
     variance = tl.sum(centred * centred, 1, keep_dims=True) / C
     return centred, 1.0 / tl.sqrt_rn(variance + eps)
-
-
-@triton.jit
-def _modulation(
-    shift,
-    shift_image,
-    shift_token,
-    step_shift,
-    step_shift_image,
-    scale,
-    scale_image,
-    scale_token,
-    step_scale,
-    step_scale_image,
-    image,
-    token,
-    column,
-    mask,
-):
-    return (
-        _combined(
-            shift,
-            shift_image,
-            shift_token,
-            step_shift,
-            step_shift_image,
-            image,
-            token,
-            column,
-            mask,
-        ),
-        _combined(
-            scale,
-            scale_image,
-            scale_token,
-            step_scale,
-            step_scale_image,
-            image,
-            token,
-            column,
-            mask,
-        ),
-    )
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -137,29 +96,15 @@ def forward(
     column = tl.arange(0, BLOCK)[None, :]
     mask = (token < tokens) & (column < C)
     row = (image * tokens + token) * C
-    value = _load(x, x_image, x_token, image, token, column, mask)
+    place = image, token, column, mask
+    value = _load((x, x_image, x_token), place)
     if branch is not None:
-        branch_value = _load(branch, branch_image, branch_token, image, token, column, mask)
-        gate_value = _combined(
-            gate, gate_image, gate_token, step_gate, step_gate_image, image, token, column, mask
-        )
+        branch_value = _load((branch, branch_image, branch_token), place)
+        gate_value = _combined((gate, gate_image, gate_token), step_gate, step_gate_image, place)
+    shift_view, scale_view = (shift, shift_image, shift_token), (scale, scale_image, scale_token)
     if EARLY and shift is not None:
-        shift_value, scale_value = _modulation(
-            shift,
-            shift_image,
-            shift_token,
-            step_shift,
-            step_shift_image,
-            scale,
-            scale_image,
-            scale_token,
-            step_scale,
-            step_scale_image,
-            image,
-            token,
-            column,
-            mask,
-        )
+        shift_value = _combined(shift_view, step_shift, step_shift_image, place)
+        scale_value = _combined(scale_view, step_scale, step_scale_image, place)
     if branch is not None:
         value += gate_value * branch_value
         _store(new_x, row, column, value, mask)
@@ -168,54 +113,22 @@ def forward(
     if shift is not None:
         centred, inverse_deviation = _statistics(value, column, eps, C)
         if not EARLY:
-            shift_value, scale_value = _modulation(
-                shift,
-                shift_image,
-                shift_token,
-                step_shift,
-                step_shift_image,
-                scale,
-                scale_image,
-                scale_token,
-                step_scale,
-                step_scale_image,
-                image,
-                token,
-                column,
-                mask,
-            )
+            shift_value = _combined(shift_view, step_shift, step_shift_image, place)
+            scale_value = _combined(scale_view, step_scale, step_scale_image, place)
         value = centred * inverse_deviation * (1.0 + scale_value) + shift_value
         _store(y, row, column, value, mask)
 
 
 @triton.jit
-def _residual(
-    grad_new_x,
-    grad_new_x_image,
-    grad_new_x_token,
-    branch,
-    branch_image,
-    branch_token,
-    gate,
-    gate_image,
-    gate_token,
-    step_gate,
-    step_gate_image,
-    image,
-    token,
-    column,
-    mask,
-):
+def _residual(grad_view, branch_view, gate_view, step_gate, step_gate_image, place):
     """What the backward of the gated residual reads: of what is None, zeros that cost nothing."""
-    grad = tl.zeros(mask.shape, tl.float32)
+    grad = tl.zeros(place[3].shape, tl.float32)
     branch_value, gate_value = grad, grad
-    if grad_new_x is not None:
-        grad = _load(grad_new_x, grad_new_x_image, grad_new_x_token, image, token, column, mask)
-    if branch is not None:
-        branch_value = _load(branch, branch_image, branch_token, image, token, column, mask)
-        gate_value = _combined(
-            gate, gate_image, gate_token, step_gate, step_gate_image, image, token, column, mask
-        )
+    if grad_view[0] is not None:
+        grad = _load(grad_view, place)
+    if branch_view[0] is not None:
+        branch_value = _load(branch_view, place)
+        gate_value = _combined(gate_view, step_gate, step_gate_image, place)
     return grad, branch_value, gate_value
 
 
@@ -276,42 +189,21 @@ def backward(
     gate_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     shift_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     scale_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    grad_view = grad_new_x, grad_new_x_image, grad_new_x_token
+    branch_view, gate_view = (branch, branch_image, branch_token), (gate, gate_image, gate_token)
+    gated = grad_view, branch_view, gate_view, step_gate, step_gate_image
     for begin in range(first, last, ROWS):
         token = begin + tl.arange(0, ROWS)[:, None]
         mask = (token < last) & (column < C)
         row = (image * tokens + token) * C
+        place = image, token, column, mask
         if EARLY:
-            grad, branch_value, gate_value = _residual(
-                grad_new_x,
-                grad_new_x_image,
-                grad_new_x_token,
-                branch,
-                branch_image,
-                branch_token,
-                gate,
-                gate_image,
-                gate_token,
-                step_gate,
-                step_gate_image,
-                image,
-                token,
-                column,
-                mask,
-            )
+            grad, branch_value, gate_value = _residual(*gated, place)
         if grad_y is not None:
-            shift_gradient = _load(grad_y, grad_y_image, grad_y_token, image, token, column, mask)
-            value = _load(x, x_image, x_token, image, token, column, mask)
-            scale_value = _combined(
-                scale,
-                scale_image,
-                scale_token,
-                step_scale,
-                step_scale_image,
-                image,
-                token,
-                column,
-                mask,
-            )
+            shift_gradient = _load((grad_y, grad_y_image, grad_y_token), place)
+            value = _load((x, x_image, x_token), place)
+            scale_view = scale, scale_image, scale_token
+            scale_value = _combined(scale_view, step_scale, step_scale_image, place)
             # dx = (g - mean(g) - n mean(g n)) / deviation, with g = dy (1 + scale), n = LN(x).
             centred, inverse_deviation = _statistics(value, column, eps, C)
             normal = centred * inverse_deviation
@@ -327,23 +219,7 @@ def backward(
             slope = tl.sum(modulated * normal, 1, keep_dims=True) / C
             norm_gradient = (modulated - mean - normal * slope) * inverse_deviation
         if not EARLY:
-            grad, branch_value, gate_value = _residual(
-                grad_new_x,
-                grad_new_x_image,
-                grad_new_x_token,
-                branch,
-                branch_image,
-                branch_token,
-                gate,
-                gate_image,
-                gate_token,
-                step_gate,
-                step_gate_image,
-                image,
-                token,
-                column,
-                mask,
-            )
+            grad, branch_value, gate_value = _residual(*gated, place)
         if grad_y is not None:
             grad += norm_gradient
             if grad_x is not None:

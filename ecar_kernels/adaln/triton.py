@@ -1,8 +1,10 @@
 """The adaLN family on GPUs: the kernels as ops, and their autograd.
 
-Backwards compute the LayerNorm's statistics anew: the row is in registers anyway, and what the
+Backwards recompute the LayerNorm's statistics: the row is in registers anyway, and what the
 forward could save of them would need more digits of the mean than float32 has.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,99 +51,67 @@ def _modulation_gradients(
     return parts + steps
 
 
-def _adaln_gradients(grad_y, x, scale, step_scale, eps, wanted, whole, shared):
+# `saved`, here and in `autograd`: the gradients of the outputs, what the op's Function keeps, and
+# eps; as the backward takes them.
+
+
+def _adaln_gradients(saved, wanted, whole, shared):
+    grad_y, x, *_ = saved
     x_wanted, *others = wanted
     asked = others[:2], whole, others[2:], shared
     summed, images, total = _sums_asked(*asked)
     grad_x, grad_scale, sums = _adaln_backward(
-        grad_y, x, scale, step_scale, eps, [x_wanted, others[1] and whole[1]], summed, images, total
+        *saved, [x_wanted, others[1] and whole[1]], summed, images, total
     )
     gradients = _modulation_gradients(x, (grad_y, grad_scale), *asked, summed, sums)
     return grad_x if x_wanted else None, *gradients
 
 
-def _gated_residual_gradients(grad, branch, gate, step_gate, wanted, whole, shared):
+def _gated_residual_gradients(saved, wanted, whole, shared):
     branch_wanted, gate_wanted, step_wanted = wanted
     asked = (gate_wanted,), whole, (step_wanted,), shared
     summed, images, total = _sums_asked(*asked)
     grad_branch, grad_gate, sums = _gated_residual_backward(
-        grad,
-        branch,
-        gate,
-        step_gate,
-        [branch_wanted, gate_wanted and whole[0]],
-        summed,
-        images,
-        total,
+        *saved, [branch_wanted, gate_wanted and whole[0]], summed, images, total
     )
-    gradients = _modulation_gradients(branch, (grad_gate,), *asked, summed, sums)
+    gradients = _modulation_gradients(saved[1], (grad_gate,), *asked, summed, sums)
     return grad_branch if branch_wanted else None, *gradients
 
 
-def _both_gradients(
-    grad_new_x,
-    grad_y,
-    new_x,
-    branch,
-    gate,
-    scale,
-    step_gate,
-    step_scale,
-    eps,
-    wanted,
-    whole,
-    shared,
-):
+def _both_gradients(saved, wanted, whole, shared):
+    _, grad_y, new_x, *_ = saved
     x_wanted, branch_wanted, *others = wanted
     asked = others[:3], whole, others[3:], shared
     summed, images, total = _sums_asked(*asked)
+    written = [x_wanted, branch_wanted, others[0] and whole[0], others[2] and whole[2]]
     grad_x, grad_branch, grad_gate, grad_scale, sums = _both_backward(
-        grad_new_x,
-        grad_y,
-        new_x,
-        branch,
-        gate,
-        scale,
-        step_gate,
-        step_scale,
-        eps,
-        [x_wanted, branch_wanted, others[0] and whole[0], others[2] and whole[2]],
-        summed,
-        images,
-        total,
+        *saved, written, summed, images, total
     )
     gradients = _modulation_gradients(new_x, (grad_gate, grad_y, grad_scale), *asked, summed, sums)
     return (grad_x if x_wanted else None, grad_branch if branch_wanted else None, *gradients)
 
 
+# Instead of (branch, gate, step_gate), and of (shift, scale, step_shift, step_scale).
+_UNGATED, _UNMODULATED = (None,) * 3, (None,) * 4
+
+
 def _run_adaln(x, shift, scale, step_shift, step_scale, eps):
     y = x.new_empty(x.shape)
-    _forward("adaln", x, None, None, None, shift, scale, step_shift, step_scale, None, y, eps)
+    modulation = shift, scale, step_shift, step_scale
+    _forward("adaln", x, _UNGATED, modulation, None, y, eps)
     return y
 
 
 def _run_gated_residual(x, branch, gate, step_gate):
     new_x = x.new_empty(x.shape)
-    _forward("gated_residual", x, branch, gate, step_gate, None, None, None, None, new_x, None, 0.0)
+    _forward("gated_residual", x, (branch, gate, step_gate), _UNMODULATED, new_x, None, 0.0)
     return new_x
 
 
 def _run_both(x, branch, gate, shift, scale, step_gate, step_shift, step_scale, eps):
     new_x, y = x.new_empty(x.shape), x.new_empty(x.shape)
-    _forward(
-        "gated_residual_adaln",
-        x,
-        branch,
-        gate,
-        step_gate,
-        shift,
-        scale,
-        step_shift,
-        step_scale,
-        new_x,
-        y,
-        eps,
-    )
+    modulation = shift, scale, step_shift, step_scale
+    _forward("gated_residual_adaln", x, (branch, gate, step_gate), modulation, new_x, y, eps)
     return new_x, y
 
 
@@ -180,8 +150,16 @@ def _step(tensor: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def _forward(
-    op, x, branch, gate, step_gate, shift, scale, step_shift, step_scale, new_x, y, eps
+    op: str,
+    x: Tensor,
+    gated: tuple[Tensor | None, ...],
+    modulation: tuple[Tensor | None, ...],
+    new_x: Tensor | None,
+    y: Tensor | None,
+    eps: float,
 ) -> None:
+    branch, gate, step_gate = gated
+    shift, scale, step_shift, step_scale = modulation
     if not x.numel():
         return
     batch, tokens, channels = x.shape
@@ -201,177 +179,57 @@ def _forward(
         tokens,
         image_programs,
         eps,
-        EARLY=its.early,
-        C=channels,
-        BLOCK=launch.padded(channels),
-        ROWS=its.rows,
-        num_warps=its.num_warps,
-        maxnreg=its.max_registers,
+        **_options(its, channels),
     )
+
+
+def _options(its: launch.ForwardSettings, channels: int) -> dict[str, int]:
+    return {
+        "EARLY": its.early,
+        "C": channels,
+        "BLOCK": launch.padded(channels),
+        "ROWS": its.rows,
+        "num_warps": its.num_warps,
+        "maxnreg": its.max_registers,
+    }
 
 
 def _run_adaln_backward(grad_y, x, scale, step_scale, eps, wanted, summed, images, total):
-    grad_x, grad_scale, sums = results = _fake_adaln_backward(
-        grad_y, x, scale, step_scale, eps, wanted, summed, images, total
-    )
+    grad_x, grad_scale, sums = results = _results(x, wanted, summed, images, total)
     its = _settings("adaln_backward", x, grad_y, scale, step_scale)
-    _backward(
-        its,
-        x,
-        None,
-        grad_y,
-        x,
-        None,
-        None,
-        None,
-        scale,
-        step_scale,
-        grad_x,
-        None,
-        None,
-        grad_scale,
-        (False, *summed),
-        sums,
-        images,
-        eps,
-    )
+    asked = (grad_x, None, None, grad_scale), (False, *summed), sums, images
+    _backward(its, x, (None, grad_y), _UNGATED, (scale, step_scale), *asked, eps)
     return results
 
 
 def _run_gated_residual_backward(grad, branch, gate, step_gate, wanted, summed, images, total):
-    grad_branch, grad_gate, sums = results = _fake_gated_residual_backward(
-        grad, branch, gate, step_gate, wanted, summed, images, total
-    )
+    grad_branch, grad_gate, sums = results = _results(branch, wanted, summed, images, total)
     its = _settings("gated_residual_backward", branch, grad, gate, step_gate)
-    _backward(
-        its,
-        branch,
-        grad,
-        None,
-        None,
-        branch,
-        gate,
-        step_gate,
-        None,
-        None,
-        None,
-        grad_branch,
-        grad_gate,
-        None,
-        (*summed, False, False),
-        sums,
-        images,
-        0.0,
-    )
+    asked = (None, grad_branch, grad_gate, None), (*summed, False, False), sums, images
+    _backward(its, branch, (grad, None), (branch, gate, step_gate), (None, None), *asked, 0.0)
     return results
 
 
 def _run_both_backward(
-    grad_new_x,
-    grad_y,
-    new_x,
-    branch,
-    gate,
-    scale,
-    step_gate,
-    step_scale,
-    eps,
-    wanted,
-    summed,
-    images,
-    total,
+    grad_new_x, grad_y, new_x, branch, gate, scale, step_gate, step_scale, eps, *asked
 ):
-    grad_x, grad_branch, grad_gate, grad_scale, sums = results = _fake_both_backward(
-        grad_new_x,
-        grad_y,
-        new_x,
-        branch,
-        gate,
-        scale,
-        step_gate,
-        step_scale,
-        eps,
-        wanted,
-        summed,
-        images,
-        total,
-    )
-    its = _settings(
-        "gated_residual_adaln_backward",
-        new_x,
-        grad_new_x,
-        grad_y,
-        branch,
-        gate,
-        scale,
-        step_gate,
-        step_scale,
-    )
+    wanted, summed, images, _ = asked
+    *gradients, sums = results = _results(new_x, *asked)
+    grads, gated, modulation = (grad_new_x, grad_y), (branch, gate, step_gate), (scale, step_scale)
+    its = _settings("gated_residual_adaln_backward", new_x, *grads, *gated, *modulation)
     if its.fused:
-        _backward(
-            its,
-            new_x,
-            grad_new_x,
-            grad_y,
-            new_x,
-            branch,
-            gate,
-            step_gate,
-            scale,
-            step_scale,
-            grad_x,
-            grad_branch,
-            grad_gate,
-            grad_scale,
-            summed,
-            sums,
-            images,
-            eps,
-        )
+        _backward(its, new_x, grads, gated, modulation, gradients, summed, sums, images, eps)
         return results
+    grad_x, grad_branch, grad_gate, grad_scale = gradients
     gate_asked = wanted[1] or wanted[2] or summed[0]
     whole = grad_x if wanted[0] or not gate_asked else new_x.new_empty(new_x.shape)
-    _backward(
-        its,
-        new_x,
-        grad_new_x,
-        grad_y,
-        new_x,
-        None,
-        None,
-        None,
-        scale,
-        step_scale,
-        whole,
-        None,
-        None,
-        grad_scale,
-        (False, *summed[1:]),
-        sums[summed[0] :],
-        images,
-        eps,
-    )
+    of_norm, its_sums = (whole, None, None, grad_scale), sums[summed[0] :]
+    flags = False, *summed[1:]
+    _backward(its, new_x, grads, _UNGATED, modulation, of_norm, flags, its_sums, images, eps)
     if gate_asked:
-        _backward(
-            its,
-            new_x,
-            whole,
-            None,
-            None,
-            branch,
-            gate,
-            step_gate,
-            None,
-            None,
-            None,
-            grad_branch,
-            grad_gate,
-            None,
-            (summed[0], False, False),
-            sums[: summed[0]],
-            images,
-            0.0,
-        )
+        grads, flags, its_sums = (whole, None), (summed[0], False, False), sums[: summed[0]]
+        of_gate = None, grad_branch, grad_gate, None
+        _backward(its, new_x, grads, gated, (None, None), of_gate, flags, its_sums, images, 0.0)
     return results
 
 
@@ -380,27 +238,23 @@ def _asked(tensor: Tensor | None) -> Tensor | None:
 
 
 def _backward(
-    its,
-    like,
-    grad_new_x,
-    grad_y,
-    x,
-    branch,
-    gate,
-    step_gate,
-    scale,
-    step_scale,
-    grad_x,
-    grad_branch,
-    grad_gate,
-    grad_scale,
-    summed,
-    sums,
-    images,
-    eps,
+    its: launch.BackwardSettings,
+    like: Tensor,
+    grads: tuple[Tensor | None, Tensor | None],
+    gated: tuple[Tensor | None, ...],
+    modulation: tuple[Tensor | None, Tensor | None],
+    gradients: Sequence[Tensor | None],
+    summed: Sequence[bool],
+    sums: Tensor,
+    images: bool,
+    eps: float,
 ) -> None:
-    """`like`: any of the tokens. Outputs without elements, or None, are not computed."""
-    outputs = [_asked(tensor) for tensor in (grad_x, grad_branch, grad_gate, grad_scale)]
+    """like: what the LayerNorm saw or, where there is none, any of the tokens. grads: of the
+    residual stream, and of the LayerNorm. modulation: scale and step_scale. gradients: of x,
+    branch, gate and scale; those without elements, or None, are not computed."""
+    (grad_new_x, grad_y), (branch, gate, step_gate) = grads, gated
+    x, (scale, step_scale) = None if grad_y is None else like, modulation
+    outputs = [_asked(tensor) for tensor in gradients]
     batch, tokens, channels = like.shape
     slots = len(sums)
     program_rows = its.program_rows if slots else its.rows
@@ -427,12 +281,7 @@ def _backward(
             slots,
             eps,
             *summed,
-            EARLY=its.early,
-            C=channels,
-            BLOCK=launch.padded(channels),
-            ROWS=its.rows,
-            num_warps=its.num_warps,
-            maxnreg=its.max_registers,
+            **_options(its, channels),
         )
     if sums.numel():
         grid = sums.shape[1], -(-channels // launch.SUM_COLUMNS), slots
@@ -463,43 +312,25 @@ def _fake_both(x, branch, gate, shift, scale, step_gate, step_shift, step_scale,
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-def _gradient(x: Tensor, wanted: bool) -> Tensor:
-    return x.new_empty(x.shape if wanted else 0)
-
-
-def _sums(x: Tensor, summed: list[bool], images: bool, total: bool) -> Tensor:
+def _results(
+    x: Tensor, wanted: Sequence[bool], summed: Sequence[bool], images: bool, total: bool
+) -> tuple[Tensor, ...]:
+    """What a backward returns, empty: the gradients, and the sums."""
+    gradients = (x.new_empty(x.shape if asked else 0) for asked in wanted)
     rows = (x.shape[0] if images else 0) + total
-    return x.new_empty((sum(summed), rows, x.shape[2]))
+    return *gradients, x.new_empty((sum(summed), rows, x.shape[2]))
 
 
-def _fake_adaln_backward(grad_y, x, scale, step_scale, eps, wanted, summed, images, total):
-    return _gradient(x, wanted[0]), _gradient(x, wanted[1]), _sums(x, summed, images, total)
+def _fake_adaln_backward(grad_y, x, scale, step_scale, eps, *asked):
+    return _results(x, *asked)
 
 
-def _fake_gated_residual_backward(grad, branch, gate, step_gate, wanted, summed, images, total):
-    return (
-        _gradient(branch, wanted[0]),
-        _gradient(branch, wanted[1]),
-        _sums(branch, summed, images, total),
-    )
+def _fake_gated_residual_backward(grad, branch, gate, step_gate, *asked):
+    return _results(branch, *asked)
 
 
-def _fake_both_backward(
-    grad_new_x,
-    grad_y,
-    new_x,
-    branch,
-    gate,
-    scale,
-    step_gate,
-    step_scale,
-    eps,
-    wanted,
-    summed,
-    images,
-    total,
-):
-    return (*(_gradient(new_x, asked) for asked in wanted), _sums(new_x, summed, images, total))
+def _fake_both_backward(grad_new_x, grad_y, new_x, *others):
+    return _results(new_x, *others[-4:])
 
 
 # `wanted`: the gradients to be written for every token, of x, branch, gate and scale (of those

@@ -23,10 +23,11 @@ _GELU_SLOPE = tl.constexpr(-2 * 0.7978845608028654 * 1.4426950408889634)  # -2 s
 
 
 @triton.jit
-def _place(row, tokens, image_stride, token_stride):
-    """The offset of rows in a view [B, N, C]."""
+def _rows_of(view, row, tokens):
+    """Where rows of a view [B, N, C] begin: (tensor, strides of B and N)."""
+    tensor, image_stride, token_stride = view
     image, token = row // tokens, row % tokens
-    return image.to(tl.int64) * image_stride + token.to(tl.int64) * token_stride
+    return tensor + (image.to(tl.int64) * image_stride + token.to(tl.int64) * token_stride)
 
 
 @triton.jit
@@ -40,33 +41,18 @@ def _add_step(value, step, row, tokens, image_stride, column, mask):
 
 @triton.jit(do_not_specialize=COUNTS)
 def normalise_rows(
-    x,
-    x_image,
-    x_token,
-    shift,
-    shift_image,
-    shift_token,
-    scale,
-    scale_image,
-    scale_token,
-    step_shift,
-    step_shift_image,
-    step_scale,
-    step_scale_image,
-    out,
-    tokens,
-    channels,
-    eps,
-    scale_offset,
-    BLOCK: tl.constexpr,
-):
+    x, x_image, x_token,
+    shift, shift_image, shift_token, scale, scale_image, scale_token,
+    step_shift, step_shift_image, step_scale, step_scale_image,
+    out, tokens, channels, eps, scale_offset, BLOCK: tl.constexpr,
+):  # fmt: skip
     """adaln(x) of one row a program, into out [rows, channels].
 
     Where `shift` is None, only the statistics, into out [rows, 3], float32: the mean, what its
     rounding left of it, and 1 / sqrt(variance + eps).
     """
     row = tl.program_id(0)
-    x += _place(row, tokens, x_image, x_token)
+    x = _rows_of((x, x_image, x_token), row, tokens)
     total = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, channels, BLOCK):
         column = begin + tl.arange(0, BLOCK)
@@ -89,8 +75,8 @@ def normalise_rows(
         tl.store(out + 1, rest)
         tl.store(out + 2, rstd)
     else:
-        shift += _place(row, tokens, shift_image, shift_token)
-        scale += _place(row, tokens, scale_image, scale_token)
+        shift = _rows_of((shift, shift_image, shift_token), row, tokens)
+        scale = _rows_of((scale, scale_image, scale_token), row, tokens)
         out += row.to(tl.int64) * channels
         for begin in range(0, channels, BLOCK):
             column = begin + tl.arange(0, BLOCK)
@@ -134,25 +120,24 @@ def _share(inputs, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _product(
-    x,
-    x_image,
-    x_token,
-    weight,
-    weight_row,
-    rows,
-    tokens,
-    outputs,
-    inputs,
-    row,
-    output,
+    view,
+    weight_view,
+    sizes,
+    tile,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """x weight^T of this program's rows, outputs and share of the inputs."""
-    x += _place(tl.minimum(row, rows - 1), tokens, x_image, x_token)[:, None]
-    weight += tl.minimum(output, outputs - 1).to(tl.int64)[None, :] * weight_row
+    """x weight^T of this program's rows, outputs and share of the inputs.
+
+    weight_view: (weight, stride of its rows). sizes: rows, tokens, outputs, inputs. tile: rows and
+    outputs of this program.
+    """
+    rows, tokens, outputs, inputs = sizes
+    row, output = tile
+    x = _rows_of(view, tl.minimum(row, rows - 1), tokens)[:, None]
+    weight = _weight_columns(weight_view, output, outputs)
     begin, end = _share(inputs, BLOCK_K)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(begin, end, BLOCK_K):
@@ -164,45 +149,43 @@ def _product(
 
 
 @triton.jit
+def _weight_columns(weight_view, output, outputs):
+    weight, weight_row = weight_view
+    return weight + tl.minimum(output, outputs - 1).to(tl.int64)[None, :] * weight_row
+
+
+@triton.jit
 def _normalised_product(
-    x,
-    x_image,
-    x_token,
+    view,
     statistics,
-    shift,
-    shift_image,
-    shift_token,
-    scale,
-    scale_image,
-    scale_token,
-    step_shift,
-    step_shift_image,
-    step_scale,
-    step_scale_image,
-    weight,
-    weight_row,
-    rows,
-    tokens,
-    outputs,
-    inputs,
+    shift_view,
+    scale_view,
+    steps,
     scale_offset,
-    row,
-    output,
+    weight_view,
+    sizes,
+    tile,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """adaln(x) weight^T, the normalised x made in registers and rounded to x's type."""
+    """adaln(x) weight^T, the normalised x made in registers and rounded to x's type.
+
+    steps: step_shift and step_scale, each with its stride; the rest as in `_product`.
+    """
+    rows, tokens, outputs, inputs = sizes
+    row, output = tile
+    step_shift, step_shift_image, step_scale, step_scale_image = steps
     row = tl.minimum(row, rows - 1)
     statistics += row.to(tl.int64) * 3
     mean = tl.load(statistics)[:, None]
     rest = tl.load(statistics + 1)[:, None]
     rstd = tl.load(statistics + 2)[:, None]
-    x += _place(row, tokens, x_image, x_token)[:, None]
-    shift += _place(row, tokens, shift_image, shift_token)[:, None]
-    scale += _place(row, tokens, scale_image, scale_token)[:, None]
-    weight += tl.minimum(output, outputs - 1).to(tl.int64)[None, :] * weight_row
+    x = _rows_of(view, row, tokens)[:, None]
+    shift = _rows_of(shift_view, row, tokens)[:, None]
+    scale = _rows_of(scale_view, row, tokens)[:, None]
+    weight = _weight_columns(weight_view, output, outputs)
     begin, end = _share(inputs, BLOCK_K)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     row = row[:, None]
@@ -223,14 +206,16 @@ def _normalised_product(
 
 
 @triton.jit
-def _store_split(total, out, rows, outputs, row, output):
+def _store_split(total, out, rows, outputs, tile):
+    row, output = tile
     place = (tl.program_id(1).to(tl.int64) * rows + row)[:, None] * outputs + output[None, :]
     tl.store(out + place, total, mask=(row < rows)[:, None] & (output < outputs)[None, :])
 
 
 @triton.jit
-def _finish_adaln_linear(y, bias, out, rows, outputs, row, output, GELU: tl.constexpr):
+def _finish_adaln_linear(y, bias, out, rows, outputs, tile, GELU: tl.constexpr):
     """Stores act(y + bias): the epilogue of adaln_linear."""
+    row, output = tile
     if bias is not None:
         y += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
     if GELU:
@@ -243,30 +228,16 @@ def _finish_adaln_linear(y, bias, out, rows, outputs, row, output, GELU: tl.cons
 
 @triton.jit
 def _finish_gated_residual(
-    y,
-    bias,
-    gate,
-    gate_image,
-    gate_token,
-    step_gate,
-    step_gate_image,
-    residual,
-    residual_image,
-    residual_token,
-    out,
-    rows,
-    tokens,
-    outputs,
-    row,
-    output,
+    y, bias, gate_view, step_gate, step_gate_image, residual_view, out, rows, tokens, outputs, tile
 ):
     """Stores residual + (gate + step_gate) (y + bias): the epilogue of linear_gated_residual."""
+    row, output = tile
     column = output[None, :]
     mask = (row < rows)[:, None] & (column < outputs)
     if bias is not None:
         y += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
-    gate += _place(row, tokens, gate_image, gate_token)[:, None]
-    residual += _place(row, tokens, residual_image, residual_token)[:, None]
+    gate = _rows_of(gate_view, row, tokens)[:, None]
+    residual = _rows_of(residual_view, row, tokens)[:, None]
     factor = tl.load(gate + column, mask=mask, other=0.0).to(tl.float32)
     factor = _add_step(factor, step_gate, row[:, None], tokens, step_gate_image, column, mask)
     y = tl.load(residual + column, mask=mask, other=0.0).to(tl.float32) + factor * y
@@ -276,165 +247,70 @@ def _finish_gated_residual(
 
 @triton.jit(do_not_specialize=COUNTS)
 def adaln_linear(
-    x,
-    x_image,
-    x_token,
-    statistics,
-    shift,
-    shift_image,
-    shift_token,
-    scale,
-    scale_image,
-    scale_token,
-    step_shift,
-    step_shift_image,
-    step_scale,
-    step_scale_image,
-    weight,
-    weight_row,
-    bias,
-    out,
-    rows,
-    tokens,
-    outputs,
-    inputs,
-    scale_offset,
-    GELU: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x, x_image, x_token, statistics,
+    shift, shift_image, shift_token, scale, scale_image, scale_token,
+    step_shift, step_shift_image, step_scale, step_scale_image,
+    weight, weight_row, bias, out, rows, tokens, outputs, inputs, scale_offset,
+    GELU: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """act(adaln(x) weight^T + bias), or a split's sums. x is already normalised where
     `statistics` is None, and then shift and scale are too."""
-    row, output = _tile(rows, outputs, BLOCK_M, BLOCK_N)
+    view, weight_view = (x, x_image, x_token), (weight, weight_row)
+    sizes = rows, tokens, outputs, inputs
+    tile = _tile(rows, outputs, BLOCK_M, BLOCK_N)
     if statistics is None:
-        y = _product(
-            x,
-            x_image,
-            x_token,
-            weight,
-            weight_row,
-            rows,
-            tokens,
-            outputs,
-            inputs,
-            row,
-            output,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            PRECISION,
-        )
+        y = _product(view, weight_view, sizes, tile, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     else:
         y = _normalised_product(
-            x,
-            x_image,
-            x_token,
+            view,
             statistics,
-            shift,
-            shift_image,
-            shift_token,
-            scale,
-            scale_image,
-            scale_token,
-            step_shift,
-            step_shift_image,
-            step_scale,
-            step_scale_image,
-            weight,
-            weight_row,
-            rows,
-            tokens,
-            outputs,
-            inputs,
+            (shift, shift_image, shift_token),
+            (scale, scale_image, scale_token),
+            (step_shift, step_shift_image, step_scale, step_scale_image),
             scale_offset,
-            row,
-            output,
+            weight_view,
+            sizes,
+            tile,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
             PRECISION,
         )
     if SPLIT:
-        _store_split(y, out, rows, outputs, row, output)
+        _store_split(y, out, rows, outputs, tile)
     else:
-        _finish_adaln_linear(y, bias, out, rows, outputs, row, output, GELU)
+        _finish_adaln_linear(y, bias, out, rows, outputs, tile, GELU)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def linear_gated_residual(
-    h,
-    h_image,
-    h_token,
-    weight,
-    weight_row,
-    bias,
-    gate,
-    gate_image,
-    gate_token,
-    step_gate,
-    step_gate_image,
-    residual,
-    residual_image,
-    residual_token,
-    out,
-    rows,
-    tokens,
-    outputs,
-    inputs,
-    SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    h, h_image, h_token, weight, weight_row, bias,
+    gate, gate_image, gate_token, step_gate, step_gate_image,
+    residual, residual_image, residual_token, out, rows, tokens, outputs, inputs,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """residual + (gate + step_gate) (h weight^T + bias), or a split's sums."""
-    row, output = _tile(rows, outputs, BLOCK_M, BLOCK_N)
-    y = _product(
-        h,
-        h_image,
-        h_token,
-        weight,
-        weight_row,
-        rows,
-        tokens,
-        outputs,
-        inputs,
-        row,
-        output,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        PRECISION,
-    )
+    view, weight_view = (h, h_image, h_token), (weight, weight_row)
+    sizes = rows, tokens, outputs, inputs
+    tile = _tile(rows, outputs, BLOCK_M, BLOCK_N)
+    y = _product(view, weight_view, sizes, tile, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     if SPLIT:
-        _store_split(y, out, rows, outputs, row, output)
+        _store_split(y, out, rows, outputs, tile)
     else:
+        gate_view = gate, gate_image, gate_token
+        residual_view = residual, residual_image, residual_token
         _finish_gated_residual(
-            y,
-            bias,
-            gate,
-            gate_image,
-            gate_token,
-            step_gate,
-            step_gate_image,
-            residual,
-            residual_image,
-            residual_token,
-            out,
-            rows,
-            tokens,
-            outputs,
-            row,
-            output,
-        )
+            y, bias, gate_view, step_gate, step_gate_image, residual_view, out, rows, tokens,
+            outputs, tile,
+        )  # fmt: skip
 
 
 @triton.jit
-def _add_splits(sums, rows, outputs, row, output, SPLITS: tl.constexpr):
+def _add_splits(sums, rows, outputs, tile, SPLITS: tl.constexpr):
     """The splits' sums in their order; unrolled, so that all loads are under way at once."""
+    row, output = tile
     column = output[None, :]
     mask = column < outputs
     row = row.to(tl.int64)[:, None]
@@ -449,48 +325,23 @@ def reduce_adaln_linear(
     sums, bias, out, rows, outputs, GELU: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """act(the splits' sums, added up, + bias) of BLOCK_N outputs of one row."""
-    row, output = _tile(rows, outputs, 1, BLOCK_N)
-    y = _add_splits(sums, rows, outputs, row, output, SPLITS)
-    _finish_adaln_linear(y, bias, out, rows, outputs, row, output, GELU)
+    tile = _tile(rows, outputs, 1, BLOCK_N)
+    y = _add_splits(sums, rows, outputs, tile, SPLITS)
+    _finish_adaln_linear(y, bias, out, rows, outputs, tile, GELU)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def reduce_gated_residual(
-    sums,
-    bias,
-    gate,
-    gate_image,
-    gate_token,
-    step_gate,
-    step_gate_image,
-    residual,
-    residual_image,
-    residual_token,
-    out,
-    rows,
-    tokens,
-    outputs,
-    SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    sums, bias, gate, gate_image, gate_token, step_gate, step_gate_image,
+    residual, residual_image, residual_token, out, rows, tokens, outputs,
+    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """residual + (gate + step_gate) (the splits' sums, added up, + bias), likewise."""
-    row, output = _tile(rows, outputs, 1, BLOCK_N)
-    y = _add_splits(sums, rows, outputs, row, output, SPLITS)
+    tile = _tile(rows, outputs, 1, BLOCK_N)
+    y = _add_splits(sums, rows, outputs, tile, SPLITS)
+    gate_view = gate, gate_image, gate_token
+    residual_view = residual, residual_image, residual_token
     _finish_gated_residual(
-        y,
-        bias,
-        gate,
-        gate_image,
-        gate_token,
-        step_gate,
-        step_gate_image,
-        residual,
-        residual_image,
-        residual_token,
-        out,
-        rows,
-        tokens,
-        outputs,
-        row,
-        output,
-    )
+        y, bias, gate_view, step_gate, step_gate_image, residual_view, out, rows, tokens,
+        outputs, tile,
+    )  # fmt: skip

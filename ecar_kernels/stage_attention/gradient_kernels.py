@@ -71,6 +71,37 @@ def _strips(
     return total
 
 
+@triton.jit
+def _scores_and_gradients(
+    own, loop, at, length, left, head_dim,
+    STRIP: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_LOOP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """q k^T and grad v^T, from row `at` of the loop on, by strips.
+
+    own: (q, its row, grad, its row) of a tile of queries; loop: k's and v's likewise. Or the other
+    way round, of a tile of keys: then the results are transposed.
+    """
+    q, q_row, grad, grad_row = own
+    k, k_row, v, v_row = loop
+    scores = _strips(
+        q, q_row, length, k + at * k_row, k_row, left, head_dim,
+        STRIP, BLOCK_OWN, BLOCK_LOOP, PRECISION,
+    )  # fmt: skip
+    gradients = _strips(
+        grad, grad_row, length, v + at * v_row, v_row, left, head_dim,
+        STRIP, BLOCK_OWN, BLOCK_LOOP, PRECISION,
+    )  # fmt: skip
+    return scores, gradients
+
+
+@triton.jit
+def _weights(scores, row_lse, left, scale_log2, BLOCK: tl.constexpr):
+    """Of [queries, BLOCK keys], of which `left` exist."""
+    weights = tl.exp2(tl.fma(scores, scale_log2, -row_lse[:, None]))
+    # 2^(0 - lse) of keys past the end may be infinite, and inf times zero is nan.
+    return tl.where(tl.arange(0, BLOCK)[None, :] < left, weights, 0.0)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def correct_delta_kernel(
     q, k, v, grad, lse, delta, table,
@@ -99,35 +130,11 @@ def correct_delta_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     for at in range(0, end, BLOCK_N):
         left = end - at
-        scores = _strips(
-            q,
-            q_row,
-            length,
-            k + at * k_row,
-            k_row,
-            left,
-            head_dim,
-            STRIP,
-            BLOCK_M,
-            BLOCK_N,
-            PRECISION,
-        )
-        grad_weights = _strips(
-            grad,
-            grad_row,
-            length,
-            v + at * v_row,
-            v_row,
-            left,
-            head_dim,
-            STRIP,
-            BLOCK_M,
-            BLOCK_N,
-            PRECISION,
-        )
-        weights = tl.exp2(tl.fma(scores, scale_log2, -row_lse[:, None]))
-        # 2^(0 - lse) of keys past the end may be infinite, and inf times zero is nan.
-        weights = tl.where(tl.arange(0, BLOCK_N)[None, :] < left, weights, 0.0)
+        scores, grad_weights = _scores_and_gradients(
+            (q, q_row, grad, grad_row), (k, k_row, v, v_row), at, length, left, head_dim,
+            STRIP, BLOCK_M, BLOCK_N, PRECISION,
+        )  # fmt: skip
+        weights = _weights(scores, row_lse, left, scale_log2, BLOCK_N)
         total += tl.sum(weights * (grad_weights - row_delta[:, None]), 1)
     tl.store(delta + statistics, row_delta + total, mask=rows < length)
 

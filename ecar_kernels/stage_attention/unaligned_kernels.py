@@ -9,7 +9,7 @@ columns at a time. Wide heads pay for that with scores that are computed once fo
 import triton
 import triton.language as tl
 
-from ecar_kernels.stage_attention.gradient_kernels import _strips
+from ecar_kernels.stage_attention.gradient_kernels import _scores_and_gradients, _strips, _weights
 from ecar_kernels.stage_attention.kernels import (
     COUNTS,
     _dot,
@@ -61,18 +61,9 @@ def unaligned_forward_kernel(
     for at in range(0, end, BLOCK_N):
         left = end - at
         scores = _strips(
-            q,
-            q_row,
-            length,
-            k + at * k_row,
-            k_row,
-            left,
-            head_dim,
-            STRIP,
-            BLOCK_M,
-            BLOCK_N,
-            PRECISION,
-        )
+            q, q_row, length, k + at * k_row, k_row, left, head_dim,
+            STRIP, BLOCK_M, BLOCK_N, PRECISION,
+        )  # fmt: skip
         weights, shrink, largest = _softmax(
             scores, largest, left, scale_log2, True, NEGATIVE, BLOCK_N
         )
@@ -118,12 +109,10 @@ def unaligned_key_gradients_kernel(
         left = queries - at
         q_at = q + at * q_row
         grad_at = grad + at * grad_row
-        scores = _strips(
-            k, k_row, length, q_at, q_row, left, head_dim, STRIP, BLOCK_N, BLOCK_M, PRECISION
-        )
-        grad_weights = _strips(
-            v, v_row, length, grad_at, grad_row, left, head_dim, STRIP, BLOCK_N, BLOCK_M, PRECISION
-        )
+        scores, grad_weights = _scores_and_gradients(
+            (k, k_row, v, v_row), (q, q_row, grad, grad_row), at, length, left, head_dim,
+            STRIP, BLOCK_N, BLOCK_M, PRECISION,
+        )  # fmt: skip
         rows = at + tl.arange(0, BLOCK_M)
         # Queries past the end weigh nothing: 2^(0 - inf).
         row_lse = tl.load(lse + rows, mask=rows < queries, other=float("inf"))
@@ -166,25 +155,11 @@ def unaligned_query_gradients_kernel(
     for at in range(0, end, BLOCK_N):
         left = end - at
         k_at = k + at * k_row
-        scores = _strips(
-            q, q_row, length, k_at, k_row, left, head_dim, STRIP, BLOCK_M, BLOCK_N, PRECISION
-        )
-        grad_weights = _strips(
-            grad,
-            grad_row,
-            length,
-            v + at * v_row,
-            v_row,
-            left,
-            head_dim,
-            STRIP,
-            BLOCK_M,
-            BLOCK_N,
-            PRECISION,
-        )
-        weights = tl.exp2(tl.fma(scores, scale_log2, -row_lse[:, None]))
-        # 2^(0 - lse) of keys past the end may be infinite, and inf times zero is nan.
-        weights = tl.where(tl.arange(0, BLOCK_N)[None, :] < left, weights, 0.0)
+        scores, grad_weights = _scores_and_gradients(
+            (q, q_row, grad, grad_row), (k, k_row, v, v_row), at, length, left, head_dim,
+            STRIP, BLOCK_M, BLOCK_N, PRECISION,
+        )  # fmt: skip
+        weights = _weights(scores, row_lse, left, scale_log2, BLOCK_N)
         grad_scores = weights * (grad_weights - row_delta[:, None])
         its_k = _load(k_at, k_row, left, columns, head_dim, BLOCK_N)
         total = _dot(grad_scores.to(its_k.dtype), its_k, total, PRECISION)
