@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "bindings/boundary.h"
+#include "bindings/flow_boundary.h"
 
 namespace ecar {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "bindings/step.h"
+#include "bindings/flow_step.h"
 
 namespace ecar {
 namespace {

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "cpu/boundary.h"
 #include "cpu/dtypes.h"
+#include "cpu/flow_boundary.h"
 
 namespace ecar {
 namespace cuda {

@@ -8,7 +8,7 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
-#include "bindings/boundary.h"
+#include "bindings/flow_boundary.h"
 
 namespace ecar {
 namespace {

@@ -2,9 +2,9 @@
 
 // flow_boundary's arguments, checked and taken apart, on the CPU and on CUDA.
 
-#include "bindings/step.h"
+#include "bindings/flow_step.h"
 #include "bindings/tokens.h"
-#include "cpu/boundary.h"
+#include "cpu/flow_boundary.h"
 
 namespace ecar {
 
