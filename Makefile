@@ -187,7 +187,7 @@ sanitize: $(STAMPS)/test
 	$(SANITIZED)/known_answers
 	for isa in avx512 avx2 baseline; do \
 	  $(WATCHED) ECAR_CPU_ISA=$$isa $(BIN)/python -m pytest -q -p no:cacheprovider \
-	    -k 'not inductor and not graph and not instruction and not Absence and not triton' \
+	    -k 'not inductor and not graph and not instruction and not Absence and not triton and not flex' \
 	    $(SANITIZED_TESTS) || exit 1; \
 	  $(WATCHED) ECAR_CPU_ISA=$$isa $(BIN)/python -m tests.fuzz --cases $(CASES) || exit 1; \
 	done
