@@ -24,7 +24,7 @@ from ecar.evaluation.classifier import Classifier, ClassifierConfig
 from ecar.files import append, atomic_folder, atomic_path, check_target, write_json, write_tensors
 from ecar.images import save_image
 from ecar.training import TrainConfig
-from ecar.training.log import Log
+from ecar.training.log import Log, _Table
 from ecar.training.sheet import write_sheet
 from ecar.training.state import write_state
 from ecar_kernels import tuning
@@ -53,13 +53,9 @@ def encode(folder):
 
 
 def log_row(folder):
-    Log.write(log_of(folder), {"step": 3, "loss": 0.5})
-
-
-def log_of(folder):
-    log = object.__new__(Log)
-    log.path, log.columns, log._writer = folder / "log.csv", ["step", "loss"], None
-    return log
+    table = object.__new__(_Table)  # without the header that a new one writes
+    table.path, table.columns = folder / "log.csv", ["step", "loss"]
+    table.write({"step": 3, "loss": 0.5})
 
 
 # Of each writer: the files it writes below the folder that it is given, the last one first made.

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL  # here: of torchao it may print a line, once
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -265,8 +266,6 @@ def test_states_that_are_not_finite_are_one_line(folder, refused, make_model):
 
 
 def test_a_vae_is_used(tmp_path, make_model, run):
-    from diffusers import AutoencoderKL
-
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
