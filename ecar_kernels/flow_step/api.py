@@ -259,6 +259,8 @@ def check_history(
     state_name: str,
 ) -> None:
     """What a solver of several steps adds to a step of the state."""
+    if previous is None and return_velocity is False and type(ratio) is float and ratio == 0:
+        return  # the defaults, at once
     check_number_or_data("ratio", ratio, state, state_name)
     if not isinstance(ratio, Tensor) and ratio < 0:
         raise ValueError(f"argument 'ratio': expected at least 0, got {ratio}")

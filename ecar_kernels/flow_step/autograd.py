@@ -39,8 +39,7 @@ def _gradients(
 
 
 def _asked(*tensors: Tensor | None) -> bool:
-    """Is there a gradient to be had?"""
-    return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
+    return any([x is not None and x.requires_grad for x in tensors])
 
 
 def euler_step(forward: Callable) -> Callable:
@@ -75,8 +74,10 @@ def euler_step(forward: Callable) -> Callable:
         return_velocity: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x + dt ((1 + r/2) v - (r/2) previous), r = ratio; x + dt v without `previous`."""
-        call = x, velocity, previous, dt, guidance_scale, ratio, return_velocity
-        return EulerStep.apply(*call) if _asked(x, velocity, previous) else forward(*call)
+        run = forward
+        if torch.is_grad_enabled() and _asked(x, velocity, previous):
+            run = EulerStep.apply
+        return run(x, velocity, previous, dt, guidance_scale, ratio, return_velocity)
 
     return euler_step
 
@@ -121,7 +122,7 @@ def upsample_renoise_euler(forward: Callable) -> Callable:
         """end = euler_step(x, ..);  start = (1 + t)/2 up(end) + (1 - t) h, with t = time."""
         numbers = dt, guidance_scale, ratio, time, stage, return_velocity
         call = x, velocity, previous, details, seeds, *numbers
-        if _asked(x, velocity, previous, details):
+        if torch.is_grad_enabled() and _asked(x, velocity, previous, details):
             return UpsampleRenoiseEuler.apply(*call)
         return forward(*call)
 

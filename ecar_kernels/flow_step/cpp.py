@@ -20,17 +20,24 @@ jump_out = torch.ops.ecar.upsample_renoise_euler_seeds_out.default
 _initial_noise = _native.op("initial_noise")
 
 
-def numbers(*values: float | Tensor) -> tuple[list[float | Tensor], list[Tensor | None]]:
-    """A step's numbers as the ops take them: those that are numbers, and those in tensors, which
-    are read when the op runs, or the CUDA graph that has it.
+def numbers(
+    dt: float | Tensor, guidance_scale: float | Tensor, ratio: float | Tensor
+) -> tuple[tuple, tuple]:
+    """Numbers as the ops take them: those that are numbers, and, if there are any, those in
+    tensors, which are read when the op runs, or the CUDA graph that has it.
 
     Under torch.compile a float64 tensor is a number that the graph leaves open (_numbers.py).
     """
-    data = [
-        value if isinstance(value, Tensor) and value.dtype == torch.float32 else None
-        for value in values
-    ]
-    return [0.0 if y is not None else x for x, y in zip(values, data, strict=True)], data
+    values = dt, guidance_scale, ratio
+    if not (
+        isinstance(dt, Tensor) or isinstance(guidance_scale, Tensor) or isinstance(ratio, Tensor)
+    ):
+        return values, ()
+    is_data = [isinstance(value, Tensor) and value.dtype == torch.float32 for value in values]
+    return (
+        tuple([0.0 if data else value for value, data in zip(values, is_data, strict=True)]),
+        tuple([value if data else None for value, data in zip(values, is_data, strict=True)]),
+    )
 
 
 def _step(x, velocity, previous, dt, guidance_scale, ratio, return_velocity):
