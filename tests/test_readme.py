@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.results import duration
 from ecar import ECAR, ECARConfig
 from ecar_kernels import registry
 
@@ -69,34 +70,27 @@ def test_the_matrix_of_backends_is_the_registry_s():
                 assert set(implementation.dtypes) == set(dtypes), f"{op} by {name}"
 
 
-def result(name: str) -> dict:
-    file = "benchmarks/results/amd-epyc-family-25-model-17", f"{name}.json"
-    return json.loads(ROOT.joinpath(*file).read_text("utf-8"))
+def result(name: str, device: str = "amd-epyc-family-25-model-17") -> dict:
+    file = ROOT / "benchmarks" / "results" / device / f"{name}.json"
+    return json.loads(file.read_text("utf-8"))
 
 
 def test_numbers_are_those_of_the_committed_results():
-    image = result("end_to_end")["rows"][0]
-    paper = result("table3")["rows"][0]
-    assert image["size"] == paper["size"] == "S" and image["steps"] == paper["steps"] == 250
-    assert image["timed_steps_of_a_stage"] == paper["timed_steps_of_a_stage"] == 4
-    rows = []
-    for record, seconds, (baseline, here) in (
-        (result("end_to_end"), image["seconds"], ("compiled", "ours")),
-        (result("example-dit"), result("example-dit")["seconds"], ("plain", "accelerated")),
-        (result("table3"), paper["seconds"], ("dit", "ecar")),
-    ):
-        assert record["environment"]["device"] == "AMD EPYC (family 25, model 17)"
-        assert record["environment"]["cores"] == 2
-        rows.append((seconds[baseline]["median"], seconds[here]["median"]))
-    ratios = [baseline / here for baseline, here in rows]
-    ratios[2] = paper["ratio"]["median"]  # of pairs measured in turn
-    said = re.findall(r"\| ([\d.]+) (m?s) \| ([\d.]+) m?s \| ([\d.]+)x \|", README)
-    assert len(said) == 3
-    for (baseline, unit, here, ratio), times, expected in zip(said, rows, ratios, strict=True):
-        scale = 1000 if unit == "ms" else 1
-        for text, value in zip((baseline, here), times, strict=True):
-            assert f"{value * scale:#.3g}".rstrip(".") == text
-        assert f"{expected:#.3g}" == ratio
+    record = result("end_to_end", "amd-epyc-family-26-model-2")
+    assert record["environment"]["device"] == "AMD EPYC (family 26, model 2)"
+    assert record["environment"]["cores"] == record["environment"]["threads"] == 2
+    by_name = {(row["model"], sum(row["steps"]), row["dtype"]): row for row in record["protocols"]}
+    said = re.findall(
+        r"^\| (?:diffusers' )?(\S+) \| (\d+).*?\| (\S+) G \| (.+?) \| (.+?) \|$", README, re.M
+    )
+    assert len(said) == 9
+    for model, steps, work, *times in said:
+        for dtype, seconds in zip(("float32", "bfloat16"), times, strict=True):
+            row = by_name[model, int(steps), dtype]
+            assert f"{row['multiply_adds'] * 1e-9:,.0f}" == work
+            assert duration(row["seconds"]["median"]) == seconds
+        if steps == "250":
+            assert row["timed_steps_of_a_stage"] == 4
 
 
 def test_speed_ups_of_the_examples_are_those_of_the_committed_results():
