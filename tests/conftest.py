@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import random
 import secrets
+import signal
 
 import hypothesis
 import numpy as np
@@ -23,6 +24,10 @@ if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined: before any test imports one. The commands that
     # tests run inherit it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # As nohup and a script's & leave it, for the commands that tests run, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SEED_VARIABLE = "ECAR_TEST_SEED"
 SEED = pytest.StashKey[int]()
