@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ecar.cli.parser import UsageError, add_device, add_sampling, positive
+from ecar.cli.parser import UsageError, add_checkpoint, add_device, add_sampling, positive
 from ecar.cli.runtime import chosen_backend, chosen_device, chosen_settings
 from ecar.evaluation import Classifier, InceptionExtractor, evaluate, summary
 from ecar.files import read_json
@@ -52,12 +52,7 @@ FLAGS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="DIR|OWNER/NAME",
-        help="a folder, or a repository of the Hugging Face hub",
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--dataset",
         choices=("digits", "mnist", "emoji", "folder"),

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 __all__ = [
     "Parser",
     "UsageError",
+    "add_checkpoint",
     "add_device",
     "add_guidance",
     "add_sampling",
@@ -170,6 +171,16 @@ def _add_guidance(group: argparse._ArgumentGroup) -> None:
         type=interval,
         metavar="LOW,HIGH",
         help="times in 0..1 outside which there is no guidance",
+    )
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint is loaded."""
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR|OWNER/NAME",
+        help="a folder, or a repository of the Hugging Face hub",
     )
 
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ecar.checkpoint import merge_settings
 from ecar.cli.parser import (
     UsageError,
+    add_checkpoint,
     add_device,
     add_sampling,
     class_list,
@@ -53,12 +54,7 @@ PADDING = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="DIR|OWNER/NAME",
-        help="a folder, or a repository of the Hugging Face hub",
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--output",
         default="samples.png",

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ecar.cli.parser import UsageError, add_device, add_guidance, positive
+from ecar.cli.parser import UsageError, add_checkpoint, add_device, add_guidance, positive
 from ecar.cli.runtime import chosen_backend, chosen_device, chosen_settings
 from ecar.evaluation.chart import draw_steps
 from ecar.evaluation.steps import CALLS, best_row, frontier, sweep_steps, write_best
@@ -40,12 +40,7 @@ FLAGS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="DIR|OWNER/NAME",
-        help="a folder, or a repository of the Hugging Face hub",
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--calls",
         type=positive,

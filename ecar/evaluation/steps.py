@@ -352,13 +352,9 @@ class _Sweep:
             row["seconds"] = statistics.median(times[1:])
 
     def _bar(self, title: str, total: int | None = None) -> tqdm:
-        form = (
-            None
-            if total is None
-            else "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        )
-        if total is None:
-            form = "{desc}: {elapsed}{postfix}"
+        form = "{desc}: {elapsed}{postfix}"
+        if total is not None:
+            form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         return tqdm(total=total, desc=title, bar_format=form, disable=not self.progress)
 
 

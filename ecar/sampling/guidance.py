@@ -140,9 +140,9 @@ def split_steps(steps: Steps, num_stages: int, *, name: str = "steps") -> list[i
         TypeError, ValueError: naming the argument.
     """
     expected = f"an integer, a list of them or {PAPER!r}"
+    if is_paper(steps):
+        return geometric_split(PAPER_STEPS, num_stages, 1.0)
     if isinstance(steps, str):
-        if steps == PAPER:
-            return geometric_split(PAPER_STEPS, num_stages, 1.0)
         raise ValueError(f"argument {name!r}: expected {expected}, got {steps!r}")
     if isinstance(steps, Tensor):
         raise TypeError(f"argument {name!r}: expected {expected}, got a tensor")

@@ -150,13 +150,15 @@ def test_steps_with_a_history_are_of_order_2(backend):
     exact = (x0.double() + 2) * math.exp(0.5) - 3
     for count in (8, 16, 32):
         times = [(i / count) ** 1.5 for i in range(count + 1)]
-        x, history, before = x0, {}, None
+        x, history = x0, {}
         with use_backend(backend):
-            for t, after in itertools.pairwise(times):
-                if before is not None:
-                    history = {"previous": before, "ratio": (after - t) / length}  # noqa: F821
-                length = after - t
-                x, before = euler_step(x, (x + t) / 2, length, return_velocity=True, **history)
+            for i, (t, after) in enumerate(itertools.pairwise(times)):
+                dt = after - t
+                if i > 0:
+                    history["ratio"] = dt / (t - times[i - 1])
+                x, history["previous"] = euler_step(
+                    x, (x + t) / 2, dt, return_velocity=True, **history
+                )
         errors.append((x - exact).abs().max().item())
     assert all(abs(math.log2(a / b) - 2) < 0.3 for a, b in itertools.pairwise(errors))
 

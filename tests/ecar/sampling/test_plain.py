@@ -97,20 +97,16 @@ def test_it_is_the_design_s_formulas(model):
         cache = KVCache(model.config, 4, device=model.device, dtype=model.dtype)
         both = torch.cat([labels, torch.full_like(labels, model.config.null_class)])
         x = initial_noise(seeds, (1, 4, 4), device="cpu", dtype=torch.float32)
+        tokens = model.ar.embed_class(both)
         for stage, (head, count) in enumerate(zip(model.heads, counts, strict=True), start=1):
-            tokens = (
-                model.ar.embed_class(both)
-                if stage == 1
-                else model.ar.embed_end(end.repeat(2, 1, 1, 1), stage)  # noqa: F821
-            )
             token_map = model.ar.stage(tokens, cache)
             for step in range(count):
                 time = torch.full((4,), (stage - 1 + step / count) / 2)
                 conditional, unconditional = head(x.repeat(2, 1, 1, 1), time, token_map).chunk(2)
                 x = x + (unconditional + w * (conditional - unconditional)) / count
-            end = x
             if stage == 1:
+                tokens = model.ar.embed_end(x.repeat(2, 1, 1, 1), 2)
                 high_pass = stages.haar_high_pass(block_details(seeds, 2, (1, 4, 4)))
-                x = stages.transition(end, 0.5, high_pass)
+                x = stages.transition(x, 0.5, high_pass)
     found = draw(model, (3, 7), (5, -6), steps=list(counts), guidance_scale=w).latents
     assert (found - x).abs().max() < 1e-4 * x.abs().max()
