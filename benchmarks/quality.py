@@ -22,9 +22,10 @@ from tqdm.auto import tqdm
 from benchmarks import results
 from benchmarks.results import ROOT, markdown
 from ecar import ECAR, ECARPipeline, split_steps
-from ecar.data import ImageDataset, load_dataset
+from ecar.data import load_dataset
 from ecar.evaluation import draw_labels, extract, frechet_distance_of_features, precision_recall
 from ecar.evaluation.extractors import default_extractor, to_bytes
+from ecar.evaluation.measure import pixels
 from ecar.sampling.stage import Inputs, Shape
 
 CALLS = (8, 12, 18, 30, 60, 250)
@@ -72,13 +73,15 @@ class Judge:
     def __init__(self, name: str, groups: int, images: int) -> None:
         train, held_out = (load_dataset(name, split=split) for split in ("train", "test"))
         self.extractor = default_extractor(name)
-        self.held_out, _ = extract(self.extractor, _pixels(held_out, torch.arange(len(held_out))))
+        self.held_out, _ = extract(
+            self.extractor, pixels(held_out, torch.arange(len(held_out)), progress=False)
+        )
         self.labels = draw_labels(train, groups * images).split(images)
         generator = torch.Generator().manual_seed(0)
         self.floor, self.real = 1.0, []
         for _ in range(groups):
             rows = torch.randperm(len(train), generator=generator)[:images]
-            self.real.append(self.measure(_pixels(train, rows), train.labels[rows]))
+            self.real.append(self.measure(pixels(train, rows, progress=False), train.labels[rows]))
         self.floor = statistics.fmean(found["Fréchet ratio"] for found in self.real)
         for found in self.real:
             found["Fréchet ratio"] /= self.floor
@@ -93,10 +96,6 @@ class Judge:
         read = (logits.argmax(1) == labels).double().mean().item()
         distance = frechet_distance_of_features(features, self.held_out) / self.floor
         return dict(zip(METRICS, (read, distance, precision, recall), strict=True))
-
-
-def _pixels(dataset: ImageDataset, rows: Tensor) -> Tensor:
-    return to_bytes(torch.stack([dataset[row][0] for row in rows.tolist()]))
 
 
 def summary(found: Sequence[Measures]) -> dict[str, list[float]]:
