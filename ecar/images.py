@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ecar.files import atomic_path, check_output_folder, check_target
@@ -136,15 +137,21 @@ def check_output_file(path: str | os.PathLike[str]) -> Path:
     return check_target(path)
 
 
-def save_image(image: Image.Image, path: str | os.PathLike[str]) -> Path:
+def save_image(
+    image: Image.Image, path: str | os.PathLike[str], text: dict[str, str] | None = None
+) -> Path:
     """Write a picture, whole or not at all; the suffix chooses the format.
 
-    An existing file is replaced. Raises as ``check_output_file`` does.
+    An existing file is replaced. ``text`` is kept in a PNG's text chunks, and left out of other
+    formats; its keys are Latin-1, of 1 to 79 characters. Raises as ``check_output_file`` does.
     """
     path = Path(path)
     kind = _picture_format(path)
+    chunks = PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_text(key, value)
     with atomic_path(path) as temporary:
-        image.save(temporary, format=kind)
+        image.save(temporary, format=kind, pnginfo=chunks)
     return path
 
 

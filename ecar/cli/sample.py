@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image, Resampling
+from PIL.Image import Image
 from tqdm.auto import tqdm
 
 from ecar.checkpoint import merge_settings
@@ -24,19 +25,32 @@ from ecar.cli.parser import (
     seed_list,
     sheet_size,
 )
-from ecar.cli.runtime import chosen_backend, chosen_device, chosen_settings, describe_backends
-from ecar.images import check_output_file, check_output_folder, make_sheet, save_image
+from ecar.cli.pictures import Cell, Grid, ImageFolder, write_sheets, write_strip
+from ecar.cli.runtime import (
+    SETTINGS,
+    chosen_backend,
+    chosen_device,
+    chosen_settings,
+    describe_backends,
+)
+from ecar.codec import AutoencoderKLCodec
+from ecar.evaluation.provenance import weights_sha256
+from ecar.images import check_output_file, check_output_folder
 from ecar.inputs import draw_seeds
 from ecar.pipeline import ECARPipeline
 from ecar.sampling import split_steps
+from ecar_kernels import __version__
 
 EXAMPLES = """\
 examples:
   ecar sample --checkpoint checkpoints/mnist --output digits.png
-      a sheet: rows are the first ten classes, columns the seeds 0 to 9
+      a sheet: rows are the first ten classes, with ten images of each
   ecar sample --checkpoint runs/birds --classes 7,robin --seeds 3-6 --steps 20,40,80 \\
       --guidance 3 --stages --output birds/
       eight images in a folder, with the states in which their stages ended
+  torchrun --nproc-per-node 8 -m ecar sample --checkpoint runs/imagenet --classes 0-999 \\
+      --per-class 50 --output images/
+      50,000 images by eight processes; the same command goes on after an interruption
 """
 FLAGS = {
     "class_labels": "--classes",
@@ -50,7 +64,6 @@ FLAGS = {
     "grid": "--grid",
 }
 DEFAULT_ROWS, DEFAULT_COLUMNS = 10, 10
-PADDING = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,25 +72,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         default="samples.png",
         metavar="PATH",
-        help="a picture (.png, .jpg, ..): one image, or a sheet with a row for "
-        "each class and a column for each seed. Or a folder: one file for "
-        "each image. Default: samples.png",
+        help="a picture (.png, .jpg, ..): one image, or a sheet with a row for each class. Or a "
+        "folder: a PNG for each image, written as soon as it is drawn; images that are there "
+        "already, of the same weights and settings, are kept. Default: samples.png",
     )
-    group = parser.add_argument_group("what to draw: each class with each seed")
+    group = parser.add_argument_group("what to draw")
     group.add_argument(
         "--classes",
         type=class_list,
         metavar="LIST",
         help="numbers, ranges or names, such as 0-4,7,cat; default: the first ten",
     )
-    group.add_argument("--seeds", type=seed_list, metavar="LIST", help="seeds, such as 0,5,10-19")
-    group.add_argument("--seed", type=int, metavar="N", help="the first of consecutive seeds (0)")
-    group.add_argument("--per-class", type=positive, metavar="K", help="how many of them (10)")
+    group.add_argument("--per-class", type=positive, metavar="K", help="images of each class (10)")
+    group.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="image k of class c has the seed N + k * (number of classes) + c: each image has "
+        "noise of its own (0)",
+    )
+    group.add_argument(
+        "--seeds",
+        type=seed_list,
+        metavar="LIST",
+        help="instead, the seeds of each class's images, such as 0,5,10-19",
+    )
     group.add_argument(
         "--sheet",
         type=sheet_size,
         metavar="ROWSxCOLUMNS",
-        help="as many classes and seeds; in a folder, also draws sheet.png",
+        help="as many classes and images of each; in a folder, also draws sheet.png",
     )
     add_sampling(parser)
     group = parser.add_argument_group("pictures")
@@ -90,7 +114,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--strip",
         action="store_true",
-        help="also write the first image of each row from stage to stage, as NAME-strip.png",
+        help="also write the first image of each row from stage to stage, as NAME-strip.png; in a "
+        "folder with --stages",
     )
     group.add_argument("--names", action="store_true", help="write the classes next to the rows")
     group.add_argument(
@@ -117,18 +142,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
 
-@dataclass(frozen=True)
-class Grid:
-    """The images to draw: ``classes`` down, ``seeds`` across."""
-
-    classes: list[int]
-    seeds: list[int]
-
-    @property
-    def pairs(self) -> list[tuple[int, int]]:
-        return [(number, seed) for number in self.classes for seed in self.seeds]
-
-
 def run(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     to_folder = output.is_dir() or not output.suffix or arguments.output.endswith(os.sep)
@@ -136,35 +149,74 @@ def run(arguments: argparse.Namespace) -> None:
         check_output_folder(output if output.exists() else output.parent)
     else:
         check_output_file(output)
+    rank, processes = chosen_share(arguments, to_folder)
     device = chosen_device(arguments.device)
+    if device.type == "cuda" and device.index is None:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", local % torch.cuda.device_count())
     pipe = ECARPipeline.from_pretrained(arguments.checkpoint)
-    pipe.to(device, getattr(torch, arguments.dtype))
-    grid = choose_grid(arguments, pipe)
     stages = pipe.model.config.num_stages
     settings = merge_settings(pipe.defaults, chosen_settings(arguments), stages)
+    grid = choose_grid(arguments, pipe, settings)
+    pipe.to(device, getattr(torch, arguments.dtype))
+    folder = ImageFolder(output, grid, arguments.scale, stages if arguments.stages else 1)
+    cells, there = grid.cells, 0
     with chosen_backend(arguments.backend):
         backends = describe_backends(pipe.model.config, pipe.device, pipe.dtype)
         begin = time.perf_counter()
-        images, ends = draw(pipe, grid, arguments, settings)
+        if to_folder:
+            output.mkdir(exist_ok=True)
+            share = list(dict.fromkeys(cells))[rank::processes]
+            cells = [cell for cell in share if not folder.has(cell)]
+            there = len(share) - len(cells)
+        images = []
+        for cell, states in draw(pipe, cells, arguments, settings, quiet=rank > 0):
+            if to_folder:
+                folder.write(cell, states)
+            else:
+                images.append(states)
         seconds = time.perf_counter() - begin
-    names = row_names(pipe, grid) if arguments.names else None
-    sheet, shown = output, ends if arguments.stages else []
-    if to_folder:
-        output.mkdir(exist_ok=True)
-        sheet = output / "sheet.png"
-        written = write_folder(output, grid, images, shown, arguments, names)
-    else:
-        written = write_sheets(output, grid, images, shown, arguments.scale, names)
+    named, scale = arguments.names, arguments.scale
+    if to_folder and (arguments.sheet or arguments.strip):
+        images, scale = [folder.read(cell) for cell in grid.cells], 1
+    sheet = output / "sheet.png" if to_folder else output
+    if arguments.sheet or not to_folder:
+        shown = images if arguments.stages else [states[-1:] for states in images]
+        write_sheets(sheet, grid, shown, scale, named=named)
     if arguments.strip:
-        write_strip(sheet, grid, images, ends, arguments.scale, names)
-    count = len(grid.pairs)
-    print(written)
-    print(f"{seconds / count:.3g} s per image ({count} images in {seconds:.3g} s on {pipe.device})")
-    print(f"backends: {backends}")
+        write_strip(sheet, grid, images, scale, named=named)
+    if rank == 0:
+        share_of = f" by one of {processes} processes" if processes > 1 else ""
+        print(output)
+        print(
+            f"{seconds / max(len(cells), 1):.3g} s per image ({len(cells)} images in "
+            f"{seconds:.3g} s on {pipe.device}{share_of}"
+            + (f"; {there} were there already)" if there else ")")
+        )
+        print(f"backends: {backends}")
 
 
-def choose_grid(arguments: argparse.Namespace, pipe: ECARPipeline) -> Grid:
-    """Classes and seeds from --classes, --seeds, --seed, --per-class and --sheet."""
+def chosen_share(arguments: argparse.Namespace, to_folder: bool) -> tuple[int, int]:
+    """This process's rank and the number of processes, as torchrun and accelerate tell them."""
+    rank, processes = (int(os.environ.get(*name)) for name in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if processes > 1:
+        if not to_folder:
+            raise UsageError(f"--output: {processes} processes need a folder, not a picture")
+        for flag, given in (("--sheet", arguments.sheet), ("--strip", arguments.strip)):
+            if given:
+                raise UsageError(
+                    f"{flag}: is drawn by one process; once the images are there, call the same "
+                    "command alone"
+                )
+    if to_folder and arguments.strip and not arguments.stages:
+        raise UsageError("--strip: in a folder, it is drawn of what --stages writes")
+    return rank, processes
+
+
+def choose_grid(
+    arguments: argparse.Namespace, pipe: ECARPipeline, settings: dict[str, Any]
+) -> Grid:
+    """Classes and seeds from --classes, --per-class, --seed, --seeds and --sheet."""
     count = pipe.model.config.num_classes
     rows, columns = arguments.sheet or (None, None)
     if arguments.classes is not None:
@@ -180,10 +232,11 @@ def choose_grid(arguments: argparse.Namespace, pipe: ECARPipeline) -> Grid:
     if arguments.seeds is not None:
         if arguments.seed is not None or arguments.per_class is not None:
             raise UsageError("--seeds: lists all seeds; --seed and --per-class do not go with it")
-        seeds = draw_seeds(arguments.seeds, None, len(arguments.seeds))
-        if columns not in (None, len(seeds)):
+        seeds = [arguments.seeds] * len(classes)
+        if columns not in (None, len(arguments.seeds)):
             raise UsageError(
-                f"--seeds: expected {columns} seeds for the columns of the sheet, got {len(seeds)}"
+                f"--seeds: expected {columns} seeds for the columns of the sheet, got "
+                f"{len(arguments.seeds)}"
             )
     else:
         if None not in (columns, arguments.per_class) and columns != arguments.per_class:
@@ -191,101 +244,60 @@ def choose_grid(arguments: argparse.Namespace, pipe: ECARPipeline) -> Grid:
                 f"--per-class: expected {columns}, the columns of the sheet, got "
                 f"{arguments.per_class}"
             )
-        first = arguments.seed or 0
-        seeds = list(range(first, first + (columns or arguments.per_class or DEFAULT_COLUMNS)))
-    return Grid(classes, seeds)
+        first, per_class = arguments.seed or 0, columns or arguments.per_class or DEFAULT_COLUMNS
+        seeds = [[first + k * count + number for k in range(per_class)] for number in classes]
+    for row in seeds:
+        draw_seeds(row, None, len(row))  # are they int64?
+    names = pipe.class_names or [str(number) for number in range(count)]
+    return Grid(classes, seeds, list(names), describe(arguments, pipe, settings))
+
+
+def describe(
+    arguments: argparse.Namespace, pipe: ECARPipeline, settings: dict[str, Any]
+) -> dict[str, str]:
+    """What all images are drawn with, for the text of their PNGs."""
+    text = {
+        "Software": f"ecar {__version__}",
+        "checkpoint": arguments.checkpoint,
+        "weights": weights_sha256(pipe.model),
+        "dtype": arguments.dtype,
+    }
+    if isinstance(pipe.codec, AutoencoderKLCodec):
+        text["vae"] = weights_sha256(pipe.codec.vae)
+    return text | {flag: json.dumps(settings[name]) for name, flag in SETTINGS.items()}
 
 
 def draw(
-    pipe: ECARPipeline, grid: Grid, arguments: argparse.Namespace, settings: dict[str, Any]
-) -> tuple[list[Image], list[list[Image]]]:
-    """All images of the grid, and of each stage but the last its end states."""
-    size, pairs = arguments.batch_size, grid.pairs
-    batches = [pairs[first : first + size] for first in range(0, len(pairs), size)]
-    stage_count = pipe.model.config.num_stages
-    total = len(batches) * sum(split_steps(settings["num_inference_steps"], stage_count))
-    images: list[Image] = []
-    kept = arguments.stages or arguments.strip
-    stages: list[list[Image]] = [[] for _ in range(stage_count - 1)] if kept else []
+    pipe: ECARPipeline,
+    cells: list[Cell],
+    arguments: argparse.Namespace,
+    settings: dict[str, Any],
+    *,
+    quiet: bool,
+) -> Iterator[tuple[Cell, list[Image]]]:
+    """Each image's class and seed, and the states in which its stages ended, or the last alone."""
+    size = arguments.batch_size
+    batches = [cells[first : first + size] for first in range(0, len(cells), size)]
+    stages = pipe.model.config.num_stages
+    total = len(batches) * sum(split_steps(settings["num_inference_steps"], stages))
     with tqdm(
-        total=total, desc=f"{len(pairs)} images", unit="step", disable=arguments.no_progress
+        total=total,
+        desc=f"{len(cells)} images",
+        unit="step",
+        disable=quiet or arguments.no_progress,
     ) as bar:
 
         def step_done(*_: Any) -> None:
             bar.update()
 
         for batch in batches:
-            classes, seeds = zip(*batch, strict=True)
             output = pipe(
-                list(classes),
-                seeds=list(seeds),
-                return_stages=kept,
+                [number for number, _ in batch],
+                seeds=[seed for _, seed in batch],
+                return_stages=arguments.stages or arguments.strip,
                 progress=False,
                 callback_on_step_end=step_done,
                 **settings,
             )
-            images += output.images
-            for stage, ends in zip(stages, output.stage_images or [], strict=False):
-                stage += ends
-    return images, stages
-
-
-def row_names(pipe: ECARPipeline, grid: Grid) -> list[str]:
-    """The classes by name, or by number where they have none."""
-    names = pipe.class_names
-    return [str(number) if names is None else names[number] for number in grid.classes]
-
-
-def write_strip(
-    path: Path,
-    grid: Grid,
-    images: list[Image],
-    stages: list[list[Image]],
-    scale: int,
-    names: list[str] | None,
-) -> None:
-    """Each row's first image, at the left as stage 1 ended and at the right done."""
-    cells = [
-        ends[first].resize(images[0].size, Resampling.NEAREST)
-        for first in range(0, len(images), len(grid.seeds))
-        for ends in (*stages, images)
-    ]
-    sheet = make_sheet(cells, len(grid.classes), len(stages) + 1, PADDING, scale, names)
-    save_image(sheet, path.with_name(f"{path.stem}-strip{path.suffix}"))
-
-
-def write_sheets(
-    path: Path,
-    grid: Grid,
-    images: list[Image],
-    stages: list[list[Image]],
-    scale: int,
-    names: list[str] | None = None,
-) -> Path:
-    """The sheet, and beside it one of each stage; a lone image gets no frame."""
-    rows, columns = len(grid.classes), len(grid.seeds)
-    padding = PADDING if rows * columns > 1 else 0
-    for stage, ends in enumerate(stages, start=1):
-        enlarged = scale * (images[0].width // ends[0].width)
-        sheet = make_sheet(ends, rows, columns, padding, enlarged, names)
-        save_image(sheet, path.with_name(f"{path.stem}-stage{stage}{path.suffix}"))
-    return save_image(make_sheet(images, rows, columns, padding, scale, names), path)
-
-
-def write_folder(
-    folder: Path,
-    grid: Grid,
-    images: list[Image],
-    stages: list[list[Image]],
-    arguments: argparse.Namespace,
-    names: list[str] | None,
-) -> Path:
-    """One file for each image and end state, and the sheet if one was asked for."""
-    for index, (number, seed) in enumerate(grid.pairs):
-        path = folder / f"{index:05d}-class{number}-seed{seed}.png"
-        one = Grid([number], [seed])
-        ends = [[stage[index]] for stage in stages]
-        write_sheets(path, one, [images[index]], ends, arguments.scale)
-    if arguments.sheet:
-        write_sheets(folder / "sheet.png", grid, images, stages, arguments.scale, names)
-    return folder
+            ends = (output.stage_images or [output.images])[:-1]
+            yield from zip(batch, map(list, zip(*ends, output.images, strict=True)), strict=True)

@@ -54,6 +54,16 @@ def test_samples(folder, start):
     assert (folder / "x.png").exists()
 
 
+def test_torchrun_draws_each_image_once(folder, start):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = ["sample", "--checkpoint", "model", "--per-class", "2", "--output", "out"]
+    process = start([*launcher, "--nproc-per-node", "2", "-m", "ecar", *words])
+    output, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, errors
+    assert "(10 images in" in output and "by one of 2 processes" in output
+    assert len(list((folder / "out").iterdir())) == 20
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

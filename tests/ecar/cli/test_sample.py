@@ -26,7 +26,7 @@ def cells(path, rows, columns, side, padding=2):
     return inner[:, :, :side, :side]
 
 
-def test_sheet_has_a_row_for_each_class_and_a_column_for_each_seed(folder, pipe, run):
+def test_sheet_has_a_row_for_each_class_and_noise_of_its_own_for_each_image(folder, pipe, run):
     code, output, errors = run("sample --checkpoint model --output sheet.png --guidance 2")
     assert code == 0
     path, seconds, backends = output.splitlines()
@@ -36,9 +36,10 @@ def test_sheet_has_a_row_for_each_class_and_a_column_for_each_seed(folder, pipe,
     assert "stage_attention" in backends
     assert "4/4" in errors  # the progress bar
     sheet = cells("sheet.png", 10, 10, 8)
-    for number, seed in ((0, 0), (3, 7), (9, 2)):
+    for number, index in ((0, 0), (3, 7), (9, 2)):
+        seed = 10 * index + number
         picture = pipe(number, 4, 2.0, seeds=seed, progress=False).images[0]
-        difference = np.asarray(picture).astype(int) - sheet[number, seed]
+        difference = np.asarray(picture).astype(int) - sheet[number, index]
         assert abs(difference).max() <= 1  # one level, for rounding at another batch size
 
 
@@ -50,8 +51,10 @@ def test_chosen_classes_seeds_scale_and_stages(folder, run):
     sheet, ends = cells("x.png", 3, 2, 24), cells("x-stage1.png", 3, 2, 24)
     assert np.array_equal(sheet[:, :, ::3, ::3].repeat(3, 2).repeat(3, 3), sheet)
     assert np.array_equal(ends[:, :, ::6, ::6].repeat(6, 2).repeat(6, 3), ends)
-    run(f"{line} --seed 6 --output y.png")
+    run(f"{line} --seed 15 --output y.png")  # ten classes further
     assert np.array_equal(cells("y.png", 3, 2, 8)[:, 0], sheet[:, 1, ::3, ::3])
+    run(f"{line.replace('--seed 5 --per-class 2', '--seeds 8,18')} --output z.png")
+    assert np.array_equal(cells("z.png", 3, 2, 8)[0], sheet[0, :, ::3, ::3])
 
 
 def test_names_of_the_rows_and_a_strip_of_the_stages(folder, run):
@@ -91,14 +94,20 @@ def test_folder_gets_a_file_for_each_image(folder, run):
     assert output.splitlines()[0] == "out"
     names = sorted(path.name for path in (folder / "out").iterdir())
     images = [
-        f"{2 * number + seed:05d}-class{number}-seed{seed}{stage}.png"
+        f"class{number}-seed{10 * index + number:06d}{stage}.png"
         for number in range(2)
-        for seed in range(2)
+        for index in range(2)
         for stage in ("", "-stage1")
     ]
     assert names == sorted([*images, "sheet.png", "sheet-stage1.png"])
     sheet = cells("out/sheet.png", 2, 2, 8)
-    assert np.array_equal(np.asarray(Image.open("out/00002-class1-seed0.png")), sheet[1, 0])
+    assert np.array_equal(np.asarray(Image.open("out/class1-seed000001.png")), sheet[1, 0])
+    run("sample --checkpoint model --sheet 2x2 --stages --output x.png")
+    for suffix in ("", "-stage1"):
+        assert np.array_equal(
+            np.asarray(Image.open(f"x{suffix}.png")),
+            np.asarray(Image.open(f"out/sheet{suffix}.png")),
+        )
 
 
 def test_settings_reach_the_sampler(folder, run):
@@ -146,6 +155,8 @@ def test_where_and_how_it_runs(folder, run, options):
         ("--seeds 9223372036854775808", "--seeds: expected int64 numbers, got 92233720368547758"),
         ("--seeds 1 --seed 2", "--seeds: lists all seeds"),
         ("--seed x", "--seed: invalid int value: 'x'"),
+        ("--seed 9223372036854775800", "--seeds: expected int64 numbers, got 92233720368547758"),
+        ("--output out/ --strip", "--strip: in a folder, .*--stages"),
         ("--per-class 0", "--per-class: expected a positive whole number, got '0'"),
         ("--per-class 2 --sheet 3x3", "--per-class: expected 3, .*got 2"),
         ("--steps 0", "--steps: expected a positive whole number.*'0'"),
