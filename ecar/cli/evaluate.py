@@ -13,6 +13,7 @@ from typing import Any
 from ecar.cli.parser import UsageError, add_checkpoint, add_device, add_sampling, positive
 from ecar.cli.runtime import chosen_backend, chosen_device, chosen_settings
 from ecar.evaluation import Classifier, InceptionExtractor, evaluate, summary
+from ecar.evaluation.provenance import describe_device
 from ecar.files import read_json
 from ecar.hub import checkpoint_folder
 
@@ -151,6 +152,7 @@ def run(arguments: argparse.Namespace) -> None:
             **chosen_settings(arguments),
         )
     print(summary(report))
+    print(f"drawn on {describe_device(device)}")
     outputs = (arguments.output, arguments.npz, arguments.neighbours, arguments.save_classifier)
     for path in outputs:
         if path is not None:

@@ -34,7 +34,7 @@ from ecar.cli.runtime import (
     describe_backends,
 )
 from ecar.codec import AutoencoderKLCodec
-from ecar.evaluation.provenance import weights_sha256
+from ecar.evaluation.provenance import describe_device, weights_sha256
 from ecar.images import check_output_file, check_output_folder
 from ecar.inputs import draw_seeds
 from ecar.pipeline import ECARPipeline
@@ -190,7 +190,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(output)
         print(
             f"{seconds / max(len(cells), 1):.3g} s per image ({len(cells)} images in "
-            f"{seconds:.3g} s on {pipe.device}{share_of}"
+            f"{seconds:.3g} s on {describe_device(pipe.device)}{share_of}"
             + (f"; {there} were there already)" if there else ")")
         )
         print(f"backends: {backends}")

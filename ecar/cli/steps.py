@@ -15,6 +15,7 @@ from typing import Any
 from ecar.cli.parser import UsageError, add_checkpoint, add_device, add_guidance, positive
 from ecar.cli.runtime import chosen_backend, chosen_device, chosen_settings
 from ecar.evaluation.chart import draw_steps
+from ecar.evaluation.provenance import describe_device
 from ecar.evaluation.steps import CALLS, best_row, frontier, sweep_steps, write_best
 from ecar.files import check_output_folder, check_target, write_json
 from ecar.pipeline import ECARPipeline
@@ -97,6 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     best = best_row(report, arguments.calls)
     print(describe(report, best))
+    print(f"drawn on {describe_device(pipe.device)}")
     if arguments.output is not None:
         write_json(arguments.output, {"checkpoint": Path(arguments.checkpoint).name, **report})
         print(arguments.output)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["cpu_name", "device_name", "versions", "weights_sha256"]
+__all__ = ["cpu_name", "describe_device", "device_name", "versions", "weights_sha256"]
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
@@ -28,6 +28,12 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device}: {cpu_name()}"
+
+
+def describe_device(device: torch.device) -> str:
+    """Such as "cuda:0", or "cpu with 2 threads"."""
+    count = torch.get_num_threads()
+    return str(device) if device.type != "cpu" else f"cpu with {count} thread{'s'[: count > 1]}"
 
 
 def cpu_name() -> str:

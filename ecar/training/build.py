@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from ecar.data import FolderDataset, ImageDataset, LatentDataset, load_dataset
 from ecar.data.base import check_dataset
+from ecar.evaluation.provenance import describe_device
 from ecar.info import backends_in_use
 from ecar.model import ECAR
 from ecar.training.config import TrainConfig
@@ -202,8 +203,8 @@ def describe(
         f"model: {count / 1e6:.1f} M parameters, {sizes.num_stages} stages up to {side}, "
         f"{sizes.num_classes} classes",
         f"data: {images:,} training images of {config.dataset}, {held_out:,} for validation",
-        f"run: {processes} x {device.type}, mixed precision {config.mixed_precision}, ops by "
-        f"{', '.join(backends)}",
+        f"run: {processes} x {describe_device(device)}, mixed precision {config.mixed_precision}, "
+        f"ops by {', '.join(backends)}",
         f"steps: {config.steps:,} of {config.batch_size} images, {config.schedule} learning rate",
         f"from: {origin}",
     ]

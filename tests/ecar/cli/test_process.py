@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import time
 
 import pytest
 from PIL import Image
+
+from ecar.cli import SPIN_VARIABLES
 
 TIMEOUT = 120
 
@@ -21,14 +24,14 @@ def command(*words):
 def start(tmp_path):
     """Start a command in the working folder."""
     root = os.path.dirname(os.path.dirname(sys.modules["ecar"].__file__))
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    ours = {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     begun = []
 
-    def start(arguments):
+    def start(arguments, environment=os.environ):
         process = subprocess.Popen(
             arguments,
             cwd=tmp_path,
-            env=environment,
+            env={**environment, **ours},
             text=True,
             start_new_session=True,
             # Where the tests themselves run in the background, Ctrl-C is ignored, and that is
@@ -62,6 +65,33 @@ def test_torchrun_draws_each_image_once(folder, start):
     assert process.returncode == 0, errors
     assert "(10 images in" in output and "by one of 2 processes" in output
     assert len(list((folder / "out").iterdir())) == 20
+
+
+@pytest.mark.parametrize(
+    ("before", "code", "spins"),
+    [
+        ({}, "", "3000"),
+        ({"GOMP_SPINCOUNT": "77"}, "", "77"),
+        ({"OMP_WAIT_POLICY": "active"}, "", None),
+        ({}, "import torch; ", None),
+    ],
+)
+def test_threads_spin_briefly_unless_the_user_says_how_they_wait(
+    folder, start, before, code, spins
+):
+    """As OpenMP itself reports it when torch is imported."""
+    code += "import ecar.cli; ecar.cli.main(['sample', '--checkpoint', 'nowhere'])"
+    kept = {name: os.environ[name] for name in os.environ if name not in SPIN_VARIABLES}
+    environment = {**kept, **before, "OMP_DISPLAY_ENV": "VERBOSE"}
+    process = start([sys.executable, "-c", code], environment)
+    _, errors = process.communicate(timeout=TIMEOUT)
+    assert "no such folder" in errors
+    found = re.search("GOMP_SPINCOUNT = '([0-9]+)'", errors)
+    assert found is not None, "no GNU OpenMP"
+    if spins is None:
+        assert int(found[1]) >= 300_000
+    else:
+        assert found[1] == spins
 
 
 @pytest.mark.parametrize(
