@@ -16,7 +16,7 @@ using std::int64_t;
 Tensor pack_linear_weight(const Tensor& weight) {
   const Dtype dtype = check_leading("weight", weight, 2);
   const int64_t outputs = weight.size(0), depth = weight.size(1);
-  const int64_t size = gemm::packed_size(outputs, depth);
+  const int64_t size = flow_block::packed_size(outputs, depth);
   const int64_t item = weight.element_size(), page = kLargePage;
   const bool large = size * item >= page;
   // One page more, to align the first; what is left before and behind is given back. The rest
@@ -26,16 +26,15 @@ Tensor pack_linear_weight(const Tensor& weight) {
   int64_t skipped = 0;
   if (large) {
     const int64_t address = reinterpret_cast<int64_t>(packed.const_data_ptr());
-    skipped = (gemm::ceil_div(address, page) * page - address) / item;
+    skipped = (flow_block::ceil_div(address, page) * page - address) / item;
     packed = torch::stable::narrow(packed, 0, skipped, size);
     ask_for_large_pages(packed.mutable_data_ptr(), size * item);
   }
-  const gemm::Weight a{weight.const_data_ptr(), weight.stride(0), outputs, depth,
-                       packed.mutable_data_ptr()};
-  const gemm::Pack kernel = ECAR_CHOOSE(gemm_kernels).pack[dtype];
-  parallel(gemm::panels(outputs), gemm::kPanelColumns * depth, [&](int64_t begin, int64_t end) {
-    kernel(a, begin, end);
-  });
+  const flow_block::Weight a{weight.const_data_ptr(), weight.stride(0), outputs, depth,
+                             packed.mutable_data_ptr()};
+  const flow_block::Pack kernel = ECAR_CHOOSE(flow_block_kernels).pack[dtype];
+  parallel(flow_block::panels(outputs), flow_block::kPanelColumns * depth,
+           [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   if (large) {
     char* data = static_cast<char*>(packed.mutable_data_ptr());
     move_to_large_pages(data, size * item);
@@ -48,7 +47,7 @@ Tensor pack_linear_weight(const Tensor& weight) {
 
 void check_packed(const Tensor& packed, const Tensor& x, int64_t outputs, int64_t depth) {
   if (outputs < 0) refuse("outputs", "at least 0, got ", outputs);
-  const int64_t size = gemm::packed_size(outputs, depth);
+  const int64_t size = flow_block::packed_size(outputs, depth);
   if (packed.dim() != 1 || packed.size(0) != size || packed.stride(0) != 1) {
     refuse("packed", "pack_linear_weight's result for a weight of ", outputs, " x ", depth,
            ", got ", text(packed.sizes()));
@@ -65,19 +64,19 @@ const void* bias_of(const MaybeTensor& bias, const Tensor& x, int64_t outputs) {
 }
 
 Tensor new_workspace(const Tensor& x, const Tokens& t) {
-  return empty(x, {gemm::workspace_size(t.images * t.tokens, t.channels)},
+  return empty(x, {flow_block::workspace_size(t.images * t.tokens, t.channels)},
                aoti_torch_dtype_float32());
 }
 
 void check_workspace(const Tensor& workspace, const Tokens& t) {
-  const int64_t size = gemm::workspace_size(t.images * t.tokens, t.channels);
+  const int64_t size = flow_block::workspace_size(t.images * t.tokens, t.channels);
   if (dtype_code(workspace) != aoti_torch_dtype_float32() || workspace.dim() != 1 ||
       workspace.size(0) < size || workspace.stride(0) != 1) {
     refuse("workspace", size, " or more contiguous float32, got ", text(workspace.sizes()));
   }
 }
 
-void run(Dtype dtype, gemm::Input input, gemm::Output output, const Tensor& workspace,
+void run(Dtype dtype, flow_block::Input input, flow_block::Output output, const Tensor& workspace,
          const Tokens& t) {
   const int64_t all = t.images * t.tokens;
   if (all == 0 || output.outputs == 0) return;
@@ -85,16 +84,17 @@ void run(Dtype dtype, gemm::Input input, gemm::Output output, const Tensor& work
   input.depth = output.depth = t.channels;
   input.workspace = static_cast<float*>(workspace.mutable_data_ptr());
   output.workspace = input.workspace;
-  const gemm::Kernels& kernels = ECAR_CHOOSE(gemm_kernels);
-  const gemm::Prepare prepare = kernels.prepare[dtype];
-  const gemm::Multiply multiply = kernels.multiply[dtype];
-  for (int64_t first = 0; first < all; first += gemm::kSlabRows) {
-    const int64_t rows = all - first < gemm::kSlabRows ? all - first : gemm::kSlabRows;
-    parallel(gemm::ceil_div(rows, gemm::kBlockRows), gemm::kBlockRows * t.channels,
+  const flow_block::Kernels& kernels = ECAR_CHOOSE(flow_block_kernels);
+  const flow_block::Prepare prepare = kernels.prepare[dtype];
+  const flow_block::Multiply multiply = kernels.multiply[dtype];
+  for (int64_t first = 0; first < all; first += flow_block::kSlabRows) {
+    const int64_t rows = all - first < flow_block::kSlabRows ? all - first : flow_block::kSlabRows;
+    parallel(flow_block::ceil_div(rows, flow_block::kBlockRows),
+             flow_block::kBlockRows * t.channels,
              [&](int64_t begin, int64_t end) { prepare(input, first, rows, begin, end); });
-    const int64_t chunks = gemm::ceil_div(rows, gemm::kChunkRows);
-    const int64_t cost = rows / chunks * gemm::kPanelColumns * t.channels;
-    parallel(gemm::panels(output.outputs) * chunks, cost / kMultiplyAddsAnElement,
+    const int64_t chunks = flow_block::ceil_div(rows, flow_block::kChunkRows);
+    const int64_t cost = rows / chunks * flow_block::kPanelColumns * t.channels;
+    parallel(flow_block::panels(output.outputs) * chunks, cost / kMultiplyAddsAnElement,
              [&](int64_t begin, int64_t end) { multiply(output, first, rows, begin, end); });
   }
 }
@@ -107,12 +107,12 @@ Tensor packed_adaln_linear(const Tensor& x, const Tensor& shift, const Tensor& s
   const Tokens t = tokens_of(x);
   check_packed(packed, x, outputs, t.channels);
   const Tensor y = empty(x, {t.images, t.tokens, outputs});
-  gemm::Input input{};
+  flow_block::Input input{};
   input.x = rows_of(x);
   set_shift(input, shift, step_shift, x, t);
   set_scale(input, scale, step_scale, eps, x, t);
   input.scale_offset = static_cast<float>(scale_offset);
-  gemm::Output output{};
+  flow_block::Output output{};
   output.packed = packed.const_data_ptr();
   output.bias = bias_of(bias, x, outputs);
   output.gelu = gelu;
@@ -131,9 +131,9 @@ Tensor packed_linear_gated_residual(const Tensor& h, const Tensor& packed,
   const Tokens out{t.images, t.tokens, residual.size(2)};
   check_packed(packed, h, out.channels, t.channels);
   const Tensor y = empty(h, {out.images, out.tokens, out.channels});
-  gemm::Input input{};
+  flow_block::Input input{};
   input.x = rows_of(h);
-  gemm::Output output{};
+  flow_block::Output output{};
   output.packed = packed.const_data_ptr();
   output.bias = bias_of(bias, h, out.channels);
   set_gate(output, gate, step_gate, h, out);
@@ -148,12 +148,12 @@ Tensor packed_linear_gated_residual(const Tensor& h, const Tensor& packed,
 void attend(Dtype dtype, const void* qkv, const Tokens& t, int64_t heads, int64_t item, void* out) {
   const int64_t head_dim = t.channels / heads, row = 3 * t.channels;
   const char* data = static_cast<const char*>(qkv);
-  std::vector<attention::Block> blocks(attention::blocks_of(t.tokens));
-  attention::divide(0, t.tokens, t.tokens, blocks.data());
+  std::vector<stage_attention::Block> blocks(stage_attention::blocks_of(t.tokens));
+  stage_attention::divide(0, t.tokens, t.tokens, blocks.data());
   const auto part = [&](int64_t index) {
-    return attention::Heads{data + index * t.channels * item, t.tokens * row, row, head_dim};
+    return stage_attention::Heads{data + index * t.channels * item, t.tokens * row, row, head_dim};
   };
-  attention::Forward a{};
+  stage_attention::Forward a{};
   a.shape = {heads, t.tokens, t.tokens, head_dim, blocks.data(),
              static_cast<int64_t>(blocks.size()),
              static_cast<float>(1 / std::sqrt(static_cast<double>(head_dim)))};
@@ -161,7 +161,7 @@ void attend(Dtype dtype, const void* qkv, const Tokens& t, int64_t heads, int64_
   a.out = {out, t.tokens * t.channels, t.channels, head_dim};
   const int64_t units = t.images * heads * a.shape.num_blocks;
   const int64_t cost = 2 * t.tokens * t.tokens * head_dim / a.shape.num_blocks;
-  const attention::ForwardKernel kernel = ECAR_CHOOSE(attention_kernels).forward[dtype];
+  const stage_attention::ForwardKernel kernel = ECAR_CHOOSE(stage_attention_kernels).forward[dtype];
   parallel(units, cost / kMultiplyAddsAnElement,
            [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }
@@ -215,7 +215,7 @@ void flow_block_(const Tensor& x, const Tensor& spatial, const Tensor& step, int
   const auto product = [&](const void* from, int64_t depth, const Tensor& packed,
                            const MaybeTensor& bias, int64_t outputs, void* to, int64_t norm,
                            int64_t gate) {
-    gemm::Input input{};
+    flow_block::Input input{};
     input.x = {from, t.tokens * depth, depth};
     if (norm >= 0) {
       input.shift = modulation(of_token, norm), input.scale = modulation(of_token, norm + 1);
@@ -224,7 +224,7 @@ void flow_block_(const Tensor& x, const Tensor& spatial, const Tensor& step, int
       input.eps = static_cast<float>(eps);
       input.scale_offset = 1;
     }
-    gemm::Output output{};
+    flow_block::Output output{};
     output.packed = packed.const_data_ptr();
     output.bias = bias_of(bias, x, outputs);
     output.gelu = norm == 3;
@@ -246,7 +246,7 @@ void flow_block_(const Tensor& x, const Tensor& spatial, const Tensor& step, int
 
 // Floats that a call's workspace has at least.
 int64_t packed_workspace_size(int64_t rows, int64_t depth) {
-  return gemm::workspace_size(rows, depth);
+  return flow_block::workspace_size(rows, depth);
 }
 
 }  // namespace

@@ -9,7 +9,7 @@
 namespace ecar {
 namespace {
 
-using attention::Block;
+using stage_attention::Block;
 using std::int64_t;
 
 // The sizes of one call, checked, and its blocks of queries.
@@ -43,7 +43,7 @@ struct Call {
     int64_t covered = 0, number = 0;
     while (first > 0 && covered < queries) {
       covered += stages[--first];
-      number += attention::blocks_of(stages[first]);
+      number += stage_attention::blocks_of(stages[first]);
     }
     if (covered != queries) refuse("q", "the tokens of the newest stages, got ", queries);
     blocks.resize(number);
@@ -51,36 +51,37 @@ struct Call {
     for (Block* next = blocks.data(); first < stages.size(); ++first) {
       const int64_t length = stages[first];
       end += length;
-      attention::divide(at, length, end, next);
-      next += attention::blocks_of(length);
+      stage_attention::divide(at, length, end, next);
+      next += stage_attention::blocks_of(length);
       at += length, pairs += length * end;
     }
   }
 
-  attention::Shape shape() const {
+  stage_attention::Shape shape() const {
     return {heads, queries, keys, head_dim, blocks.data(), static_cast<int64_t>(blocks.size()),
             scale};
   }
 };
 
-attention::Heads heads_of(const Tensor& tensor) {
+stage_attention::Heads heads_of(const Tensor& tensor) {
   const Sizes strides = tensor.strides();
   return {tensor.const_data_ptr(), strides[0], strides[1], strides[2]};
 }
 
-attention::MutableHeads outputs_of(const Tensor& tensor) {
+stage_attention::MutableHeads outputs_of(const Tensor& tensor) {
   const Sizes strides = tensor.strides();
   return {tensor.mutable_data_ptr(), strides[0], strides[1], strides[2]};
 }
 
 void run_forward(const Call& call, const Tensor& q, const Tensor& k, const Tensor& v,
                  const Tensor& out, float* lse) {
-  const attention::Forward a{call.shape(),  heads_of(q),     heads_of(k),
-                             heads_of(v),   outputs_of(out), lse};
+  const stage_attention::Forward a{call.shape(), heads_of(q),     heads_of(k),
+                                   heads_of(v),  outputs_of(out), lse};
   const int64_t units = call.images * call.heads * a.shape.num_blocks;
   if (units == 0 || call.head_dim == 0) return;
   const int64_t cost = 2 * call.pairs * call.head_dim / a.shape.num_blocks;
-  const attention::ForwardKernel kernel = ECAR_CHOOSE(attention_kernels).forward[call.dtype];
+  const stage_attention::ForwardKernel kernel =
+      ECAR_CHOOSE(stage_attention_kernels).forward[call.dtype];
   parallel(units, cost / kMultiplyAddsAnElement,
            [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }
@@ -89,8 +90,8 @@ Tensor like_queries(const Call& call, const Tensor& q) {
   return empty(q, {call.images, call.queries, call.heads, call.head_dim});
 }
 
-Tensor stage_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                       std::vector<int64_t> stage_lengths, double scale) {
+Tensor stage_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                               std::vector<int64_t> stage_lengths, double scale) {
   const Call call(q, k, v, stage_lengths, scale);
   const Tensor out = like_queries(call, q);
   run_forward(call, q, k, v, out, nullptr);
@@ -128,19 +129,26 @@ std::tuple<Tensor, Tensor, Tensor> stage_attention_backward(
   const Tensor grad_q = like_queries(call, q);
   const Tensor grad_k = empty(q, {call.images, call.keys, call.heads, call.head_dim});
   const Tensor grad_v = empty(q, {call.images, call.keys, call.heads, call.head_dim});
-  const attention::Backward a{call.shape(), heads_of(grad), heads_of(q), heads_of(k), heads_of(v),
-                              heads_of(out), static_cast<const float*>(lse.const_data_ptr()),
-                              outputs_of(grad_q), outputs_of(grad_k), outputs_of(grad_v)};
+  const stage_attention::Backward a{call.shape(),
+                                    heads_of(grad),
+                                    heads_of(q),
+                                    heads_of(k),
+                                    heads_of(v),
+                                    heads_of(out),
+                                    static_cast<const float*>(lse.const_data_ptr()),
+                                    outputs_of(grad_q),
+                                    outputs_of(grad_k),
+                                    outputs_of(grad_v)};
   if (call.head_dim == 0) return {grad_q, grad_k, grad_v};
-  const attention::Kernels& kernels = ECAR_CHOOSE(attention_kernels);
+  const stage_attention::Kernels& kernels = ECAR_CHOOSE(stage_attention_kernels);
   const int64_t heads = call.images * call.heads;
   const int64_t cost = 5 * call.pairs * call.head_dim / kMultiplyAddsAnElement;
   if (heads >= static_cast<int64_t>(torch::stable::get_num_threads())) {
-    const attention::BackwardKernel kernel = kernels.backward[call.dtype];
+    const stage_attention::BackwardKernel kernel = kernels.backward[call.dtype];
     parallel(heads, cost, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   } else {
-    const attention::BackwardKernel kernel = kernels.backward_parts[call.dtype];
-    const int64_t parts = attention::parts_of(a.shape);
+    const stage_attention::BackwardKernel kernel = kernels.backward_parts[call.dtype];
+    const int64_t parts = stage_attention::parts_of(a.shape);
     parallel(heads * parts, cost / parts,
              [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   }
@@ -162,7 +170,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ecar, CPU, library) {
-  library.impl("stage_attention", TORCH_BOX(&ecar::stage_attention));
+  library.impl("stage_attention", TORCH_BOX(&ecar::stage_attention_forward));
   library.impl("stage_attention_training", TORCH_BOX(&ecar::stage_attention_training));
   library.impl("stage_attention_backward", TORCH_BOX(&ecar::stage_attention_backward));
 }

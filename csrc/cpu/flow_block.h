@@ -19,7 +19,7 @@
 #include "cpu/rows.h"
 
 namespace ecar {
-namespace gemm {
+namespace flow_block {
 
 constexpr std::int64_t kPanelColumns = 48;  // 3 AVX-512 vectors: 24 sums with kBlockRows
 constexpr std::int64_t kColumnGroup = 16;   // the widest vector
@@ -94,11 +94,11 @@ struct Kernels {
   Multiply multiply[kDtypes];
 };
 
-}  // namespace gemm
+}  // namespace flow_block
 
-#define ECAR_DECLARE(isa)              \
-  namespace isa {                      \
-  extern const gemm::Kernels gemm_kernels; \
+#define ECAR_DECLARE(isa) \
+  namespace isa { \
+  extern const flow_block::Kernels flow_block_kernels; \
   }
 ECAR_FOR_EACH_ISA(ECAR_DECLARE)
 #undef ECAR_DECLARE

@@ -11,13 +11,13 @@ namespace ecar {
 namespace ECAR_ISA {
 namespace {
 
-using gemm::Input;
-using gemm::kChunkRows;
-using gemm::kDepth;
-using gemm::Output;
-using gemm::panel_width;
-using gemm::Weight;
-using gemm::whole_pairs;
+using flow_block::Input;
+using flow_block::kChunkRows;
+using flow_block::kDepth;
+using flow_block::Output;
+using flow_block::panel_width;
+using flow_block::Weight;
+using flow_block::whole_pairs;
 
 // Whether bfloat16 rows are multiplied as pairs by AVX512_BF16's instruction, with twice the rate
 // of floats. Elsewhere they and their weights are widened.
@@ -49,7 +49,7 @@ int64_t packed_at(int64_t k, int64_t column, int64_t width) {
 template <class T>
 void pack(const Weight& weight, int64_t begin, int64_t end) {
   constexpr int64_t square = 16;  // neither side is walked a cache line an element
-  static_assert(gemm::kColumnGroup % square == 0, "a panel is whole squares");
+  static_assert(flow_block::kColumnGroup % square == 0, "a panel is whole squares");
   const int64_t depth = whole_pairs(weight.depth);
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t first = panel * kPanelColumns;
@@ -260,7 +260,7 @@ void multiply(const Output& output, int64_t first, int64_t rows, int64_t begin, 
 
 }  // namespace
 
-extern const gemm::Kernels gemm_kernels = {
+extern const flow_block::Kernels flow_block_kernels = {
     {pack<float>, pack<BFloat16>, pack<Float16>},
     {prepare<float>, prepare<BFloat16>, prepare<Float16>},
     {multiply<float>, multiply<BFloat16>, multiply<Float16>},

@@ -9,9 +9,9 @@ namespace ecar {
 namespace ECAR_ISA {
 namespace {
 
-using gemm::ceil_div;
-using gemm::kBlockRows;
-using gemm::kPanelColumns;
+using flow_block::ceil_div;
+using flow_block::kBlockRows;
+using flow_block::kPanelColumns;
 using std::int64_t;
 
 constexpr int kTileColumns = kTileVectors * kWidth;

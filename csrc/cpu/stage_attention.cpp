@@ -4,7 +4,7 @@
 #include <new>
 
 namespace ecar {
-namespace attention {
+namespace stage_attention {
 namespace {
 
 struct Workspace {
@@ -40,5 +40,5 @@ void divide(std::int64_t first, std::int64_t count, std::int64_t keys, Block* bl
   }
 }
 
-}  // namespace attention
+}  // namespace stage_attention
 }  // namespace ecar

@@ -13,7 +13,7 @@
 #include "cpu/isa.h"
 
 namespace ecar {
-namespace attention {
+namespace stage_attention {
 
 constexpr std::int64_t kQueries = 48;  // of a block, at most: 3 AVX-512 vectors
 constexpr std::int64_t kSpread = 16;   // blocks are even in units of so many
@@ -91,11 +91,11 @@ inline std::int64_t blocks_of(std::int64_t count) { return ceil_div(count, kQuer
 // Writes them from `blocks` on; `first` is the stage's first query.
 void divide(std::int64_t first, std::int64_t count, std::int64_t keys, Block* blocks);
 
-}  // namespace attention
+}  // namespace stage_attention
 
-#define ECAR_DECLARE(isa)                            \
-  namespace isa {                                    \
-  extern const attention::Kernels attention_kernels; \
+#define ECAR_DECLARE(isa) \
+  namespace isa { \
+  extern const stage_attention::Kernels stage_attention_kernels; \
   }
 ECAR_FOR_EACH_ISA(ECAR_DECLARE)
 #undef ECAR_DECLARE

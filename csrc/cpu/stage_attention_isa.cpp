@@ -8,10 +8,10 @@ namespace ecar {
 namespace ECAR_ISA {
 namespace {
 
-using attention::Backward;
-using attention::Block;
-using attention::Forward;
-using attention::Shape;
+using stage_attention::Backward;
+using stage_attention::Block;
+using stage_attention::Forward;
+using stage_attention::Shape;
 
 constexpr float kLog2E = 1.44269504f;
 
@@ -77,9 +77,9 @@ template <class T>
 void forward(const Forward& a, int64_t begin, int64_t end) {
   constexpr bool direct = std::is_same_v<T, float>;  // keys are read where they lie
   const Shape& s = a.shape;
-  const int64_t width = attention::padded(s.head_dim);
-  float* queries = attention::workspace((2 * kQueries + s.keys * (direct ? 1 : 2)) * width +
-                                        kKeys * kQueries);
+  const int64_t width = stage_attention::padded(s.head_dim);
+  float* queries = stage_attention::workspace((2 * kQueries + s.keys * (direct ? 1 : 2)) * width +
+                                              kKeys * kQueries);
   float* scores = queries + kQueries * width;
   float* sums = scores + kKeys * kQueries;
   float* values = sums + kQueries * width;
@@ -106,7 +106,8 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
       transpose_padded(sums, block.count, width, s.scale * kLog2E, queries);
     }
 
-    const int64_t vectors = ceil_div(block.count, kWidth), piece = attention::piece_of(block.keys);
+    const int64_t vectors = ceil_div(block.count, kWidth);
+    const int64_t piece = stage_attention::piece_of(block.keys);
     for (int64_t at = 0; at < block.keys; at += piece) {
       const int64_t count = smaller(piece, block.keys - at);
       Factors product{keys + at * width, width,    queries, kQueries, s.head_dim,
@@ -154,14 +155,14 @@ struct HeadGradients {
   float *weights, *grad_scores;
 
   static int64_t floats(const Shape& s) {
-    const int64_t width = attention::padded(s.head_dim);
+    const int64_t width = stage_attention::padded(s.head_dim);
     return s.num_blocks * kQueries * (5 * width + 2) + kQueries * width +
            kKeys * (4 * width + 2 * kQueries);
   }
 
   explicit HeadGradients(const Backward& arguments)
-      : a(arguments), s(arguments.shape), width(attention::padded(s.head_dim)) {
-    float* next = attention::workspace(floats(s));
+      : a(arguments), s(arguments.shape), width(stage_attention::padded(s.head_dim)) {
+    float* next = stage_attention::workspace(floats(s));
     const auto take = [&](int64_t count) {
       float* taken = next;
       next += count;
@@ -194,7 +195,7 @@ struct HeadGradients {
       transpose_padded(grad_rows + at * width, block.count, width, 1.0f, grads + at * width);
       // Summed as the gradients of the weights are, so that they round alike.
       float* y = grad_queries + at * width;
-      if (block.keys > attention::piece_of(s.keys)) {  // else `differentiate` has them all
+      if (block.keys > stage_attention::piece_of(s.keys)) {  // else `differentiate` has them all
         widen_rows(out + first * a.out.row_stride, a.out.row_stride, block.count, s.head_dim,
                    width, y);
         transpose_padded(y, block.count, width, 1.0f, outputs);
@@ -283,7 +284,7 @@ struct HeadGradients {
     const T* v = head_of<const T>(a.v, image, head);
     T* grad_k = head_of<T>(a.grad_k, image, head);
     T* grad_v = head_of<T>(a.grad_v, image, head);
-    const int64_t piece = attention::piece_of(s.keys);
+    const int64_t piece = stage_attention::piece_of(s.keys);
     for (; first < last; first += piece) {
       const int64_t count = smaller(piece, last - first);
       widen_rows(k + first * a.k.row_stride, a.k.row_stride, count, s.head_dim, width, key_rows);
@@ -322,7 +323,7 @@ void backward(const Backward& a, int64_t begin, int64_t end) {
 template <class T>
 void backward_parts(const Backward& a, int64_t begin, int64_t end) {
   const Shape& s = a.shape;
-  const int64_t piece = attention::piece_of(s.keys), parts = attention::parts_of(s);
+  const int64_t piece = stage_attention::piece_of(s.keys), parts = stage_attention::parts_of(s);
   HeadGradients<T> gradients(a);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t image = i / parts / s.heads, head = i / parts % s.heads, part = i % parts;
@@ -340,7 +341,7 @@ void backward_parts(const Backward& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const attention::Kernels attention_kernels = {
+extern const stage_attention::Kernels stage_attention_kernels = {
     {forward<float>, forward<BFloat16>, forward<Float16>},
     {backward<float>, backward<BFloat16>, backward<Float16>},
     {backward_parts<float>, backward_parts<BFloat16>, backward_parts<Float16>},

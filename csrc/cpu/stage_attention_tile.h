@@ -10,11 +10,11 @@ namespace ecar {
 namespace ECAR_ISA {
 namespace {
 
-using attention::ceil_div;
-using attention::Heads;
-using attention::kKeys;
-using attention::kQueries;
-using attention::MutableHeads;
+using stage_attention::ceil_div;
+using stage_attention::Heads;
+using stage_attention::kKeys;
+using stage_attention::kQueries;
+using stage_attention::MutableHeads;
 using std::int64_t;
 
 // max(a, b); a NaN in b is kept.

@@ -75,24 +75,25 @@ struct Calls {
   }
 
   void flow_block() const {
-    const gemm::Kernels& kernels = ECAR_CHOOSE(gemm_kernels);
-    void* packed = memory(gemm::packed_size(kOutputs, kChannels));
-    const gemm::Weight weight{memory(kOutputs * kChannels), kChannels, kOutputs, kChannels,
-                              packed};
-    const int64_t panels = gemm::panels(kOutputs);
-    const int64_t chunks = gemm::ceil_div(tokens, gemm::kChunkRows);
+    const flow_block::Kernels& kernels = ECAR_CHOOSE(flow_block_kernels);
+    void* packed = memory(flow_block::packed_size(kOutputs, kChannels));
+    const flow_block::Weight weight{memory(kOutputs * kChannels), kChannels, kOutputs, kChannels,
+                                    packed};
+    const int64_t panels = flow_block::panels(kOutputs);
+    const int64_t chunks = flow_block::ceil_div(tokens, flow_block::kChunkRows);
     if (tokens == 16) measure("pack", [&] { kernels.pack[dtype](weight, 0, panels); });
-    gemm::Input in{};
+    flow_block::Input in{};
     in.x = rows(), in.shift = rows(), in.scale = rows(), in.step_shift = row();
     in.step_scale = row(), in.tokens = tokens, in.depth = kChannels;
     in.eps = 1e-6f, in.scale_offset = 1;
-    in.workspace = static_cast<float*>(memory(gemm::workspace_size(tokens, kChannels)));
-    gemm::Output out{};
+    in.workspace = static_cast<float*>(memory(flow_block::workspace_size(tokens, kChannels)));
+    flow_block::Output out{};
     out.packed = packed, out.workspace = in.workspace, out.bias = memory(kOutputs);
     out.tokens = tokens, out.outputs = kOutputs, out.depth = kChannels;
     out.y = memory(tokens * kOutputs);
     const auto run = [&] {
-      kernels.prepare[dtype](in, 0, tokens, 0, gemm::ceil_div(tokens, gemm::kBlockRows));
+      kernels.prepare[dtype](in, 0, tokens, 0,
+                             flow_block::ceil_div(tokens, flow_block::kBlockRows));
       kernels.multiply[dtype](out, 0, tokens, 0, panels * chunks);
     };
     out.gelu = true;
@@ -106,26 +107,27 @@ struct Calls {
   // Two of the heads, over the keys of this stage and those before it.
   void stage_attention() const {
     constexpr int64_t heads = 2, head_dim = 128, row = heads * head_dim;
-    const attention::Kernels& kernels = ECAR_CHOOSE(attention_kernels);
+    const stage_attention::Kernels& kernels = ECAR_CHOOSE(stage_attention_kernels);
     const int64_t keys = tokens == 16 ? 16 : 336;
-    std::vector<attention::Block> blocks(attention::blocks_of(tokens));
-    attention::divide(0, tokens, keys, blocks.data());
+    std::vector<stage_attention::Block> blocks(stage_attention::blocks_of(tokens));
+    stage_attention::divide(0, tokens, keys, blocks.data());
     const int64_t number = static_cast<int64_t>(blocks.size());
-    const attention::Shape shape{heads, tokens, keys, head_dim, blocks.data(), number, 0.1f};
+    const stage_attention::Shape shape{heads, tokens, keys, head_dim, blocks.data(), number, 0.1f};
     const auto view = [&](int64_t rows) {
-      return attention::Heads{memory(rows * row), 0, row, head_dim};
+      return stage_attention::Heads{memory(rows * row), 0, row, head_dim};
     };
     const auto output = [&](int64_t rows) {
-      return attention::MutableHeads{memory(rows * row), 0, row, head_dim};
+      return stage_attention::MutableHeads{memory(rows * row), 0, row, head_dim};
     };
     float* lse = static_cast<float*>(memory(heads * tokens));
-    attention::Forward f{shape, view(tokens), view(keys), view(keys), output(tokens), nullptr};
+    stage_attention::Forward f{shape,      view(tokens),   view(keys),
+                               view(keys), output(tokens), nullptr};
     measure("stage_attention", [&] { kernels.forward[dtype](f, 0, heads * number); });
     f.lse = lse;
     kernels.forward[dtype](f, 0, heads * number);
-    const attention::Backward b{shape, view(tokens), f.q, f.k, f.v,
-                                {f.out.data, 0, row, head_dim}, lse,
-                                output(tokens), output(keys), output(keys)};
+    const stage_attention::Backward b{
+        shape, view(tokens),   f.q,          f.k,         f.v, {f.out.data, 0, row, head_dim},
+        lse,   output(tokens), output(keys), output(keys)};
     measure("stage_attention_backward", [&] { kernels.backward[dtype](b, 0, heads); });
   }
 
