@@ -9,37 +9,17 @@ from diffusers import AutoencoderKL
 
 from ecar import pipeline
 from ecar.codec import AutoencoderKLCodec, IdentityCodec
-from ecar.config import ECARConfig
-from ecar.hub import checkpoint_folder
-from ecar.model import ECAR
 from ecar.pipeline import ECARPipeline
 from ecar.sampling import sample
 
-TINY = ECARConfig(
-    stage_sides=(4, 8),
-    channels=1,
-    patch_size=2,
-    num_classes=10,
-    width=32,
-    heads=2,
-    ar_layers=2,
-    flow_blocks=1,
-)
+from .conftest import tiny_model
+
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-
-
-def make_model(config=TINY):
-    """Random weights everywhere: adaLN-zero's would make every velocity 0."""
-    model = ECAR(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    return ECARPipeline(make_model(), class_names=NAMES, defaults={"num_inference_steps": 4})
+    return ECARPipeline(tiny_model(), class_names=NAMES, defaults={"num_inference_steps": 4})
 
 
 def draw(pipe, *arguments, **options):
@@ -60,8 +40,7 @@ def make_vae():
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_output_types_agree(channels, mode):
-    config = ECARConfig.from_dict({**TINY.to_dict(), "channels": channels})
-    pipe = ECARPipeline(make_model(config), defaults={"num_inference_steps": 4})
+    pipe = ECARPipeline(tiny_model(channels=channels), defaults={"num_inference_steps": 4})
     outputs = {
         kind: draw(pipe, [3, 4], seeds=[5, 6], output_type=kind).images
         for kind in ("latent", "pt", "np", "pil")
@@ -98,7 +77,7 @@ def test_labels_in_every_form(pipe, labels):
 
 
 def test_graphs_and_tf32_reach_the_sampler_and_moving_drops_the_graphs(monkeypatch):
-    pipe = ECARPipeline(make_model(), defaults={"num_inference_steps": 4}, graphs=False, tf32=True)
+    pipe = ECARPipeline(tiny_model(), defaults={"num_inference_steps": 4}, graphs=False, tf32=True)
     seen, released = [], []
     monkeypatch.setattr(
         pipeline,
@@ -268,7 +247,7 @@ def test_bad_input_is_named(pipe, arguments, error, message):
 
 
 def test_names_without_names_and_names_twice():
-    pipe = ECARPipeline(make_model(), defaults={"num_inference_steps": 2})
+    pipe = ECARPipeline(tiny_model(), defaults={"num_inference_steps": 2})
     with pytest.raises(ValueError, match="have no names; got 'one'"):
         draw(pipe, "one")
     names = ["crane, bird", "crane", *NAMES[2:]]
@@ -301,17 +280,16 @@ def test_bad_pipeline_is_named(pipe, arguments, error, message):
 
 
 def test_latents_without_codec_are_no_pictures():
-    config = ECARConfig.from_dict({**TINY.to_dict(), "channels": 4})
-    pipe = ECARPipeline(make_model(config))
+    pipe = ECARPipeline(tiny_model(channels=4))
     with pytest.raises(ValueError, match=r"'output_type'.*without a codec 4-channel"):
         draw(pipe, 1)
     assert draw(pipe, 1, 2, output_type="latent").images.shape == (1, 4, 8, 8)
     with pytest.raises(ValueError, match=r"'codec'.*1 latent channels, got 4"):
-        ECARPipeline(make_model(), AutoencoderKLCodec(make_vae()))
+        ECARPipeline(tiny_model(), AutoencoderKLCodec(make_vae()))
 
 
 def test_states_that_are_not_finite_are_refused(pipe):
-    model = make_model()
+    model = tiny_model()
     with torch.no_grad():
         model.heads[1].output.bias.fill_(torch.inf)
     with pytest.raises(FloatingPointError, match="not finite"):
@@ -353,10 +331,8 @@ def test_a_folder_without_pipeline_json_has_the_identity_codec(pipe, tmp_path):
 
 
 def test_round_trip_with_a_vae(tmp_path):
-    config = ECARConfig.from_dict({**TINY.to_dict(), "channels": 4})
-    pipe = ECARPipeline(
-        make_model(config), AutoencoderKLCodec(make_vae()), defaults={"num_inference_steps": 2}
-    )
+    codec = AutoencoderKLCodec(make_vae())
+    pipe = ECARPipeline(tiny_model(channels=4), codec, defaults={"num_inference_steps": 2})
     pipe.save_pretrained(tmp_path)
     loaded = ECARPipeline.from_pretrained(tmp_path, accelerate=False)
     first, second = (draw(p, range(10), seeds=3, return_stages=True) for p in (pipe, loaded))
@@ -412,25 +388,3 @@ def test_a_hub_repository_is_fetched_as_json_and_safetensors_only(pipe, tmp_path
     assert loaded.class_names == NAMES
     assert (asked["name"], asked["revision"]) == ("someone/e-car", "v1")
     assert all(pattern.endswith((".json", ".safetensors")) for pattern in asked["patterns"])
-
-
-@pytest.mark.parametrize("name", ["nowhere", "./a/b", "/a/b", "a/b/c", "../b"])
-def test_what_can_be_no_repository_is_not_looked_for(name, monkeypatch):
-    monkeypatch.delattr("ecar.hub.snapshot_download")
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        checkpoint_folder(name, ("config.json",))
-
-
-def test_a_file_is_no_checkpoint(tmp_path):
-    (tmp_path / "x").write_text("")
-    with pytest.raises(FileNotFoundError, match="not a folder"):
-        checkpoint_folder(tmp_path / "x", ("config.json",))
-
-
-def test_a_repository_that_cannot_be_had_is_one_line(monkeypatch):
-    def fail(name, **options):
-        raise OSError("no network\nsecond line")
-
-    monkeypatch.setattr("ecar.hub.snapshot_download", fail)
-    with pytest.raises(FileNotFoundError, match=r"'someone/none': no such folder.*\(no network\)$"):
-        checkpoint_folder("someone/none", ("config.json",))

@@ -4,11 +4,12 @@ import torch
 
 from ecar.pipeline import ECARPipeline
 from ecar_kernels import use_backend
-from tests.ecar.test_pipeline import make_model
+
+from .conftest import tiny_model
 
 
 def test_a_loaded_pipeline_is_accelerated_for_the_backend_in_force(tmp_path):
-    ECARPipeline(make_model()).save_pretrained(tmp_path)
+    ECARPipeline(tiny_model()).save_pretrained(tmp_path)
     pipe = ECARPipeline.from_pretrained(tmp_path)
     plain = ECARPipeline.from_pretrained(tmp_path, accelerate=False)
     call = {"num_inference_steps": 4, "seeds": [3], "output_type": "latent", "progress": False}
@@ -26,6 +27,6 @@ def test_a_loaded_pipeline_is_accelerated_for_the_backend_in_force(tmp_path):
 
 
 def test_a_model_that_is_given_is_left_as_it_is():
-    model = make_model()
+    model = tiny_model()
     ECARPipeline(model)([1], num_inference_steps=2, output_type="latent", progress=False)
     assert "Accelerated" not in repr(model)
