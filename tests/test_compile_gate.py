@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "compile-gate.json"
 VERSIONS = gate_table.load(TABLE)
 
-COMPILED = '''
+# A script's beginning: a kernel, and a case of it that passes.
+SHARE = '''
 import json
 from dataclasses import asdict, replace
 
@@ -28,8 +29,6 @@ import triton
 import triton.language as tl
 
 from ecar_kernels._triton import CompileCase
-from tools.compile_case import compile_case
-from tools.compile_gate import cases
 
 
 @triton.jit
@@ -38,6 +37,15 @@ def share(x, y, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     row = tl.load(x + at)
     tl.store(y + at, row / tl.sum(row))
+
+
+row = CompileCase("row", share, {"x": "*fp32", "y": "*fp32", "BLOCK": "constexpr"},
+                  {"BLOCK": 1024}, num_warps=4, aligned=("x", "y"))
+'''
+
+COMPILED = """
+from tools.compile_case import compile_case
+from tools.compile_gate import cases
 
 
 @triton.jit
@@ -58,8 +66,6 @@ def wrong(x, BLOCK: tl.constexpr):
     tl.static_assert(BLOCK == 1, "of another size")
 
 
-row = CompileCase("row", share, {"x": "*fp32", "y": "*fp32", "BLOCK": "constexpr"},
-                  {"BLOCK": 1024}, num_warps=4, aligned=("x", "y"))
 signature = {"x": "*fp16", "y": "*fp16", "out": "*fp32", "steps": "i32"}
 tile = CompileCase("tile", product, signature, {"BLOCK": 128, "INNER": 128}, num_warps=8,
                    num_stages=2, aligned=("x", "y", "out"))
@@ -78,7 +84,7 @@ tried = {
     "single": (replace(tile, constants={"BLOCK": 128, "INNER": 16}, num_stages=1), 90),
 }
 print(json.dumps({name: asdict(compile_case("test", *case)) for name, case in tried.items()}))
-'''
+"""
 
 LISTED = """
 import importlib
@@ -125,7 +131,7 @@ def printed(script: Path, source: str, *arguments: str) -> dict:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    return printed(tmp_path_factory.mktemp("compiled") / "script.py", COMPILED)
+    return printed(tmp_path_factory.mktemp("compiled") / "script.py", SHARE + COMPILED)
 
 
 @pytest.fixture(scope="module")
@@ -229,35 +235,17 @@ def test_what_would_mislead_is_refused(arguments, message):
 CHANGED = '''
 import contextlib
 import io
-import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-import triton
-import triton.language as tl
-
-from ecar_kernels._triton import CompileCase
 from tools import compile_gate as gate
 from tools import gate_table
-
-
-@triton.jit
-def share(x, y, BLOCK: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    row = tl.load(x + at)
-    tl.store(y + at, row / tl.sum(row))
-
-
-def case(name, **more):
-    return CompileCase(name, share, {"x": "*fp32", "y": "*fp32"}, {"BLOCK": 1024},
-                       aligned=("x", "y")) if not more else replace(case(name), **more)
-
 
 table = Path(sys.argv[1])
 gate.TABLE = table
 gate.compile_all = lambda todo, jobs: [gate._compile_one(*its) for its in todo]
-spills = case("spills", constants={"BLOCK": 16384}, num_warps=1, max_registers=64)
+a, b = replace(row, name="a"), replace(row, name="b")
+spills = replace(row, name="spills", constants={"BLOCK": 16384}, num_warps=1, max_registers=64)
 found = {}
 
 
@@ -280,7 +268,6 @@ def alter(**fields):
 
 
 record = ("--output", str(table))
-a, b = case("a"), case("b")
 run("missing", [a])
 run("recorded", [a, spills], *record)
 run("of before", [a])
@@ -303,7 +290,7 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("changed")
-    return printed(folder / "script.py", CHANGED, str(folder / "table.json"))
+    return printed(folder / "script.py", SHARE + CHANGED, str(folder / "table.json"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from torch import Tensor
 import ecar_kernels
 from ecar_kernels import registry, tuning
 from tools.fake_gpu import FakeGPU
-from tools.fake_triton import GRID_LIMITS, H100
+from tools.fake_triton import GRID_LIMITS, H100, Launch
 
 FORMATS = {
     "bfloat16": torch.bfloat16,
@@ -187,8 +187,10 @@ def linear_gated_residual(inputs: int = 4 * WIDTH, width: int = WIDTH) -> Callab
 
 FORWARD, DELTA, CORRECT = "forward_kernel", "delta_kernel", "correct_delta_kernel"
 BACKWARD = ("key_gradients_kernel", "query_gradients_kernel")
+SUMMED = ("backward", "sum_partial")
 UNALIGNED = tuple(f"unaligned_{name}" for name in (FORWARD, *BACKWARD))
 FEW, MORE, MANY = ((1, 16),), ((1, 64),), ((16, 256), (64, 256))
+ADALN = (("adaln", 3), ("gated_residual", 3), ("gated_residual_adaln", 5))  # tensors of each
 
 CASES = [
     Case("stage_attention", "all stages", (FORWARD,), attention(doubling)),
@@ -224,7 +226,7 @@ CASES = [
     ),
     *(
         Case(op, use, ("forward",), adaln(op, count, **how))
-        for op, count in (("adaln", 3), ("gated_residual", 3), ("gated_residual_adaln", 5))
+        for op, count in ADALN
         for use, how in (
             ("with a step", {}),
             ("alone", {"step": False}),
@@ -235,28 +237,15 @@ CASES = [
         )
     ),
     *(
-        Case(
-            op,
-            use,
-            ("forward", *("backward", "sum_partial") * (1 + split)),
-            adaln(op, count, backward=True, **how),
+        Case(op, use, ("forward", *backward), adaln(op, count, backward=True, **how))
+        for op, count in ADALN
+        for use, how, backward in (
+            ("training", {}, SUMMED),
+            ("training for images", {"image": True}, SUMMED),
+            ("training unaligned", {"odd": True}, SUMMED),
+            ("training wide", {"width": 5120}, SUMMED * (2 if op == "gated_residual_adaln" else 1)),
+            ("training without sums", {"step": False}, SUMMED[:1]),
         )
-        for op, count in (("adaln", 3), ("gated_residual", 3), ("gated_residual_adaln", 5))
-        for use, how, split in (
-            ("training", {}, False),
-            ("training for images", {"image": True}, False),
-            ("training unaligned", {"odd": True}, False),
-            ("training wide", {"width": 5120}, op == "gated_residual_adaln"),
-        )
-    ),
-    *(
-        Case(
-            op,
-            "training without sums",
-            ("forward", "backward"),
-            adaln(op, count, step=False, backward=True),
-        )
-        for op, count in (("adaln", 3), ("gated_residual", 3), ("gated_residual_adaln", 5))
     ),
     *(
         Case("adaln_linear", use, launches, adaln_linear(**how), sizes=sizes)
@@ -277,17 +266,16 @@ CASES = [
             ("of an odd width", ("linear_gated_residual",), {"width": 775}, MANY),
         )
     ),
-    *(
-        Case(op, "any rows", (), run)
-        for op, run in (
-            ("adaln_linear", adaln_linear()),
-            ("linear_gated_residual", linear_gated_residual()),
-        )
-    ),
+    Case("adaln_linear", "any rows", (), adaln_linear()),
+    Case("linear_gated_residual", "any rows", (), linear_gated_residual()),
 ]
 
 
 GPU = FakeGPU(compile_kernels=False)
+
+
+def triton_launches(gpu: FakeGPU) -> list[Launch]:
+    return [launch for launch in gpu.launches if launch.kind == "triton"]
 
 
 @contextlib.contextmanager
@@ -313,7 +301,7 @@ def test_what_it_launches_and_what_is_new_to_the_jit(case, numbers):
         GPU.clear()
         with GPU, number_format(numbers), tuning.recording() as asked:
             case.run(Call(batch, tokens, dtype, number))
-        launches = [launch for launch in GPU.launches if launch.kind == "triton"]
+        launches = triton_launches(GPU)
         assert not expected or tuple(launch.name for launch in launches) == expected
         for launch in launches:
             assert all(
@@ -337,9 +325,7 @@ def test_an_empty_batch_launches_nothing():
         with GPU:
             case.run(Call(0, 16, torch.bfloat16))
         # Sums over no rows are zeros, and someone has to write them.
-        assert {launch.name for launch in GPU.launches if launch.kind == "triton"} <= {
-            "sum_partial"
-        }, case
+        assert {launch.name for launch in triton_launches(GPU)} <= {"sum_partial"}, case
 
 
 @pytest.mark.parametrize("numbers", ["bfloat16", "float32"])
@@ -356,16 +342,8 @@ def test_tensors_on_another_device_than_the_current_one(gpus, numbers):
                 case.run(call)
                 assert torch.cuda.current_device() == current
             assert {launch.device for launch in gpus.launches} == {1}
-            found.append(
-                (
-                    [usual for *_, usual in asked],
-                    [
-                        replace(launch, key=None)
-                        for launch in gpus.launches
-                        if launch.kind == "triton"
-                    ],
-                )
-            )
+            launches = [replace(launch, key=None) for launch in triton_launches(gpus)]
+            found.append(([usual for *_, usual in asked], launches))
         assert found[0] == found[1], case
         with tuning.recording() as asked:
             case.run(replace(call, device="cuda:0"))
@@ -406,7 +384,7 @@ def test_every_kernel_compiles_as_launched_and_fits(numbers):
             if dtype is torch.bfloat16 or not kernels <= seen:
                 case.run(Call(*case.sizes[0], dtype))
                 seen |= kernels
-    launches = [launch for launch in compiling.launches if launch.kind == "triton"]
+    launches = triton_launches(compiling)
     for launch in launches:
         assert launch.shared <= H100.shared_bytes
         assert 0 < launch.registers <= 255
