@@ -1,9 +1,8 @@
 """Drop-in modules built on the ops; `ecar_kernels.accelerate` binds each to a backend.
 
-All work on tokens [B, N, C] in float32, bfloat16 or float16, all of one type on one device, or
-in float64 on the references.
-Errors are those of the ops. Modulations have a part for the token and, optionally, one for the
-step, as in `ecar_kernels.adaln`.
+All work on tokens [B, N, C] in float32, bfloat16 or float16, all of one type on one device, or in
+float64 on the references. Errors are those of the ops. Modulations have a part for the token and,
+optionally, one for the step, as in `ecar_kernels.adaln`.
 """
 
 from collections.abc import Callable, Sequence
@@ -368,13 +367,9 @@ class AcceleratedLinear(Accelerated, Linear):
 
 def _multiply(layer: Linear, x: Tensor, bias: Tensor | None, plain: Callable) -> Tensor:
     ops = layer.ops(x) if isinstance(layer, Accelerated) else PUBLIC  # restored, and still called
-    # Elsewhere the libraries' own GEMM is the one to take.
-    if (
-        ops is PUBLIC
-        or not (x.ndim >= 2 and x.numel())
-        or not as_written(layer, nn.Linear)
-        or getattr(ops.linear_gated_residual, "prepare_weight", None) is None
-    ):
+    if ops is PUBLIC or getattr(ops.linear_gated_residual, "prepare_weight", None) is None:
+        return plain(layer, x)  # elsewhere the libraries' own GEMM is the one to take
+    if x.ndim < 2 or not x.numel() or not as_written(layer, nn.Linear):
         return plain(layer, x)
     tokens = rows(x.reshape(-1, *x.shape[-2:]))
     nothing = x.new_zeros(1, 1, layer.out_features).expand(*tokens.shape[:2], -1)

@@ -372,14 +372,9 @@ def guided(rows: str, of: str) -> Callable[[Sizes, Mapping[str, Any]], bool]:
     """The rule of a guidance scale: 1 where `rows` are not twice those of `of`; letters, or the
     name of a tensor with as many rows."""
 
-    def count(name: str, sizes: Sizes, given: Mapping[str, Any]) -> int:
-        return sizes[name] if name in sizes else len(given[name])
-
     def rule(sizes: Sizes, given: Mapping[str, Any]) -> bool:
-        return (
-            count(rows, sizes, given) == 2 * count(of, sizes, given)
-            or given.get("guidance_scale", 1.0) == 1
-        )
+        found, plain = (sizes[n] if n in sizes else len(given[n]) for n in (rows, of))
+        return found == 2 * plain or given.get("guidance_scale", 1.0) == 1
 
     return rule
 
