@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from ecar_kernels import stage_attention, use_backend
-from tests.support.backends import DEVICES, KERNELS, by_every_kernel
+from tests.support.backends import DEVICES, KERNELS, by_every_kernel, kernel
 from tests.support.native import needs_native
 from tests.support.ops import opcheck
 from tests.support.stage_attention import E_CAR, attend, call_of
 
 
 def op_calls():
+    kernel("stage_attention", "cpp")  # which registers them
     call = call_of((2, 5), heads=3, head_dim=9, batch=2, layouts=("packed", "sliced", "one head"))
     q, k, v, stages = call.values()
     out, lse = torch.ops.ecar.stage_attention_training(q, k, v, stages, 0.3)
