@@ -19,19 +19,6 @@ using flow_block::panel_width;
 using flow_block::Weight;
 using flow_block::whole_pairs;
 
-// Whether bfloat16 rows are multiplied as pairs by AVX512_BF16's instruction, with twice the rate
-// of floats. Elsewhere they and their weights are widened.
-template <class T>
-bool multiplies_pairs() {
-#if defined(ECAR_ISA_avx512)
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    static const bool supported = __builtin_cpu_supports("avx512bf16");
-    return supported;
-  }
-#endif
-  return false;
-}
-
 // Row `index` of all images' tokens; null where the tensor is absent.
 template <class T>
 inline const T* row_at(const Rows& rows, int64_t index, int64_t tokens) {
@@ -95,17 +82,17 @@ struct Source {
   Vec load(Access io, int64_t at) const {
     const Vec value = io.load(x + at);
     if (scale == nullptr) return value;
-    const Vec modulated = fma((value - moments.mean) * moments.inverse_deviation,
-                              scale_offset + combine(io, scale, step_scale, at),
-                              combine(io, shift, step_shift, at));
+    const Vec modulated =
+        fma((value - moments.mean) * moments.inverse_deviation,
+            scale_offset + combine(io, scale, step_scale, at), combine(io, shift, step_shift, at));
     return io.keep(modulated);
   }
 };
 
 // Block `block` of a chunk of `blocks`; rows beyond `rows` are zeros.
 template <class T>
-void prepare_block(const Input& input, int64_t first, int64_t rows, int64_t block,
-                   int64_t blocks, float* chunk) {
+void prepare_block(const Input& input, int64_t first, int64_t rows, int64_t block, int64_t blocks,
+                   float* chunk) {
   static_assert(kBlockRows == 8, "transpose() is for 8 rows");
   constexpr int64_t piece = 16;
   static_assert(piece % kWidth == 0 && kDepth % piece == 0, "a piece is whole vectors of a pass");
@@ -133,8 +120,8 @@ void prepare_block(const Input& input, int64_t first, int64_t rows, int64_t bloc
     }
     const int64_t pass = k / kDepth * kDepth;
     const int64_t steps = ceil_div(smaller(kDepth, input.depth - pass), per_word);
-    float* to = chunk + (pass / per_word * blocks + steps * block + (k - pass) / per_word) *
-                            kBlockRows;
+    float* to =
+        chunk + (pass / per_word * blocks + steps * block + (k - pass) / per_word) * kBlockRows;
     const int64_t count = ceil_div(size, per_word);
     for (int64_t i = 0; i < count; i += 8, to += 8 * kBlockRows) {
       if (count - i >= 8) {
@@ -175,8 +162,7 @@ void finish_row(const Output& output, int64_t row, int64_t first, int64_t column
       if (bias != nullptr) value += io.load(bias + i);
       if (output.gelu) value = gelu_tanh(value);
       if (gate != nullptr) {
-        value = fma(combine(io, gate, step_gate, first + i), value,
-                    io.load(residual + first + i));
+        value = fma(combine(io, gate, step_gate, first + i), value, io.load(residual + first + i));
       }
       io.store(y + i, value);
     });
@@ -235,10 +221,10 @@ void multiply_unit(const Output& output, int64_t panel, const float* chunk, int6
       b = as_floats(piece, depth, width, converted);
     }
     for (int64_t i = 0; i < blocks; ++i) {
-      multiply_block<Product>(chunk + (k / per_word * blocks + steps * i) * kBlockRows, b, width, steps,
-                              rows - i * kBlockRows, columns, k == 0,
-                              sums + i * kBlockRows * kPanelColumns,
-                              next + i * lines * steps * 64, i * lines < 3 ? lines : 0);
+      multiply_block<Product>(chunk + (k / per_word * blocks + steps * i) * kBlockRows, b, width,
+                              steps, rows - i * kBlockRows, columns, k == 0,
+                              sums + i * kBlockRows * kPanelColumns, next + i * lines * steps * 64,
+                              i * lines < 3 ? lines : 0);
     }
   }
   if (output.depth == 0) __builtin_memset(sums, 0, sizeof sums);

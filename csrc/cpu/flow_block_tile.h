@@ -20,31 +20,31 @@ static_assert(kBlockRows % kTileRows == 0 && kPanelColumns % kTileColumns == 0, 
 // One pass over a tile of R rows by V vectors, b's rows being `width` apart: its sums are stored to
 // `to` where `fresh`, else added. Each step takes a word of each row and asks for `Lines` cache
 // lines from `next`.
-#define ECAR_TILE(TARGET, MULTIPLY_ADD)                                                      \
-  template <int R, int V, int Lines>                                                         \
-  TARGET static void tile(const float* a, const float* b, int64_t width, int64_t steps,      \
-                          bool fresh, float* to, const char* next) {                         \
-    Vec sums[R][V] = {};                                                                     \
-    for (int64_t k = 0; k < steps; ++k) {                                                    \
-      Vec columns[V];                                                                        \
-      ECAR_UNROLL for (int v = 0; v < V; ++v) columns[v] = Full{}.load(b + v * kWidth);      \
-      for (int line = 0; line < Lines; ++line) __builtin_prefetch(next + 64 * line, 0, 2);   \
-      ECAR_UNROLL for (int r = 0; r < R; ++r) {                                              \
-        const Vec x = splat(a[r]);                                                           \
-        ECAR_UNROLL for (int v = 0; v < V; ++v) {                                            \
-          sums[r][v] = MULTIPLY_ADD(x, columns[v], sums[r][v]);                              \
-        }                                                                                    \
-      }                                                                                      \
-      a += kBlockRows;                                                                       \
-      b += width;                                                                            \
-      next += 64 * Lines;                                                                    \
-    }                                                                                        \
-    ECAR_UNROLL for (int r = 0; r < R; ++r) {                                                \
-      ECAR_UNROLL for (int v = 0; v < V; ++v) {                                              \
-        float* p = to + r * kPanelColumns + v * kWidth;                                      \
-        Full{}.store(p, fresh ? sums[r][v] : Full{}.load(p) + sums[r][v]);                   \
-      }                                                                                      \
-    }                                                                                        \
+#define ECAR_TILE(TARGET, MULTIPLY_ADD) \
+  template <int R, int V, int Lines> \
+  TARGET static void tile(const float* a, const float* b, int64_t width, int64_t steps, \
+                          bool fresh, float* to, const char* next) { \
+    Vec sums[R][V] = {}; \
+    for (int64_t k = 0; k < steps; ++k) { \
+      Vec columns[V]; \
+      ECAR_UNROLL for (int v = 0; v < V; ++v) columns[v] = Full{}.load(b + v * kWidth); \
+      for (int line = 0; line < Lines; ++line) __builtin_prefetch(next + 64 * line, 0, 2); \
+      ECAR_UNROLL for (int r = 0; r < R; ++r) { \
+        const Vec x = splat(a[r]); \
+        ECAR_UNROLL for (int v = 0; v < V; ++v) { \
+          sums[r][v] = MULTIPLY_ADD(x, columns[v], sums[r][v]); \
+        } \
+      } \
+      a += kBlockRows; \
+      b += width; \
+      next += 64 * Lines; \
+    } \
+    ECAR_UNROLL for (int r = 0; r < R; ++r) { \
+      ECAR_UNROLL for (int v = 0; v < V; ++v) { \
+        float* p = to + r * kPanelColumns + v * kWidth; \
+        Full{}.store(p, fresh ? sums[r][v] : Full{}.load(p) + sums[r][v]); \
+      } \
+    } \
   }
 
 struct Floats {
@@ -52,12 +52,8 @@ struct Floats {
 };
 
 #if defined(ECAR_ISA_avx512)
-#define ECAR_BF16 __attribute__((target("avx512bf16")))
 struct Pairs {
-  ECAR_BF16 static Vec multiply_add(Vec a, Vec b, Vec sum) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-  }
-  ECAR_TILE(ECAR_BF16, multiply_add)
+  ECAR_TILE(ECAR_BF16, fma_pairs)
 };
 #else
 using Pairs = Floats;  // never called

@@ -15,13 +15,21 @@ using stage_attention::Shape;
 
 constexpr float kLog2E = 1.44269504f;
 
+// A number of at least 0 to the nearest bfloat16, in the upper half; a NaN stays one.
+inline UVec round_to_bfloat16(Vec v) {
+  const UVec bits = (UVec)v;
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
 // The running softmax of a block of queries.
 struct Softmax {
   alignas(64) float largest[kQueries];
   alignas(64) float total[kQueries];
-  alignas(64) float shrink[kQueries];  // of what was summed before
+  alignas(64) float rounded[kQueries];  // the total of the weights as they are multiplied
+  alignas(64) float shrink[kQueries];   // of what was summed before
 
-  // Scores in base 2, [keys][kQueries], to weights.
+  // Scores in base 2, [keys][kQueries], to weights; as pairs to [keys / 2][kQueries].
+  template <bool kPairs>
   void take(float* scores, int64_t keys, int64_t vectors, bool fresh) {
     for (int64_t v = 0; v < vectors * kWidth; v += kWidth) {
       float* at = scores + v;
@@ -35,96 +43,124 @@ struct Softmax {
       }
       for (; i < keys; ++i) most[0] = larger(most[0], Full{}.load(at + i * kQueries));
       const Vec now = larger(larger(most[0], most[1]), larger(most[2], most[3]));
-      Vec sums[4] = {};
+      Vec sums[4] = {}, pair_sums[2] = {};
+      const auto weight = [&](int64_t key) { return exp2(Full{}.load(at + key * kQueries) - now); };
       const auto weigh = [&](int64_t key, Vec& sum) {
-        const Vec weight = exp2(Full{}.load(at + key * kQueries) - now);
-        Full{}.store(at + key * kQueries, weight);
-        sum += weight;
+        const Vec its = weight(key);
+        Full{}.store(at + key * kQueries, its);
+        sum += its;
       };
-      for (i = 0; i + 4 <= keys; i += 4) {
-        ECAR_UNROLL for (int j = 0; j < 4; ++j) weigh(i + j, sums[j]);
+      const auto weigh_pair = [&](int64_t key, bool both, Vec& sum, Vec& pair_sum) {
+        const Vec first = weight(key), second = both ? weight(key + 1) : Vec{};
+        const UVec low = round_to_bfloat16(first) >> 16;
+        const UVec high = round_to_bfloat16(second) & 0xffff0000u;
+        Full{}.store(at + key / 2 * kQueries, (Vec)(low | high));
+        sum += first + second;
+        pair_sum += (Vec)(low << 16) + (Vec)high;
+      };
+      if constexpr (kPairs) {
+        for (i = 0; i + 4 <= keys; i += 4) {
+          ECAR_UNROLL for (int j = 0; j < 2; ++j)
+              weigh_pair(i + 2 * j, true, sums[j], pair_sums[j]);
+        }
+        for (; i < keys; i += 2) weigh_pair(i, i + 1 < keys, sums[0], pair_sums[0]);
+      } else {
+        for (i = 0; i + 4 <= keys; i += 4) {
+          ECAR_UNROLL for (int j = 0; j < 4; ++j) weigh(i + j, sums[j]);
+        }
+        for (; i < keys; ++i) weigh(i, sums[0]);
       }
-      for (; i < keys; ++i) weigh(i, sums[0]);
-      Vec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      Vec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]), pair_sum = pair_sums[0] + pair_sums[1];
       if (!fresh) {
         const Vec factor = exp2(Full{}.load(largest + v) - now);
         Full{}.store(shrink + v, factor);
         sum = fma(Full{}.load(total + v), factor, sum);
+        if (kPairs) pair_sum = fma(Full{}.load(rounded + v), factor, pair_sum);
       }
       Full{}.store(largest + v, now);
       Full{}.store(total + v, sum);
+      Full{}.store(rounded + v, kPairs ? pair_sum : sum);
     }
   }
 };
 
-// A head's rows as floats where they lie, or as many as were asked for so far in `copies`.
-template <class T>
-struct Rows32 {
-  const T* rows;
-  int64_t stride, head_dim, width;
-  float* copies;
-  int64_t copied;
-
-  void copy(int64_t count) {
-    if (count <= copied) return;
-    widen_rows(rows + copied * stride, stride, count - copied, head_dim, width,
-               copies + copied * width);
-    copied = count;
-  }
-};
-
-template <class T>
+// With Pairs, keys and queries are words of two of the head's elements, and values and weights
+// words of two keys. Only the weights are rounded for it, and divided by what they then sum to.
+template <class T, class Product>
 void forward(const Forward& a, int64_t begin, int64_t end) {
   constexpr bool direct = std::is_same_v<T, float>;  // keys are read where they lie
+  constexpr int64_t per_word = Product::kPerWord;
+  constexpr bool pairs = per_word == 2;
   const Shape& s = a.shape;
-  const int64_t width = stage_attention::padded(s.head_dim);
-  float* queries = stage_attention::workspace((2 * kQueries + s.keys * (direct ? 1 : 2)) * width +
-                                              kKeys * kQueries);
+  const int64_t width = stage_attention::padded(s.head_dim), key_width = width / per_word;
+  const int64_t most = ceil_div(s.keys, per_word) * width;  // words of the values
+  float* queries =
+      stage_attention::workspace(2 * kQueries * width + kKeys * kQueries + (direct ? 1 : 2) * most);
   float* scores = queries + kQueries * width;
   float* sums = scores + kKeys * kQueries;
   float* values = sums + kQueries * width;
-  float* keys = values + s.keys * width;
-  Rows32<T> k{}, v{};
+  float* keys = values + most;
+  const float factor = s.scale * kLog2E;
   Softmax softmax;
-  int64_t current = -1;
+  int64_t current = -1, copied = 0;  // keys and values of the current head
   for (int64_t unit = begin; unit < end; ++unit) {
     const Block& block = s.blocks[unit % s.num_blocks];
     const int64_t image = unit / s.num_blocks / s.heads, head = unit / s.num_blocks % s.heads;
-    if (unit / s.num_blocks != current) {
-      current = unit / s.num_blocks;
-      k = {head_of<const T>(a.k, image, head), a.k.row_stride, s.head_dim, width, keys, 0};
-      v = {head_of<const T>(a.v, image, head), a.v.row_stride, s.head_dim, width, values, 0};
+    if (unit / s.num_blocks != current) current = unit / s.num_blocks, copied = 0;
+    const T* k = head_of<const T>(a.k, image, head);
+    if (copied < block.keys) {
+      const int64_t first = copied / per_word * per_word;  // a row that was alone gets its pair
+      Product::pack_values(head_of<const T>(a.v, image, head) + first * a.v.row_stride,
+                           a.v.row_stride, block.keys - first, s.head_dim, width,
+                           values + first / per_word * width);
+      if constexpr (!direct) {
+        Product::pack_rows(k + copied * a.k.row_stride, a.k.row_stride, block.keys - copied,
+                           s.head_dim, key_width, keys + copied * key_width);
+      }
+      copied = block.keys;
     }
-    v.copy(block.keys);
-    if constexpr (!direct) k.copy(block.keys);
     const T* q = head_of<const T>(a.q, image, head) + block.first * a.q.row_stride;
     if (direct && width == s.head_dim && block.count % kWholeRows == 0) {
-      transpose_rows(reinterpret_cast<const float*>(q), a.q.row_stride, block.count, width,
-                     s.scale * kLog2E, queries);
+      transpose_rows(reinterpret_cast<const float*>(q), a.q.row_stride, block.count, width, factor,
+                     queries);
     } else {
-      widen_rows(q, a.q.row_stride, block.count, s.head_dim, width, sums);
-      transpose_padded(sums, block.count, width, s.scale * kLog2E, queries);
+      Product::pack_rows(q, a.q.row_stride, block.count, s.head_dim, key_width, sums);
+      transpose_padded<!pairs>(sums, block.count, key_width, factor, queries);
     }
 
     const int64_t vectors = ceil_div(block.count, kWidth);
     const int64_t piece = stage_attention::piece_of(block.keys);
     for (int64_t at = 0; at < block.keys; at += piece) {
       const int64_t count = smaller(piece, block.keys - at);
-      Factors product{keys + at * width, width,    queries, kQueries, s.head_dim,
-                      scores,            kQueries, nullptr};
-      if constexpr (direct) product.a = k.rows + at * k.stride, product.a_row = k.stride;
-      multiply<Into::replace, 0, 1>(product, count, vectors);
-      softmax.take(scores, count, vectors, at == 0);
-      product = {scores, 1, values + at * width, width, count, sums, width, softmax.shrink};
+      Factors product{keys + at * key_width,
+                      key_width,
+                      queries,
+                      kQueries,
+                      ceil_div(s.head_dim, per_word),
+                      scores,
+                      kQueries,
+                      nullptr,
+                      factor};
+      if constexpr (direct) product.a = k + at * a.k.row_stride, product.a_row = a.k.row_stride;
+      multiply<pairs ? Into::times : Into::replace, 0, 1, Product>(product, count, vectors);
+      softmax.take<pairs>(scores, count, vectors, at == 0);
+      product = {scores,
+                 1,
+                 values + at / per_word * width,
+                 width,
+                 ceil_div(count, per_word),
+                 sums,
+                 width,
+                 softmax.shrink};
       if (at == 0) {
-        multiply<Into::replace, 1, kQueries>(product, block.count, width / kWidth);
+        multiply<Into::replace, 1, kQueries, Product>(product, block.count, width / kWidth);
       } else {
-        multiply<Into::scaled, 1, kQueries>(product, block.count, width / kWidth);
+        multiply<Into::scaled, 1, kQueries, Product>(product, block.count, width / kWidth);
       }
     }
     T* out = head_of<T>(a.out, image, head) + block.first * a.out.row_stride;
     for (int64_t i = 0; i < block.count; ++i, out += a.out.row_stride) {
-      narrow_row(sums + i * width, 1.0f / softmax.total[i], s.head_dim, out);
+      narrow_row(sums + i * width, 1.0f / softmax.rounded[i], s.head_dim, out);
     }
     if (a.lse != nullptr) {
       float* lse = a.lse + current * s.queries + block.first;
@@ -196,8 +232,8 @@ struct HeadGradients {
       // Summed as the gradients of the weights are, so that they round alike.
       float* y = grad_queries + at * width;
       if (block.keys > stage_attention::piece_of(s.keys)) {  // else `differentiate` has them all
-        widen_rows(out + first * a.out.row_stride, a.out.row_stride, block.count, s.head_dim,
-                   width, y);
+        widen_rows(out + first * a.out.row_stride, a.out.row_stride, block.count, s.head_dim, width,
+                   y);
         transpose_padded(y, block.count, width, 1.0f, outputs);
         for (int64_t v = 0; v < ceil_div(block.count, kWidth) * kWidth; v += kWidth) {
           Vec sum{};
@@ -241,8 +277,8 @@ struct HeadGradients {
       }
       ECAR_UNROLL for (int64_t i = 0; i < keys; ++i) {
         float* grad = grad_scores + i * kQueries + v;
-        Full{}.store(grad, Full{}.load(weights + i * kQueries + v) *
-                               (Full{}.load(grad) - its_delta));
+        Full{}.store(grad,
+                     Full{}.load(weights + i * kQueries + v) * (Full{}.load(grad) - its_delta));
       }
     }
   }
@@ -255,15 +291,15 @@ struct HeadGradients {
       const int64_t keys = smaller(count, block.keys - first);
       if (keys <= 0) continue;
       const int64_t vectors = ceil_div(block.count, kWidth), at = b * kQueries * width;
-      Factors product{key_rows, width,    queries + at, kQueries, s.head_dim,
-                      weights,  kQueries, nullptr};
+      Factors product{key_rows,   width,   queries + at, kQueries,
+                      s.head_dim, weights, kQueries,     nullptr};
       multiply<Into::replace, 0, 1>(product, keys, vectors);
       product.a = value_rows, product.b = grads + at, product.c = grad_scores;
       multiply<Into::replace, 0, 1>(product, keys, vectors);
       differentiate(b, keys, vectors, first == 0 && keys == block.keys);
       if (for_keys) {
-        product = {weights,     kQueries, grad_rows + at, width, block.count,
-                   grad_values, width,    nullptr};
+        product = {weights,     kQueries,    grad_rows + at, width,
+                   block.count, grad_values, width,          nullptr};
         multiply<Into::add, kQueries, 1>(product, keys, width / kWidth);
         product.a = grad_scores, product.b = query_rows + at, product.c = grad_keys;
         multiply<Into::add, kQueries, 1>(product, keys, width / kWidth);
@@ -288,8 +324,7 @@ struct HeadGradients {
     for (; first < last; first += piece) {
       const int64_t count = smaller(piece, last - first);
       widen_rows(k + first * a.k.row_stride, a.k.row_stride, count, s.head_dim, width, key_rows);
-      widen_rows(v + first * a.v.row_stride, a.v.row_stride, count, s.head_dim, width,
-                 value_rows);
+      widen_rows(v + first * a.v.row_stride, a.v.row_stride, count, s.head_dim, width, value_rows);
       __builtin_memset(grad_keys, 0, count * width * sizeof(float));
       __builtin_memset(grad_values, 0, count * width * sizeof(float));
       attend(begin, end, first, count, for_queries, for_keys);
@@ -339,10 +374,17 @@ void backward_parts(const Backward& a, int64_t begin, int64_t end) {
   }
 }
 
+void forward_bfloat16(const Forward& a, int64_t begin, int64_t end) {
+#if defined(ECAR_ISA_avx512)
+  if (multiplies_pairs<BFloat16>()) return forward<BFloat16, Pairs>(a, begin, end);
+#endif
+  forward<BFloat16, Floats>(a, begin, end);
+}
+
 }  // namespace
 
 extern const stage_attention::Kernels stage_attention_kernels = {
-    {forward<float>, forward<BFloat16>, forward<Float16>},
+    {forward<float, Floats>, forward_bfloat16, forward<Float16, Floats>},
     {backward<float>, backward<BFloat16>, backward<Float16>},
     {backward_parts<float>, backward_parts<BFloat16>, backward_parts<Float16>},
 };

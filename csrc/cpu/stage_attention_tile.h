@@ -49,83 +49,6 @@ inline Vec exp2(Vec x) {
   return p * (Vec)((IVec)shifted << 23);
 }
 
-// --- products -------------------------------------------------------------------------------
-
-// What becomes of a product: it replaces what was there, is added, or is added to it times its
-// row's factor.
-enum class Into { replace, add, scaled };
-
-// c[r][n] = sum over k < depth of a[r * row + k * kStep] b[k * b_row + n], a's row stride known
-// when compiled where kRow > 0.
-struct Factors {
-  const float* a;
-  int64_t a_row;
-  const float* b;
-  int64_t b_row;
-  int64_t depth;
-  float* c;
-  int64_t c_row;
-  const float* scales;  // of the rows, for Into::scaled
-};
-
-template <Into kInto, int kRow, int kStep, int R, int V>
-void tile(const Factors& f, int64_t row, int64_t column) {
-  const int64_t a_row = kRow > 0 ? kRow : f.a_row, b_row = f.b_row;
-  const float* a = f.a + row * a_row;
-  const float* b = f.b + column;
-  Vec sums[R][V] = {};
-  for (int64_t k = 0; k < f.depth; ++k) {
-    Vec columns[V];
-    ECAR_UNROLL for (int v = 0; v < V; ++v) columns[v] = Full{}.load(b + v * kWidth);
-    ECAR_UNROLL for (int r = 0; r < R; ++r) {
-      const Vec x = splat(a[r * a_row]);
-      ECAR_UNROLL for (int v = 0; v < V; ++v) sums[r][v] = fma(x, columns[v], sums[r][v]);
-    }
-    a += kStep;
-    b += b_row;
-  }
-  ECAR_UNROLL for (int r = 0; r < R; ++r) {
-    float* c = f.c + (row + r) * f.c_row + column;
-    ECAR_UNROLL for (int v = 0; v < V; ++v) {
-      Vec sum = sums[r][v];
-      if constexpr (kInto == Into::add) sum += Full{}.load(c + v * kWidth);
-      if constexpr (kInto == Into::scaled) {
-        sum = fma(Full{}.load(c + v * kWidth), splat(f.scales[row + r]), sum);
-      }
-      Full{}.store(c + v * kWidth, sum);
-    }
-  }
-}
-
-template <Into kInto, int kRow, int kStep, int V>
-void tiles(const Factors& f, int64_t rows, int64_t column) {
-  int64_t row = 0;
-  for (; row + kTileRows <= rows; row += kTileRows) {
-    tile<kInto, kRow, kStep, kTileRows, V>(f, row, column);
-  }
-  if constexpr (kTileRows > 4) {
-    if (rows - row >= 4) tile<kInto, kRow, kStep, 4, V>(f, row, column), row += 4;
-  }
-  if (rows - row >= 2) tile<kInto, kRow, kStep, 2, V>(f, row, column), row += 2;
-  if (rows - row >= 1) tile<kInto, kRow, kStep, 1, V>(f, row, column);
-}
-
-// `rows` rows by `vectors` vectors of columns, which go in tiles about even.
-template <Into kInto, int kRow, int kStep>
-void multiply(const Factors& f, int64_t rows, int64_t vectors) {
-  const int64_t count = ceil_div(vectors, kTileVectors);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t first = vectors * i / count, size = vectors * (i + 1) / count - first;
-    if (size == 3) {
-      tiles<kInto, kRow, kStep, 3>(f, rows, first * kWidth);
-    } else if (size == 2) {
-      tiles<kInto, kRow, kStep, 2>(f, rows, first * kWidth);
-    } else {
-      tiles<kInto, kRow, kStep, 1>(f, rows, first * kWidth);
-    }
-  }
-}
-
 // --- rows of the tensors --------------------------------------------------------------------
 
 template <class T, class View>
@@ -144,32 +67,172 @@ void widen_rows(const T* from, int64_t stride, int64_t rows, int64_t head_dim, i
   }
 }
 
+// Rows as they are, `width` words of two elements a row, zeros beyond the head.
+inline void copy_rows(const BFloat16* from, int64_t stride, int64_t rows, int64_t head_dim,
+                      int64_t width, float* to) {
+  for (int64_t i = 0; i < rows; ++i, from += stride, to += width) {
+    __builtin_memset(to + head_dim / 2, 0, (width - head_dim / 2) * sizeof(float));
+    __builtin_memcpy(to, from, head_dim * sizeof(BFloat16));
+  }
+}
+
+// Every two rows to `width` words of an element of each, zeros beyond the head and for a last row
+// that is alone.
+inline void pair_rows(const BFloat16* from, int64_t stride, int64_t rows, int64_t head_dim,
+                      int64_t width, float* to) {
+  for (int64_t i = 0; i < rows; i += 2, from += 2 * stride, to += width) {
+    for_each(head_dim, [&](auto io, int64_t at) {
+      const UVec first = (UVec)io.load(from + at);  // in the upper half
+      const UVec second = i + 1 < rows ? (UVec)io.load(from + stride + at) : UVec{};
+      Full{}.store(to + at, (Vec)(first >> 16 | second));
+    });
+    const int64_t written = ceil_div(head_dim, kWidth) * kWidth;
+    for (int64_t at = written; at < width; at += kWidth) Full{}.store(to + at, Vec{});
+  }
+}
+
+// --- products -------------------------------------------------------------------------------
+
+// What becomes of a product: it replaces what was there, does so times a factor, is added, or is
+// added to it times its row's factor.
+enum class Into { replace, times, add, scaled };
+
+// c[r][n] = sum over k < depth of a[r * row + k * kStep] b[k * b_row + n], a's row stride known
+// when compiled where kRow > 0. Where bfloat16 is multiplied as pairs, k and k + 1 are one word.
+struct Factors {
+  const float* a;
+  int64_t a_row;
+  const float* b;
+  int64_t b_row;
+  int64_t depth;
+  float* c;
+  int64_t c_row;
+  const float* scales;  // of the rows, for Into::scaled
+  float factor = 1.0f;  // for Into::times
+};
+
+#define ECAR_TILE(TARGET, MULTIPLY_ADD) \
+  template <Into kInto, int kRow, int kStep, int R, int V> \
+  TARGET static void tile(const Factors& f, int64_t row, int64_t column) { \
+    const int64_t a_row = kRow > 0 ? kRow : f.a_row, b_row = f.b_row; \
+    const float* a = f.a + row * a_row; \
+    const float* b = f.b + column; \
+    Vec sums[R][V] = {}; \
+    for (int64_t k = 0; k < f.depth; ++k) { \
+      Vec columns[V]; \
+      ECAR_UNROLL for (int v = 0; v < V; ++v) columns[v] = Full{}.load(b + v * kWidth); \
+      ECAR_UNROLL for (int r = 0; r < R; ++r) { \
+        const Vec x = splat(a[r * a_row]); \
+        ECAR_UNROLL for (int v = 0; v < V; ++v) { \
+          sums[r][v] = MULTIPLY_ADD(x, columns[v], sums[r][v]); \
+        } \
+      } \
+      a += kStep; \
+      b += b_row; \
+    } \
+    ECAR_UNROLL for (int r = 0; r < R; ++r) { \
+      float* c = f.c + (row + r) * f.c_row + column; \
+      ECAR_UNROLL for (int v = 0; v < V; ++v) { \
+        Vec sum = sums[r][v]; \
+        if constexpr (kInto == Into::times) sum = sum * splat(f.factor); \
+        if constexpr (kInto == Into::add) sum += Full{}.load(c + v * kWidth); \
+        if constexpr (kInto == Into::scaled) { \
+          sum = fma(Full{}.load(c + v * kWidth), splat(f.scales[row + r]), sum); \
+        } \
+        Full{}.store(c + v * kWidth, sum); \
+      } \
+    } \
+  }
+
+// The forward's products, and how the tensors' rows become factors: kPerWord elements a word.
+struct Floats {
+  static constexpr int64_t kPerWord = 1;
+  template <class... Arguments>
+  static void pack_rows(Arguments... arguments) {
+    widen_rows(arguments...);
+  }
+  template <class... Arguments>
+  static void pack_values(Arguments... arguments) {
+    widen_rows(arguments...);
+  }
+  ECAR_TILE(, fma)
+};
+#if defined(ECAR_ISA_avx512)
+struct Pairs {
+  static constexpr int64_t kPerWord = 2;
+  template <class... Arguments>
+  static void pack_rows(Arguments... arguments) {
+    copy_rows(arguments...);
+  }
+  template <class... Arguments>
+  static void pack_values(Arguments... arguments) {
+    pair_rows(arguments...);
+  }
+  ECAR_TILE(ECAR_BF16, fma_pairs)
+};
+#endif
+#undef ECAR_TILE
+
+template <class Product, Into kInto, int kRow, int kStep, int V>
+void tiles(const Factors& f, int64_t rows, int64_t column) {
+  int64_t row = 0;
+  for (; row + kTileRows <= rows; row += kTileRows) {
+    Product::template tile<kInto, kRow, kStep, kTileRows, V>(f, row, column);
+  }
+  if constexpr (kTileRows > 4) {
+    if (rows - row >= 4) {
+      Product::template tile<kInto, kRow, kStep, 4, V>(f, row, column), row += 4;
+    }
+  }
+  if (rows - row >= 2) Product::template tile<kInto, kRow, kStep, 2, V>(f, row, column), row += 2;
+  if (rows - row >= 1) Product::template tile<kInto, kRow, kStep, 1, V>(f, row, column);
+}
+
+// `rows` rows by `vectors` vectors of columns, which go in tiles about even.
+template <Into kInto, int kRow, int kStep, class Product = Floats>
+void multiply(const Factors& f, int64_t rows, int64_t vectors) {
+  const int64_t count = ceil_div(vectors, kTileVectors);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t first = vectors * i / count, size = vectors * (i + 1) / count - first;
+    if (size == 3) {
+      tiles<Product, kInto, kRow, kStep, 3>(f, rows, first * kWidth);
+    } else if (size == 2) {
+      tiles<Product, kInto, kRow, kStep, 2>(f, rows, first * kWidth);
+    } else {
+      tiles<Product, kInto, kRow, kStep, 1>(f, rows, first * kWidth);
+    }
+  }
+}
+
+// --- transposition --------------------------------------------------------------------------
+
 // Queries are transposed as many at a time: whole vectors, and eights.
 constexpr int64_t kWholeRows = kWidth > 8 ? kWidth : 8;
 
-// Whole rows of `width` floats to [width][kQueries], times `factor`.
+// Whole rows of `width` words to [width][kQueries], as they are or times `factor`.
+template <bool kTimes = true>
 inline void transpose_rows(const float* from, int64_t stride, int64_t rows, int64_t width,
                            float factor, float* to) {
   for (int64_t row = 0; row < rows; row += 8) {
     for (int64_t at = 0; at < width; at += 8) {
-      transpose(from + row * stride + at, stride, to + at * kQueries + row, kQueries, factor);
+      transpose<kTimes>(from + row * stride + at, stride, to + at * kQueries + row, kQueries,
+                        factor);
     }
   }
 }
 
 // As above, of any number of rows; zeros are put behind them.
+template <bool kTimes = true>
 inline void transpose_padded(float* from, int64_t rows, int64_t width, float factor, float* to) {
   const int64_t whole = ceil_div(rows, kWholeRows) * kWholeRows;
   __builtin_memset(from + rows * width, 0, (whole - rows) * width * sizeof(float));
-  transpose_rows(from, width, whole, width, factor, to);
+  transpose_rows<kTimes>(from, width, whole, width, factor, to);
 }
 
 // Floats times `factor` to a row of the tensor.
 template <class T>
 inline void narrow_row(const float* from, float factor, int64_t head_dim, T* to) {
-  for_each(head_dim, [&](auto io, int64_t at) {
-    io.store(to + at, io.load(from + at) * factor);
-  });
+  for_each(head_dim, [&](auto io, int64_t at) { io.store(to + at, io.load(from + at) * factor); });
 }
 
 }  // namespace

@@ -179,9 +179,11 @@ def test_large_scores_do_not_overflow():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [(20, 30), (21, 29), (1, 49)])  # bfloat16 pairs the keys
 @needs_native
-def test_what_is_not_finite_stays_with_who_sees_it(bad):
-    call = call_of((20, 30), heads=2, head_dim=24)
+def test_what_is_not_finite_stays_with_who_sees_it(bad, dtype, lengths):
+    call, first = call_of(lengths, heads=2, head_dim=24, dtype=dtype), lengths[0]
     clean = attend("cpp")(**call)
     broken = call | {"q": call["q"].clone()}
     broken["q"][0, 33, 1, 5] = bad
@@ -189,11 +191,13 @@ def test_what_is_not_finite_stays_with_who_sees_it(bad):
     assert not out[0, 33, 1].isfinite().any()
     out[0, 33, 1] = clean[0, 33, 1]
     assert out.equal(clean)
-    broken = call | {"k": call["k"].clone()}
-    broken["k"][0, 27, 0, 3] = math.nan
-    out = attend("cpp")(**broken)
-    assert out[0, 20:, 0].isnan().all()
-    assert out[0, :20].equal(clean[0, :20]) and out[0, :, 1].equal(clean[0, :, 1])
+    for name, value, columns in (("k", math.nan, slice(None)), ("v", bad, 3)):
+        for key in (first, 27):
+            broken = call | {name: call[name].clone()}
+            broken[name][0, key, 0, 3] = value
+            out = attend("cpp")(**broken)
+            assert not out[0, first:, 0, columns].isfinite().any()
+            assert out[0, :first].equal(clean[0, :first]) and out[0, :, 1].equal(clean[0, :, 1])
 
 
 @needs_native
