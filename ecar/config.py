@@ -27,7 +27,9 @@ class ECARConfig:
             classifier-free guidance.
         width: channels of a token, in the AR transformer and the flow heads alike.
         heads: attention heads; divides ``width``.
-        ar_layers: layers of the AR transformer.
+        ar_layers: layers of the AR transformer. With 0 there is none (paper, Figure 5): a token's
+            condition is its position, the class and, from the second stage on, its part of the
+            end state of the stage before.
         flow_blocks: adaLN-zero blocks of each stage's flow head.
         mlp_ratio: hidden width of an MLP over ``width``.
         class_dropout: share of the training labels replaced by the null class.
@@ -53,17 +55,10 @@ class ECARConfig:
             raise TypeError(f"config 'stage_sides': expected a sequence of integers, got {sides!r}")
         object.__setattr__(self, "stage_sides", tuple(sides))  # JSON has lists only
         for index, side in enumerate(self.stage_sides):
-            _require_positive_integer(f"stage_sides[{index}]", side)
-        for name in (
-            "channels",
-            "patch_size",
-            "num_classes",
-            "width",
-            "heads",
-            "ar_layers",
-            "flow_blocks",
-        ):
-            _require_positive_integer(name, getattr(self, name))
+            _require_integer(f"stage_sides[{index}]", side)
+        for name in ("channels", "patch_size", "num_classes", "width", "heads", "flow_blocks"):
+            _require_integer(name, getattr(self, name))
+        _require_integer("ar_layers", self.ar_layers, least=0)
         if not self.stage_sides:
             raise ValueError("config 'stage_sides': expected at least one stage, got none")
         for before, after in zip(self.stage_sides, self.stage_sides[1:], strict=False):
@@ -174,11 +169,11 @@ class ECARConfig:
         return cls.from_dict(read_json(path))
 
 
-def _require_positive_integer(name: str, value: object) -> None:
+def _require_integer(name: str, value: object, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"config {name!r}: expected an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"config {name!r}: expected a positive integer, got {value}")
+    if value < least:
+        raise ValueError(f"config {name!r}: expected an integer of at least {least}, got {value}")
 
 
 def _require_number(name: str, value: object) -> None:

@@ -118,7 +118,8 @@ class ECAR(
             The mean squared error of each stage's velocity, float32 [S].
 
         Raises:
-            ValueError: ``return_shared``, and the last AR block has hooks or is another module.
+            ValueError: ``return_shared``, and the last AR block has hooks, is another module, or
+                there is none.
         """
         count = self.config.num_stages
         points = stages.end_points(latents, noise, count)

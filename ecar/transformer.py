@@ -69,7 +69,8 @@ class ARTransformer(nn.Module):
 
     Stage 1's input tokens are the class embedding at every position; stage s's, the end state
     of stage s - 1's flow embedded at stage s's grid. A token sees all tokens of its own stage
-    and of those before it.
+    and of those before it. Without layers it sees itself alone, and every stage's input tokens
+    have the class embedding added.
     """
 
     def __init__(self, config: ECARConfig) -> None:
@@ -118,6 +119,12 @@ class ARTransformer(nn.Module):
         positions = self.positions[begin : begin + self.config.stage_tokens[stage - 1]]
         return self.inputs[stage - 2](patchify(end, self.input_patch)) + positions
 
+    def with_class(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """The input tokens of a stage s > 1 [B, N_s, width], told the class if no layer does."""
+        if self.config.ar_layers:
+            return tokens
+        return tokens + self.class_embedding(labels).unsqueeze(1)
+
     def forward(
         self, labels: Tensor, ends: list[Tensor], return_shared: bool = False
     ) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
@@ -133,10 +140,12 @@ class ARTransformer(nn.Module):
             before their GELU, and its output.
 
         Raises:
-            ValueError: ``return_shared``, and the last block has hooks or is another module.
+            ValueError: ``return_shared``, and the last block has hooks, is another module, or
+                there is none.
         """
         tokens = [self.embed_class(labels)]
-        tokens += [self.embed_end(end, stage) for stage, end in enumerate(ends, start=2)]
+        for stage, end in enumerate(ends, start=2):
+            tokens.append(self.with_class(self.embed_end(end, stage), labels))
         x = torch.cat(tokens, dim=1)
         lengths = self.config.stage_tokens
         for block in self.blocks[:-1] if return_shared else self.blocks:
@@ -146,6 +155,11 @@ class ARTransformer(nn.Module):
                 x = block(x, lengths)
         if not return_shared:
             return self.norm(x).split(lengths, dim=1), None, None
+        if not self.config.ar_layers:
+            raise ValueError(
+                "argument 'return_shared': expected False without AR layers, of which GradNorm "
+                "looks inside the last, got True"
+            )
         last = cast("StageBlock", self.blocks[-1])
         if (reason := why_not_as_written(last, StageBlock)) is not None:
             raise ValueError(f"GradNorm cannot look inside the last AR block: {reason}")

@@ -214,4 +214,4 @@ class Inputs:
         tokens = ar.embed_end(end_before.to(self.dtype), number)
         if self.rows > self.shape.batch:
             tokens = tokens.repeat(2, 1, 1)
-        return ar.stage(tokens, self.cache)
+        return ar.stage(ar.with_class(tokens, self.labels), self.cache)

@@ -43,6 +43,7 @@ def test_one_stage_and_a_changed_preset():
         ("heads", 7, ValueError),
         ("width", 10, ValueError),
         ("ar_layers", 1.5, TypeError),
+        ("ar_layers", -1, ValueError),
         ("flow_blocks", 0, ValueError),
         ("mlp_ratio", 0, ValueError),
         ("mlp_ratio", float("nan"), ValueError),

@@ -16,7 +16,14 @@ def test_patches_go_there_and_back(patch, shape):
 
 @pytest.mark.parametrize(
     "sizes",
-    [{}, {"stage_sides": (4, 8, 16)}, {"stage_sides": (8,)}, {"patch_size": 1}, {"patch_size": 4}],
+    [
+        {},
+        {"stage_sides": (4, 8, 16)},
+        {"stage_sides": (8,)},
+        {"patch_size": 1},
+        {"patch_size": 4},
+        {"stage_sides": (4, 8, 16), "ar_layers": 0},
+    ],
 )
 def test_cached_stages_equal_the_whole_sequence(make_model, sizes):
     model = make_model(**sizes)
@@ -28,7 +35,8 @@ def test_cached_stages_equal_the_whole_sequence(make_model, sizes):
         cache = KVCache(config, 3, device=model.device, dtype=model.dtype)
         cached = [model.ar.stage(model.ar.embed_class(labels), cache)]
         for stage, end in enumerate(ends, start=2):
-            cached.append(model.ar.stage(model.ar.embed_end(end, stage), cache))
+            tokens = model.ar.with_class(model.ar.embed_end(end, stage), labels)
+            cached.append(model.ar.stage(tokens, cache))
     assert cache.length == config.num_tokens
     for whole, alone in zip(maps, cached, strict=True):
         # Float32 rounding of another order of summation, of values of size 1 to 4.
