@@ -15,6 +15,7 @@ __all__ = [
     "add_sampling",
     "class_list",
     "interval",
+    "not_negative",
     "positive",
     "seconds",
     "seed_list",
@@ -43,6 +44,13 @@ def positive(text: str) -> int:
     """A whole number of at least 1."""
     if not re.fullmatch(r"\d+", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    """A whole number of at least 0."""
+    if not re.fullmatch(r"\d+", text):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
     return int(text)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ecar.checkpoint import VAE_FOLDER, write_settings
-from ecar.cli.parser import UsageError, positive, seconds
+from ecar.cli.parser import UsageError, not_negative, positive, seconds
 from ecar.codec import AutoencoderKLCodec
 from ecar.config import PRESETS, ECARConfig
 from ecar.data.load import dataset_sizes
@@ -43,12 +43,17 @@ FIELD_FLAGS = {
     if field.name != "model"
 }
 
-# Sizes of the model that depend on the data.
+# Sizes of the model: those that depend on the data, then the others.
 SIZES = {
     "num_classes": "classes of the model; with --preset, by default those of the folder or latents",
     "channels": "of its images or latents; with --preset, by default those of the latents",
     "image_size": "side of the last stage in pixels, of images or latents; each stage before it "
     "has half the side",
+    "patch_size": "side of the patch that a token stands for",
+    "width": "channels of a token",
+    "heads": "attention heads",
+    "ar_layers": "layers of the AR transformer, or 0",
+    "flow_blocks": "blocks of each stage's flow head",
 }
 
 # What data sets and models say of their arguments, which the configuration gives.
@@ -64,7 +69,8 @@ FLAGS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=tuple(PRESETS), help="sizes of the model")
     for name, text in SIZES.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=positive, metavar="N", help=text)
+        kind = not_negative if name == "ar_layers" else positive
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, metavar="N", help=text)
     parser.add_argument(
         "--config",
         metavar="FILE",
@@ -173,7 +179,7 @@ def new_config(arguments: argparse.Namespace, given: dict[str, Any]) -> TrainCon
 
 
 def resized(model: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
-    """The fields of an ECARConfig with other "num_classes", "channels" and "image_size".
+    """The fields of an ECARConfig with other sizes, by the names of SIZES.
 
     Raises:
         UsageError: the side is not that of as many stages, each twice the one before.

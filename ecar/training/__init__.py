@@ -24,6 +24,7 @@ What a training leaves in ``output_dir``:
     log.csv                          one row per ``log_every`` steps (tensorboard/ too, if asked)
     validation.csv                   the averaged weights' loss on held-out images
     best/                            the checkpoint of which that is the least
+    ema_*/                           the checkpoint of each further ``ema_decay``
     checkpoints/step_*/              the last ``keep_last`` checkpoints
     samples/step_*.png               sheets: a row per class, a column per seed
     state/state.safetensors          all that a resume needs

@@ -131,6 +131,7 @@ class Batches:
     Args:
         dataset: map-style, of (float32 [C, H, W], int label); one in memory is indexed directly.
         label_dropout: share of the labels replaced by ``null_class``, the number of classes.
+        tau: distribution of the times, "uniform" or "logit-normal".
         workers: loader processes, for a dataset that is not in memory.
 
     Raises:
@@ -150,6 +151,7 @@ class Batches:
         null_class: int,
         flip: bool,
         workers: int,
+        tau: str = "uniform",
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -162,7 +164,7 @@ class Batches:
         self.seed, self.shape, self.stages = seed, tuple(shape), stages
         self.batch_size, self.accumulation = batch_size, accumulation
         self.label_dropout, self.null_class, self.flip = label_dropout, null_class, flip
-        self.workers = workers
+        self.workers, self.tau = workers, tau
         share = batch_size // world
         self.rows = range(rank * share, (rank + 1) * share)
         self.order = Order(seed, len(cast("Sized", dataset)))
@@ -201,6 +203,9 @@ class Batches:
             mirrored = (draws.flip < 0.5)[:, None, None, None]
             latents = torch.where(mirrored, latents.flip(-1), latents)
         labels = labels.masked_fill(draws.dropout < self.label_dropout, self.null_class)
-        tensors = (latents, labels, draws.noise, draws.tau)
+        tau = draws.tau
+        if self.tau == "logit-normal":
+            tau = torch.special.ndtri(tau).sigmoid()  # by the normal distribution's quantiles
+        tensors = (latents, labels, draws.noise, tau)
         split = [tensor.chunk(self.accumulation) for tensor in tensors]
         return [Batch(*part) for part in zip(*split, strict=True)]

@@ -18,6 +18,7 @@ from ecar.info import backends_in_use
 from ecar.model import ECAR
 from ecar.training.config import TrainConfig
 from ecar.training.gradnorm import GradNorm
+from ecar.training.stage_weights import FixedWeights, Uncertainty
 
 try:
     from accelerate import Accelerator
@@ -35,7 +36,7 @@ __all__ = [
     "held_out_data",
     "initial_model",
     "make_accelerator",
-    "make_gradnorm",
+    "make_balance",
     "make_optimizer",
     "training_data",
 ]
@@ -179,16 +180,17 @@ def make_optimizer(config: TrainConfig, parameters: tuple[nn.Parameter, ...]) ->
     )
 
 
-def make_gradnorm(config: TrainConfig, device: torch.device) -> GradNorm | None:
-    """GradNorm, where it weighs the stages."""
-    if config.stage_weights != "gradnorm":
-        return None
-    return GradNorm(
-        config.model.num_stages,
-        alpha=config.gradnorm_alpha,
-        learning_rate=config.gradnorm_lr,
-        device=device,
-    )
+def make_balance(
+    config: TrainConfig, device: torch.device
+) -> GradNorm | Uncertainty | FixedWeights:
+    """What holds the stages' weights, and moves them."""
+    stages, rate = config.model.num_stages, config.gradnorm_lr
+    if config.stage_weights == "gradnorm":
+        alpha = config.gradnorm_alpha
+        return GradNorm(stages, alpha=alpha, learning_rate=rate, device=device)
+    if config.stage_weights == "uncertainty":
+        return Uncertainty(stages, learning_rate=rate, device=device)
+    return FixedWeights(torch.tensor(config.stage_weights, device=device))
 
 
 def describe(

@@ -17,6 +17,7 @@ __all__ = ["TrainConfig"]
 
 _CHOICES = {
     "schedule": ("constant", "linear", "cosine", "wsd"),
+    "tau": ("uniform", "logit-normal"),
     "mixed_precision": ("no", "bf16", "fp16"),
     "device": ("auto", "cpu"),
     "log": ("csv", "tensorboard"),
@@ -44,7 +45,6 @@ _INTEGERS = {
 _NUMBERS = {
     "learning_rate": (0.0, False, None),
     "weight_decay": (0.0, True, None),
-    "ema_decay": (0.0, True, 1.0),
     "gradnorm_alpha": (0.0, True, None),
     "gradnorm_lr": (0.0, False, None),
     "grad_clip": (0.0, False, None),
@@ -107,12 +107,17 @@ class TrainConfig:
             ``decay_steps``. A training that is constant may be resumed as "wsd" when it is time to
             end it.
         decay_steps: of "wsd", at least 1; of the others 0.
+        tau: distribution of the time within a stage, of the training images: "uniform", or
+            "logit-normal", the sigmoid of a standard normal (Esser et al., 2024).
         ema_decay: decay of the weights' moving average; at step t it is
-            min(ema_decay, (1 + t) / (10 + t)).
+            min(ema_decay, (1 + t) / (10 + t)). With several, there are as many averages: the first
+            is the checkpoint, that of a further decay 0.99 the checkpoint in ``ema_0.99``.
         label_dropout: share of labels replaced by the null class; None: the model's
             ``class_dropout``.
-        stage_weights: "gradnorm", or one non-negative weight per stage.
-        gradnorm_alpha, gradnorm_lr: GradNorm's asymmetry and its own step size.
+        stage_weights: "gradnorm" (not for a model without AR layers), "uncertainty", or one
+            non-negative weight per stage.
+        gradnorm_alpha: GradNorm's asymmetry.
+        gradnorm_lr: step size of GradNorm's weights, or of uncertainty's log-variances.
         grad_clip: largest global norm of the gradient; None: no clipping.
         mixed_precision: "no", "bf16" or "fp16" (CUDA only).
         tf32: let float32 matrix products use TF32 on CUDA.
@@ -155,7 +160,8 @@ class TrainConfig:
     warmup_steps: int = 0
     schedule: str = "constant"
     decay_steps: int = 0
-    ema_decay: float = 0.9999
+    tau: str = "uniform"
+    ema_decay: float | tuple[float, ...] = 0.9999
     label_dropout: float | None = None
     stage_weights: str | tuple[float, ...] = "gradnorm"
     gradnorm_alpha: float = 1.5
@@ -222,6 +228,7 @@ class TrainConfig:
                 "the latent of the mirrored image; cache both instead), got True"
             )
         self._check_betas()
+        self._check_ema_decay()
         self._check_stage_weights()
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(
@@ -253,21 +260,40 @@ class TrainConfig:
                 raise _value(f"betas[{index}]", "a number below 1", beta)
         object.__setattr__(self, "betas", tuple(float(beta) for beta in self.betas))
 
+    def _check_ema_decay(self) -> None:
+        if not isinstance(self.ema_decay, (tuple, list)):
+            _check_number("ema_decay", self.ema_decay, 0.0, True, 1.0)
+            return
+        for index, decay in enumerate(self.ema_decay):
+            _check_number(f"ema_decay[{index}]", decay, 0.0, True, 1.0)
+        decays = tuple(float(decay) for decay in self.ema_decay)
+        if not decays or len(set(decays)) < len(decays):
+            raise _value("ema_decay", "a number, or several that differ", list(decays))
+        object.__setattr__(self, "ema_decay", decays)
+
     def _check_stage_weights(self) -> None:
         weights, stages = self.stage_weights, self.model.num_stages
-        if weights == "gradnorm":
+        if weights == "gradnorm" and not self.model.ar_layers:
+            words = f"'uncertainty' or {stages} numbers for a model without AR layers"
+            raise _value("stage_weights", words, weights)
+        if weights in ("gradnorm", "uncertainty"):
             return
+        words = f"'gradnorm', 'uncertainty' or {stages} numbers, one per stage"
         if isinstance(weights, str) or not isinstance(weights, (tuple, list)):
-            raise _type("stage_weights", f"'gradnorm' or {stages} numbers", weights)
+            raise _type("stage_weights", words, weights)
         if len(weights) != stages:
-            raise _value(
-                "stage_weights", f"'gradnorm' or {stages} numbers, one per stage", list(weights)
-            )
+            raise _value("stage_weights", words, list(weights))
         for index, weight in enumerate(weights):
             _check_number(f"stage_weights[{index}]", weight, 0.0, True, None)
         if not any(weights):
             raise _value("stage_weights", "at least one above 0", list(weights))
         object.__setattr__(self, "stage_weights", tuple(float(weight) for weight in weights))
+
+    @property
+    def averages(self) -> dict[str, float]:
+        """The decays of the moving averages by name: "ema", then "ema_DECAY" for each further."""
+        first, *others = self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
+        return {"ema": first, **{f"ema_{decay}": decay for decay in others}}
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of the step counted from 0: a function of nothing else."""
@@ -290,7 +316,7 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         values["model"] = self.model.to_dict()
-        for name in ("betas", "stage_weights"):
+        for name in ("betas", "ema_decay", "stage_weights"):
             if isinstance(values[name], tuple):
                 values[name] = list(values[name])
         return values

@@ -24,6 +24,22 @@ _EPS = 1e-8
 _LOWEST = 1e-3  # a weight never falls below this before the renormalisation
 
 
+def adam(
+    gradient: Tensor, first: Tensor, second: Tensor, steps: Tensor, rate: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What Adam subtracts at a step of this rate, and its moments after it.
+
+    Args:
+        first, second: the moments before.
+        steps: taken, this one included.
+    """
+    m = _BETAS[0] * first + (1 - _BETAS[0]) * gradient
+    v = _BETAS[1] * second + (1 - _BETAS[1]) * gradient**2
+    m_hat = m / (1 - _BETAS[0] ** steps)
+    v_hat = v / (1 - _BETAS[1] ** steps)
+    return rate * m_hat / (v_hat.sqrt() + _EPS), m, v
+
+
 class GradNorm:
     """The stage weights and how they move. All state is tensors on one device, no host sync.
 
@@ -35,6 +51,8 @@ class GradNorm:
     Attributes:
         weights: float32 [S], positive, their sum S.
     """
+
+    name = "gradnorm"
 
     def __init__(
         self, stages: int, *, alpha: float, learning_rate: float, device: torch.device | str = "cpu"
@@ -68,12 +86,10 @@ class GradNorm:
         self.initial_losses = torch.where(first, losses, self.initial_losses)
         gradient = self.gradient(losses, norms)
         steps = self.steps + 1
-        m = _BETAS[0] * self.first_moment + (1 - _BETAS[0]) * gradient
-        v = _BETAS[1] * self.second_moment + (1 - _BETAS[1]) * gradient**2
-        m_hat = m / (1 - _BETAS[0] ** steps)
-        v_hat = v / (1 - _BETAS[1] ** steps)
-        weights = self.weights - self.learning_rate * m_hat / (v_hat.sqrt() + _EPS)
-        weights = weights.clamp(min=_LOWEST)
+        move, m, v = adam(
+            gradient, self.first_moment, self.second_moment, steps, self.learning_rate
+        )
+        weights = (self.weights - move).clamp(min=_LOWEST)
         weights = weights * (len(weights) / weights.sum())
         sound = torch.isfinite(weights).all() & torch.isfinite(norms).all()
         self.steps = torch.where(sound, steps, self.steps)

@@ -157,5 +157,6 @@ def open_log(config: TrainConfig, step: int, *, validates: bool) -> Log:
     check_output_folder(output)
     config.to_json(output / "train.json")
     losses = ["loss", *(f"loss_{s}" for s in range(1, stages + 1))]
-    validation = ["step", "images", *losses] if validates else []
+    others = list(config.averages)[1:]
+    validation = ["step", "images", *losses, *others] if validates else []
     return Log(output, columns(stages), validation, kind=config.log, step=step)

@@ -1,8 +1,9 @@
 """The state file, from which a training goes on bit for bit, and the checkpoints that are kept.
 
-One safetensors file. Tensors: ``model/*`` raw weights, ``ema/*`` their average, ``adamw/first/*``
-and ``adamw/second/*`` moments, ``adamw/step``, ``gradnorm/*``, and ``history``, the steps not yet
-in the log. Metadata: format, version, step, seconds, both configurations as JSON.
+One safetensors file. Tensors: ``model/*`` raw weights, ``ema/*`` their average, ``ema_0.999/*`` a
+further one, ``adamw/first/*`` and ``adamw/second/*`` moments, ``adamw/step``, ``gradnorm/*`` or
+``uncertainty/*``, and ``history``, the steps not yet in the log. Metadata: format, version, step,
+seconds, both configurations as JSON.
 """
 
 from __future__ import annotations

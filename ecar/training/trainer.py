@@ -22,12 +22,13 @@ from ecar.training.build import (
     held_out_data,
     initial_model,
     make_accelerator,
-    make_gradnorm,
+    make_balance,
     make_optimizer,
     training_data,
 )
 from ecar.training.config import TrainConfig
 from ecar.training.ema import EMA
+from ecar.training.gradnorm import GradNorm
 from ecar.training.log import Log, columns, open_log
 from ecar.training.progress import Ending, Progress
 from ecar.training.sheet import write_sheet
@@ -113,6 +114,7 @@ class Trainer:
             null_class=config.model.null_class,
             flip=config.flip,
             workers=config.num_workers,
+            tau=config.tau,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
         )
@@ -217,9 +219,7 @@ class Trainer:
     def _look(self, log: Log, sample: bool, validate: bool) -> None:
         """Measure the held-out loss, and draw a sheet, where they are due."""
         if validate and self.validation:
-            losses = self.validation.losses(self.averaged)
-            names = [f"loss_{s}" for s in range(1, len(losses) + 1)]
-            row = dict(zip(names, losses, strict=True), loss=sum(losses) / len(losses))
+            row = self.validation.row(self.averages)
             images = self.step * self.config.batch_size
             if log.validated({"step": self.step, "images": images, **row}):
                 states.keep_checkpoint(self.averaged, self.output, "best")
@@ -234,7 +234,7 @@ class Trainer:
         config = self.config
         model, origin = initial_model(config if fresh else config.replace(init_from=None))
         model.to(self.device)
-        self.ema = EMA(model, config.ema_decay)
+        self.emas = {name: EMA(model, decay) for name, decay in config.averages.items()}
         model.train()
         model.set_gradient_checkpointing(config.gradient_checkpointing)
         if config.compile:
@@ -247,9 +247,7 @@ class Trainer:
         self.raw_model, self.raw_optimizer = model, optimizer
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         stages = config.model.num_stages
-        self.gradnorm = make_gradnorm(config, self.device)
-        if self.gradnorm is None:
-            self.fixed_weights = torch.tensor(config.stage_weights, device=self.device)
+        self.balance = make_balance(config, self.device)
         # Of each step since the last log row: losses [S], weights [S], gradient norm.
         self.history = torch.empty(0, 2 * stages + 1)
         self._pending: list[Tensor] = []
@@ -257,18 +255,19 @@ class Trainer:
         return origin
 
     @property
-    def averaged(self) -> ECAR:
-        """The model with the moving averages of the weights."""
-        return cast("ECAR", self.ema.module)
+    def averages(self) -> dict[str, ECAR]:
+        """The models with the moving averages of the weights, by ``config.averages``' names."""
+        return {name: cast("ECAR", ema.module) for name, ema in self.emas.items()}
 
     @property
-    def weights(self) -> Tensor:
-        """The stages' weights, float32 [S]."""
-        return self.fixed_weights if self.gradnorm is None else self.gradnorm.weights
+    def averaged(self) -> ECAR:
+        """The first of them."""
+        return self.averages["ema"]
 
     def _train_step(self, parts: list[Batch]) -> None:
         """One optimizer step. Nothing here waits for the GPU, but fp16's loss scale."""
-        accelerator, weights = self.accelerator, self.weights
+        accelerator, balance = self.accelerator, self.balance
+        weights, gradnorm = balance.weights, isinstance(balance, GradNorm)
         for group in self.raw_optimizer.param_groups:
             group["lr"] = self.config.learning_rate_at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -281,13 +280,13 @@ class Trainer:
             with (
                 contextlib.nullcontext() if index == len(parts) else accelerator.no_sync(self.model)
             ):
-                if self.gradnorm is None:
-                    stage_losses = self.model(*arguments)
-                else:
+                if gradnorm:
                     stage_losses, shared = self.model(*arguments, return_shared=True)
+                else:
+                    stage_losses = self.model(*arguments)
                 accelerator.backward((weights * stage_losses).sum() / len(parts))
             losses = losses + stage_losses.detach() / len(parts)
-            if self.gradnorm is not None:
+            if gradnorm:
                 gradients = gradients + shared.stage_gradients()
         losses = accelerator.reduce(losses, "mean")
         clip = self.config.grad_clip
@@ -295,11 +294,14 @@ class Trainer:
             self.raw_model.parameters(), float("inf") if clip is None else clip
         )
         self.optimizer.step()
-        if self.gradnorm is not None:
+        if isinstance(balance, GradNorm):
             gradients = accelerator.reduce(gradients, "mean")
             norms = torch.linalg.vector_norm(gradients.flatten(1), dim=1) / (weights * scale)
-            self.gradnorm.update(losses, norms)
-        self.ema.update_parameters(self.raw_model)
+            balance.update(losses, norms)
+        else:
+            balance.update(losses)
+        for ema in self.emas.values():
+            ema.update_parameters(self.raw_model)
         self._pending.append(torch.cat([losses, weights, norm.float().reshape(1)]))
 
     def _settle(self) -> None:
@@ -335,7 +337,7 @@ class Trainer:
             self.config.learning_rate_at(self.step - 1),
             losses.mean().item(),
             *losses.tolist(),
-            *self.weights.tolist(),
+            *self.balance.weights.tolist(),
             norms[torch.isfinite(norms)].mean().item(),
             count * batch / self._interval,
             self.seconds,
@@ -347,10 +349,10 @@ class Trainer:
     def _tensors(self) -> dict[str, Tensor]:
         """All that the state file holds."""
         tensors = {f"model/{k}": v for k, v in self.raw_model.state_dict().items()}
-        tensors |= {f"ema/{k}": v for k, v in self.ema.module.state_dict().items()}
+        for name, average in self.averages.items():
+            tensors |= {f"{name}/{k}": v for k, v in average.state_dict().items()}
         tensors |= states.adamw_tensors(self.raw_optimizer, self.names)
-        if self.gradnorm is not None:
-            tensors |= {f"gradnorm/{k}": v for k, v in self.gradnorm.state_dict().items()}
+        tensors |= {f"{self.balance.name}/{k}": v for k, v in self.balance.state_dict().items()}
         return {**tensors, "history": self.history}
 
     def _save(self) -> None:
@@ -365,6 +367,8 @@ class Trainer:
         }
         states.write_state(self.state_path, self._tensors(), self.config, header)
         self.averaged.save_pretrained(self.output)
+        for name in list(self.averages)[1:]:
+            states.keep_checkpoint(self.averages[name], self.output, name)
         if self.config.keep_last:
             folder = f"checkpoints/step_{self.step:07d}"
             states.keep_checkpoint(self.averaged, self.output, folder)
@@ -379,13 +383,13 @@ class Trainer:
             return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
         self.raw_model.load_state_dict(group("model"))
-        self.ema.module.load_state_dict(group("ema"))
+        for name, ema in self.emas.items():
+            ema.module.load_state_dict(group(name))
+            ema.n_averaged.fill_(header["step"] + 1)
         states.load_adamw(self.raw_optimizer, self.names, tensors)
-        if self.gradnorm is not None:
-            self.gradnorm.load_state_dict(group("gradnorm"))
+        self.balance.load_state_dict(group(self.balance.name))
         if self.accelerator.scaler and header["scaler"]:
             self.accelerator.scaler.load_state_dict(header["scaler"])
         self.history = tensors["history"].clone()
         self.step, self.seconds = header["step"], header["seconds"]
         self._interval = header["interval"]
-        self.ema.n_averaged.fill_(self.step + 1)

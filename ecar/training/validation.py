@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sized
 from typing import cast
 
@@ -43,6 +44,15 @@ class Validation:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def row(self, averages: dict[str, ECAR]) -> dict[str, float]:
+        """The row of validation.csv: the first model's ``loss_1`` .. ``loss_S`` and their mean
+        ``loss``; by its name, that mean of each further one."""
+        (_, first), *others = averages.items()
+        losses = self.losses(first)
+        row = {f"loss_{stage}": loss for stage, loss in enumerate(losses, start=1)}
+        row["loss"] = statistics.fmean(losses)
+        return row | {name: statistics.fmean(self.losses(model)) for name, model in others}
 
     @torch.no_grad()
     def losses(self, model: ECAR) -> list[float]:

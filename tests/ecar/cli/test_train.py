@@ -75,6 +75,23 @@ def test_flags_take_the_place_of_the_file_s_fields(here, run):
     assert (config.label_dropout, config.schedule) == (0.25, "cosine")
 
 
+def test_what_an_ablation_changes(here, run):
+    code, *_ = run(
+        f"{NEW} --output out --ar-layers 0 --flow-blocks 2 --width 32 --heads 4 --patch-size 4 "
+        "--stage-weights uncertainty --tau logit-normal --ema-decay 0.999,0.9"
+    )
+    assert code == 0
+    config = TrainConfig.from_json(here / "out" / "train.json")
+    model = config.model
+    assert (model.ar_layers, model.flow_blocks, model.width) == (0, 2, 32)
+    assert (model.heads, model.patch_size) == (4, 4)
+    assert (config.stage_weights, config.tau) == ("uncertainty", "logit-normal")
+    assert ECARPipeline.from_pretrained(here / "out" / "ema_0.9").model.config == model
+    code, _, errors = run(f"{NEW} --output other --ar-layers 0")
+    assert code == 2
+    assert "--stage-weights: expected 'uncertainty' or 2 numbers" in errors
+
+
 def test_a_preset_gives_the_sizes(here, run):
     code, *_ = run(f"{NEW} --preset digits --steps 1 --batch-size 2 --output out")
     assert code == 0
@@ -148,7 +165,10 @@ def test_a_preset_takes_the_classes_of_a_folder(here, run):
         ("--output x --learning-rate nan", "--learning-rate: expected a finite number"),
         ("--output x --schedule step", "--schedule: expected one of constant, linear, cosine, wsd"),
         ("--output x --betas 0.9", "--betas: expected two numbers"),
-        ("--output x --stage-weights 1,2,3", "--stage-weights: expected 'gradnorm' or 2 numbers"),
+        (
+            "--output x --stage-weights 1,2,3",
+            "--stage-weights: expected 'gradnorm', 'uncertainty' or 2 numbers",
+        ),
         (
             "--output x --dataset birds",
             "--dataset: expected one of digits, mnist, emoji, folder, latents, got 'birds'",
@@ -166,6 +186,7 @@ def test_a_preset_takes_the_classes_of_a_folder(here, run):
         ("--output x --num-classes 7", "--dataset: expected 7 classes for this model, got 10"),
         ("--output x --seconds 0", "--seconds: expected a number of seconds above 0, got '0'"),
         ("--output x --channels 0", "--channels: expected a positive whole number, got '0'"),
+        ("--output x --ar-layers -1", "--ar-layers: expected a whole number of at least 0"),
         ("--resume x --config y --image-size 8", "--resume: --config does not go with it"),
         ("--output x --init-from nowhere", "checkpoint 'nowhere': no such folder"),
         ("--output x --vae nowhere", "VAE folder nowhere: holds no config.json"),

@@ -101,6 +101,22 @@ def test_draws_have_their_distributions(seed):
         assert abs(share - 0.5) < 5 * 0.5 / math.sqrt(2000)
 
 
+def test_logit_normal_times_are_the_sigmoid_of_a_normal(seed):
+    """Mean and variance within 5 standard errors; all else as with uniform times."""
+    digits = load_dataset("digits")
+    sizes = {"batch_size": 1000, "stages": 3}
+    ((plain,),) = make(digits, seed, **sizes).steps(0, 1)
+    ((batch,),) = make(digits, seed, tau="logit-normal", **sizes).steps(0, 1)
+    for name in ("latents", "labels", "noise"):
+        assert torch.equal(getattr(batch, name), getattr(plain, name))
+    tau = batch.tau.double()
+    assert torch.equal(plain.tau.argsort(dim=0), batch.tau.argsort(dim=0))
+    assert tau.min() >= 0 and tau.max() <= 1
+    normal = tau.logit()
+    assert abs(normal.mean()) < 5 / math.sqrt(3000)
+    assert abs(normal.square().mean() - 1) < 5 * math.sqrt(2 / 3000)
+
+
 def test_labels_drop_and_images_mirror(seed):
     digits = load_dataset("digits")
     images, labels = digits.tensors()

@@ -24,7 +24,12 @@ from ecar.training import TrainConfig
         ("betas", (0.9, 1.0), ValueError),
         ("warmup_steps", -1, ValueError),
         ("schedule", "step", ValueError),
+        ("tau", "normal", ValueError),
         ("ema_decay", 1.1, ValueError),
+        ("ema_decay", "long", TypeError),
+        ("ema_decay", (), ValueError),
+        ("ema_decay", (0.9, 1.1), ValueError),
+        ("ema_decay", (0.9, 0.9), ValueError),
         ("label_dropout", 2.0, ValueError),
         ("stage_weights", "equal", TypeError),
         ("stage_weights", (1.0,), ValueError),
@@ -83,11 +88,24 @@ def test_decay_steps_are_of_wsd_alone(make_config, fields, words):
         make_config(warmup_steps=1, **fields)
 
 
+def test_gradnorm_needs_ar_layers(make_config):
+    model = ECARConfig.preset("digits", ar_layers=0)
+    words = "argument 'stage_weights': expected 'uncertainty' or 2 numbers .* got 'gradnorm'"
+    with pytest.raises(ValueError, match=words):
+        make_config(model=model)
+    for weights in ("uncertainty", (1.0, 1.0)):
+        assert make_config(model=model, stage_weights=weights).stage_weights == weights
+
+
 def test_json_round_trip(make_config, tmp_path):
-    config = make_config(stage_weights=[1, 2], betas=[0.8, 0.9], grad_clip=None)
+    config = make_config(
+        stage_weights=[1, 2], betas=[0.8, 0.9], ema_decay=[0.9999, 0.999], grad_clip=None
+    )
     config.to_json(tmp_path / "train.json")
     assert TrainConfig.from_json(tmp_path / "train.json") == config
     assert config.stage_weights == (1.0, 2.0)
+    assert config.averages == {"ema": 0.9999, "ema_0.999": 0.999}
+    assert make_config(ema_decay=0.5).averages == {"ema": 0.5}
 
 
 def test_label_dropout_comes_from_the_model(make_config):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,14 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_equal_one(make_config, read_log, tmp_path):
-    """GradNorm, clipping and accumulation on; then fixed weights, in the same processes."""
+def test_two_processes_equal_one(make_config, tiny, read_log, tmp_path):
+    """GradNorm, clipping and accumulation on; then fixed weights, and uncertainty's for a model
+    without AR layers, in the same processes."""
     configs = {}
     for name, fields in (
         ("gradnorm", {"gradient_accumulation": 2}),
         ("fixed", {"stage_weights": (2.0, 1.0)}),
+        ("without_ar", {"stage_weights": "uncertainty", "model": replace(tiny, ar_layers=0)}),
     ):
         for count in ("one", "two"):
             configs[name, count] = make_config(
@@ -41,7 +44,7 @@ def test_two_processes_equal_one(make_config, read_log, tmp_path):
             )
     (tmp_path / "script.py").write_text(SCRIPT)
     paths = []
-    for name in ("gradnorm", "fixed"):
+    for name in ("gradnorm", "fixed", "without_ar"):
         paths.append(str(tmp_path / f"{name}.json"))
         configs[name, "two"].to_json(paths[-1])
     process = subprocess.run(
@@ -60,7 +63,7 @@ def test_two_processes_equal_one(make_config, read_log, tmp_path):
         text=True,
     )
     assert process.returncode == 0, process.stderr
-    for name in ("gradnorm", "fixed"):
+    for name in ("gradnorm", "fixed", "without_ar"):
         Trainer(configs[name, "one"], progress=False).run()
         one, two = (read_log(configs[name, count].output_dir) for count in ("one", "two"))
         assert len(one["step"]) == len(two["step"]) == 8

@@ -80,10 +80,20 @@ def finished(config, dataset) -> Trainer:
 
 
 @pytest.mark.parametrize(
-    ("stage_weights", "precision"), [("gradnorm", "no"), ("gradnorm", "bf16"), ((1.0, 3.0), "no")]
+    "fields",
+    [
+        {},
+        {"mixed_precision": "bf16"},
+        {"stage_weights": (1.0, 3.0), "ema_decay": (0.9999, 0.3)},
+        {
+            "stage_weights": "uncertainty",
+            "tau": "logit-normal",
+            "model": ECARConfig.preset("digits", width=16, heads=2, ar_layers=0, flow_blocks=1),
+        },
+    ],
 )
-def test_more_steps_than_planned(make_config, images, tmp_path, stage_weights, precision):
-    fields = {"log_every": 3, "stage_weights": stage_weights, "mixed_precision": precision}
+def test_more_steps_than_planned(make_config, images, tmp_path, fields):
+    fields = {"log_every": 3, **fields}
     whole = finished(make_config(steps=7, output_dir=str(tmp_path / "whole"), **fields), images)
     finished(make_config(steps=4, **fields), images)
     longer = Trainer.resume(str(tmp_path / "run"), steps=7, dataset=images, progress=False)
@@ -112,6 +122,8 @@ def test_what_decides_no_weight_may_change(make_config, images):
         ({"learning_rate": 0.5}, "'learning_rate' is 0.001 there, 0.5 here"),
         ({"batch_size": 4}, "'batch_size' is 8 there, 4 here"),
         ({"stage_weights": (1.0, 1.0)}, "'stage_weights' is 'gradnorm' there"),
+        ({"tau": "logit-normal"}, "'tau' is 'uniform' there, 'logit-normal' here"),
+        ({"ema_decay": (0.9999, 0.5)}, "'ema_decay' is 0.9999 there"),
         (
             {"schedule": "linear"},
             "'schedule' is 'constant' there, 'linear' here .the learning rates",

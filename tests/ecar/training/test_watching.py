@@ -102,6 +102,27 @@ def test_the_best_checkpoint_is_kept(make_config, images, tmp_path, monkeypatch)
         assert same(weights(output / "best"), weights(output / "checkpoints" / kept))
 
 
+def test_each_average_is_a_checkpoint_and_is_measured(make_config, images, tmp_path):
+    (tmp_path / "run").mkdir()
+    settings = {"codec": "identity", "class_names": None, "defaults": {"guidance_scale": 3.0}}
+    (tmp_path / "run" / "pipeline.json").write_text(json.dumps(settings))
+    config = make_config(ema_decay=(0.4, 0.0), validate_every=2)
+    instance = trainer(config, dataset=images, held_out=images)
+    instance.run()
+    short = ECAR.from_pretrained(tmp_path / "run" / "ema_0.0").state_dict()
+    assert (tmp_path / "run" / "ema_0.0" / "pipeline.json").exists()
+    long, raw = (
+        model.state_dict() for model in (ECAR.from_pretrained(tmp_path / "run"), instance.raw_model)
+    )
+    assert all(torch.equal(short[name], raw[name]) for name in raw)  # of decay 0: the weights
+    assert any(not torch.equal(long[name], raw[name]) for name in raw)
+    measured = rows(tmp_path / "run" / "validation.csv")
+    assert list(measured[0]) == ["step", "images", "loss", "loss_1", "loss_2", "ema_0.0"]
+    losses = instance.validation.losses(instance.averages["ema_0.0"])
+    assert measured[-1]["ema_0.0"] == pytest.approx(sum(losses) / 2, rel=1e-5)
+    assert measured[-1]["ema_0.0"] != measured[-1]["loss"]
+
+
 def test_the_last_checkpoints_are_kept(make_config, images, tmp_path):
     (tmp_path / "run").mkdir()
     settings = {"codec": "identity", "class_names": None, "defaults": {"guidance_scale": 3.0}}
