@@ -21,6 +21,7 @@ KINDS = {
     "table2": ("Table 2: parameters and multiply-adds", "benchmarks.paper.table2"),
     "complexity": ("A.2: attention token by token and in stages", "benchmarks.paper.complexity"),
     "ablation": ("What each design choice is worth", "benchmarks.paper.ablation"),
+    "training": ("What each choice in training is worth", "benchmarks.paper.training"),
     "memory": ("Memory", "benchmarks.memory"),
     "example": ("Other models, accelerated", "examples.compare"),
     "gpu": ("On this GPU", "benchmarks.gpu.report"),
