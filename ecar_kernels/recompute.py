@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ecar_kernels import _transforms, registry
+from ecar_kernels import _native, _transforms, registry
 from ecar_kernels._written import as_written
 
 
@@ -51,8 +51,25 @@ def linear(
 def gelu_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(GELU(x)), tanh's approximation, keeping x [.., C] alone."""
     if not active(x) or not as_written(layer, nn.Linear):
-        return layer(F.gelu(x, approximate="tanh"))
+        return layer(gelu(x))
     return _GELULinear.apply(x, layer.weight, layer.bias)
+
+
+def gelu(x: Tensor, ours: bool = False) -> Tensor:
+    """tanh's approximation; `ours`: by the C++ library."""
+    return torch.ops.ecar.gelu.default(x) if ours else F.gelu(x, approximate="tanh")
+
+
+def _gelu_is_ours(x: Tensor) -> bool:
+    """Where PyTorch's takes five times as long: of contiguous tensors on a CPU."""
+    return (
+        registry.active_backend() in ("auto", "cpp")
+        and type(x) in (Tensor, nn.Parameter)
+        and x.device.type == "cpu"
+        and x.dtype in registry.KERNEL_DTYPES
+        and x.is_contiguous()
+        and _native.why_not() is None
+    )
 
 
 # What makes z of its sources: each returns (z, function, *sources), as `linear` takes them.
@@ -133,7 +150,8 @@ class _GELULinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        y = F.linear(F.gelu(x, approximate="tanh"), weight, bias)
+        ctx.ours = _gelu_is_ours(x)
+        y = F.linear(gelu(x, ctx.ours), weight, bias)
         ctx.save_for_backward(x, weight)
         ctx.autocast = _autocast_state(x)
         return y
@@ -143,23 +161,22 @@ class _GELULinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         x_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad
         grad_x = grad_weight = None
+        plain = not (
+            torch.is_grad_enabled() or _transforms.active() or _transforms.is_batched_gradient(grad)
+        )
         with torch.autocast(**ctx.autocast):
             if weight_wanted:
-                grad_weight = _weight(grad, F.gelu(x, approximate="tanh"))
+                grad_weight = _weight(grad, gelu(x, ctx.ours and plain))
             if x_wanted:
                 grad_x = (grad @ weight).to(x.dtype)
-                plain = not (
-                    torch.is_grad_enabled()
-                    or _transforms.active()
-                    or _transforms.is_batched_gradient(grad)
-                )
-                place = {"grad_input": grad_x} if plain else {}
-                run = (
-                    torch.ops.aten.gelu_backward.grad_input
-                    if place
-                    else torch.ops.aten.gelu_backward.default
-                )
-                grad_x = run(grad_x, x, approximate="tanh", **place)
+                if not plain:
+                    grad_x = torch.ops.aten.gelu_backward.default(grad_x, x, approximate="tanh")
+                elif ctx.ours and grad_x.is_contiguous():
+                    torch.ops.ecar.gelu_backward_.default(grad_x, x)
+                else:
+                    torch.ops.aten.gelu_backward.grad_input(
+                        grad_x, x, approximate="tanh", grad_input=grad_x
+                    )
             return grad_x, grad_weight, _bias(grad) if bias_wanted else None
 
 

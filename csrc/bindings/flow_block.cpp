@@ -13,6 +13,12 @@ namespace {
 
 using std::int64_t;
 
+void check_contiguous(const char* name, const Tensor& tensor) {
+  if (!tensor.is_contiguous()) {
+    refuse(name, "a contiguous tensor, got strides ", text(tensor.strides()));
+  }
+}
+
 Tensor pack_linear_weight(const Tensor& weight) {
   const Dtype dtype = check_leading("weight", weight, 2);
   const int64_t outputs = weight.size(0), depth = weight.size(1);
@@ -189,7 +195,7 @@ void flow_block_(const Tensor& x, const Tensor& spatial, const Tensor& step, int
   const Dtype dtype = check_leading("x", x, 3);
   const Tokens t = tokens_of(x), t_hidden{t.images, t.tokens, hidden};
   const int64_t c = t.channels, item = static_cast<int64_t>(x.element_size());
-  if (!x.is_contiguous()) refuse("x", "a contiguous tensor, got strides ", text(x.strides()));
+  check_contiguous("x", x);
   if (heads < 1 || c < 1 || c % heads != 0) refuse("heads", "a divisor of ", c, ", got ", heads);
   if (hidden < 1) refuse("hidden", "at least 1, got ", hidden);
   const Rows of_token = six_parts("spatial", spatial, x, t, t.images, t.tokens, part);
@@ -244,6 +250,34 @@ void flow_block_(const Tensor& x, const Tensor& spatial, const Tensor& step, int
   product(between, hidden, fc2, fc2_bias, c, stream, -1, 5);
 }
 
+// Elements that cost about as much as one of copying: an exponential and a division.
+constexpr int64_t kGeluElements = 4;
+
+Tensor gelu(const Tensor& x) {
+  const Dtype dtype = check_leading("x", x, x.dim());
+  check_contiguous("x", x);
+  const Tensor y = empty_as(x);
+  const flow_block::Gelu kernel = ECAR_CHOOSE(flow_block_kernels).gelu[dtype];
+  parallel(x.numel(), kGeluElements, [&](int64_t begin, int64_t end) {
+    kernel(x.const_data_ptr(), y.mutable_data_ptr(), begin, end);
+  });
+  return y;
+}
+
+void gelu_backward_(const Tensor& grad, const Tensor& x) {
+  const Dtype dtype = check_leading("x", x, x.dim());
+  check_contiguous("x", x);
+  if (grad.numel() != x.numel() || dtype_code(grad) != dtype_code(x)) {
+    refuse("grad", "as many elements as x and its type, got ", text(grad.sizes()));
+  }
+  check_contiguous("grad", grad);
+  check_apart("grad", grad, x);
+  const flow_block::Gelu kernel = ECAR_CHOOSE(flow_block_kernels).gelu_backward[dtype];
+  parallel(x.numel(), kGeluElements, [&](int64_t begin, int64_t end) {
+    kernel(x.const_data_ptr(), grad.mutable_data_ptr(), begin, end);
+  });
+}
+
 // Floats that a call's workspace has at least.
 int64_t packed_workspace_size(int64_t rows, int64_t depth) {
   return flow_block::workspace_size(rows, depth);
@@ -267,6 +301,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
       "Tensor fc2, Tensor? fc2_bias, int heads, int hidden, float eps, Tensor(b!) wide, "
       "Tensor(c!) workspace) -> ()");
   library.def("packed_workspace_size(int rows, int depth) -> int");
+  library.def("gelu(Tensor x) -> Tensor");
+  library.def("gelu_backward_(Tensor(a!) grad, Tensor x) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ecar, CPU, library) {
@@ -274,6 +310,8 @@ STABLE_TORCH_LIBRARY_IMPL(ecar, CPU, library) {
   library.impl("packed_adaln_linear", TORCH_BOX(&ecar::packed_adaln_linear));
   library.impl("packed_linear_gated_residual", TORCH_BOX(&ecar::packed_linear_gated_residual));
   library.impl("flow_block_", TORCH_BOX(&ecar::flow_block_));
+  library.impl("gelu", TORCH_BOX(&ecar::gelu));
+  library.impl("gelu_backward_", TORCH_BOX(&ecar::gelu_backward_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ecar, CompositeExplicitAutograd, library) {

@@ -244,12 +244,33 @@ void multiply(const Output& output, int64_t first, int64_t rows, int64_t begin, 
   }
 }
 
+// --- the activation alone, for training ------------------------------------------------------
+
+template <class T>
+void gelu(const void* x, void* y, int64_t begin, int64_t end) {
+  const T* from = static_cast<const T*>(x) + begin;
+  T* to = static_cast<T*>(y) + begin;
+  for_each(end - begin,
+           [&](auto io, int64_t at) { io.store(to + at, gelu_tanh(io.load(from + at))); });
+}
+
+template <class T>
+void gelu_backward(const void* x, void* grad, int64_t begin, int64_t end) {
+  const T* from = static_cast<const T*>(x) + begin;
+  T* to = static_cast<T*>(grad) + begin;
+  for_each(end - begin, [&](auto io, int64_t at) {
+    io.store(to + at, io.load(to + at) * gelu_tanh_derivative(io.load(from + at)));
+  });
+}
+
 }  // namespace
 
 extern const flow_block::Kernels flow_block_kernels = {
     {pack<float>, pack<BFloat16>, pack<Float16>},
     {prepare<float>, prepare<BFloat16>, prepare<Float16>},
     {multiply<float>, multiply<BFloat16>, multiply<Float16>},
+    {gelu<float>, gelu<BFloat16>, gelu<Float16>},
+    {gelu_backward<float>, gelu_backward<BFloat16>, gelu_backward<Float16>},
 };
 
 }  // namespace ECAR_ISA

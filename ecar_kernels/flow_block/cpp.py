@@ -192,3 +192,16 @@ def _(
 @torch.library.register_fake("ecar::pack_linear_weight", lib=_library)
 def _(weight):
     return weight.new_empty(packed_size(*weight.shape))
+
+
+# GELU alone and its gradient, for training (recompute.py).
+
+
+@torch.library.register_fake("ecar::gelu", lib=_library)
+def _(x):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("ecar::gelu_backward_", lib=_library)
+def _(grad, x):
+    pass

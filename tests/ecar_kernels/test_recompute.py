@@ -1,9 +1,12 @@
 """Linear layers that forget their input: what they compute, what is kept, and where they do not."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ecar_kernels import (
@@ -18,7 +21,9 @@ from ecar_kernels import (
 )
 from ecar_kernels.registry import KERNEL_DTYPES
 from tests.support.accuracy import assert_accurate
+from tests.support.backends import kernel
 from tests.support.modules import arguments_of, functional
+from tests.support.native import needs_native
 
 WIDTH, HEADS, HIDDEN, STAGES, BATCH = 48, 4, 100, (1, 4, 9), 2
 TOKENS = sum(STAGES)
@@ -172,6 +177,77 @@ def test_only_the_gradients_that_are_wanted(wanted):
         (found,) = torch.autograd.grad(run(layer, x).square().sum(), tensors[wanted])
         (expected,) = torch.autograd.grad(layer(plain(x)).square().sum(), tensors[wanted])
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_the_librarys_gelu_and_its_gradient(dtype):
+    """Within a unit of their type, and of float32's of where they cancel."""
+    x = torch.cat([torch.linspace(-12, 12, 40_001), torch.tensor([0.0, -1e13, 1e13, 6e4, -6e4])])
+    x = x.to(dtype).nan_to_num()  # 1e13 is not in float16's range
+    exact = x.double().requires_grad_()
+    y = F.gelu(exact, approximate="tanh")
+    (slope,) = torch.autograd.grad(y.sum(), exact)
+    found, grad = torch.ops.ecar.gelu(x), torch.full_like(x, 0.5)
+    torch.ops.ecar.gelu_backward_(grad, x)
+    for ours, expected in ((found, y.detach()), (grad, slope / 2)):
+        unit = torch.finfo(dtype).eps * expected.abs() + 4 * torch.finfo(torch.float32).eps
+        assert ((ours.double() - expected).abs() <= unit).all()
+    nan = torch.full((3,), math.nan, dtype=dtype)
+    assert torch.ops.ecar.gelu(nan).isnan().all()
+    grad_of_nan = torch.ones_like(nan)
+    torch.ops.ecar.gelu_backward_(grad_of_nan, nan)
+    assert grad_of_nan.isnan().all()
+    kernel("adaln_linear", "cpp")  # which registers both for fake tensors
+    torch.library.opcheck(torch.ops.ecar.gelu.default, (x,))
+    torch.library.opcheck(torch.ops.ecar.gelu_backward_.default, (grad, x))
+
+
+@needs_native
+def test_the_librarys_gelu_refuses_what_it_cannot_take():
+    x = torch.randn(4, 6)
+    for call in (
+        lambda: torch.ops.ecar.gelu(x.T),
+        lambda: torch.ops.ecar.gelu(x.double()),
+        lambda: torch.ops.ecar.gelu_backward_(x.T, x),
+        lambda: torch.ops.ecar.gelu_backward_(x, x),
+        lambda: torch.ops.ecar.gelu_backward_(torch.randn(5), x),
+        lambda: torch.ops.ecar.gelu_backward_(torch.randn(4, 6).bfloat16(), x),
+    ):
+        with pytest.raises(RuntimeError, match=r"argument '(x|grad)': expected"):
+            call()
+
+
+class Calls(TorchDispatchMode):
+    """The names of the ops that run, with "gelu" in them."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "gelu" in str(func):
+            self.names.add(str(func).partition("::")[0].partition(".gelu")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("backend", "change", "namespace"),
+    [
+        ("auto", lambda x: x, "ecar"),
+        ("cpp", lambda x: x, "ecar"),
+        ("reference", lambda x: x, "aten"),
+        ("auto", lambda x: x.double(), "aten"),
+        ("auto", lambda x: x.transpose(0, 1), "aten"),
+    ],
+)
+def test_whose_gelu_runs(backend, change, namespace):
+    x = change(torch.randn(4, 5, 6)).requires_grad_()
+    layer = nn.Linear(6, 6).to(x.dtype)
+    with use_backend(backend), Calls() as calls:
+        recompute.gelu_linear(layer, x).sum().backward()
+    assert calls.names == {namespace}
 
 
 def test_a_source_that_was_changed_is_refused():
