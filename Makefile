@@ -145,7 +145,7 @@ gpu-train:
 	$(PYTHON) -m tools.train_for --seconds 220 --output $${OUT:-checkpoints}/emoji
 
 gpu-pack:
-	$(PYTHON) -m benchmarks.gpu.carry pack $(GPU_OPTIONS)
+	$(PYTHON) -m benchmarks.gpu.build pack $(GPU_OPTIONS)
 
 callgrind: $(STAMPS)/test
 	$(BIN)/python -m benchmarks.instructions

@@ -12,7 +12,6 @@ import torch
 
 from benchmarks import timing
 from benchmarks.gpu.work import Work
-from benchmarks.timing import seconds_of, summary
 from ecar.sampling.graph import CudaRecorder
 
 Call = Callable[[], Any]
@@ -24,59 +23,52 @@ class Timer:
     """One variant's calls, warmed up, ready to be timed as often as needed."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
-        self.calls = calls
-        self._run: Call = self._all
-        self.how = "host"
+        # All results alive together: in a graph, each call writes to memory of its own.
+        self.run: Call = lambda: [call() for call in calls]
+        self.count, self.how = len(calls), "host"
         for call in calls[:3]:
             call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self.how = "stream"
             try:
                 recorder = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
-                self._run, self.how = recorder.record(self._all), "graph"
-                self._run()
+                self.run, self.how = recorder.record(self.run), "graph"
+                self.run()
             except RuntimeError:
                 torch.cuda.synchronize()
-
-    def _all(self) -> None:
-        # All alive together: in a graph, each call writes to memory of its own.
-        outputs = [call() for call in self.calls]
-        del outputs
 
     def once(self) -> float:
         """Seconds of one call, the mean over the sets of inputs."""
         if self.how == "host":
-            return seconds_of(self._run) / len(self.calls)
+            return timing.seconds_of(self.run) / self.count
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         if self.how == "stream":
             torch.cuda._sleep(WAIT_CYCLES)
-        self._begin.record()
-        self._run()
-        self._end.record()
-        self._end.synchronize()
-        return self._begin.elapsed_time(self._end) / 1e3 / len(self.calls)
+        begin.record()
+        self.run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / self.count
 
 
 def interleave(timers: Mapping[str, Timer], seconds: float) -> dict[str, dict[str, Any]]:
     """Median and quartiles of each, one measurement a round, for `seconds`."""
     times = timing.rounds({name: timer.once for name, timer in timers.items()}, seconds)
-    return {name: summary(found) | {"how": timers[name].how} for name, found in times.items()}
+    return {
+        name: timing.summary(found) | {"how": timers[name].how} for name, found in times.items()
+    }
 
 
-def wall(call: Call, seconds: float, at_least: int = 5) -> dict[str, Any]:
+def wall(call: Call, seconds: float, at_least: int) -> dict[str, Any]:
     """Of a call's wall time, until the device has finished."""
-
-    def finished() -> None:
-        call()
-        synchronize()
 
     def measure() -> float:
         synchronize()
-        return seconds_of(finished)
+        return timing.seconds_of(lambda: (call(), synchronize()))
 
-    return summary(timing.rounds({"": measure}, seconds, at_least=at_least)[""])
+    return timing.summary(timing.rounds({"": measure}, seconds, at_least=at_least)[""])
 
 
 def synchronize() -> None:
@@ -91,12 +83,11 @@ def measure_rates(work: Work) -> None:
     def median(calls: Sequence[Call]) -> float:
         return interleave({"": Timer(calls)}, work.span(1.0))[""]["median"]
 
-    source = torch.randn(size // 4, device=work.device)
+    source, one = torch.randn(size // 4, device=work.device), torch.zeros(1, device=work.device)
     target = torch.empty_like(source)
     copy = median([lambda: target.copy_(source)])
-    work.add(name="copy", value=2 * size / copy, unit="bytes/s")
-    one = torch.zeros(1, device=work.device)
-    work.add(name="launch", value=median([lambda: one.add_(1)] * count), unit="s")
+    work.add("copy", value=2 * size / copy, unit="bytes/s")
+    work.add("launch", value=median([lambda: one.add_(1)] * count), unit="s")
     for name, dtype, precision in (
         ("bfloat16", torch.bfloat16, "ieee"),
         ("tf32", torch.float32, "tf32"),
@@ -105,4 +96,4 @@ def measure_rates(work: Work) -> None:
         torch.backends.cuda.matmul.fp32_precision = precision
         a, b = (torch.randn(side, side, device=work.device).to(dtype) for _ in range(2))
         product = median([lambda a=a, b=b: a @ b])
-        work.add(name=name, value=side**3 / product, unit="multiply-adds/s")
+        work.add(name, value=side**3 / product, unit="multiply-adds/s")

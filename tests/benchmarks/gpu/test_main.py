@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import cases, results
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import calls, report
+from benchmarks.gpu import check
 from benchmarks.results import ROOT
 from ecar_kernels.registry import OPS
 
@@ -33,11 +33,14 @@ def dry_run(command: str, folder: Path, capsys) -> dict:
         record["environment"]["dry_run"]
         and "A dry run" in (folder / f"gpu-{command}.md").read_text()
     )
+    assert (
+        record["environment"]["gpu"]["name"] == "none"
+        and record["environment"]["versions"]["torch"]
+    )
     assert list(record["parts"]) == list(gpu.COMMANDS[command])
     assert {part["status"] for part in record["parts"].values()} == {"done"}
     for name, part in record["parts"].items():
         for row in part["rows"]:
-            assert row["on"].startswith("none, torch ")
             assert f"{name}: {row['name']}: " in printed
     return record["parts"]
 
@@ -51,9 +54,9 @@ class TestDryRuns:
         parts = dry_run("check", tmp_path, capsys)
         judged = parts["accuracy"]["rows"]
         assert {row["op"] for row in judged} == set(OPS)
-        assert len(judged) == len(OPS) * len(calls.SMALL) * 3  # dtypes; the CPU has C++ alone
+        assert len(judged) == len(OPS) * 2 * 3  # layouts, dtypes; the CPU has C++ alone
         assert all(
-            row["found"] <= row["allowed"] and row["served"] in calls.KERNELS for row in judged
+            row["found"] <= row["allowed"] and row["served"] in check.KERNELS for row in judged
         )
         images = rows_of(parts["images"], "allowed")
         assert set(images) == {"E-CAR-S bfloat16", "E-CAR-S float32"}
@@ -76,7 +79,7 @@ class TestDryRuns:
         assert [(row["batch"], row["way"]) for row in images] == [(1, "default"), (2, "plain")]
         assert all(row["fraction"] > 0 and row["served"] for row in images)
         (profile,) = rows_of(parts["images"], "kernels").values()
-        assert 0 < profile["busy"] <= profile["span"] and profile["slowest"]
+        assert 0 < profile["busy"] <= profile["span"] and profile["output"]
 
     def test_ops(self, tmp_path, capsys):
         parts = dry_run("ops", tmp_path, capsys)
@@ -85,16 +88,14 @@ class TestDryRuns:
             *rows_of(parts["others"], "group").values(),
         ]
         assert {row["op"] for row in timed} == set(OPS)
-        assert all(row["served"] in calls.KERNELS and row["floor"] > 0 for row in timed)
+        assert all(row["served"] in check.KERNELS and row["floor"] > 0 for row in timed)
         assert all(
-            row["variants"]["reference"]["median"] > 0
-            for row in timed
-            if row["name"] not in COMPILING
+            row["ways"]["reference"]["median"] > 0 for row in timed if row["name"] not in COMPILING
         )
         assert {row["name"] for row in timed} >= COMPILING
         assert cases.VAR in {row["size"] for row in timed}
         whole = rows_of(parts["attention"], "group")["stage_attention-backward-S-16tokens-batch1"]
-        assert whole["variants"]["SDPA math"]["median"] > 0
+        assert whole["ways"]["SDPA math"]["median"] > 0
         assert whole["failed"]["SDPA cudnn"] and whole["failed"]["flash-attn"]
         compiled = {row["name"]: row for row in timed if row["name"] in COMPILING}
         flex = compiled["stage_attention-backward-S-16tokens-batch1, compiled"]
@@ -105,7 +106,7 @@ class TestDryRuns:
         for arguments in (["chek"], ["check", "--only", "acuracy"]):
             with pytest.raises(SystemExit):
                 gpu.main(arguments)
-            assert f"got '{arguments[-1]}'" in capsys.readouterr().err
+            assert f"invalid choice: '{arguments[-1]}'" in capsys.readouterr().err
 
 
 def test_nothing_runs_where_the_library_is_missing(tmp_path, monkeypatch, capsys):
@@ -119,20 +120,11 @@ def test_nothing_runs_where_the_library_is_missing(tmp_path, monkeypatch, capsys
     assert list(json.loads((tmp_path / "gpu-check.json").read_text())["parts"]) == ["build"]
 
 
-def begun(tmp_path: Path, command: str = "check") -> Path:
-    file = tmp_path / f"gpu-{command}.json"
-    results.write(
-        file,
-        "gpu",
-        {"gpu": {"name": "none"}, "dry_run": True, "versions": {}},
-        command=command,
-        parts={},
-    )
-    return file
+RECORD = {"kind": "gpu", "environment": {"gpu": {"name": "none"}, "dry_run": True}}
 
 
-def options(**given: object) -> object:
-    return gpu.argparse.Namespace(dry_run=True, carried=None, words=[], **given)
+def options(*given: str, **more: object) -> object:
+    return gpu.argparse.Namespace(dry=True, carried=None, words=[], given=given, **more)
 
 
 def test_a_cut_loses_at_most_the_row_under_way(tmp_path):
@@ -169,29 +161,28 @@ def test_a_cut_loses_at_most_the_row_under_way(tmp_path):
 
 
 def test_a_part_past_its_time_is_ended_with_its_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "COMMANDS", {"check": {"tests": ("checks:tests", 1.0)}})
+    monkeypatch.setattr(gpu, "LEAST", 0.0)
+    record, file = RECORD | {"parts": {}}, tmp_path / "gpu-check.json"
     begin = time.time()
-    found = gpu._process("check", "tests", begun(tmp_path), 0.5, options())
+    found = gpu._process("check", "accuracy", file, record, 0.5, options("--dry-run"))
     assert found["status"] == "cut off after 0 s" and time.time() - begin < 60
-    assert report.render({"environment": {"gpu": {}, "dry_run": True}, "parts": {"tests": found}})
+    assert results.read(file)["parts"] == {"accuracy": found}
+    assert "cut off after 0 s" in file.with_suffix(".md").read_text()
 
 
 def test_a_part_that_fails_says_why_and_the_others_go_on(tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        gpu.COMMANDS,
-        "check",
-        {"images": ("checks:images", 100.0), "tests": ("checks:tests", 100.0)},
-    )
     real = gpu._process
 
-    def without_a_gpu(command, name, file, seconds, given):  # the first part fails at once
-        given.dry_run = name != "images"
-        return real(command, name, file, seconds, given)
+    def without_a_gpu(command, name, file, record, seconds, given):  # images fail at once
+        given.given = [] if name == "images" else ["--dry-run"]
+        return real(command, name, file, record, seconds, given)
 
+    monkeypatch.setattr(gpu, "COMMANDS", {"check": {"images": 100.0, "tests": 100.0}})
     monkeypatch.setattr(gpu, "_process", without_a_gpu)
-    assert gpu._command("check", time.time() + 300, options(output=tmp_path, only=None)) == 1
+    given = options(output=tmp_path, only=gpu.PARTS)
+    assert gpu._command("check", time.time() + 300, given) == 1
     parts = results.read(tmp_path / "gpu-check.json")["parts"]
-    assert parts["images"]["status"] == "failed with status 1"
+    assert parts["images"]["status"] == "failed with 1"
     assert "Traceback" in parts["images"]["output"]
     assert "Traceback" in (tmp_path / "gpu-check.md").read_text()
     assert parts["tests"]["status"] == "done"

@@ -3,67 +3,66 @@
 import os
 from pathlib import Path
 
-from benchmarks.gpu import calls, carry, checks, work
-from tests.benchmarks.support import python
+from benchmarks.gpu import build, check, work
 
 
 def test_a_gpu_without_the_cuda_half_stops_it(tmp_path, monkeypatch):
     """What is carried does not fit: a row says why, the build is tried, and what loads counts."""
     ran = []
-    monkeypatch.setattr(checks._native, "why_not_cuda", lambda: "the CUDA half is not built")
-    monkeypatch.setattr(checks, "run", lambda work, argv, *more: ran.append(argv) or (0, ""))
-    monkeypatch.setattr(carry, "architecture", lambda dry: 90)
+    monkeypatch.setattr(build._native, "why_not_cuda", lambda: "the CUDA half is not built")
+    monkeypatch.setattr(work, "run", lambda argv, *more: ran.append(argv) or (0, ""))
+    monkeypatch.setattr(build.torch.cuda, "get_device_capability", lambda: (9, 0))
     found = work.Work("check", "build", carried=tmp_path)
-    checks.build(found)
+    build.build(found)
     carried, built, half = found.rows
     assert "manifest.json" in carried["why_not"]
     assert built["ok"] and ran[0][1:] == ["setup.py", "build_ext", "--inplace"]
     assert half["name"] == "CUDA half"
     assert (half["ok"], half["stop"]) == (False, "the CUDA half is not built")
     # A library of an earlier build is no way out of a build that fails.
-    monkeypatch.setattr(checks._native, "why_not_cuda", lambda: None)
-    monkeypatch.setattr(checks, "run", lambda *arguments: (1, "nvcc\nerror: x\n"))
-    checks.build(found := work.Work("check", "build"))
+    monkeypatch.setattr(build._native, "why_not_cuda", lambda: None)
+    monkeypatch.setattr(work, "run", lambda *arguments: (1, "nvcc\nerror: x\n"))
+    build.build(found := work.Work("check", "build"))
     assert found.rows[-1]["stop"] == "the build failed: error: x"
 
 
 def test_words_choose_rows():
     found = work.Work("check", "accuracy", dry=True, words=("euler_step", "plain"))
-    checks.accuracy(found)
+    check.accuracy(found)
     assert [row["op"] for row in found.rows] == ["euler_step"] * 3
 
 
 def test_a_wrong_op_is_a_row_that_fails(monkeypatch):
-    real = calls.calls
+    real = check.calls
 
     def wrong(*arguments):
         for call in real(*arguments):
             if call.op == "euler_step":
-                yield calls.Call(
-                    call.op,
-                    call.backend,
-                    call.dtype,
-                    call.layout,
-                    lambda f=call.function, **given: f(**given) + 1,
-                    call.given,
-                )
+                yield call._replace(function=lambda f=call.function, **given: f(**given) + 1)
 
-    monkeypatch.setattr(calls, "calls", wrong)
+    monkeypatch.setattr(check, "calls", wrong)
     found = work.Work("check", "accuracy", dry=True)
-    checks.accuracy(found)
+    check.accuracy(found)
     assert [row["ok"] for row in found.rows] == [False] * 6
 
 
 def test_only_files_with_gpu_tests_are_collected():
     """Others may import what a machine with a GPU does not have; the sampler's come first."""
-    chosen = checks.suites()["marked gpu"]
+    chosen = check.suites()["marked gpu"]
     assert chosen[:3] == ["-m", "gpu", "tests/ecar/sampling/test_graph_gpu.py"]
     assert "tests/ecar/test_pipeline.py" not in chosen
-    assert {Path(name).stem for name in chosen[2:]} >= set(checks.FIRST_TESTS)
+    kernels = ("flow_block_triton", "stage_attention_triton", "adaln_triton")
+    expected = {f"test_{name}" for name in ("flow_step", "flow_boundary", *kernels)}
+    assert {Path(name).stem for name in chosen[3:]} >= expected
 
 
-def test_what_memcheck_watches_runs():
-    assert f"adaln {calls.KERNELS[0]} bfloat16 views" in python("-m", "benchmarks.gpu.calls", "cpu")
+def test_what_memcheck_watches_is_every_op_on_small_tensors():
+    watched = work.Work("check", "warm", dry=True, words=("small",))
+    items = dict(check.warm_items(watched))
+    assert f"adaln {check.KERNELS[0]} bfloat16 small views" in items
+    for name, item in items.items():
+        assert watched.chosen(name)
+        item()
 
 
 def test_tests_are_named_as_they_end(tmp_path, capsys):
@@ -71,7 +70,7 @@ def test_tests_are_named_as_they_end(tmp_path, capsys):
         "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pytest.skip()\n"
     )
     found = work.Work("check", "tests")
-    checks.run_tests(
+    check.run_tests(
         found, "mine", ["-c", os.devnull, f"--rootdir={tmp_path}", str(tmp_path / "test_it.py")]
     )
     failed, suite = found.rows

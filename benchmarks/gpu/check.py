@@ -1,0 +1,186 @@
+"""The parts of `make gpu-check`: every op and an image of each size against references; tests."""
+
+import copy
+import functools
+import importlib.util
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import cases
+from benchmarks.gpu import image
+from benchmarks.gpu.work import TAIL, Work
+from benchmarks.results import ROOT
+from ecar import ECARPipeline, sample
+from ecar_kernels import registry, testing, use_backend
+
+# Views with all optional arguments; contiguous and without them; a model's sizes: E-CAR-L's, whose
+# width is no power of two and whose heads are 72 wide.
+LAYOUTS = ("small views", "small plain", "E-CAR-L")
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+KERNELS = tuple(name for name in registry.BACKENDS if name != "reference")
+OUTCOME = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)")
+
+
+class Call(NamedTuple):
+    """An op on one backend, and what makes its arguments."""
+
+    name: str
+    op: str
+    backend: str
+    dtype: torch.dtype
+    function: Callable
+    given: Callable[[], dict[str, Any]]
+
+
+def calls(work: Work) -> Iterator[Call]:
+    """Every op by every backend that serves it here; bfloat16 first, the model's sizes last."""
+    for layout in LAYOUTS[:2] if work.dry else LAYOUTS:
+        for numbers, dtype in DTYPES.items():
+            for op in registry.OPS:
+                case = cases.Case(op, 256, 2, "-" if op in cases.WIDTHLESS else "L", whole=True)
+                given = functools.partial(_given, work, case, dtype, layout)
+                for backend in KERNELS:
+                    try:
+                        function = work.resolve(op, backend, dtype, case.op_width)
+                    except registry.BackendUnavailableError:
+                        continue
+                    name = f"{op} {backend} {numbers} {layout}"
+                    yield Call(name, op, backend, dtype, function, given)
+
+
+def _given(work: Work, case: cases.Case, dtype: torch.dtype, layout: str) -> dict[str, Any]:
+    with work.device:  # made there: a view's copy would be contiguous
+        if layout == "E-CAR-L":
+            return work.placed(cases.inputs(case, cases.Arena(2**26, dtype)))
+        found = testing.arguments(case.op, dtype=dtype, optional=layout == "small views")
+    if layout == "small views":
+        return found
+    return {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in found.items()}
+
+
+def warm_items(work: Work) -> Iterator[tuple[str, Callable[[], object]]]:
+    return ((call.name, functools.partial(once, call)) for call in calls(work))
+
+
+def once(call: Call) -> None:
+    """Forward and, where it has one, backward."""
+    given = call.given()
+    with torch.no_grad():
+        outputs = testing.tensors(call.function(**given))
+    if call.op in testing.DIFFERENTIABLE:
+        testing.run(call.function, given, None, [torch.randn_like(y) for y in outputs])
+
+
+def accuracy(work: Work) -> None:
+    """Every op by every backend against its reference: float64's, on this device."""
+    for call in calls(work):
+        if work.begins(call.name, 1):
+            reference = work.resolve(call.op, "reference", call.dtype)
+            given = call.function, reference, call.given()
+            gradients = call.op in testing.DIFFERENTIABLE
+            judged = functools.partial(testing.judge, *given, gradients=gradients)
+            with nullcontext() if gradients else torch.no_grad():
+                _judge(work, call.name, judged, {"op": call.op, "served": call.backend})
+
+
+def _judge(work: Work, name: str, judged: Callable[[], list], row: dict[str, Any]) -> None:
+    """A row of what failed, or came nearest to it; an error is a row, too, and the others go on."""
+    try:
+        worst = max(judged(), key=lambda v: (not v.ok, v.found / max(v.allowed, 1e-300)))
+        row |= {"what": worst.what, "found": worst.found, "allowed": worst.allowed}
+        work.add(name, str(worst), ok=worst.ok, **row)
+    except Exception as error:
+        said = f"{type(error).__name__}: {str(error)[:TAIL]}"
+        work.add(name, said.splitlines()[0], ok=False, output=said, **row)
+
+
+def images(work: Work) -> None:
+    """One image of each size, by the same rule: accelerated, with graphs, in each dtype, against
+    the references on the device, and float64's on the CPU."""
+    given = {"class_labels": torch.tensor([3]), "seeds": torch.tensor([7]), "tf32": False}
+    for size in "S" if work.dry else "SBL":
+        name = f"E-CAR-{size}, the CPU's"
+        if not work.begins(name, 10):
+            continue
+        model = image.pipeline(work, image.Row(size, 1, "float32", "plain")).model
+        draw = functools.partial(sample, **given, steps=[2] * model.config.num_stages)
+        with use_backend("reference"):
+            exact = draw(copy.deepcopy(model).cpu().double()).latents
+        work.add(name, "float64, references")
+        for numbers in ("bfloat16", "float32"):
+            name, row = f"E-CAR-{size} {numbers}", {}
+            if work.begins(name, 5):
+                pipe = ECARPipeline(copy.deepcopy(model).to(DTYPES[numbers]), accelerate=True)
+                _judge(work, name, functools.partial(_drawn, work, pipe, draw, exact, row), row)
+
+
+def _drawn(
+    work: Work, pipe: ECARPipeline, draw: Callable, exact: Tensor, row: dict[str, Any]
+) -> list[testing.Verdict]:
+    with use_backend("reference"):
+        usual = draw(pipe.model, graphs=False).latents
+    pipe._accelerate()
+    output = draw(pipe.model, graphs=not work.dry)
+    row |= {"graph": output.why_not_graph is None, "served": output.served}
+    # The state is float32, whatever the network's dtype.
+    return testing.verdicts([output.latents.cpu()], [usual.cpu()], [exact], pipe.dtype)
+
+
+def tests(work: Work) -> None:
+    workers = ["-n", "8"] if importlib.util.find_spec("xdist") and not work.dry else []
+    for suite, chosen in suites().items():
+        if work.begins(suite, 10):
+            run_tests(work, suite, [*workers, *chosen])
+
+
+def suites() -> dict[str, list[str]]:
+    """pytest's arguments; only files with a test for GPUs or for every kernel: others may need what
+    is not here. The kernels first, but for the sampler as it is used, in case a run is cut off."""
+
+    def files(folder: str, mark: str) -> list[str]:
+        found = [
+            file for file in ROOT.glob(f"{folder}/test_*.py") if mark in file.read_text("utf-8")
+        ]
+        names = [str(file.relative_to(ROOT)) for file in found]
+        return sorted(
+            names, key=lambda name: ("graph_gpu" not in name, "kernels" not in name, name)
+        )
+
+    every_kernel = files("tests/ecar_kernels", "tests.support.backends")
+    return {
+        "marked gpu": ["-m", "gpu", *files("tests/**", "mark.gpu")],
+        "Triton's kernels, compiled": ["-k", "triton", "tests/ecar_kernels/triton", *every_kernel],
+    }
+
+
+def run_tests(work: Work, suite: str, chosen: list[str]) -> None:
+    """A row for each test that does not pass, as it ends, and one of the counts."""
+    missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
+    if missing:
+        work.add(suite, skipped=f"not installed here: {', '.join(missing)}")
+        return
+    counts: Counter[str] = Counter()
+
+    def line(text: str) -> None:
+        # "tests/a.py::test_b PASSED [ 3%]", or of xdist's workers "[gw0] [ 3%] PASSED a::test_b"
+        outcome = OUTCOME.search(text)
+        name = next((word for word in text.split() if "::" in word), None)
+        if outcome is None or name is None or text.startswith(("FAILED", "ERROR", "SKIPPED")):
+            return  # the summary at the end repeats them
+        counts[outcome[1].lower()] += 1
+        if outcome[1] in ("FAILED", "ERROR"):
+            work.add(name, ok=False)
+        else:
+            print(f"{work.part}: {name}: {outcome[1].lower()}", flush=True)
+
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    code, output = work.run([*command, *chosen], {"PYTEST_ADDOPTS": ""}, line)
+    said = ", ".join(f"{count} {name}" for name, count in counts.items())
+    work.ran(suite, code, output, said, counts=counts)
