@@ -4,7 +4,7 @@ from typing import Any
 
 from benchmarks.results import duration, markdown
 
-HIDDEN = ("group", "failed", "output", "served", "stop", "bytes", "multiply_adds")
+HIDDEN = ("group", "failed", "output", "served", "stop")
 SECONDS = ("floor", "memory", "arithmetic", "launches", "image", "first_call", "span", "busy")
 
 

@@ -44,7 +44,7 @@ class Work:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu" if self.dry else "cuda")
+        return torch.device("cpu" if self.dry else "cuda:0")
 
     @property
     def left(self) -> float:
