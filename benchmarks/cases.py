@@ -6,9 +6,9 @@ and where a case says `whole`, it is the training's: the queries of all stages u
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ STAGES = ECARConfig.preset("S").stage_tokens  # of S, B and L alike
 # Tokens of the stages of a larger image, side by pixels; 16 times as many tokens for 4 times 256.
 LARGE = {512: (64, 256, 1024), 1024: (64, 256, 1024, 4096), 2048: (64, 256, 1024, 4096, 16384)}
 VAR = "VAR-d16"
-VAR_STAGES = tuple(side**2 for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 BATCHES = (1, 8, 32)
 WIDTHLESS = tuple(op for op in OPS if not RECORDS[op].width)
 CHANNELS, PATCH = 4, 2
@@ -37,8 +36,7 @@ DTYPE = torch.float32
 ARENA_BYTES = 256 * 2**20
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """What an op knows of a model."""
 
     width: int
@@ -46,19 +44,12 @@ class Model:
     stages: tuple[int, ...]
 
 
-def _models() -> dict[str, Model]:
-    found = {VAR: Model(1024, 16, VAR_STAGES)}
-    for size in SIZES:
-        config = ECARConfig.preset(size)
-        found[size] = Model(config.width, config.heads, STAGES)
-        found |= {
-            f"{size}-{pixels}px": Model(config.width, config.heads, stages)
-            for pixels, stages in LARGE.items()
-        }
-    return found
-
-
-MODELS = _models()
+MODELS = {VAR: Model(1024, 16, tuple(side**2 for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)))}
+for _size in SIZES:
+    _config = ECARConfig.preset(_size)
+    MODELS[_size] = Model(_config.width, _config.heads, STAGES)
+    for _pixels, _stages in LARGE.items():
+        MODELS[f"{_size}-{_pixels}px"] = MODELS[_size]._replace(stages=_stages)
 
 
 @dataclass(frozen=True)
@@ -66,6 +57,7 @@ class Case:
     """One row of the table: an op at a stage of a size, for `batch` images.
 
     whole: stage_attention's queries are those of all stages up to this one; backward always.
+    overhead: what a call costs besides its arithmetic.
     """
 
     op: str
@@ -74,9 +66,12 @@ class Case:
     size: str = "-"  # for ops that know no width
     backward: bool = False
     whole: bool = False
+    overhead: bool = False
 
     @property
     def name(self) -> str:
+        if self.overhead:
+            return f"{self.op}-overhead"
         way = "backward" if self.backward else "whole" if self.whole else "forward"
         return f"{self.op}-{way}-{self.size}-{self.tokens}tokens-batch{self.batch}"
 
@@ -85,25 +80,11 @@ class Case:
         return MODELS[self.size]
 
     @property
-    def width(self) -> int:
-        return self.model.width
-
-    @property
-    def heads(self) -> int:
-        return self.model.heads
-
-    @property
     def op_width(self) -> int:
         """What `resolve` is told as the op's width; 0 for ops that have none."""
         if self.size == "-":
             return 0
-        return self.width // self.heads if self.op == "stage_attention" else self.width
-
-    @property
-    def stages(self) -> tuple[int, ...]:
-        """Tokens of the stages up to this one."""
-        stages = self.model.stages
-        return stages[: stages.index(self.tokens) + 1]
+        return self.model.width // (self.model.heads if self.op == "stage_attention" else 1)
 
 
 def select(
@@ -114,25 +95,21 @@ def select(
     ops: Sequence[str] = OPS,
 ) -> list[Case]:
     """These ops at the three stages, forward at these batches and backward, where they have one."""
-    cases = []
-    for op in ops:
-        of = ("-",) if op in WIDTHLESS else sizes
-        for way, batches in ((False, forward), (True, backward)):
-            if way and op not in BACKWARD_READS:
-                continue
-            cases += [
-                Case(op, tokens, batch, size, way)
-                for size in of
-                for batch in batches
-                for tokens in STAGES
-            ]
-    return cases
+    return [
+        Case(op, tokens, batch, size, way)
+        for op in ops
+        for way, batches in ((False, forward), (True, backward if op in BACKWARD_READS else ()))
+        for size in (("-",) if op in WIDTHLESS else sizes)
+        for batch in batches
+        for tokens in STAGES
+    ]
 
 
 def attention(size: str) -> list[Case]:
     """Training's: all stages of a size at once, forward and backward."""
+    tokens = MODELS[size].stages[-1]
     return [
-        Case("stage_attention", MODELS[size].stages[-1], 1, size, backward, whole=not backward)
+        Case("stage_attention", tokens, 1, size, backward, whole=not backward)
         for backward in (False, True)
     ]
 
@@ -143,33 +120,30 @@ def var(backward: bool = False) -> list[Case]:
         Case(op, tokens, 1, VAR, backward)
         for op in OPS
         if op not in WIDTHLESS and (op in BACKWARD_READS or not backward)
-        for tokens in VAR_STAGES
+        for tokens in MODELS[VAR].stages
     ]
 
 
-def large(pixels: int, sizes: Sequence[str] = ("S", "L")) -> list[Case]:
-    """Every op at the last stage of a larger image; the stages before are another size's."""
-    tokens, found = LARGE[pixels][-1], []
-    for op in OPS:
-        of = ("-",) if op in WIDTHLESS else [f"{size}-{pixels}px" for size in sizes]
-        ways = (False, True) if op in FAMILIES["adaln"] else (False,)
-        found += [Case(op, tokens, 1, size, backward) for backward in ways for size in of]
-    return found
+def large(pixels: int) -> list[Case]:
+    """Every op at the last stage of a larger image of S and L; the others are another size's."""
+    return [
+        Case(op, LARGE[pixels][-1], 1, size, backward)
+        for op in OPS
+        for backward in ((False, True) if op in FAMILIES["adaln"] else (False,))
+        for size in (("-",) if op in WIDTHLESS else (f"S-{pixels}px", f"L-{pixels}px"))
+    ]
 
 
 def every() -> list[Case]:
-    return list(
-        dict.fromkeys(
-            [
-                *default(),
-                *select(forward=BATCHES, backward=BATCHES),
-                *var(backward=True),
-                *attention("L-1024px"),
-                *attention("S-2048px"),
-                *large(2048),
-            ]
-        )
-    )
+    found = [
+        *default(),
+        *select(forward=BATCHES, backward=BATCHES),
+        *var(backward=True),
+        *attention("L-1024px"),
+        *attention("S-2048px"),
+        *large(2048),
+    ]
+    return list(dict.fromkeys(found))
 
 
 def default() -> list[Case]:
@@ -177,15 +151,15 @@ def default() -> list[Case]:
 
     One image for all sizes, attention over all stages, larger images, VAR's stages, then batches.
     """
-    alone = select(forward=(1,))
-    whole = [
-        case for size in (*SIZES, VAR, "S-512px", "L-512px", "S-1024px") for case in attention(size)
-    ]
-    batches = [
+    whole = (*SIZES, VAR, "S-512px", "L-512px", "S-1024px")
+    found = [
+        *select(forward=(1,)),
+        *(case for size in whole for case in attention(size)),
+        *(*large(512), *large(1024), *var()),
         *select(("S",), forward=(8, 32), backward=(8,)),
         *(case for case in select(("L",), backward=(8,)) if case.size == "L"),
     ]
-    return list(dict.fromkeys([*alone, *whole, *large(512), *large(1024), *var(), *batches]))
+    return list(dict.fromkeys(found))
 
 
 def at_64_mib() -> list[Case]:
@@ -194,6 +168,11 @@ def at_64_mib() -> list[Case]:
         Case(op, 256, 64, "B", backward) for op in FAMILIES["adaln"] for backward in (False, True)
     ]
     return [*family, Case("euler_step", 256, 4096), Case("upsample_renoise_euler", 256, 1024)]
+
+
+def overheads() -> list[Case]:
+    """Every op at the 16 x 768 of E-CAR-S's first stage, for what a call of it costs."""
+    return [Case(op, 16, 1, "S", overhead=True) for op in OPS]
 
 
 class Arena:
@@ -245,33 +224,27 @@ class ArenaDraw(Draw):
 def inputs(case: Case, arena: Arena) -> dict[str, Any]:
     """One set of arguments by name; modulations are chunks of one projection, as in a model."""
     side = PATCH * math.isqrt(case.tokens)
-    sizes = SampleSizes(
-        batch=case.batch, stages=(case.tokens,), image=(CHANNELS, side, side), guided=False
-    )
+    sizes: dict[str, Any] = {"stages": (case.tokens,), "image": (CHANNELS, side, side)}
     if case.op not in WIDTHLESS:
-        attends = case.op in FAMILIES["stage_attention"]
-        sizes = replace(
-            sizes,
-            stages=case.stages if attends else sizes.stages,
-            queries=None if case.backward or case.whole else case.tokens,
-            heads=case.heads,
-            head_dim=case.width // case.heads,
-            channels=case.width,
-            hidden=4 * case.width,
-            outputs=PATCH**2 * CHANNELS,
-        )
-    return ArenaDraw(sizes, arena)(RECORDS[case.op])
+        width, heads, stages = case.model
+        sizes |= {"heads": heads, "head_dim": width // heads, "channels": width}
+        sizes |= {"hidden": 4 * width, "outputs": PATCH**2 * CHANNELS}
+    if case.op in FAMILIES["stage_attention"]:
+        sizes |= {"stages": stages[: stages.index(case.tokens) + 1]}
+        sizes |= {"queries": None if case.backward or case.whole else case.tokens}
+    return ArenaDraw(SampleSizes(batch=case.batch, guided=False, **sizes), arena)(RECORDS[case.op])
 
 
-def input_sets(case: Case, arena: Arena) -> Iterator[dict[str, Any]]:
+def least(op: str, arena: Arena) -> dict[str, Any]:
+    """Arguments of one token of 8 channels, or of one pixel."""
+    sizes = SampleSizes(1, (1,), None, 1, 8, 8, 8, 8, image=(1, 1, 1), guided=False)
+    return ArenaDraw(sizes, arena)(RECORDS[op])
+
+
+def input_sets(case: Case, arena: Arena) -> list[dict[str, Any]]:
     """Sets of inputs that together are larger than the cache; at least one."""
     first = inputs(case, arena)
-    size = sum(
-        value.numel() * value.element_size()
-        for value in first.values()
-        if isinstance(value, Tensor)
-    )
-    yield first
-    wanted = math.ceil(ROTATION * last_level_cache() / size)
-    for _ in range(min(wanted, MAX_SETS) - 1):
-        yield inputs(case, arena)
+    tensors = [value for value in first.values() if isinstance(value, Tensor)]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    count = min(math.ceil(ROTATION * last_level_cache() / size), MAX_SETS)
+    return [first, *(inputs(case, arena) for _ in range(count - 1))]

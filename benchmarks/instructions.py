@@ -5,8 +5,6 @@ takes more than 1 % more instructions than committed; counts of another compiler
 Valgrind knows no AVX-512, so AVX2 and the baseline are counted.
 """
 
-import argparse
-import json
 import os
 import platform
 import re
@@ -15,15 +13,18 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import results
-from benchmarks.results import ROOT, markdown
+from benchmarks.results import ROOT, table
 
 BUILD = ROOT / "build" / "instructions"
 RESULTS = results.FOLDER / "instructions.json"
 MEASURED = "ecar_measured"  # of csrc/tests/instructions.cpp
 ALLOWED = 0.01
+SETS = ("avx2", "baseline")
 
 
 def tool(name: str) -> str:
@@ -55,45 +56,41 @@ def build() -> str:
 
 
 def count(isa: str) -> dict[str, int]:
-    """Instructions of each call, in the program's order."""
+    """Instructions of each call, in the program's order; none where the set is not supported."""
     with tempfile.TemporaryDirectory() as folder:
         # One dump for each return of the measured function, counting inside it alone.
         out = Path(folder) / "out"
-        printed = run(
-            tool("valgrind"),
-            "--tool=callgrind",
-            f"--toggle-collect={MEASURED}",
-            f"--dump-after={MEASURED}",
-            "--combine-dumps=no",
-            f"--callgrind-out-file={out}",
-            BUILD / "instructions",
-            ECAR_CPU_ISA=isa,
-        )
+        options = (f"--toggle-collect={MEASURED}", f"--dump-after={MEASURED}", "--combine-dumps=no")
+        options = ("--tool=callgrind", *options, f"--callgrind-out-file={out}")
+        printed = run(tool("valgrind"), *options, BUILD / "instructions", ECAR_CPU_ISA=isa)
         found, *calls = printed.splitlines()
         if found != isa:
             return {}
-        return {
-            call: int(
-                re.search(r"^totals: (\d+)", Path(f"{out}.{i}").read_text("utf-8"), re.MULTILINE)[1]
-            )
-            for i, call in enumerate(calls, 1)
-        }
+        dumps = [Path(f"{out}.{i}").read_text("utf-8") for i in range(1, len(calls) + 1)]
+        totals = [int(re.search(r"^totals: (\d+)", dump, re.MULTILINE)[1]) for dump in dumps]
+        return dict(zip(calls, totals, strict=True))
 
 
-def compare(counts: dict, committed: dict) -> list[str]:
-    """Calls that take more instructions than committed, are new, or are gone."""
-    found = {(isa, call): n for isa, calls in counts.items() for call, n in calls.items()}
-    known = {(isa, call): n for isa, calls in committed.items() for call, n in calls.items()}
-    complaints = []
-    for isa, call in sorted(found.keys() | known.keys()):
-        now, before = found.get((isa, call)), known.get((isa, call))
-        if now is None or before is None:
-            complaints.append(f"{isa} {call}: {'gone' if now is None else 'new'}")
-        elif now > before * (1 + ALLOWED):
-            complaints.append(
-                f"{isa} {call}: {now:,} instructions, {now / before - 1:+.1%} from {before:,}"
-            )
-    return complaints
+def count_all() -> dict[str, Any]:
+    """The record: counts by instruction set and call, and what they depend on."""
+    valgrind = run(tool("valgrind"), "--version").strip()
+    facts = {"compiler": build(), "machine": platform.machine(), "valgrind": valgrind}
+    return {**facts, "counts": {isa: found for isa in SETS if (found := count(isa))}}
+
+
+def compare(record: dict[str, Any], committed: dict[str, Any]) -> list[str]:
+    """Calls that take more instructions than committed, are new, or are gone; none if the committed
+    counts are another compiler's."""
+    for what in ("compiler", "machine"):
+        if record[what] != committed[what]:
+            print(f"\nnot compared: the committed counts are of {committed[what]}")
+            return []
+    found, known = (
+        {f"{isa} {call}": n for isa, calls in of["counts"].items() for call, n in calls.items()}
+        for of in (record, committed)
+    )
+    gone = [f"{call}: gone" for call in known if call not in found]
+    return [*results.risen(found, known, ALLOWED), *gone]
 
 
 def render(record: dict) -> str:
@@ -101,45 +98,15 @@ def render(record: dict) -> str:
     counts = record["counts"]
     calls = dict.fromkeys(call for of_isa in counts.values() for call in of_isa)
     rows = [
-        (call, *(f"{of_isa[call]:,}" if call in of_isa else "-" for of_isa in counts.values()))
+        {"instructions of a call": call}
+        | {isa: f"{found[call]:,}" if call in found else "-" for isa, found in counts.items()}
         for call in calls
     ]
-    return (
-        f"{markdown(('instructions of a call', *counts), rows)}\n\n{record['machine']}; "
-        f"{record['compiler']}; {record['valgrind']}."
-    )
+    return f"{table(rows)}\n\n{record['machine']}; {record['compiler']}; {record['valgrind']}."
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.instructions", description=__doc__.partition("\n\n")[0]
-    )
-    parser.add_argument("--update", action="store_true", help=f"write {RESULTS.name}")
-    options = parser.parse_args(argv)
-    tool("valgrind")
-    compiler = build()
-    machine = platform.machine()
-    counts = {isa: calls for isa in ("avx2", "baseline") if (calls := count(isa))}
-    committed = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {"counts": {}}
-    print(f"{compiler}, {machine}")
-    for isa, calls in counts.items():
-        for call, n in calls.items():
-            before = committed["counts"].get(isa, {}).get(call)
-            change = f"{n / before - 1:+8.1%}" if before else ""
-            print(f"{isa:9}{call:45}{n:>14,}{change}")
-    if options.update:
-        valgrind = run(tool("valgrind"), "--version").strip()
-        facts = {"compiler": compiler, "machine": machine, "valgrind": valgrind}
-        results.save(RESULTS, {**facts, "counts": counts})
-        print(f"wrote {RESULTS}")
-        return 0
-    there = committed.get("compiler"), committed.get("machine")
-    if there != (compiler, machine):
-        print(f"not compared: the committed counts are of {there[0]}, {there[1]}")
-        return 0
-    complaints = compare(counts, committed["counts"])
-    print("\n".join(complaints) or "no call takes more than 1 % more instructions than committed")
-    return int(bool(complaints))
+def main(arguments: Sequence[str] | None = None) -> int:
+    return results.check_counts(RESULTS, __doc__, count_all, compare, render, arguments)
 
 
 if __name__ == "__main__":

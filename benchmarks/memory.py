@@ -1,32 +1,29 @@
 """Peak memory of sampling and of a training step, by ecar_kernels and by eager PyTorch.
 
-Each figure comes from a process of its own: its peak resident set (VmHWM of Linux's
+MiB, float32. Each figure comes from a process of its own: its peak resident set (VmHWM of Linux's
 /proc/self/status), less what it held before the model was made, libraries loaded and ops run once.
+Sampling: one image of the paper's 250 steps without guidance, weights packed in place; it takes at
+most the weights and 1.5 times the next three columns. Training: two steps with AdamW; the target is
+0.75 of eager.
 """
 
-import argparse
 import ctypes
 import gc
-import json
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import ecar_kernels
 from benchmarks import models, results
-from benchmarks.models import STEPS
-from benchmarks.results import figures, markdown
+from benchmarks.results import table, times
 from ecar import ECAR, PRESETS, ECARConfig, sample, split_steps
-from ecar.cli.parser import step_list
-from ecar.sampling.guidance import PAPER_STEPS, Steps
+from ecar.sampling.guidance import PAPER, Steps
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-SETTLED = 5  # steps of a stage after which nothing may grow
 SLACK = 1.5  # a peak of sampling is at most the weights + 1.5x what sampling needs
 TRAINING = 0.75  # a training step's, of the eager reference's
 MIB = 2**20
@@ -67,64 +64,32 @@ def needed(config: ECARConfig, steps: Steps, itemsize: int = 4) -> dict[str, int
     }
 
 
-def kept(model: ECAR, backend: str) -> int:
-    """Bytes that the loss of one image keeps for its backward, the weights left out."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found: dict[int, Tensor] = {}  # held, so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if address not in weights:
-            found.setdefault(address, tensor)
-        return tensor
-
-    with (
-        ecar_kernels.use_backend(backend),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-    ):
-        model.loss(torch.randn(1, *model.config.latent_shape), torch.zeros(1, dtype=torch.int64))
-    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
-
-
-def sampling(config: ECARConfig, steps: Steps) -> dict[str, Any]:
-    """Peak and growth of one image in this process; weights are packed in place."""
-    _draw(ECAR(ECARConfig.preset("digits")).eval(), 3)  # libraries, thread pools
+def sampling(size: str) -> dict[str, Any]:
+    """Peak of one image in this process; weights are packed in place."""
+    zero, config = torch.zeros(1, dtype=torch.int64), ECARConfig.preset(size)
+    tiny = ECAR(ECARConfig.preset("digits")).eval()
+    sample(tiny, zero, seeds=zero, steps=3)  # libraries, thread pools
     reset_peak()
     before = resident()
     model = models.random_model(config)
     ecar_kernels.accelerate(model, keep_weights=False)
-    making = resident("VmHWM") - before
     reset_peak()
-    seen: list[tuple[int, int]] = []
-    _draw(model, steps, lambda info: seen.append((info.stage, resident())))
-    first = resident("VmHWM") - before
-    _draw(model, steps)
-    growth = []
-    for stage in range(1, config.num_stages + 1):
-        of = [size for at, size in seen if at == stage][SETTLED:]
-        growth.append(of[-1] - of[0] if of else 0)
+    sample(model, zero, seeds=zero, steps=PAPER)
     return {
+        "size": size,
         "weights": weight_bytes(model),
-        "needed": needed(config, steps),
-        "steps": sum(split_steps(steps, config.num_stages)),
-        "peak": first,
-        "second_image": resident("VmHWM") - before,
-        "peak_of_making": making,
-        "growth_of_stages": growth,
+        "needed": needed(config, PAPER),
+        "peak": resident("VmHWM") - before,
     }
 
 
-def _draw(model: ECAR, steps: Steps, callback: Callable[[Any], object] | None = None) -> None:
-    zero = torch.zeros(1, dtype=torch.int64)
-    sample(model, zero, seeds=zero, steps=steps, callback=callback)
-
-
-def training(config: ECARConfig, batch: int) -> dict[str, Any]:
-    """Peak of two steps with AdamW in this process, on the backend in force."""
-    _train(ECARConfig.preset("digits"), 2)
-    reset_peak()
-    before = resident()
-    weights = _train(config, batch)
+def training(size: str, batch: int, backend: str) -> dict[str, int]:
+    """Peak of two steps with AdamW in this process."""
+    with ecar_kernels.use_backend(backend):
+        _train(ECARConfig.preset("digits"), 2)
+        reset_peak()
+        before = resident()
+        weights = _train(ECARConfig.preset(size), batch)
     # standing: weights, gradients, and AdamW's two averages.
     return {"batch": batch, "peak": resident("VmHWM") - before, "standing": 4 * weights}
 
@@ -135,102 +100,68 @@ def _train(config: ECARConfig, batch: int) -> int:
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     for _ in range(2):
         latents = torch.randn(batch, *config.latent_shape)
-        labels = torch.randint(config.num_classes, (batch,))
-        model.loss(latents, labels).sum().backward()
+        model.loss(latents, torch.randint(config.num_classes, (batch,))).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     return weight_bytes(model)
 
 
-def in_fresh_process(
-    kind: str, size: str, *, backend: str = "auto", steps: Steps = STEPS, batch: int = 1
-) -> dict[str, Any]:
-    """`sampling` or `training` of a preset, in a process of its own."""
-    given = f"--child {kind} --sizes {size} --backend {backend} --steps {steps} --batch {batch}"
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", *given.split()],
-        cwd=results.ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"{kind} of {size} on {backend} failed:\n{done.stderr}")
-    return {"size": size, **json.loads(done.stdout.splitlines()[-1])}
+def alone(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What the function returns, called in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(measure, *arguments).result()
 
 
 def render(record: dict[str, Any]) -> str:
-    sampled = markdown(
-        ("sampling", "weights", "modulation", "KV cache", "activations", "peak", "at most"),
-        [
-            (
-                row["size"],
-                *map(_mib, (row["weights"], *row["needed"].values(), row["peak"])),
-                _mib(row["weights"] + SLACK * sum(row["needed"].values())),
-            )
-            for row in record["sampling"]
-        ],
-    )
-    trained = markdown(
-        ("training", "batch", "weights, gradients, AdamW", "eager", "ecar_kernels", "ratio"),
-        [
-            (
-                row["size"],
-                str(row["eager"]["batch"]),
-                *map(_mib, (row["eager"]["standing"], row["eager"]["peak"], row["ours"]["peak"])),
-                f"{figures(row['ours']['peak'] / row['eager']['peak'])}x",
-            )
-            for row in record["training"]
-        ],
-    )
-    steps = record["sampling"][0]["steps"] if record["sampling"] else PAPER_STEPS
-    return (
-        f"{sampled}\n\n{trained}\n\nMiB, float32; peak resident set of a fresh process, less what "
-        f"it held before the model was made.\nSampling: one image of {steps} steps without "
-        f"guidance, weights packed in place; at most: weights + {SLACK}x the next three columns."
-        f"\nTraining: two steps with AdamW; the target is {TRAINING}x eager."
-    )
+    def mib(size: float) -> str:
+        return f"{size / MIB:.1f}"
+
+    sampled = [
+        {
+            "sampling": row["size"],
+            "weights": mib(row["weights"]),
+            "modulation": mib(row["needed"]["modulation"]),
+            "KV cache": mib(row["needed"]["kv_cache"]),
+            "activations": mib(row["needed"]["activations"]),
+            "peak": mib(row["peak"]),
+            "at most": mib(row["weights"] + SLACK * sum(row["needed"].values())),
+        }
+        for row in record["sampling"]
+    ]
+    trained = [
+        {
+            "training": row["size"],
+            "batch": str(row["eager"]["batch"]),
+            "weights, gradients, AdamW": mib(row["eager"]["standing"]),
+            "eager": mib(row["eager"]["peak"]),
+            "ecar_kernels": mib(row["ours"]["peak"]),
+            "ratio": times(row["ours"]["peak"], row["eager"]["peak"]),
+        }
+        for row in record["training"]
+    ]
+    return f"{table(sampled)}\n\n{table(trained)}"
 
 
-def _mib(size: float) -> str:
-    return f"{size / MIB:.1f}"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     parser = results.parser("memory", __doc__)
-    parser.add_argument(
-        "--sizes", nargs="+", choices=PRESETS, default=("S", "B", "L"), help="that sample"
-    )
-    parser.add_argument(
-        "--training", nargs="*", choices=PRESETS, default=("S",), help="that train (default: S)"
-    )
-    parser.add_argument("--batch", type=int, default=16, help="of training (default: 16)")
-    parser.add_argument("--steps", type=step_list, default=STEPS, help="default: %(default)s")
-    parser.add_argument("--child", choices=("sampling", "training"), help=argparse.SUPPRESS)
-    parser.add_argument("--backend", default="auto", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    add = parser.add_argument
+    add("--sizes", nargs="+", choices=PRESETS, default=("S", "B", "L"), help="that sample")
+    add("--training", nargs="+", choices=PRESETS, default=("S",), help="that train (default: S)")
+    add("--batch", type=int, default=16, help="of training (default: 16)")
+    options = parser.parse_args()
     if not STATUS.exists():
         raise SystemExit(f"error: memory is read from {STATUS}, which this system does not have")
-    if options.child is not None:
-        config = ECARConfig.preset(options.sizes[0])
-        with ecar_kernels.use_backend(options.backend):
-            found = (
-                sampling(config, options.steps)
-                if options.child == "sampling"
-                else training(config, options.batch)
-            )
-        print(json.dumps(found))
-        return
-    facts = results.describe()
-    sampled = [in_fresh_process("sampling", size, steps=options.steps) for size in options.sizes]
+    file, facts = results.path("memory", options.results), results.describe()
+    sampled = [alone(sampling, size) for size in options.sizes]
     trained = [
-        {"size": size}
-        | {
-            name: in_fresh_process("training", size, backend=backend, batch=options.batch)
-            for name, backend in (("eager", "reference"), ("ours", "auto"))
+        {
+            "size": size,
+            "eager": alone(training, size, options.batch, "reference"),
+            "ours": alone(training, size, options.batch, "auto"),
         }
         for size in options.training
     ]
-    results.finish(options.results, "memory", facts, render, sampling=sampled, training=trained)
+    results.finish(file, "memory", facts, render, sampling=sampled, training=trained)
 
 
 if __name__ == "__main__":

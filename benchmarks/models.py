@@ -1,24 +1,29 @@
 """Whole models to time: E-CAR three ways over one set of weights; short runs scaled to an image."""
 
-import contextlib
 import copy
+import functools
+import gc
 import itertools
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 import ecar_kernels
+from benchmarks import results, timing
 from ecar import ECAR, ECARConfig, split_steps
 from ecar.sampling.guidance import PAPER, Steps, plan_steps
 from ecar.sampling.sampler import run_eagerly
 from ecar.sampling.stage import Shape
+from ecar_kernels.flow_block import packing
 
-STEPS: Steps = PAPER  # of the paper's tables: 250 even Euler steps
+TIMED_STEPS = 4  # of each stage, where not all are run
+SHARES = {"S": 1, "B": 3, "L": 5}  # of the time: an image of L takes longest
 WEIGHT_SCALE = 0.02
+compare = functools.partial(timing.rounds, at_least=3, warm_up=True)  # of whole images
 
 
 def random_model(config: ECARConfig) -> ECAR:
@@ -42,9 +47,8 @@ def compiled(model: ECAR, whole: bool = True) -> ECAR:
     The AR's attention writes to a cache whose state is in Python, a graph for each layer.
 
     whole: each head's velocity is one graph. Otherwise its repeated block is compiled, one graph
-    for each stage (PyTorch's regional compilation, which it recommends for deep models: compile
-    time does not grow with the depth), and its modulations and embedding; the last projection
-    stays eager.
+    for each stage (PyTorch's regional compilation, which it recommends for deep models), and its
+    modulations and embedding; the last projection stays eager.
     """
     model = twin(model)
     for head in model.heads:
@@ -66,96 +70,108 @@ def accelerated(model: ECAR) -> ECAR:
     return copied
 
 
-def pipelines(model: ECAR, dtype: torch.dtype) -> ECAR:
-    """A copy as a pipeline has it: in that dtype, with packed weights in place of the plain."""
-    copied = copy.deepcopy(model).to(dtype)
-    ecar_kernels.accelerate(copied, backend="auto", keep_weights=False)
-    return copied
-
-
-@dataclass(frozen=True)
-class Way:
-    """A model under the backend that serves it."""
+class Way(NamedTuple):
+    """A model, and the backend that serves it."""
 
     model: ECAR
-    backend: str
-
-    def backend_in_force(self) -> contextlib.AbstractContextManager:
-        return ecar_kernels.use_backend(self.backend)
+    backend: str = "auto"
 
 
-def ways(model: ECAR, compile: str | None = "whole") -> dict[str, Way]:
+def ways(model: ECAR, compile: str | None) -> dict[str, Way]:
     """The reference in eager mode, compiled (by "whole" heads or by "blocks"), and accelerated."""
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64  # a graph for each head of each stage
     found = {"eager": Way(model, "reference")}
     if compile is not None:
         found["compiled"] = Way(compiled(model, compile == "whole"), "reference")
-    return found | {"ours": Way(accelerated(model), "auto")}
+    return found | {"ours": Way(accelerated(model))}
 
 
-@dataclass(frozen=True)
-class StageTime:
+class StageTime(NamedTuple):
     """Seconds of one stage: what is done once, and one step."""
 
     once: float
     step: float
 
-    def total(self, steps: int) -> float:
-        return self.once + steps * self.step
-
 
 def time_image(
-    way: Way, timed_steps: int | None, steps: Steps = STEPS, *, batch: int = 1
+    way: Way, steps: Steps = PAPER, timed_steps: int | None = TIMED_STEPS
 ) -> list[StageTime]:
-    """Each stage's time for images of `steps` steps, of which `timed_steps` a stage are run; None
-    runs all of them, at least three a stage.
+    """Each stage's times for an image, of whose steps `timed_steps` a stage are run, or all (None).
 
-    The sampler's own loop runs. `once` is what precedes a stage's first step (the AR's pass, the
-    tokens' modulation, and the modulation of all `steps`, whose rows beyond those of the steps
-    that are run are timed apart), and what its last step takes longer than the others' median.
+    The sampler's own loop runs, at least three steps a stage. `once` is what precedes a stage's
+    first step (the AR's pass, the tokens' modulation, and that of all `steps`, of which those that
+    are not run are timed apart), and what its last takes longer than the others' median.
     """
     config = way.model.config
     counts, solver, grid = plan_steps(steps, None, None, config.num_stages)
-    run = tuple(counts if timed_steps is None else [max(3, timed_steps)] * config.num_stages)
-    stamps: list[float] = []  # after each step
-    labels, seeds = torch.randint(config.num_classes, (batch,)), torch.randint(2**62, (batch,))
-    shape = Shape(batch, run, solver, tuple((False,) * count for count in run))
-    with way.backend_in_force(), torch.no_grad():
+    run = tuple(counts if timed_steps is None else [timed_steps] * config.num_stages)
+    ends: list[float] = []  # of each step
+    labels, seeds = torch.randint(config.num_classes, (1,)), torch.randint(2**62, (1,))
+    shape = Shape(1, run, solver, tuple((False,) * count for count in run))
+    scales = [[1.0] * count for count in run]
+    with ecar_kernels.use_backend(way.backend), torch.no_grad():
         begin = time.perf_counter()
         run_eagerly(
-            way.model,
-            shape,
-            labels,
-            seeds,
-            [[1.0] * count for count in run],
-            grid,
-            progress=lambda taken: stamps.append(time.perf_counter()),
-        )
+            way.model, shape, labels, seeds, scales, grid,
+            progress=lambda taken: ends.append(time.perf_counter()),
+        )  # fmt: skip
         found = []
         for timed, count, head in zip(run, counts, way.model.heads, strict=True):
-            at, stamps = stamps[:timed], stamps[timed:]
+            at, ends = ends[:timed], ends[timed:]
             lengths = [later - earlier for earlier, later in itertools.pairwise(at)]
             step = statistics.median(lengths[:-1])
-            rest = (at[0] - begin) + lengths[-1] - 2 * step
-            found.append(StageTime(rest + _more_rows(head, timed, count), step))
+            once = (at[0] - begin) + lengths[-1] - 2 * step
+            if timed < count:
+                once += _modulation_seconds(head, count) - _modulation_seconds(head, timed)
+            found.append(StageTime(once, step))
             begin = at[-1]
     return found
 
 
-@torch.no_grad()
-def _more_rows(head: nn.Module, timed: int, count: int) -> float:
-    """What the step modulation of all steps takes longer than that of those that were timed."""
-    if timed == count:
-        return 0.0
-    seconds = []
-    for rows in (timed + 1, count + 1):
-        begin = time.perf_counter()
-        head.step_modulation(torch.linspace(0, 1, rows))
-        seconds.append(time.perf_counter() - begin)
-    return seconds[1] - seconds[0]
+def _modulation_seconds(head: nn.Module, steps: int) -> float:
+    times = torch.linspace(0, 1, steps + 1)
+    return timing.seconds_of(lambda: head.step_modulation(times))
 
 
-def image_seconds(stages: Sequence[StageTime], steps: Steps = STEPS) -> float:
+def image_seconds(stages: Sequence[StageTime], steps: Steps = PAPER) -> float:
     counts = split_steps(steps, len(stages))
-    return sum(stage.total(count) for stage, count in zip(stages, counts, strict=True))
+    return sum(stage.once + count * stage.step for stage, count in zip(stages, counts, strict=True))
+
+
+def forget() -> None:
+    """Frees what a size left behind, for the next one."""
+    torch._dynamo.reset()
+    packing.forget_packed()
+    gc.collect()
+
+
+def main(
+    name: str,
+    doc: str,
+    measure: Callable[[str, float], dict[str, list]],
+    render: Callable[[dict], str],
+    *,
+    minutes: float,
+    sizes: Sequence[str] = tuple(SHARES),
+) -> None:
+    """The command of a benchmark that measures one size of E-CAR after the other.
+
+    measure: a size's rows by their name in the record, in so many seconds. Sizes that are done
+    survive an interruption.
+    """
+    parser, kind = results.parser(name, doc), name.rpartition(".")[2]
+    parser.add_argument("--sizes", nargs="+", choices=[*SHARES], default=sizes, metavar="SIZE",
+                        help=f"of {', '.join(SHARES)} (default: {' '.join(sizes)})")  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=minutes, help="of measuring "
+                        "(default: %(default)g)")  # fmt: skip
+    options, facts, content = parser.parse_args(), results.describe(), {}
+    file = results.path(kind, options.results)
+    whole = sum(SHARES[size] for size in options.sizes)
+    for size in options.sizes:
+        found = measure(size, 60 * options.minutes * SHARES[size] / whole)
+        content = {what: [*content.get(what, []), *rows] for what, rows in found.items()}
+        results.write(file, kind, facts, **content)
+        print(f"E-CAR-{size} done", flush=True)
+        forget()
+    results.finish(file, kind, facts, render, **content)

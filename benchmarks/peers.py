@@ -2,14 +2,11 @@
 
 Each peer is a function with the op's signature, on any device. One that is not installed, or that
 the device or the case is not for, raises when it is called, and `why_not` makes its reason a line.
-
-A query of the newest stage sees every key, so attention needs no mask there and gets none. For the
-queries of all stages, PyTorch's get the stages' mask, and flash-attn and xformers, which know no
-such mask, a call for each stage. No library has adaLN with a modulation for each token.
 """
 
 import functools
 import importlib
+import itertools
 import re
 import warnings
 from collections.abc import Callable
@@ -40,17 +37,14 @@ def functions(op: str, *, per_stage: bool = False) -> dict[str, Callable]:
     """
     if op != "stage_attention":
         return {}
-
-    def sdpa(backend: SDPBackend) -> Callable:
-        if per_stage:
-            return functools.partial(by_stage, functools.partial(_dense_sdpa, backend))
-        return functools.partial(_sdpa, backend)
-
+    sdpa = {f"SDPA {name}": functools.partial(_sdpa, backend) for name, backend in SDPA.items()}
+    if per_stage:
+        sdpa = {name: functools.partial(by_stage, call) for name, call in sdpa.items()}
     return {
         "FlexAttention": _flex(),
-        **{f"SDPA {name}": sdpa(backend) for name, backend in SDPA.items()},
-        "flash-attn": functools.partial(by_stage, _flash_attn),
-        "xformers": functools.partial(by_stage, _xformers),
+        **sdpa,
+        "flash-attn": _other("flash-attn", "flash_attn", "flash_attn_func"),
+        "xformers": _other("xformers", "xformers.ops", "memory_efficient_attention"),
     }
 
 
@@ -65,54 +59,41 @@ def why_not(call: Callable[[], object]) -> str | None:
             # torch.compile reports an error in what it compiles in a text of its own.
             if (inner := re.search(r"raised exception (\w+)\(['\"](.+?)['\"]\)", text)) is not None:
                 name, text = inner.groups()
-            first = text.partition("\n")[0].partition(". ")[0].rstrip(".")
-            reason = "; ".join([f"{name}: {first}", *_refusals(first, said)])
-            return reason[:REASON_LENGTH].replace("|", "/")
+            reasons = [f"{name}: {text.partition(chr(10))[0].partition('. ')[0].rstrip('.')}"]
+            if "kernel" in reasons[0].lower():  # PyTorch has none, and warns why it took none
+                lines = [str(warning.message).splitlines()[0] for warning in said]
+                reasons += [s for s in lines if "not used because" not in s and "disabled" not in s]
+            return "; ".join(reasons)[:REASON_LENGTH].replace("|", "/")
     return None
 
 
-def _refusals(error: str, said: list[warnings.WarningMessage]) -> list[str]:
-    """PyTorch raises that there is no kernel, and says in warnings why it took none."""
-    if "kernel" not in error.lower():
-        return []
-    texts = [str(warning.message).splitlines()[0] for warning in said]
-    return [text for text in texts if "not used because" not in text and "disabled" not in text]
+def by_stage(attention: Callable, q: Tensor, k: Tensor, v: Tensor, stage_lengths: Stages) -> Tensor:
+    """A dense call for each stage of the queries, over the keys up to its end."""
+    before = k.shape[1] - q.shape[1]  # tokens before the first query
+    parts = [
+        attention(q[:, end - length - before : end - before], k[:, :end], v[:, :end])
+        for length, end in zip(stage_lengths, itertools.accumulate(stage_lengths), strict=True)
+        if end > before
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-@functools.cache
-def _load(package: str, module: str, name: str) -> Callable:
-    try:
-        found = importlib.import_module(module)
-    except ImportError as error:
-        missing = getattr(error, "name", None) or module
-        absent = module.startswith(missing)
-        reason = "is not installed" if absent else f"does not load: {error}"
-        raise ImportError(f"{package} {reason}") from None
-    return getattr(found, name)
-
-
-def _is_newest(q: Tensor, stage_lengths: Stages) -> bool:
-    return q.shape[1] == stage_lengths[-1]
+def _is_newest(q: Tensor, stage_lengths: Stages | None) -> bool:
+    return stage_lengths is None or q.shape[1] == stage_lengths[-1]
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [tensor.transpose(1, 2) for tensor in tensors]
 
 
-@functools.lru_cache(maxsize=4)  # of 5,440 tokens one takes 30 MB
-def _mask(stage_lengths: Stages, queries: int, device: torch.device) -> Tensor:
-    return block_causal_mask(stage_lengths, queries, device=device)
+_mask = functools.lru_cache(maxsize=4)(block_causal_mask)  # of 5,440 tokens one takes 30 MB
 
 
-def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, stage_lengths: Stages) -> Tensor:
-    newest = _is_newest(q, stage_lengths)
-    mask = None if newest else _mask(stage_lengths, q.shape[1], q.device)
-    return _dense_sdpa(backend, q, k, v, mask)
-
-
-def _dense_sdpa(
-    backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+def _sdpa(
+    backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, stage_lengths: Stages | None = None
 ) -> Tensor:
+    newest = _is_newest(q, stage_lengths)
+    mask = None if newest else _mask(stage_lengths, q.shape[1], device=q.device)
     with sdpa_kernel(backend):
         out = F.scaled_dot_product_attention(*_heads_first(q, k, v), attn_mask=mask)
     return out.transpose(1, 2)
@@ -125,14 +106,11 @@ def _block_mask(stage_lengths: Stages, queries: int, device: torch.device) -> An
     total = sum(stage_lengths)
     stage = torch.repeat_interleave(torch.tensor(stage_lengths, device=device))
     first = total - queries
-    return create_block_mask(
-        lambda b, h, q, k: stage[q + first] >= stage[k],
-        None,
-        None,
-        queries,
-        total,
-        device=device.type,
-    )
+
+    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return stage[q + first] >= stage[k]
+
+    return create_block_mask(sees, None, None, queries, total, device=device.type)
 
 
 def _flex() -> Callable:
@@ -149,21 +127,20 @@ def _flex() -> Callable:
     return call
 
 
-def by_stage(attention: Callable, q: Tensor, k: Tensor, v: Tensor, stage_lengths: Stages) -> Tensor:
-    """A dense call for each stage of the queries, over the keys up to its end."""
-    if _is_newest(q, stage_lengths):
-        return attention(q, k, v)
-    ends = torch.tensor(stage_lengths).cumsum(0).tolist()
-    parts = [
-        attention(q[:, end - length : end], k[:, :end], v[:, :end])
-        for length, end in zip(stage_lengths, ends, strict=True)
-    ]
-    return torch.cat(parts, dim=1)
+def _other(package: str, module: str, name: str) -> Callable:
+    """A package's attention, by stage; it is loaded when it is called."""
+
+    def attention(*tensors: Tensor) -> Tensor:
+        return _load(package, module, name)(*tensors)
+
+    return functools.partial(by_stage, attention)
 
 
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _load("flash-attn", "flash_attn", "flash_attn_func")(q, k, v)
-
-
-def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _load("xformers", "xformers.ops", "memory_efficient_attention")(q, k, v)
+@functools.cache
+def _load(package: str, module: str, name: str) -> Callable:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        absent = module.startswith(error.name or module)
+        reason = "is not installed" if absent else f"does not load: {error}"
+        raise ImportError(f"{package} {reason}") from None

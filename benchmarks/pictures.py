@@ -6,18 +6,20 @@ Colours are those of Okabe and Ito, which stay apart for the colour-blind.
 import csv
 import io
 import statistics
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 import matplotlib.ticker
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks import micro, results
-from benchmarks.results import ROOT, duration, figures
+from benchmarks.results import ROOT, duration, medians, times
+from ecar import ECARPipeline
 from ecar.files import atomic_path
 
 WIDTH = 8.6  # inches
@@ -43,28 +45,23 @@ CHECKPOINTS = {"digits": 7, "mnist": 7}  # by seed
 Record = dict[str, Any]
 
 
-def draw(file: Path, folder: Path) -> Iterator[Path]:
+def draw(file: Path, folder: Path) -> list[Path]:
     """Draws the picture of a file of results, if its kind has one: <device>/<name>.png."""
     record = results.read(file)
-    if record["kind"] in PICTURES:
-        with matplotlib.rc_context():
-            matplotlib.rcdefaults()
-            matplotlib.rcParams.update(SETTINGS)
-            picture = PICTURES[record["kind"]](record)
-            if picture is not None:
-                yield save(picture, folder / file.parent.name / f"{file.stem}.png")
+    if record["kind"] not in PICTURES or not record["rows"]:
+        return []
+    with matplotlib.style.context(["default", SETTINGS]):
+        picture = PICTURES[record["kind"]](record)
+        return [save(picture, folder / file.parent.name / f"{file.stem}.png")]
 
 
 def draw_all(folder: Path) -> list[Path]:
     """Every picture of docs/images/ that is made from results or checkpoints."""
     files = sorted(results.FOLDER.glob("*/*.json"))
-    drawn = [picture for file in files for picture in draw(file, folder)]
     logs = sorted(ROOT.glob("checkpoints/*/log.csv"))
-    return [
-        save(stages(), folder / "stages.png"),
-        save(losses(logs), folder / "losses.png"),
-        *drawn,
-    ]
+    of_checkpoints = {"stages.png": stages(), "losses.png": losses(logs)}
+    drawn = [save(picture, folder / name) for name, picture in of_checkpoints.items()]
+    return drawn + [picture for file in files for picture in draw(file, folder)]
 
 
 def save(picture: Figure, path: Path) -> Path:
@@ -78,16 +75,10 @@ def save(picture: Figure, path: Path) -> Path:
     return path
 
 
-def figure(height: float, title: str, facts: dict[str, Any] | None = None) -> Figure:
-    """An empty picture with a title above and the device below."""
+def figure(height: float, title: str) -> Figure:
+    """An empty picture with a title above."""
     made = Figure(figsize=(WIDTH, height), layout="constrained")
     made.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    if facts is not None:
-        note = (
-            f"{facts['device']}, {facts['threads']} threads; torch {facts['versions']['torch']}; "
-            f"{facts['date'][:10]}"
-        )
-        made.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color="#444444")
     return made
 
 
@@ -97,90 +88,72 @@ def bars(
     groups: dict[str, dict[str, float]],
     label: str,
     text: Callable[[float], str],
-    *,
-    log: bool = False,
-) -> Figure | None:
-    """Horizontal bars in groups, one colour for each name, the value's text at its end."""
-    if not groups:
-        return None
-    names = list(dict.fromkeys(name for group in groups.values() for name in group))
-    count = sum(len(group) + 1 for group in groups.values())
-    made = figure(1.3 + 0.17 * count, title, facts)
-    axes, place, ticks = made.subplots(), 0.0, []
+    start: float = 0.0,
+) -> Figure:
+    """Horizontal bars in groups, one colour for each name, the value's text at its end.
+
+    start: of the bars; from 1 they are ratios, and the axis is logarithmic.
+    """
+    made = figure(1.3 + 0.17 * sum(len(group) + 1 for group in groups.values()), title)
+    made.supxlabel(results.briefly(facts), x=0.01, ha="left", fontsize=7.5, color="#444444")
+    axes, place, ticks = made.subplots(), 0, []
+    bars_of: dict[str, dict[int, float]] = defaultdict(dict)  # by name, {place: value}
     for group in groups.values():
         ticks.append(place + (len(group) - 1) / 2)
         for name, value in group.items():
-            start = 1 if log else 0
-            axes.barh(place, value - start, left=start, height=0.85, color=COLOURS[name])
-            end = (max(value, start), place)
-            style = {"textcoords": "offset points", "va": "center", "fontsize": 8}
-            axes.annotate(text(value), end, (4, 0), **style)
+            bars_of[name][place] = value
             place += 1
         place += 1
-    handles = [matplotlib.patches.Patch(color=COLOURS[name], label=name) for name in names]
-    axes.legend(
-        handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(names), fontsize=8.5
-    )
+    for name, values in bars_of.items():
+        widths = [value - start for value in values.values()]
+        drawn = axes.barh([*values], widths, 0.85, start, color=COLOURS[name], label=name)
+        axes.bar_label(drawn, [text(value) for value in values.values()], padding=4, fontsize=8)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(bars_of), fontsize=8.5)
     axes.set_yticks(ticks, list(groups))
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     axes.set_ylim(place - 1.2, -0.8)
     axes.set_xlabel(label)
-    if log:
+    if start:
         axes.set_xscale("log")
-        axes.axvline(1, color="black", linewidth=1)
+        axes.axvline(start, color="black", linewidth=1)
     axes.margins(x=0.12)
     return made
 
 
-def times(ratio: float) -> str:
-    return f"{figures(ratio)}x"
-
-
-def ops(record: Record) -> Figure | None:
+def ops(record: Record) -> Figure:
     """Eager's and torch.compile's time over ecar_kernels', the median over an op's sizes."""
-    ratios: dict[str, dict[str, list[float]]] = {}
-    for row in record["rows"]:
-        if row.get("overhead"):
-            continue
-        group = f"{row['op']}{' backward' if row['backward'] else ''}"
-        seconds = row["seconds"]
+    ratios: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    rows = [row for row in record["rows"] if not row.get("overhead")]
+    for row in sorted(rows, key=lambda row: row["backward"]):
+        seconds = medians(row)
         for way in micro.OWN[:2]:
             if way in seconds:
-                values = ratios.setdefault(group, {}).setdefault(micro.NAMES.get(way, way), [])
-                values.append(seconds[way]["median"] / seconds["ours"]["median"])
+                of_op = ratios[f"{row['op']}{' backward' if row['backward'] else ''}"]
+                of_op[micro.NAMES.get(way, way)].append(seconds[way] / seconds["ours"])
     return bars(
         "Each op: time over that of ecar_kernels, median over all sizes",
-        record["runs"][-1]["environment"] if record["runs"] else {},
-        {
-            group: {name: statistics.median(values) for name, values in of.items()}
-            for group, of in sorted(ratios.items(), key=lambda item: "backward" in item[0])
-        },
+        record["runs"][-1]["environment"],
+        {op: {way: statistics.median(v) for way, v in of.items()} for op, of in ratios.items()},
         "time / time of ecar_kernels",
         times,
-        log=True,
+        start=1,
     )
 
 
-def image(record: Record) -> Figure | None:
+def image(record: Record) -> Figure:
     groups = {}
     for row in record["rows"]:
-        median = {name: found["median"] for name, found in row["seconds"].items()}
-        shown = {
-            "eager": median["eager"],
-            "torch.compile": median.get("compiled"),
-            "ecar_kernels": median["ours"],
-            "its matrix products alone": median["linears"] + median["attention"],
-        }
-        groups[f"E-CAR-{row['size']}"] = {k: v for k, v in shown.items() if v is not None}
+        seconds = medians(row)
+        gemms = seconds["linears"] + seconds["attention"]
+        shown = {micro.NAMES.get(way, way): seconds[way] for way in micro.OWN if way in seconds}
+        groups[f"E-CAR-{row['size']}"] = shown | {"its matrix products alone": gemms}
     title = "One image, 250 steps, no guidance, float32"
     return bars(title, record["environment"], groups, "seconds", duration)
 
 
 def stages() -> Figure:
     """The end state of each stage of the two checkpoints, one column for each digit."""
-    from ecar import ECARPipeline
-
     rows = []
     for name, seed in CHECKPOINTS.items():
         pipe = ECARPipeline.from_pretrained(ROOT / "checkpoints" / name)
@@ -197,35 +170,35 @@ def stages() -> Figure:
     return made
 
 
+def strip(images: np.ndarray) -> np.ndarray:
+    """[n, h, w, 1] enlarged to 64 pixels, side by side, white between them."""
+    factor = 64 // images.shape[1]
+    large = images[..., 0].repeat(factor, axis=1).repeat(factor, axis=2)
+    gaps = np.pad(large, ((0, 0), (0, 0), (0, 4)), constant_values=1)
+    return np.concatenate(list(gaps), axis=1)[:, :-4]
+
+
 def losses(logs: list[Path]) -> Figure:
     """The loss of each stage over the images seen, of each training (Figure 6 of the paper)."""
     made = figure(2.6 * len(logs) + 0.4, "Training loss: each stage's, by images seen")
-    grid = made.subplots(len(logs), 1, squeeze=False)
-    for axes, path in zip(grid[:, 0], logs, strict=True):
+    grid = made.subplots(len(logs), 1, squeeze=False)[:, 0]
+    for axes, path in zip(grid, logs, strict=True):
         with open(path, newline="") as file:
-            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-        count = sum(name.startswith("loss_") for name in rows[0])
-        for stage, colour in zip(range(1, count + 1), STAGES, strict=False):
-            values = [row[f"loss_{stage}"] for row in rows]
-            images = [row["images"] for row in rows]
-            axes.plot(images, values, color=colour, linewidth=1, label=f"stage {stage}")
+            rows = list(csv.DictReader(file))
+        names = [name for name in rows[0] if name.startswith("loss_")]
+        for name, colour in zip(names, STAGES, strict=False):
+            images, values = ([float(row[column]) for row in rows] for column in ("images", name))
+            label = name.replace("loss_", "stage ")
+            axes.plot(images, values, color=colour, linewidth=1, label=label)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.tick_params(axis="y", which="both", labelsize=8)
         axes.set_ylabel(path.parent.name)
         axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=" "))
-        axes.legend(fontsize=8, ncols=count)
-    grid[-1, 0].set_xlabel("images")
+        axes.legend(fontsize=8, ncols=len(names))
+    grid[-1].set_xlabel("images")
     return made
 
 
-def strip(images: np.ndarray) -> np.ndarray:
-    """[n, h, w, 1] enlarged to 64 pixels, side by side, white between them."""
-    factor = 64 // images.shape[1]
-    large = [np.kron(picture, np.ones((factor, factor))) for picture in images[..., 0]]
-    gap = np.ones((64, 4))
-    return np.concatenate([part for cell in large for part in (cell, gap)][:-1], axis=1)
-
-
-PICTURES: dict[str, Callable[[Record], Figure | None]] = {"micro": ops, "end_to_end": image}
+PICTURES: dict[str, Callable[[Record], Figure]] = {"micro": ops, "end_to_end": image}

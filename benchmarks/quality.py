@@ -20,17 +20,29 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from benchmarks import results
-from benchmarks.results import ROOT, markdown
+from benchmarks.results import ROOT, table
 from ecar import ECAR, ECARPipeline, split_steps
 from ecar.data import load_dataset
-from ecar.evaluation import draw_labels, extract, frechet_distance_of_features, precision_recall
+from ecar.evaluation import (
+    draw_labels,
+    extract,
+    frechet_distance_of_features,
+    generate,
+    precision_recall,
+)
 from ecar.evaluation.extractors import default_extractor, to_bytes
 from ecar.evaluation.measure import pixels
 from ecar.sampling.stage import Inputs, Shape
 
 CALLS = (8, 12, 18, 30, 60, 250)
 CHECKPOINTS = ("digits", "mnist")  # names of folders and of their data sets
-METRICS = ("read as asked", "Fréchet ratio", "precision", "recall")
+# What is measured, its scale, and how it is written.
+METRICS = {
+    "read as asked": (100, "{:.1f} ± {:.1f} %"),
+    "Fréchet ratio": (1, "{:.2f} ± {:.2f}"),
+    "precision": (1, "{:.3f} ± {:.3f}"),
+    "recall": (1, "{:.3f} ± {:.3f}"),
+}
 Measures = dict[str, float]
 
 
@@ -63,11 +75,10 @@ SETTINGS = (
 
 
 class Judge:
-    """A data set's classifier, and the real images that it compares with.
+    """A data set's classifier, and as many groups of its images to compare with as are drawn.
 
-    Args:
-        name: of the data set.
-        groups, images: how many groups of images, and images in each.
+    Not `ecar.evaluation`'s RealSets, which has one training set and picks other rows, for it and
+    for precision and recall: the committed results are of those that are picked here.
     """
 
     def __init__(self, name: str, groups: int, images: int) -> None:
@@ -89,8 +100,6 @@ class Judge:
     def measure(self, images: Tensor, labels: Tensor) -> Measures:
         """Of uint8 images [N, C, H, W], asked for as the classes [N]; in the order of METRICS."""
         features, logits = extract(self.extractor, images)
-        if logits is None:
-            raise ValueError(f"{type(self.extractor).__name__}: expected a classifier")
         held_out = self.held_out[: len(features)]
         precision, recall = precision_recall(held_out, features[: len(held_out)])
         read = (logits.argmax(1) == labels).double().mean().item()
@@ -134,30 +143,22 @@ def draw_reusing(
     return x
 
 
-def measure(
-    pipeline: ECARPipeline, judge: Judge, setting: Setting, calls: int, *, batch: int = 100
-) -> dict[str, Any]:
+def measure(pipeline: ECARPipeline, judge: Judge, setting: Setting, calls: int) -> dict[str, Any]:
     """A row of the table."""
     config, scale = pipeline.model.config, pipeline.defaults["guidance_scale"]
-    options = setting.options(calls, config.num_stages)
+    options, every = setting.options(calls, config.num_stages), setting.guided_every
     found, first = [], 0
     for labels in judge.labels:
-        parts = []
-        for part in labels.split(batch):
-            seeds = torch.arange(first, first + len(part))
-            if setting.guided_every == 1:
-                drawn = pipeline(part, seeds=seeds, output_type="pt", progress=False, **options)
-                images = drawn.images * 2 - 1
-            else:
-                every = {"grid": pipeline.defaults["grid"], **options}
-                images = draw_reusing(
-                    pipeline.model, part, seeds, every, scale, setting.guided_every
-                )
-            parts.append(to_bytes(images))
-            first += len(part)
-        found.append(judge.measure(torch.cat(parts), labels))
+        seeds = torch.arange(first, first + len(labels))
+        if every == 1:
+            images = generate(pipeline, labels, seeds, progress=False, **options)
+        else:
+            given = {"grid": pipeline.defaults["grid"], **options}
+            images = to_bytes(draw_reusing(pipeline.model, labels, seeds, given, scale, every))
+        found.append(judge.measure(images, labels))
+        first += len(labels)
     counts = split_steps(options["num_inference_steps"], config.num_stages)
-    rows = [count + (scale != 1) * -(-count // setting.guided_every) for count in counts]
+    rows = [count + (scale != 1) * -(-count // every) for count in counts]
     work = sum(n * tokens for n, tokens in zip(rows, config.stage_tokens, strict=True))
     return {
         "solver": setting.name,
@@ -169,37 +170,28 @@ def measure(
 
 
 def render(record: dict[str, Any]) -> str:
-    rows = [
-        (
-            row["solver"],
-            str(row["calls"]),
-            f"{row['calls_x_tokens']:,}",
-            *map(_written, METRICS, row["measures"].values()),
+    rows = []
+    for row in [*record["rows"], {"solver": "training images", "measures": record["real"]}]:
+        work = f"{row['calls_x_tokens']:,}" if "calls" in row else "-"
+        rows.append(
+            {"solver": row["solver"], "calls": str(row.get("calls", "-")), "calls x tokens": work}
         )
-        for row in record["rows"]
-    ]
-    rows.append(("training images", "-", "-", *map(_written, METRICS, record["real"].values())))
+        for metric, (scale, written) in METRICS.items():
+            rows[-1][metric] = written.format(*(scale * value for value in row["measures"][metric]))
     return (
-        markdown(("solver", "calls", "calls x tokens", *METRICS), rows)
-        + f"\n\n{record['checkpoint']}: {record['groups']} groups of {record['images']} images; "
-        "means with half of their 95 % confidence intervals."
+        f"{table(rows)}\n\n{record['checkpoint']}: {record['groups']} groups of "
+        f"{record['images']} images; means with half of their 95 % confidence intervals."
     )
 
 
-def _written(metric: str, value: Sequence[float]) -> str:
-    mean, half = value
-    if metric == "read as asked":
-        return f"{100 * mean:.1f} ± {100 * half:.1f} %"
-    return f"{mean:.2f} ± {half:.2f}" if metric == "Fréchet ratio" else f"{mean:.3f} ± {half:.3f}"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     parser = results.parser("quality", __doc__)
-    parser.add_argument("--checkpoints", nargs="+", default=CHECKPOINTS, metavar="NAME")
-    parser.add_argument("--calls", nargs="+", type=int, default=CALLS, metavar="N")
-    parser.add_argument("--groups", type=int, default=4, help="of images (default: 4)")
-    parser.add_argument("--images", type=int, default=1000, help="of a group (default: 1000)")
-    options = parser.parse_args(arguments)
+    add = parser.add_argument
+    add("--checkpoints", nargs="+", default=CHECKPOINTS, metavar="NAME")
+    add("--calls", nargs="+", type=int, default=CALLS, metavar="N")
+    add("--groups", type=int, default=4, help="of images (default: 4)")
+    add("--images", type=int, default=1000, help="of a group (default: 1000)")
+    options = parser.parse_args()
     if options.groups < 2:
         parser.error(f"argument --groups: expected at least 2, got {options.groups}")
     for name in options.checkpoints:
@@ -207,18 +199,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pipeline = ECARPipeline.from_pretrained(ROOT / "checkpoints" / name)
         judge = Judge(name, options.groups, options.images)
         chosen = [(setting, calls) for setting in SETTINGS for calls in sorted(options.calls)]
-        record = {
-            "checkpoint": name,
-            "groups": options.groups,
-            "images": options.images,
-            "defaults": pipeline.defaults,
-            "real": summary(judge.real),
-            "rows": [
-                measure(pipeline, judge, setting, calls)
-                for setting, calls in tqdm(chosen, name, unit="row")
-            ],
-        }
-        results.finish(options.results, "quality", facts, render, of=name, **record)
+        rows = [measure(pipeline, judge, *each) for each in tqdm(chosen, name, unit="row")]
+        results.finish(
+            results.path(f"quality-{name}", options.results), "quality", facts, render,
+            checkpoint=name, groups=options.groups, images=options.images,
+            defaults=pipeline.defaults, real=summary(judge.real), rows=rows,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 Nothing is measured. `--images` draws the pictures of docs/images/ instead.
 """
 
-import argparse
 import importlib
 import json
 import re
 import sys
-from collections.abc import Sequence
+from argparse import ArgumentParser
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from benchmarks import instructions, launches, results
@@ -52,81 +52,71 @@ def page(folder: Path, output: Path) -> str:
         "Compare ratios within one table, not times of different devices or dates.",
     ]
     for device in sorted(path for path in folder.iterdir() if path.is_dir()):
-        records = {file: results.read(file) for file in device.glob("*.json")}
-        if not records:
-            continue
-        parts.append(f"## {device.name}")
-        for file in sorted(records, key=lambda file: (_place(records[file]), file.stem)):
-            record = records[file]
-            heading = KINDS.get(record["kind"], (record["kind"], ""))[0]
+        records = {file: results.read(file) for file in sorted(device.glob("*.json"))}
+        parts += [f"## {device.name}"] if records else []
+        kinds = [*KINDS, *(record["kind"] for record in records.values())]
+        for file in sorted(records, key=lambda file: kinds.index(records[file]["kind"])):
+            kind = records[file]["kind"]
+            heading, module = KINDS.get(kind, (kind, None))
             parts.append(f"### {heading} ({file.name})")
-            if record["kind"] not in KINDS:
-                parts.append(f"There is no table for results of kind {record['kind']!r}.")
+            if module is None:
+                parts.append(f"There is no table for results of kind {kind!r}.")
                 continue
-            parts += [
-                f"![{heading}]({picture.relative_to(output)})"
-                for picture in pictures.draw(file, output / "pictures")
-            ]
-            parts.append(below(render(record), 3))
+            drawn = pictures.draw(file, output / "pictures")
+            parts += [f"![{heading}]({picture.relative_to(output)})" for picture in drawn]
+            parts += [below(render(records[file]), 3), note(importlib.import_module(module))]
     for heading, module in COUNTS.items():
         counts = folder / module.RESULTS.name
         if counts.is_file():
-            parts += [f"## {heading}", module.render(json.loads(counts.read_text("utf-8")))]
+            table = module.render(json.loads(counts.read_text("utf-8")))
+            parts += [f"## {heading}", table, note(module)]
     if len(parts) == 2:
         parts.append(f"There are none in {folder}.")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _place(record: dict[str, Any]) -> int:
-    return [*KINDS, record["kind"]].index(record["kind"])
+def note(module: ModuleType) -> str:
+    """What a module's tables mean: its docstring without the first paragraph."""
+    return module.__doc__.partition("\n\n")[2].strip()
 
 
 def below(text: str, level: int) -> str:
     """The headings of a text put below those of a level; fenced blocks are left alone."""
-    pieces = re.split(r"(^```.*?^```$)", text, flags=re.MULTILINE | re.DOTALL)
-    return "".join(
-        piece
-        if piece.startswith("```")
-        else re.sub(r"^#", "#" * (level + 1), piece, flags=re.MULTILINE)
-        for piece in pieces
+    return re.sub(
+        r"^```.*?^```$|^#",
+        lambda found: "#" * (level + 1) if found[0] == "#" else found[0],
+        text,
+        flags=re.MULTILINE | re.DOTALL,
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def main() -> int:
+    parser = ArgumentParser(
         prog="python -m benchmarks.report", description=__doc__.partition("\n\n")[0]
     )
-    parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="print their tables")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=results.ROOT / "build" / "report",
-        help="folder of report.md and its pictures (default: build/report)",
-    )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=results.FOLDER,
-        help="folder of <device>/*.json (default: benchmarks/results)",
-    )
-    parser.add_argument("--images", action="store_true", help="draw docs/images/ and exit")
-    options = parser.parse_args(arguments)
+    add, root = parser.add_argument, results.ROOT
+    add("files", type=Path, nargs="*", metavar="FILE", help="print their tables")
+    add("--output", type=Path, default=root / "build" / "report",
+        help="folder of report.md and its pictures (default: build/report)")  # fmt: skip
+    add("--results", type=Path, default=results.FOLDER,
+        help="folder of <device>/*.json (default: benchmarks/results)")  # fmt: skip
+    add("--images", action="store_true", help="draw docs/images/ and exit")
+    options = parser.parse_args()
     try:
         if options.files:
             print("\n\n".join(render(results.read(file)) for file in options.files))
-            return 0
-        if options.images:
+        elif options.images:
             from benchmarks import pictures
 
-            print(*pictures.draw_all(results.ROOT / "docs" / "images"), sep="\n")
-            return 0
-        options.output.mkdir(parents=True, exist_ok=True)
-        text = page(options.results, options.output)
+            print(*pictures.draw_all(root / "docs" / "images"), sep="\n")
+        else:
+            options.output.mkdir(parents=True, exist_ok=True)
+            written = options.output / "report.md"
+            written.write_text(page(options.results, options.output), "utf-8")
+            print(f"wrote {written}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    (options.output / "report.md").write_text(text, "utf-8")
-    print(f"wrote {options.output / 'report.md'}")
     return 0
 
 

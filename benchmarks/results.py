@@ -7,46 +7,39 @@ import json
 import os
 import platform
 import re
-import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ecar.evaluation import provenance
 from ecar.evaluation.provenance import cpu_name
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "numpy", "diffusers", "flash-attn", "xformers")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-ASSUMED_CACHE = 32 * 2**20
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache; ASSUMED_CACHE if the system does not report one."""
-    units = {"K": 2**10, "M": 2**20}
-    try:
-        texts = [file.read_text().strip() for file in CACHES.glob("index*/size")]
-    except OSError:
-        texts = []
-    sizes = [int(text[:-1]) * units[text[-1]] for text in texts if text[-1:] in units]
-    return max(sizes, default=ASSUMED_CACHE)
+    """Bytes of the largest cache; 32 MiB if the system does not report one."""
+    sizes = [int(file.read_text().rstrip("K\n")) for file in CACHES.glob("index*/size")]
+    return 1024 * max(sizes, default=32 * 1024)
 
 
-def keep_memory() -> bool:
-    """Has glibc keep freed memory instead of unmapping it; False on another C library.
+def keep_memory() -> None:
+    """Has glibc keep freed memory instead of unmapping it.
 
     Every allocation above 32 MiB is mapped and unmapped otherwise: a result of 64 MiB would be
     timed with its page faults, which cost several times the kernel.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def package_version(name: str) -> str | None:
@@ -57,7 +50,7 @@ def package_version(name: str) -> str | None:
 
 
 def describe() -> dict[str, Any]:
-    """What is recorded with every timing: device, threads, versions, load, date; no host names."""
+    """What is recorded with every timing; no host names."""
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
     return {
         "device": cpu_name(),
@@ -68,24 +61,27 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: package_version(name) for name in PACKAGES},
+        "commit": provenance.versions()["ecar_commit"],
         # Of the whole machine over the last minute: near 0 on one that does nothing else.
         "load_before": round(os.getloadavg()[0], 2),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
 
 
-def commit() -> dict[str, Any]:
-    """The checked-out commit, and whether files differ from it; None where there is no git."""
+def where(facts: dict[str, Any]) -> str:
+    """A run's environment in a line."""
+    versions = ", ".join(f"{name} {v}" for name, v in facts["versions"].items() if v is not None)
+    return (
+        f"{facts['device']}, {facts['cores']} cores, {facts['threads']} threads, "
+        f"{facts['cpu_capability']}; {versions}; {facts['date']}; load before "
+        f"{facts['load_before']}"
+    )
 
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-        except OSError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return {"id": git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
+def briefly(facts: dict[str, Any], what: str = "") -> str:
+    """Device, threads, what was timed, torch and day."""
+    torch_and_day = f"torch {facts['versions']['torch']}, {facts['date'][:10]}"
+    return f"{facts['device']}, {facts['threads']} threads, {what}{torch_and_day}"
 
 
 def slug(text: str) -> str:
@@ -101,32 +97,28 @@ def path(name: str, folder: Path = FOLDER) -> Path:
 
 def write(file: Path, kind: str, facts: dict[str, Any], **content: Any) -> None:
     """Writes a result. kind: one of `report.KINDS`; facts: `describe()` from before the run."""
-    save(file, {"kind": kind, "environment": facts, "commit": commit(), **content})
+    save(file, {"kind": kind, "environment": facts, **content})
 
 
 def save(file: Path, record: dict[str, Any]) -> None:
     """Writes a record, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(dumps(record) + "\n", encoding="utf-8")
+    partial.write_text(dumps(record) + "\n", "utf-8")
     partial.replace(file)
 
 
-def dumps(value: Any, indent: str = "") -> str:
-    """JSON with a line for each object of a list and each member of a large or outer object."""
-    inner = indent + " "
-    if isinstance(value, dict) and (not indent or _is_expanded(value)):
-        parts = [f"{inner}{json.dumps(name)}: {dumps(v, inner)}" for name, v in value.items()]
-        return "{\n" + ",\n".join(parts) + f"\n{indent}}}" if parts else "{}"
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return "[\n" + ",\n".join(inner + json.dumps(v) for v in value) + f"\n{indent}]"
-    return json.dumps(value)
-
-
-def _is_expanded(value: Any) -> bool:
-    if isinstance(value, dict):
-        return len(value) > 20 or any(map(_is_expanded, value.values()))
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+def dumps(value: Any, indent: str = "\n ") -> str:
+    """JSON with a line for each member of an object that is in no list, and each item of a list
+    of objects."""
+    if isinstance(value, dict) and value:
+        lines = [f"{json.dumps(name)}: {dumps(item, indent + ' ')}" for name, item in value.items()]
+        first, last = "{}"
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        lines, (first, last) = [json.dumps(item) for item in value], "[]"
+    else:
+        return json.dumps(value)
+    return f"{first}{indent}{f',{indent}'.join(lines)}{indent[:-1]}{last}"
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -135,19 +127,16 @@ def read(file: Path) -> dict[str, Any]:
         record = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: expected a result as JSON, got {error}") from None
-    if (
-        not isinstance(record, dict)
-        or "kind" not in record
-        or not {"environment", "runs"} & record.keys()
-    ):
+    known = isinstance(record, dict) and "kind" in record
+    if not known or not {"environment", "runs"} & record.keys():
         raise ValueError(f"{file}: expected a result with 'kind' and 'environment' or 'runs'")
     return record
 
 
 def parser(name: str, doc: str) -> argparse.ArgumentParser:
-    """Of `python -m benchmarks.NAME`, described by its docstring, with --results."""
+    """Of `python -m benchmarks.NAME`, described by its docstring's first paragraph."""
     found = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{name}", description=" ".join(doc.partition("\n\n")[0].split())
+        prog=f"python -m benchmarks.{name}", description=doc.partition("\n\n")[0]
     )
     found.add_argument(
         "--results", type=Path, default=FOLDER, metavar="FOLDER",
@@ -157,30 +146,52 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
 
 
 def finish(
-    folder: Path,
-    kind: str,
-    facts: dict[str, Any],
-    render: Callable[[dict], str],
-    *,
-    of: str | None = None,
-    **content: Any,
+    file: Path, kind: str, facts: dict[str, Any], render: Callable[[dict], str], **content: Any
 ) -> None:
-    """Writes a result and prints its table. of: what it is of, where there are several files."""
-    file = path(kind if of is None else f"{kind}-{of}", folder)
+    """Writes a result and prints its table."""
     write(file, kind, facts, **content)
     print(f"{render(content)}\n\n{where(facts)}\n\nwrote {file}")
 
 
-def where(facts: dict[str, Any]) -> str:
-    """A run's environment in a line."""
-    versions = ", ".join(
-        f"{name} {version}" for name, version in facts["versions"].items() if version is not None
+def check_counts(
+    file: Path,
+    doc: str,
+    count: Callable[[], dict],
+    compare: Callable[[dict, dict], list[str]],
+    render: Callable[[dict], str],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """The command of counts that are committed; its status is 1 if `compare` complains."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{file.stem}", description=doc.partition("\n\n")[0]
     )
-    return (
-        f"{facts['device']}, {facts['cores']} cores, {facts['threads']} threads, "
-        f"{facts['cpu_capability']}; {versions}; {facts['date']}; load before "
-        f"{facts['load_before']}"
-    )
+    parser.add_argument("--update", action="store_true", help=f"write {file.name}")
+    options, found = parser.parse_args(arguments), count()
+    print(render(found))
+    if options.update:
+        save(file, found)
+        print(f"\nwrote {file}")
+        return 0
+    if not file.exists():
+        print(f"\nnot compared: there is no {file}")
+        return 0
+    complaints = compare(found, json.loads(file.read_text("utf-8")))
+    print("", *complaints or ["no count is above the committed one"], sep="\n")
+    return int(bool(complaints))
+
+
+def risen(found: Mapping[str, int], committed: Mapping[str, int], share: float = 0.0) -> list[str]:
+    """A line for each count that is above the committed one by more than a share of it, or new."""
+    return [
+        f"{name}: {count:,}, {f'{committed[name]:,} committed' if name in committed else 'new'}"
+        for name, count in found.items()
+        if name not in committed or count > committed[name] * (1 + share)
+    ]
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """A Markdown table of rows that are cells by column; the first has all columns."""
+    return markdown(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -196,6 +207,11 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([line(cells[0]), rule.replace(":", "-", 1), *map(line, cells[1:])])
 
 
+def medians(row: Mapping[str, Any]) -> dict[str, float]:
+    """Of each way's seconds in a row."""
+    return {way: found["median"] for way, found in row["seconds"].items()}
+
+
 def duration(seconds: float | None) -> str:
     """1.23 us, 45.6 ms, 7.89 s, to three figures."""
     if seconds is None:
@@ -204,6 +220,11 @@ def duration(seconds: float | None) -> str:
         if seconds * factor < 999.5:
             return f"{figures(seconds * factor)} {unit}"
     return f"{figures(seconds)} s"
+
+
+def times(value: float | None, base: float = 1.0) -> str:
+    """A ratio such as 2.31x, to three figures."""
+    return "-" if value is None else f"{figures(value / base)}x"
 
 
 def figures(value: float) -> str:

@@ -1,8 +1,8 @@
 """What each design choice is worth: one image with each switched off alone.
 
-One E-CAR image by the paper's protocol, no guidance, random weights, float32, as
-`benchmarks.end_to_end` times it. All variants compute the same image (to rounding), take turns in
-one run, and share their weights.
+One E-CAR image by the paper's protocol of 250 steps, no guidance, random weights, float32; four
+steps of each stage are run and scaled. All variants compute the same image (to rounding), share
+their weights and take turns; figures are medians over the rounds.
 """
 
 import types
@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import models, rates, results, timing
-from benchmarks.models import STEPS, Way, image_seconds, time_image
-from benchmarks.results import duration, figures, markdown
-from ecar import ECAR, ECARConfig, split_steps
+from benchmarks import models, timing
+from benchmarks.models import Way, image_seconds, time_image
+from benchmarks.results import duration, medians, table, times
+from ecar import ECAR, ECARConfig
 from ecar.flow import FlowHead, time_frequencies
-from ecar.sampling.guidance import Steps
 from ecar.transformer import ARTransformer
 from ecar_kernels import FlowBlock, resolve
 
@@ -61,7 +60,7 @@ def _no_fusion(model: ECAR) -> None:
     """The same packed GEMMs, and between them the reference's elementwise ops."""
 
     def product(layer: torch.nn.Linear, x: Tensor) -> Tensor:
-        return rates.packed_linear(layer.weight, layer.bias, x.shape[1])(x)
+        return timing.packed_linear(layer.weight, layer.bias, x.shape[1])(x)
 
     adaln, residual = (
         resolve(op, device="cpu", dtype=torch.float32, backend="reference")
@@ -122,62 +121,32 @@ AHEAD = "ops bound ahead of time"
 
 def variants(model: ECAR) -> dict[str, Way]:
     """Everything on, then each switched off alone."""
-    found = {ALL: Way(models.accelerated(model), "auto")}
+    found = {name: Way(models.accelerated(model)) for name in (ALL, *SWITCHES)}
     for name, switch in SWITCHES.items():
-        found[name] = Way(models.accelerated(model), "auto")
         switch(found[name].model)
-    return found | {AHEAD: Way(models.twin(model), "auto")}
+    return found | {AHEAD: Way(models.twin(model))}
 
 
-def measure(
-    size: str, config: ECARConfig, seconds: float, *, steps: Steps = STEPS, timed_steps: int = 4
-) -> dict[str, Any]:
-    """One size's record."""
-    ways = variants(models.random_model(config))
-    runs = {
-        name: lambda way=way: image_seconds(time_image(way, timed_steps, steps), steps)
-        for name, way in ways.items()
-    }
-    taken = timing.rounds(runs, seconds, at_least=3, warm_up=True)
-    return {
-        "size": size,
-        "steps": sum(split_steps(steps, config.num_stages)),
-        "timed_steps_of_a_stage": max(3, timed_steps),
-        "seconds": timing.summaries(taken),
-    }
+def measure(size: str, seconds: float, config: ECARConfig | None = None) -> dict[str, list]:
+    """One size's row."""
+    ways = variants(models.random_model(config or ECARConfig.preset(size)))
+    runs = {name: lambda way=way: image_seconds(time_image(way)) for name, way in ways.items()}
+    return {"rows": [{"size": size, "seconds": timing.summaries(models.compare(runs, seconds))}]}
 
 
 def render(record: dict[str, Any]) -> str:
-    rows = []
-    for row in record["rows"]:
-        whole = row["seconds"][ALL]["median"]
-        for name, summary in row["seconds"].items():
-            rows.append(
-                (
-                    f"E-CAR-{row['size']}",
-                    "nothing" if name == ALL else name,
-                    duration(summary["median"]),
-                    f"{figures(summary['median'] / whole)}x",
-                )
-            )
-    first = record["rows"][0]
-    return (
-        markdown(("model", "switched off", "one image", "of the time with everything"), rows)
-        + f"\n\nOne image, no guidance, random weights, float32: "
-        f"{first['timed_steps_of_a_stage']} steps of each stage were run and scaled to "
-        f"{first['steps']}.\nMedians of interleaved rounds."
-    )
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = results.parser("paper.ablation", __doc__)
-    parser.add_argument("--sizes", nargs="+", choices=("S", "B", "L"), default=("S",))
-    parser.add_argument("--minutes", type=float, default=2.0, help="of measuring (default: 2)")
-    options = parser.parse_args(arguments)
-    facts, seconds = results.describe(), 60 * options.minutes / len(options.sizes)
-    rows = [measure(size, ECARConfig.preset(size), seconds) for size in options.sizes]
-    results.finish(options.results, "ablation", facts, render, rows=rows)
+    rows = [
+        {
+            "model": f"E-CAR-{row['size']}",
+            "switched off": "nothing" if name == ALL else name,
+            "one image": duration(seconds),
+            "of the time with everything": times(seconds, medians(row)[ALL]),
+        }
+        for row in record["rows"]
+        for name, seconds in medians(row).items()
+    ]
+    return table(rows)
 
 
 if __name__ == "__main__":
-    main()
+    models.main("paper.ablation", __doc__, measure, render, minutes=2.0, sizes=("S",))

@@ -1,8 +1,9 @@
 """The paper's A.2: attention over n tokens generated one by one, and in stages that double.
 
 Token by token without a cache it is O(n^3), in stages O(n^2); each is also timed with a cache of
-keys and values. One layer's attention alone, by this library's op. Of the token-by-token ways a
-few calls, evenly spread, are timed and their sum scaled. Exponents are fitted to the times.
+keys and values. One layer's attention alone, by this library's op. Of the token-by-token ways 24
+calls, evenly spread, are timed and scaled. Exponents are fitted to the times; those below the
+theory's are of sizes at which the cost of a call still shows.
 """
 
 import itertools
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import results, timing
-from benchmarks.results import duration, figures, markdown
+from benchmarks.results import duration, figures, table
 from ecar_kernels import resolve
 
 TOKENS = (255, 511, 1023, 2047)  # 2^K - 1: K stages that double from one token
@@ -25,54 +26,39 @@ WAYS = ("token by token", "in stages", "token by token, with a cache", "in stage
 
 def calls_of(tokens: int, way: str) -> list[tuple[int, int]]:
     """(new tokens, tokens in all) of each call; without a cache, all are queries."""
-    ends = (
-        range(1, tokens + 1)
-        if way.startswith("token by token")
-        else [2**k - 1 for k in range(1, tokens.bit_length() + 1)]
-    )
-    calls = list(itertools.pairwise([0, *ends]))
-    if way.endswith("with a cache"):
-        return [(end - begin, end) for begin, end in calls]
-    return [(end, end) for _, end in calls]
+    ends = [*range(1, tokens + 1)]
+    if way.startswith("in stages"):
+        ends = [2**k - 1 for k in range(1, tokens.bit_length() + 1)]
+    cached = way.endswith("with a cache")
+    return [(end - begin if cached else end, end) for begin, end in itertools.pairwise([0, *ends])]
 
 
+@torch.no_grad()
 def measure(seconds: float, tokens: Sequence[int] = TOKENS) -> list[dict[str, Any]]:
     """Seconds of one layer's attention over the making of n tokens, for each way."""
     attention = resolve("stage_attention", device="cpu", dtype=torch.float32, width=HEAD_DIM)
     rows = []
     for way, n in itertools.product(WAYS, tokens):
         calls = calls_of(n, way)
-        chosen = calls
-        if len(calls) > SAMPLED:  # the middles of equal parts, so that their mean is the whole's
-            chosen = [calls[int((i + 0.5) * len(calls) / SAMPLED)] for i in range(SAMPLED)]
-        budget = seconds / len(WAYS) / len(tokens) / len(chosen)
-        mean = statistics.fmean(_attention_seconds(attention, *call, budget) for call in chosen)
-        rows.append(
-            {
-                "way": way,
-                "tokens": n,
-                "calls": len(calls),
-                "timed_calls": len(chosen),
-                "seconds": mean * len(calls),
-            }
-        )
+        count = min(len(calls), SAMPLED)  # the middles of equal parts: their mean is the whole's
+        chosen = [calls[int((i + 0.5) * len(calls) / count)] for i in range(count)]
+        budget = seconds / len(WAYS) / len(tokens) / count
+        mean = statistics.fmean(_seconds(attention, *call, budget) for call in chosen)
+        whole = {"calls": len(calls), "timed_calls": count, "seconds": mean * len(calls)}
+        rows.append({"way": way, "tokens": n, **whole})
     return rows
 
 
-@torch.no_grad()
-def _attention_seconds(attention: Callable, queries: int, keys: int, seconds: float) -> float:
+def _seconds(attention: Callable, queries: int, keys: int, seconds: float) -> float:
     q = torch.randn(1, queries, HEADS, HEAD_DIM)
     k, v = torch.randn(2, 1, keys, HEADS, HEAD_DIM)
     # Without a cache all tokens are queries, and one square, as the paper counts them.
     lengths = (keys,) if queries == keys else (keys - queries, queries)
 
-    def call() -> None:
-        attention(q, k, v, lengths)
+    def call() -> float:
+        return timing.seconds_of(lambda: attention(q, k, v, lengths))
 
-    call()
-    return statistics.median(
-        timing.interleave({"": itertools.repeat(call)}, seconds, at_least=3)[""]
-    )
+    return statistics.median(timing.rounds({"": call}, seconds, at_least=3, warm_up=True)[""])
 
 
 def exponent(rows: Sequence[dict[str, Any]]) -> float:
@@ -81,36 +67,22 @@ def exponent(rows: Sequence[dict[str, Any]]) -> float:
     return statistics.linear_regression(x, y).slope
 
 
-def curves(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The rows by way."""
-    ways = dict.fromkeys(row["way"] for row in record["rows"])
-    return {way: [row for row in record["rows"] if row["way"] == way] for way in ways}
-
-
 def render(record: dict[str, Any]) -> str:
-    found = curves(record)
-    lengths = [row["tokens"] for row in next(iter(found.values()))]
-    table = markdown(
-        ("attention, one layer", *(f"{n} tokens" for n in lengths), "grows as"),
-        [
-            (way, *(duration(row["seconds"]) for row in rows), f"n^{figures(exponent(rows))}")
-            for way, rows in found.items()
-        ],
-    )
-    return (
-        f"{table}\n\nOf the token-by-token ways, {SAMPLED} calls, evenly spread, were timed and "
-        "scaled. Exponents below the theory's (3 and 2\nwithout a cache) are of sizes at which "
-        "the cost of a call still shows."
-    )
+    cells = []
+    for way in dict.fromkeys(row["way"] for row in record["rows"]):
+        rows = [row for row in record["rows"] if row["way"] == way]
+        lengths = {f"{row['tokens']} tokens": duration(row["seconds"]) for row in rows}
+        grows = {"grows as": f"n^{figures(exponent(rows))}"}
+        cells.append({"attention, one layer": way} | lengths | grows)
+    return table(cells)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     parser = results.parser("paper.complexity", __doc__)
     parser.add_argument("--minutes", type=float, default=1.0, help="of measuring (default: 1)")
-    options = parser.parse_args(arguments)
-    facts = results.describe()
-    rows = measure(60 * options.minutes)
-    results.finish(options.results, "complexity", facts, render, rows=rows)
+    options, facts = parser.parse_args(), results.describe()
+    file = results.path("complexity", options.results)
+    results.finish(file, "complexity", facts, render, rows=measure(60 * options.minutes))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
 """diffusers' DiT, the peer of the paper's Table 3: real modules, random weights."""
 
 import statistics
-import time
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.timing import seconds_of
+
 CLASSES = 1000
 
 
-@dataclass(frozen=True)
-class DiTSize:
+class DiTSize(NamedTuple):
     """A model of the DiT paper's Table 1."""
 
     layers: int
@@ -20,58 +19,41 @@ class DiTSize:
     heads: int
     latent_side: int = 32
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Of diffusers' class: the published DiT-XL/2's configuration, with these sizes."""
-        return {
-            "num_attention_heads": self.heads,
-            "attention_head_dim": self.width // self.heads,
-            "in_channels": 4,
-            "out_channels": 8,
-            "num_layers": self.layers,
-            "sample_size": self.latent_side,
-            "patch_size": 2,
-            "attention_bias": True,
-            "activation_fn": "gelu-approximate",
-            "num_embeds_ada_norm": CLASSES,
-            "norm_type": "ada_norm_zero",
-            "norm_elementwise_affine": False,
-        }
-
 
 SIZES = {"B": DiTSize(12, 768, 12), "L": DiTSize(24, 1024, 16), "XL": DiTSize(28, 1152, 16)}
 
 
 def build(size: DiTSize) -> torch.nn.Module:
+    """diffusers' class with the published DiT-XL/2's configuration, of another size."""
     from diffusers import DiTTransformer2DModel
 
-    return DiTTransformer2DModel(**size.arguments).eval()
+    return DiTTransformer2DModel(
+        num_attention_heads=size.heads,
+        attention_head_dim=size.width // size.heads,
+        in_channels=4,
+        out_channels=8,
+        num_layers=size.layers,
+        sample_size=size.latent_side,
+        patch_size=2,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=CLASSES,
+        norm_type="ada_norm_zero",
+        norm_elementwise_affine=False,
+    ).eval()
 
 
 class Sampler:
     """The loop of diffusers' DiTPipeline for one image without guidance, the decoder left out.
 
-    Args:
-        size: of the model.
-        steps: its network calls.
-        solver: "ddim", the pipeline's own, or "dpmsolver++", of order 2, which its users take for
-            few steps.
-        dtype: of the model and the latents.
-        model: another sampler's, to share; None builds one.
+    solver: "ddim", the pipeline's own, or "dpmsolver++", of order 2, which its users take for few
+    steps (network calls).
     """
 
-    def __init__(
-        self,
-        size: DiTSize,
-        steps: int,
-        solver: str = "ddim",
-        dtype: torch.dtype = torch.float32,
-        model: torch.nn.Module | None = None,
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, steps: int, solver: str = "ddim") -> None:
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-        self.size, self.steps, self.dtype = size, steps, dtype
-        self.model = build(size).to(dtype) if model is None else model
+        self.model, self.steps = model, steps
         self.scheduler = DDIMScheduler(clip_sample=False)
         if solver == "dpmsolver++":
             self.scheduler = DPMSolverMultistepScheduler.from_config(
@@ -79,19 +61,21 @@ class Sampler:
             )
 
     @torch.no_grad()
-    def time_image(self, timed_steps: int) -> float:
-        """Seconds of an image: the median of its first `timed_steps` steps, times all."""
-        side = self.size.latent_side
-        x = torch.randn(1, 4, side, side, dtype=self.dtype)
-        label, seconds = torch.randint(CLASSES, (1,)), []
+    def step_seconds(self, timed_steps: int) -> float:
+        """The median over the first `timed_steps` steps of an image."""
+        side = self.model.config.sample_size
+        x = torch.randn(1, 4, side, side, dtype=self.model.dtype)
+        label = torch.randint(CLASSES, (1,))
         self.scheduler.set_timesteps(self.steps)
-        for t in self.scheduler.timesteps[:timed_steps]:
-            begin = time.perf_counter()
+
+        def step(t: torch.Tensor) -> None:
+            nonlocal x
             predicted = self.model(x, timestep=t[None], class_labels=label).sample
             noise = predicted.split(4, dim=1)[0]  # the other half is the variance
             x = self.scheduler.step(noise, t, x).prev_sample
-            seconds.append(time.perf_counter() - begin)
-        return statistics.median(seconds) * self.steps
+
+        timed = self.scheduler.timesteps[:timed_steps]
+        return statistics.median(seconds_of(lambda t=t: step(t)) for t in timed)
 
 
 def count(size: DiTSize, steps: int, *, guided: bool) -> tuple[int, int]:

@@ -9,9 +9,8 @@ MLP's norms have none of their own (they could be folded into the modulation).
 
 import math
 import statistics
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +22,11 @@ from ecar.flow import TIME_CHANNELS, time_frequencies
 from ecar_kernels import Accelerated, Linear, OpsModule, StageBlock, accelerates
 
 CLASSES = 1000
-TOKENS, BUFFER, CHANNELS = 256, 64, 16  # one token a latent pixel of 16 x 16
-DIFFUSION_STEPS = 100
+CHANNELS, DIFFUSION_STEPS = 16, 100
 AR_STEPS = (64, 256)  # the authors' faster setting, and the one of their results
 
 
-@dataclass(frozen=True)
-class MARSize:
+class MARSize(NamedTuple):
     """Encoder and decoder have `layers` each; the MLP has `mlp_blocks` of `mlp_width`."""
 
     layers: int
@@ -37,8 +34,8 @@ class MARSize:
     heads: int
     mlp_blocks: int
     mlp_width: int
-    tokens: int = TOKENS
-    buffer: int = BUFFER
+    tokens: int = 256  # one a latent pixel of 16 x 16
+    buffer: int = 64
 
 
 SIZES = {
@@ -76,8 +73,7 @@ class DiffusionMLP(OpsModule):
 
     def __init__(self, size: MARSize) -> None:
         super().__init__()
-        width = size.mlp_width
-        self.width = width
+        width = self.width = size.mlp_width
         self.time = nn.Sequential(Linear(TIME_CHANNELS, width), nn.SiLU(), Linear(width, width))
         self.condition = Linear(size.width, width)
         self.embed = Linear(CHANNELS, width)
@@ -115,15 +111,15 @@ class MAR(nn.Module):
         def blocks() -> nn.ModuleList:
             return nn.ModuleList(StageBlock(width, size.heads) for _ in range(size.layers))
 
-        self.label = nn.Embedding(CLASSES, width)
+        def norm() -> nn.LayerNorm:
+            return nn.LayerNorm(width, eps=1e-6)
+
+        self.label, self.mask_token = nn.Embedding(CLASSES, width), learned(1)
         self.embed, self.decoder_embed = Linear(CHANNELS, width), Linear(width, width)
-        self.mask_token = learned(1)
         self.encoder_positions, self.decoder_positions = learned(places), learned(places)
         self.diffusion_positions = learned(size.tokens)
         self.encoder, self.decoder = blocks(), blocks()
-        self.embed_norm, self.encoder_norm, self.decoder_norm = (
-            nn.LayerNorm(width, eps=1e-6) for _ in range(3)
-        )
+        self.embed_norm, self.encoder_norm, self.decoder_norm = norm(), norm(), norm()
         self.mlp = DiffusionMLP(size)
 
     def condition(self, label: Tensor, latents: Tensor, known: Tensor, drawn: Tensor) -> Tensor:
@@ -147,25 +143,22 @@ class MAR(nn.Module):
         return (self.decoder_norm(x)[:, buffer:] + self.diffusion_positions)[:, drawn]
 
 
-def next_tokens(steps: int, tokens: int = TOKENS) -> list[int]:
+def next_tokens(steps: int, tokens: int = 256) -> list[int]:
     """How many tokens each AR step draws: a cosine, at least one, all in the end."""
     left, found = tokens, []
-    for step in range(1, steps + 1):
-        rest = max(1, min(left - 1, math.floor(tokens * math.cos(math.pi / 2 * step / steps))))
-        rest = 0 if step == steps else rest
-        found.append(left - rest)
-        left = rest
-    return found
+    for step in range(1, steps):
+        rest = math.floor(tokens * math.cos(math.pi / 2 * step / steps))
+        found.append(left - max(1, min(left - 1, rest)))
+        left -= found[-1]
+    return [*found, left]
 
 
 class Sampler:
-    """Times an image without guidance, drawn by a MAR with random weights."""
+    """Times an image without guidance, drawn by an accelerated MAR with random weights."""
 
-    def __init__(self, size: MARSize, *, accelerate: bool = True) -> None:
-        self.size = size
-        self.model = MAR(size).eval()
-        if accelerate:
-            ecar_kernels.accelerate(self.model)
+    def __init__(self, size: MARSize) -> None:
+        self.size, self.model = size, MAR(size).eval()
+        ecar_kernels.accelerate(self.model)
         # Of a cosine schedule, respaced: what is left of the image at each step, and a step's own.
         grid = torch.linspace(0, 1, DIFFUSION_STEPS + 1).double()
         left = (torch.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2).clamp(min=1e-8)
@@ -193,22 +186,22 @@ class Sampler:
 
         The mean over the timed AR steps times all; in each, the median diffusion step times 100.
         """
-        tokens = self.size.tokens
-        drawn = next_tokens(ar_steps, tokens)
-        timed = min(timed_ar_steps, ar_steps)
-        chosen = [int((i + 0.5) * ar_steps / timed) for i in range(timed)]
+        tokens, drawn = self.size.tokens, next_tokens(ar_steps, self.size.tokens)
         label, latents = torch.randint(CLASSES, (1,)), torch.randn(1, tokens, CHANNELS)
         spread = torch.linspace(DIFFUSION_STEPS - 1, 0, timed_steps).round().long().tolist()
-        seconds = []
-        for step in chosen:
+        total = 0.0
+        for step in (int((i + 0.5) * ar_steps / timed_ar_steps) for i in range(timed_ar_steps)):
             order, known = torch.randperm(tokens), sum(drawn[:step])
             new = order[known : known + drawn[step]]
-            begin = time.perf_counter()
-            z = self.model.condition(label, latents, order[:known], new)
-            seconds.append(time.perf_counter() - begin)
+            z = torch.randn(1, len(new), self.size.width)
             denoising = [seconds_of(lambda i=i, z=z: self.denoise(z, [i])) for i in spread]
-            seconds[-1] += statistics.median(denoising) * DIFFUSION_STEPS
-        return statistics.fmean(seconds) * ar_steps
+            total += statistics.median(denoising) * DIFFUSION_STEPS
+            total += seconds_of(
+                lambda known=order[:known], new=new: self.model.condition(
+                    label, latents, known, new
+                )
+            )
+        return total / timed_ar_steps * ar_steps
 
 
 def multiply_adds(size: MARSize, ar_steps: int) -> int:
@@ -222,20 +215,12 @@ def multiply_adds(size: MARSize, ar_steps: int) -> int:
     def layers(blocks: nn.ModuleList, rows: int) -> int:
         return rows * weights(blocks) + len(blocks) * 2 * rows * rows * size.width
 
-    total, known, every = 0, 0, size.buffer + size.tokens
+    total, known = 0, 0
     for drawn in next_tokens(ar_steps, size.tokens):
         rows = size.buffer + known
-        total += (
-            known * weights(model.embed)
-            + layers(model.encoder, rows)
-            + rows * weights(model.decoder_embed)
-            + layers(model.decoder, every)
-            + drawn * DIFFUSION_STEPS * weights(model.mlp)
-        )
+        total += known * weights(model.embed) + layers(model.encoder, rows)
+        total += rows * weights(model.decoder_embed)
+        total += layers(model.decoder, size.buffer + size.tokens)
+        total += drawn * DIFFUSION_STEPS * weights(model.mlp)
         known += drawn
     return total
-
-
-def count_parameters(size: MARSize) -> int:
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in MAR(size).parameters())

@@ -23,7 +23,7 @@ def test_every_has_each_op_stage_size_and_batch():
 
 def test_cases_at_64_mib_hold_that_much():
     for case in cases.at_64_mib():
-        width = {"adaln": case.tokens * case.width if case.size != "-" else 0}
+        width = {"adaln": case.tokens * case.model.width if case.size != "-" else 0}
         side = 2 * 16
         count = width["adaln"] or 4 * side**2
         if case.op == "upsample_renoise_euler":
@@ -35,7 +35,7 @@ def test_cases_at_64_mib_hold_that_much():
 def test_sets_of_inputs_are_larger_than_the_cache_or_many(op, monkeypatch):
     monkeypatch.setattr(cases, "last_level_cache", lambda: 2**20)
     case = cases.Case(op, 16, 2, "-" if op in cases.WIDTHLESS else "S")
-    sets = list(cases.input_sets(case, cases.Arena(2**20, cases.DTYPE)))
+    sets = cases.input_sets(case, cases.Arena(2**20, cases.DTYPE))
     held = sum(
         value.numel() * value.element_size()
         for given in sets

@@ -8,7 +8,7 @@ from benchmarks import cases, check, instructions, micro, results
 from tests.benchmarks.support import python
 
 CASE = cases.Case("adaln", 256, 1, "S")
-NAME = "adaln S 256 tokens, batch 1"
+NAME = CASE.name
 
 
 def row(eager=3e-3, compiled=2e-3, ours=1e-3, spread=0.02, **changes):
@@ -79,7 +79,7 @@ def committed(tmp_path):
 
 
 def write(file, facts):
-    other = {"op": CASE.op, "overhead": True, "run": 0, "seconds": {}}
+    other = row(run=0, overhead=True)
     runs = [{"environment": facts}]
     results.save(file, {"kind": "micro", "runs": runs, "rows": [row(run=0), other]})
 
@@ -87,7 +87,7 @@ def write(file, facts):
 def run(monkeypatch, committed, *measured):
     """check_ratios, where the runs one after another measure these rows."""
     turns = iter(measured)
-    monkeypatch.setattr(check, "measure", lambda *_: {check.key(r): r for r in [next(turns)]})
+    monkeypatch.setattr(check, "measure", lambda *_: {micro.case_of(r): r for r in [next(turns)]})
     well = check.check_ratios(committed, 0.1, 1)
     assert next(turns, None) is None, "a run too few"
     return well
@@ -130,8 +130,8 @@ def test_without_valgrind_it_says_so(monkeypatch, capsys):
 
 def test_what_is_checked_is_what_make_bench_times():
     chosen = set(check.selection())
-    assert chosen <= set(micro.jobs())
-    assert {job.case.op for job in chosen} == set(cases.OPS)
+    assert chosen <= set(micro.choose())
+    assert {case.op for case in chosen} == set(cases.OPS)
 
 
 def test_the_command_measures_and_compares(tmp_path, monkeypatch):
@@ -148,4 +148,4 @@ def test_the_command_measures_and_compares(tmp_path, monkeypatch):
     file.write_text(json.dumps(record))
     given = f"--only ratios --against {file} --seconds 0.05".split()
     out = python("-m", "benchmarks.check", *given, status=1)
-    assert "LOST: euler_step - 256 tokens, batch 1: vs eager" in out
+    assert "LOST: euler_step-forward---256tokens-batch1: vs eager" in out

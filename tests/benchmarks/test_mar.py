@@ -22,13 +22,15 @@ def counted():
 
 @pytest.mark.parametrize(("size", "millions"), [("B", 208), ("L", 479), ("H", 943)])
 def test_parameters_are_the_published_ones(size, millions):
-    assert mar.count_parameters(mar.SIZES[size]) == pytest.approx(millions * 1e6, rel=0.01)
+    with torch.device("meta"):
+        parameters = mar.MAR(mar.SIZES[size]).parameters()
+    assert sum(p.numel() for p in parameters) == pytest.approx(millions * 1e6, rel=0.01)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 64, 256])
 def test_every_token_is_drawn_once_and_few_at_first(steps):
     drawn = mar.next_tokens(steps)
-    assert len(drawn) == steps and sum(drawn) == mar.TOKENS and min(drawn) >= 1
+    assert len(drawn) == steps and sum(drawn) == 256 and min(drawn) >= 1
     assert drawn[0] <= drawn[steps // 2] <= max(drawn)
 
 
@@ -73,15 +75,14 @@ def test_the_accelerated_model_computes_the_same():
 
 
 def test_what_is_not_known_is_not_read():
-    sampler = mar.Sampler(TINY, accelerate=False)
+    model = mar.MAR(TINY)
     order, latents = torch.randperm(TINY.tokens), torch.randn(1, TINY.tokens, mar.CHANNELS)
     other = latents.clone()
     other[:, order[5:]] = torch.randn(1, TINY.tokens - 5, mar.CHANNELS)
     label = torch.tensor([3])
     with torch.no_grad():
         one, two = (
-            sampler.model.condition(label, values, order[:5], order[5:7])
-            for values in (latents, other)
+            model.condition(label, values, order[:5], order[5:7]) for values in (latents, other)
         )
     assert torch.equal(one, two)
 

@@ -1,5 +1,6 @@
 """`python -m benchmarks`: rows are right, and merged into what was measured before."""
 
+import contextlib
 import itertools
 import json
 import signal
@@ -9,7 +10,7 @@ import sys
 import pytest
 
 from benchmarks import cases, micro, results
-from benchmarks.micro import Job
+from benchmarks.cases import Case
 from ecar_kernels.costs import BACKWARD_READS, Rates, floor_seconds
 from ecar_kernels.registry import OPS
 from tests.benchmarks.support import ROOT, environment, python
@@ -139,19 +140,21 @@ def test_a_failure_keeps_the_rows_before_it(tmp_path, monkeypatch):
         return real(case, *rest)
 
     monkeypatch.setattr(micro, "measure", measure)
-    chosen = [Job(cases.Case("euler_step", tokens, 1)) for tokens in (16, 64, 256)]
+    chosen = [Case("euler_step", tokens, 1) for tokens in (16, 64, 256)]
     with pytest.raises(KeyboardInterrupt):
         micro.run(chosen, file, seconds=0.01)
     assert [found["tokens"] for found in results.read(file)["rows"]] == [16]
 
 
 def test_jobs_are_chosen_by_all_words():
-    names = [job.name for job in micro.jobs(words=["euler_step-forward", "16tokens"])]
+    names = [case.name for case in micro.choose(words=["euler_step-forward", "16tokens"])]
     assert NOISE in names
     assert all("euler_step-forward" in name and "16tokens" in name for name in names)
-    assert [job.name for job in micro.jobs(words=["overhead"])] == [f"{op}-overhead" for op in OPS]
-    assert len(micro.jobs(full=True)) > len(micro.jobs())
-    assert len({job.name for job in micro.jobs(full=True)}) == len(micro.jobs(full=True))
+    assert [case.name for case in micro.choose(words=["overhead"])] == [
+        f"{op}-overhead" for op in OPS
+    ]
+    assert len(micro.choose(full=True)) > len(micro.choose())
+    assert len({case.name for case in micro.choose(full=True)}) == len(micro.choose(full=True))
 
 
 class TestCommand:
@@ -221,11 +224,11 @@ def test_the_tables_have_ratios_rates_and_the_fraction_of_the_floor():
     text = micro.render(record(*rows))
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     times = ["2.00 ms", "2.00x", "1.50x"]
-    assert ["adaln backward", "S", "16", "1", *times, "1.0 GB/s", "50%"] in cells
-    assert ["adaln_linear", "S", "16", "1", *times, "1000.0 GFLOP/s", "50%"] in cells
-    name = "stage_attention, all stages"
-    assert [name, "S", "16", "1", "SDPA math", "5.00 ms", "2.50x", "0.4 GB/s", "20%"] in cells
-    assert [name, "SDPA cudnn", "RuntimeError: no"] in cells
+    assert ["adaln-backward-S-16tokens-batch1", *times, "1.0 GB/s", "50%"] in cells
+    assert ["adaln_linear-forward-S-16tokens-batch1", *times, "1000.0 GFLOP/s", "50%"] in cells
+    name = "stage_attention-whole-S-16tokens-batch1"
+    assert [name, "SDPA math", "5.00 ms", "2.50x", "0.4 GB/s", "20%"] in cells
+    assert ["stage_attention", "SDPA cudnn", "RuntimeError: no"] in cells
     assert "Run 1: " in text and "copy 1.0 GB/s, GEMM 20 GFLOP/s" in text
     two = micro.merged(record(row()), this(threads=99), [row(tokens=64)])
     lines = [" ".join(line.split()) for line in micro.render(two).splitlines()]
@@ -266,11 +269,18 @@ def test_pytest_benchmark_runs_a_row_by_every_way(tmp_path):
     assert all(entry["extra_info"]["op"] == "euler_step" for entry in found)
 
 
-def test_an_interrupt_that_was_swallowed_ends_a_run_at_the_next_row(tmp_path):
+def test_an_interrupt_that_was_swallowed_ends_a_run_after_its_row(tmp_path, monkeypatch):
     """What is measured may catch it, or be called from where no exception comes out."""
-    came = iter([False, True])
-    job = Job(cases.select(forward=(1,), ops=["euler_step"])[0])
-    file = tmp_path / "micro.json"
+    file, real = tmp_path / "micro.json", micro.measure
+
+    def measure(*given):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return real(*given)
+
+    monkeypatch.setattr(micro, "measure", measure)
+    former = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        micro.run([job, job], file, seconds=0.01, interrupted=lambda: next(came))
+        micro.run([Case("euler_step", tokens, 1) for tokens in (16, 64)], file, seconds=0.01)
     assert len(json.loads(file.read_text())["rows"]) == 1
+    assert signal.getsignal(signal.SIGINT) is former

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 
-from benchmarks import models
+from benchmarks import models, results
 from benchmarks.models import StageTime
 from ecar import ECARConfig, sample
 from ecar_kernels import use_backend
@@ -57,3 +57,23 @@ def test_a_compiled_image_is_the_eager_one_and_a_block_is_compiled_once_a_stage(
     assert torch.equal(*images)  # the backend runs the same ops
     attentions = [count for count in graphs if count]
     assert attentions == ([3, 3] if whole else [1, 1])  # of two stages with three blocks each
+
+
+def test_a_command_keeps_the_sizes_that_are_done(tmp_path, monkeypatch, capsys):
+    def measure(size, seconds):
+        if size == "L":
+            raise KeyboardInterrupt
+        return {"rows": [{"size": size, "seconds": seconds}]}
+
+    given = ["--sizes", "S", "B", "L", "--minutes", "0.3", "--results", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["x", *given])
+    with pytest.raises(KeyboardInterrupt):
+        models.main("paper.some", "About it.", measure, str, minutes=1)
+    (file,) = tmp_path.glob("*/some.json")
+    rows = results.read(file)["rows"]
+    assert [row["size"] for row in rows] == ["S", "B"]
+    assert [row["seconds"] for row in rows] == pytest.approx([2, 6])  # of 18, by their shares
+    monkeypatch.setattr("sys.argv", ["x", *given[:2], *given[4:]])
+    models.main("paper.some", "About it.", measure, lambda record: "a table", minutes=1)
+    assert "a table" in capsys.readouterr().out
+    assert results.read(file)["rows"] == [{"size": "S", "seconds": pytest.approx(18)}]

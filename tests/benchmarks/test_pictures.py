@@ -11,7 +11,7 @@ FACTS = results.describe()
 SUMMARY = {"median": 2.0, "q1": 1.5, "q3": 2.5}
 RECORDS = {
     "micro": test_micro.record(
-        test_micro.row(), test_micro.row(batch=2), {"op": "adaln", "overhead": True}
+        test_micro.row(), test_micro.row(batch=2), test_micro.row(overhead=True)
     ),
     "end_to_end": {
         "environment": FACTS,
