@@ -24,7 +24,7 @@ SIZES = ("S", "B", "L")
 STAGES = ECARConfig.preset("S").stage_tokens  # of S, B and L alike
 # Tokens of the stages of a larger image, side by pixels; 16 times as many tokens for 4 times 256.
 LARGE = {512: (64, 256, 1024), 1024: (64, 256, 1024, 4096), 2048: (64, 256, 1024, 4096, 16384)}
-VAR = "VAR-d16"
+VAR, LEAST = "VAR-d16", "one token"
 BATCHES = (1, 8, 32)
 WIDTHLESS = tuple(op for op in OPS if not RECORDS[op].width)
 CHANNELS, PATCH = 4, 2
@@ -44,7 +44,8 @@ class Model(NamedTuple):
     stages: tuple[int, ...]
 
 
-MODELS = {VAR: Model(1024, 16, tuple(side**2 for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)))}
+VAR_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+MODELS = {VAR: Model(1024, 16, tuple(n * n for n in VAR_SIDES)), LEAST: Model(8, 1, (1,))}
 for _size in SIZES:
     _config = ECARConfig.preset(_size)
     MODELS[_size] = Model(_config.width, _config.heads, STAGES)
@@ -233,12 +234,6 @@ def inputs(case: Case, arena: Arena) -> dict[str, Any]:
         sizes |= {"stages": stages[: stages.index(case.tokens) + 1]}
         sizes |= {"queries": None if case.backward or case.whole else case.tokens}
     return ArenaDraw(SampleSizes(batch=case.batch, guided=False, **sizes), arena)(RECORDS[case.op])
-
-
-def least(op: str, arena: Arena) -> dict[str, Any]:
-    """Arguments of one token of 8 channels, or of one pixel."""
-    sizes = SampleSizes(1, (1,), None, 1, 8, 8, 8, 8, image=(1, 1, 1), guided=False)
-    return ArenaDraw(sizes, arena)(RECORDS[op])
 
 
 def input_sets(case: Case, arena: Arena) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ rounds in both runs. What looks lost is measured once more, for longer, and lost
 And instructions, which have no noise: `benchmarks.instructions`, if valgrind is installed.
 """
 
-import argparse
 import math
 import sys
 import tempfile
@@ -122,9 +121,7 @@ def check_instructions() -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.check", description=__doc__.partition("\n\n")[0]
-    )
+    parser = results.parser("check", __doc__, writes=False)
     add = parser.add_argument
     add("--only", choices=("ratios", "instructions"))
     add("--seconds", type=float, default=0.8, help="of measuring for each row (default: 0.8)")

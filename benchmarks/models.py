@@ -161,10 +161,9 @@ def main(
     survive an interruption.
     """
     parser, kind = results.parser(name, doc), name.rpartition(".")[2]
-    parser.add_argument("--sizes", nargs="+", choices=[*SHARES], default=sizes, metavar="SIZE",
-                        help=f"of {', '.join(SHARES)} (default: {' '.join(sizes)})")  # fmt: skip
-    parser.add_argument("--minutes", type=float, default=minutes, help="of measuring "
-                        "(default: %(default)g)")  # fmt: skip
+    add, default = parser.add_argument, f"default: {' '.join(sizes)}"
+    add("--sizes", nargs="+", choices=tuple(SHARES), default=sizes, help=default)
+    add("--minutes", type=float, default=minutes, help=f"of measuring (default: {minutes:g})")
     options, facts, content = parser.parse_args(), results.describe(), {}
     file = results.path(kind, options.results)
     whole = sum(SHARES[size] for size in options.sizes)

@@ -41,7 +41,7 @@ SETTINGS = {
     "legend.frameon": False,
 }
 STAGES = ("#0072B2", "#E69F00", "#009E73", "#D55E00")
-CHECKPOINTS = {"digits": 7, "mnist": 7}  # by seed
+CHECKPOINTS, SEED = ("digits", "mnist"), 7
 Record = dict[str, Any]
 
 
@@ -155,10 +155,10 @@ def image(record: Record) -> Figure:
 def stages() -> Figure:
     """The end state of each stage of the two checkpoints, one column for each digit."""
     rows = []
-    for name, seed in CHECKPOINTS.items():
+    for name in CHECKPOINTS:
         pipe = ECARPipeline.from_pretrained(ROOT / "checkpoints" / name)
         drawn = pipe(
-            list(range(10)), seeds=[seed] * 10, output_type="np", return_stages=True, progress=False
+            list(range(10)), seeds=[SEED] * 10, output_type="np", return_stages=True, progress=False
         )
         rows += [(f"{name}, stage {i}", stage) for i, stage in enumerate(drawn.stage_images, 1)]
     made = figure(0.75 * len(rows) + 0.6, "From coarse to fine: the state at each stage's end")

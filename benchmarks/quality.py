@@ -173,11 +173,11 @@ def render(record: dict[str, Any]) -> str:
     rows = []
     for row in [*record["rows"], {"solver": "training images", "measures": record["real"]}]:
         work = f"{row['calls_x_tokens']:,}" if "calls" in row else "-"
-        rows.append(
-            {"solver": row["solver"], "calls": str(row.get("calls", "-")), "calls x tokens": work}
-        )
+        cells = {"solver": row["solver"], "calls": str(row.get("calls", "-"))}
+        cells["calls x tokens"] = work
         for metric, (scale, written) in METRICS.items():
-            rows[-1][metric] = written.format(*(scale * value for value in row["measures"][metric]))
+            cells[metric] = written.format(*(scale * value for value in row["measures"][metric]))
+        rows.append(cells)
     return (
         f"{table(rows)}\n\n{record['checkpoint']}: {record['groups']} groups of "
         f"{record['images']} images; means with half of their 95 % confidence intervals."

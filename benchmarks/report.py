@@ -7,7 +7,6 @@ import importlib
 import json
 import re
 import sys
-from argparse import ArgumentParser
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,9 +90,7 @@ def below(text: str, level: int) -> str:
 
 
 def main() -> int:
-    parser = ArgumentParser(
-        prog="python -m benchmarks.report", description=__doc__.partition("\n\n")[0]
-    )
+    parser = results.parser("report", __doc__, writes=False)
     add, root = parser.add_argument, results.ROOT
     add("files", type=Path, nargs="*", metavar="FILE", help="print their tables")
     add("--output", type=Path, default=root / "build" / "report",

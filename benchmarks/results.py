@@ -133,15 +133,19 @@ def read(file: Path) -> dict[str, Any]:
     return record
 
 
-def parser(name: str, doc: str) -> argparse.ArgumentParser:
-    """Of `python -m benchmarks.NAME`, described by its docstring's first paragraph."""
+def parser(name: str, doc: str, *, writes: bool = True) -> argparse.ArgumentParser:
+    """Of `python -m benchmarks.NAME`, described by its docstring's first paragraph.
+
+    writes: with --results.
+    """
     found = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}", description=doc.partition("\n\n")[0]
     )
-    found.add_argument(
-        "--results", type=Path, default=FOLDER, metavar="FOLDER",
-        help="write FOLDER/<device>/*.json (default: benchmarks/results)",
-    )  # fmt: skip
+    if writes:
+        found.add_argument(
+            "--results", type=Path, default=FOLDER, metavar="FOLDER",
+            help="write FOLDER/<device>/*.json (default: benchmarks/results)",
+        )  # fmt: skip
     return found
 
 
@@ -162,11 +166,9 @@ def check_counts(
     arguments: Sequence[str] | None = None,
 ) -> int:
     """The command of counts that are committed; its status is 1 if `compare` complains."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{file.stem}", description=doc.partition("\n\n")[0]
-    )
-    parser.add_argument("--update", action="store_true", help=f"write {file.name}")
-    options, found = parser.parse_args(arguments), count()
+    command = parser(file.stem, doc, writes=False)
+    command.add_argument("--update", action="store_true", help=f"write {file.name}")
+    options, found = command.parse_args(arguments), count()
     print(render(found))
     if options.update:
         save(file, found)

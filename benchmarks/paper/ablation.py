@@ -5,13 +5,14 @@ steps of each stage are run and scaled. All variants compute the same image (to 
 their weights and take turns; figures are medians over the rounds.
 """
 
+import functools
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import models, timing
 from benchmarks.models import Way, image_seconds, time_image
@@ -56,43 +57,20 @@ def _no_cache(model: ECAR) -> None:
     model.ar.stage = types.MethodType(stage, model.ar)
 
 
-def _no_fusion(model: ECAR) -> None:
-    """The same packed GEMMs, and between them the reference's elementwise ops."""
+def _packed(layer: nn.Linear, x: Tensor) -> Tensor:
+    return timing.packed_linear(layer.weight, layer.bias, x.shape[1])(x)
 
-    def product(layer: torch.nn.Linear, x: Tensor) -> Tensor:
-        return timing.packed_linear(layer.weight, layer.bias, x.shape[1])(x)
 
-    adaln, residual = (
-        resolve(op, device="cpu", dtype=torch.float32, backend="reference")
-        for op in ("adaln", "gated_residual")
+def _plain(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def _separate(product: Callable, backend: str, model: ECAR) -> None:
+    """Flow blocks of products and, between them, the adaLN family's ops by a backend."""
+    ops = ("adaln", "gated_residual_adaln", "gated_residual")
+    adaln, residual_adaln, residual = (
+        resolve(op, device="cpu", dtype=torch.float32, backend=backend) for op in ops
     )
-
-    def residual_adaln(
-        x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, **steps: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        x = residual(x, branch, gate, step_gate=steps.pop("step_gate"))
-        return x, adaln(x, shift, scale, **steps)
-
-    _infer_with(model, product, adaln, residual_adaln, residual)
-
-
-def _no_packing(model: ECAR) -> None:
-    """nn.Linear, and between the products the fused elementwise ops: the training path's."""
-
-    def product(layer: torch.nn.Linear, x: Tensor) -> Tensor:
-        return F.linear(x, layer.weight, layer.bias)
-
-    ops = (
-        resolve(op, device="cpu", dtype=torch.float32)
-        for op in ("adaln", "gated_residual_adaln", "gated_residual")
-    )
-    _infer_with(model, product, *ops)
-
-
-def _infer_with(
-    model: ECAR, product: Callable, adaln: Callable, residual_adaln: Callable, residual: Callable
-) -> None:
-    """Replaces the flow blocks' inference by these ops, one after another."""
 
     def infer(self: FlowBlock, x: Tensor, spatial: Sequence, step: Sequence) -> Tensor:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = spatial
@@ -113,8 +91,9 @@ def _infer_with(
 SWITCHES: dict[str, Callable[[ECAR], None]] = {
     "hoisted modulation": _no_hoisting,
     "KV cache": _no_cache,
-    "fused elementwise ops": _no_fusion,
-    "packed GEMMs": _no_packing,
+    # The reference's elementwise ops between packed products; fused ones between nn.Linear's.
+    "fused elementwise ops": functools.partial(_separate, _packed, "reference"),
+    "packed GEMMs": functools.partial(_separate, _plain, "auto"),
 }
 AHEAD = "ops bound ahead of time"
 
