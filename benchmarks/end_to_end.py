@@ -138,9 +138,9 @@ def measure_protocols(
             )  # fmt: skip
         module = dit.build(peer).to(dtype)
         for solver, count in DIT_SOLVERS.items():
-            sampler = dit.Sampler(module, count, solver)
+            step = functools.partial(dit.step_seconds, module, count, solver, TIMED_STEPS)
             add(
-                lambda sampler=sampler: [StageTime(0.0, sampler.step_seconds(TIMED_STEPS))],
+                lambda step=step: [StageTime(0.0, step())],
                 model=f"DiT-{PEERS[size]}/2", steps=[count], solver=solver, grid=None,
                 timed_steps_of_a_stage=TIMED_STEPS, multiply_adds_before_steps=0,
                 multiply_adds=dit.count(peer, count, guided=False)[1],

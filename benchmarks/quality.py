@@ -32,6 +32,7 @@ from ecar.evaluation import (
 )
 from ecar.evaluation.extractors import default_extractor, to_bytes
 from ecar.evaluation.measure import pixels
+from ecar.sampling.guidance import PAPER_GRID, geometric_split
 from ecar.sampling.stage import Inputs, Shape
 
 CALLS = (8, 12, 18, 30, 60, 250)
@@ -51,22 +52,21 @@ class Setting(NamedTuple):
 
     name: str
     solver: str
-    grid: float | None = None  # None: the checkpoint's
-    even: bool = False  # as many steps at every stage, instead of the library's split
+    as_paper: bool = False  # an even grid and split, instead of the checkpoint's and the library's
     calls_of_a_step: int = 1
     guided_every: int = 1  # steps from one that computes v_c - v_u to the next
 
     def options(self, calls: int, num_stages: int) -> dict[str, Any]:
         """Of the pipeline's call; with too few calls for all stages, one step for each."""
-        steps: int | list[int] = max(calls // self.calls_of_a_step, num_stages)
-        if self.even:
-            steps = [steps // num_stages + (s < steps % num_stages) for s in range(num_stages)]
-        grid = {} if self.grid is None else {"grid": self.grid}
-        return {"num_inference_steps": steps, "solver": self.solver, **grid}
+        steps = max(calls // self.calls_of_a_step, num_stages)
+        if self.as_paper:
+            even = geometric_split(steps, num_stages, 1.0)
+            return {"num_inference_steps": even, "solver": self.solver, "grid": PAPER_GRID}
+        return {"num_inference_steps": steps, "solver": self.solver}
 
 
 SETTINGS = (
-    Setting("euler, as the paper", "euler", grid=1.0, even=True),
+    Setting("euler, as the paper", "euler", as_paper=True),
     Setting("euler", "euler"),
     Setting("heun", "heun", calls_of_a_step=2),
     Setting("ab2", "ab2"),
@@ -153,7 +153,7 @@ def measure(pipeline: ECARPipeline, judge: Judge, setting: Setting, calls: int) 
         if every == 1:
             images = generate(pipeline, labels, seeds, progress=False, **options)
         else:
-            given = {"grid": pipeline.defaults["grid"], **options}
+            given = options | {"grid": pipeline.defaults["grid"]}
             images = to_bytes(draw_reusing(pipeline.model, labels, seeds, given, scale, every))
         found.append(judge.measure(images, labels))
         first += len(labels)

@@ -1,12 +1,11 @@
 """diffusers' DiT, the peer of the paper's Table 3: real modules, random weights."""
 
 import statistics
-from typing import NamedTuple
+import time
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-
-from benchmarks.timing import seconds_of
 
 CLASSES = 1000
 
@@ -43,39 +42,32 @@ def build(size: DiTSize) -> torch.nn.Module:
     ).eval()
 
 
-class Sampler:
-    """The loop of diffusers' DiTPipeline for one image without guidance, the decoder left out.
+def scheduler(solver: str) -> Any:
+    """diffusers' pipeline's own for "ddim"; "dpmsolver++" is what its users take for few steps."""
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-    solver: "ddim", the pipeline's own, or "dpmsolver++", of order 2, which its users take for few
-    steps (network calls).
-    """
+    found = DDIMScheduler(clip_sample=False)
+    if solver == "ddim":
+        return found
+    options = {"algorithm_type": solver, "solver_order": 2}
+    return DPMSolverMultistepScheduler.from_config(found.config, **options)
 
-    def __init__(self, model: torch.nn.Module, steps: int, solver: str = "ddim") -> None:
-        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-        self.model, self.steps = model, steps
-        self.scheduler = DDIMScheduler(clip_sample=False)
-        if solver == "dpmsolver++":
-            self.scheduler = DPMSolverMultistepScheduler.from_config(
-                self.scheduler.config, algorithm_type=solver, solver_order=2
-            )
-
-    @torch.no_grad()
-    def step_seconds(self, timed_steps: int) -> float:
-        """The median over the first `timed_steps` steps of an image."""
-        side = self.model.config.sample_size
-        x = torch.randn(1, 4, side, side, dtype=self.model.dtype)
-        label = torch.randint(CLASSES, (1,))
-        self.scheduler.set_timesteps(self.steps)
-
-        def step(t: torch.Tensor) -> None:
-            nonlocal x
-            predicted = self.model(x, timestep=t[None], class_labels=label).sample
-            noise = predicted.split(4, dim=1)[0]  # the other half is the variance
-            x = self.scheduler.step(noise, t, x).prev_sample
-
-        timed = self.scheduler.timesteps[:timed_steps]
-        return statistics.median(seconds_of(lambda t=t: step(t)) for t in timed)
+@torch.no_grad()
+def step_seconds(model: torch.nn.Module, steps: int, solver: str, timed_steps: int) -> float:
+    """The median over the first steps of an image by `steps` network calls, without guidance: the
+    loop of diffusers' DiTPipeline, without the decoder."""
+    side, schedule = model.config.sample_size, scheduler(solver)
+    x = torch.randn(1, 4, side, side, dtype=model.dtype)
+    label, seconds = torch.randint(CLASSES, (1,)), []
+    schedule.set_timesteps(steps)
+    for t in schedule.timesteps[:timed_steps]:
+        begin = time.perf_counter()
+        predicted = model(x, timestep=t[None], class_labels=label).sample
+        noise = predicted.split(4, dim=1)[0]  # the other half is the variance
+        x = schedule.step(noise, t, x).prev_sample
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
 
 
 def count(size: DiTSize, steps: int, *, guided: bool) -> tuple[int, int]:

@@ -17,7 +17,7 @@ def test_settings_spend_the_calls_that_they_are_given():
             options = setting.options(calls, 3)
             steps = split_steps(options["num_inference_steps"], 3)
             assert sum(steps) == max(calls // setting.calls_of_a_step, 3)
-            assert not setting.even or max(steps) - min(steps) <= 1
+            assert not setting.as_paper or max(steps) - min(steps) <= 1
 
 
 def test_an_interval_is_students():
