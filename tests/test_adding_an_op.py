@@ -100,8 +100,10 @@ def run(tree: Path, *command: str, **environment: str) -> str:
 
 def check(tree: Path, backends: tuple[str, ...]) -> None:
     """The tests for all ops know it, and so does all else that reads the records."""
-    table = [line.split()[:3] for line in run(tree, "-m", "ecar_kernels").splitlines()]
-    assert [row[1:] for row in table if row[0] == "blend"] == [[name, "yes"] for name in backends]
+    table = [line.split() for line in run(tree, "-m", "ecar_kernels").splitlines()]
+    (row,) = [row for row in table if row[:1] == ["blend"]]
+    said = dict(zip(table[1], row, strict=True))
+    assert [name for name, cell in said.items() if cell == "yes"] == [*backends]
     run(tree, "-c", DERIVED, "compiled" if "cpp" in backends else "plain")
     said = run(tree, "-m", "tests.fuzz", "--ops", "blend", "--cases", "150")
     valid, invalid = map(int, re.search(r"blend: (\d+) valid, (\d+) invalid", said).groups())
