@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,8 @@ from ecar.training.config import TrainConfig
 from ecar.training.gradnorm import GradNorm
 from ecar.training.stage_weights import FixedWeights, Uncertainty
 
-try:
+if TYPE_CHECKING:
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import (
-        DistributedDataParallelKwargs,
-        DistributedType,
-        GradientAccumulationPlugin,
-    )
-except ImportError as error:
-    raise ImportError("training needs accelerate: pip install 'ecar[train]'") from error
 
 __all__ = [
     "describe",
@@ -46,7 +38,21 @@ _CLASSES = "ar.class_embedding.weight"
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """The processes, device and precision that the configuration asks for."""
+    """The processes, device and precision that the configuration asks for.
+
+    Raises:
+        ImportError: accelerate is not installed.
+    """
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, PartialState
+        from accelerate.utils import (
+            DistributedDataParallelKwargs,
+            DistributedType,
+            GradientAccumulationPlugin,
+        )
+    except ImportError as error:
+        raise ImportError("training needs accelerate: pip install 'ecar[train]'") from error
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
     if config.mixed_precision == "fp16" and (cpu or not torch.cuda.is_available()):
         raise ValueError("argument 'mixed_precision': 'fp16' needs CUDA; use 'bf16' or 'no'")

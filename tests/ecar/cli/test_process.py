@@ -11,7 +11,7 @@ import time
 import pytest
 from PIL import Image
 
-from ecar.cli import SPIN_VARIABLES
+from ecar.cli import COMMANDS, SPIN_VARIABLES
 
 TIMEOUT = 120
 
@@ -139,12 +139,36 @@ def test_broken_images_are_skipped_and_counted(folder, start):
     assert json.loads((folder / "new" / "train.json").read_text())["skip_broken"] is True
 
 
-def test_missing_accelerate_names_the_extra(start):
+EXTRAS = (
+    "accelerate",
+    "diffusers",
+    "matplotlib",
+    "scipy",
+    "sklearn",
+    "tensorboard",
+    "torchmetrics",
+)
+
+
+def without_extras(line):
+    """The command line in an installation that has none of them."""
     program = (
-        "import sys; sys.modules['accelerate'] = None\n"
-        "from ecar.cli import main; sys.exit(main(['train', '--preset', 'S']))"
+        f"import sys; sys.modules.update(dict.fromkeys({EXTRAS!r}))\n"
+        f"from ecar.cli import main; sys.exit(main({line.split()!r}))"
     )
-    process = start([sys.executable, "-c", program])
+    return [sys.executable, "-c", program]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_needs_no_extra(start, command):
+    process = start(without_extras(f"{command} --help"))
+    output, errors = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, errors) == (0, "")
+    assert output.startswith(f"usage: ecar {command} ")
+
+
+def test_missing_accelerate_names_the_extra(folder, start):
+    process = start(without_extras("train --preset mnist --dataset mnist --output run"))
     _, errors = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 2
     assert errors.count("\n") == 1
