@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from ecar.sampling import sample as sample
     from ecar.sampling import split_steps as split_steps
     from ecar.sampling import why_not_graphs as why_not_graphs
+    from ecar_kernels.version import __version__ as __version__
 
 _HOMES = {
     "ECAR": "ecar.model",
     "ECARConfig": "ecar.config",
     "ECARPipeline": "ecar.pipeline",
     "PRESETS": "ecar.config",
+    "__version__": "ecar_kernels.version",
     "release_graphs": "ecar.sampling",
     "sample": "ecar.sampling",
     "split_steps": "ecar.sampling",

@@ -52,12 +52,14 @@ _WEIGHT_CODES = ("F32", "BF16", "F16", "F64")
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path of the same name, which replaces ``path`` when the block ends well.
 
+    The folder is made if needed.
+
     Raises:
         OSError: if ``path`` can't be written, naming it; also for what fails in the block.
     """
     target = Path(path)
     check_target(target)
-    with naming(target), _scratch(target.parent) as scratch:
+    with naming(target), _made(target.parent), _scratch(target.parent) as scratch:
         temporary = scratch / target.name
         yield temporary
         _replace(temporary, target)
@@ -259,19 +261,20 @@ def check_target(path: str | os.PathLike[str]) -> Path:
 def check_output_folder(folder: str | os.PathLike[str]) -> Path:
     """The folder as a path, if files can be written there; before any work is spent.
 
+    It need not exist: what writes the files makes it.
+
     Raises:
-        OSError: naming the folder, where it is missing, no folder, or not writable.
+        OSError: naming the folder, or the nearest above it that exists: no folder, or not writable.
     """
     folder = Path(folder)
-    if not folder.exists():
-        raise FileNotFoundError(f"output folder {folder}: does not exist")
-    if not folder.is_dir():
-        raise NotADirectoryError(f"output folder {folder}: is not a folder")
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"output folder {nearest}: is not a folder")
     try:
         # A file is tried: permission bits don't tell of read-only file systems, nor bind root.
-        tempfile.TemporaryFile(dir=folder, prefix=".ecar-").close()
+        tempfile.TemporaryFile(dir=nearest, prefix=".ecar-").close()
     except OSError as error:
-        raise type(error)(f"output folder {folder}: not writable ({error.strerror})") from None
+        raise type(error)(f"output folder {nearest}: not writable ({error.strerror})") from None
     return folder
 
 

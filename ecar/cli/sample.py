@@ -146,7 +146,7 @@ def run(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     to_folder = output.is_dir() or not output.suffix or arguments.output.endswith(os.sep)
     if to_folder:
-        check_output_folder(output if output.exists() else output.parent)
+        check_output_folder(output)
     else:
         check_output_file(output)
     rank, processes = chosen_share(arguments, to_folder)
@@ -165,7 +165,7 @@ def run(arguments: argparse.Namespace) -> None:
         backends = describe_backends(pipe.model.config, pipe.device, pipe.dtype)
         begin = time.perf_counter()
         if to_folder:
-            output.mkdir(exist_ok=True)
+            output.mkdir(parents=True, exist_ok=True)
             share = list(dict.fromkeys(cells))[rank::processes]
             cells = [cell for cell in share if not folder.has(cell)]
             there = len(share) - len(cells)

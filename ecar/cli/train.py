@@ -130,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
         trainer = Trainer.resume(arguments.resume, **options, **given)
     else:
         config = new_config(arguments, given)
-        check_output_folder(_first_that_exists(config.output_dir))
+        check_output_folder(config.output_dir)
         trainer = Trainer(config, **options)
     if codec is not None:
         codec.to(trainer.device)
@@ -195,12 +195,6 @@ def resized(model: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
             )
         model["stage_sides"] = [side >> (stages - 1 - stage) for stage in range(stages)]
     return {**model, **sizes}
-
-
-def _first_that_exists(folder: str) -> Path:
-    """The folder, or the nearest above it: what says whether it can be made."""
-    path = Path(folder).absolute()
-    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def field_texts() -> dict[str, str]:

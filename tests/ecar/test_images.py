@@ -121,7 +121,7 @@ def test_a_failed_save_keeps_the_file_from_before(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["picture.jpg"]
 
 
-@pytest.mark.parametrize("name", ["missing/x.png", "file/x.png", "folder.png", "x.xyz", "x"])
+@pytest.mark.parametrize("name", ["file/x.png", "file/further/x.png", "folder.png", "x.xyz", "x"])
 def test_unwritable_file_is_named_and_nothing_written(tmp_path, name):
     (tmp_path / "file").write_text("no folder")
     (tmp_path / "folder.png").mkdir()

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 
 import numpy as np
 import pytest
@@ -78,7 +79,9 @@ def test_samples_alone_need_nothing_to_measure_with(pictures, run, monkeypatch, 
         (pictures / "model" / "train.json").write_text(json.dumps(settings))
     code, output, errors = run(f"{LINE} --npz samples.npz")
     assert (code, errors) == (0, "")
-    assert output.splitlines() == ["20 images, not measured", "samples.npz"]
+    first, device, last = output.splitlines()
+    assert (first, last) == ("20 images, not measured", "samples.npz")
+    assert re.fullmatch(r"drawn on (cpu with \d+ threads?|cuda:\d+)", device)
     with np.load(pictures / "samples.npz") as archive:
         counts = np.bincount(archive["arr_1"], minlength=10)
     assert counts.sum() == 20
@@ -120,7 +123,7 @@ def test_images_are_read_as_in_training(folder, monkeypatch, trained, options, e
         ("--dataset digits --classifier nowhere", "nowhere: no such file"),
         ("--dataset digits --classifier model/config.json", "model/config.json: not a safetensors"),
         ("--dataset digits --inception nowhere", "nowhere: no such file"),
-        ("--dataset digits --output nowhere/x.json", "output folder nowhere: does not exist"),
+        ("--dataset digits --output model/config.json/x.json", "config.json: is not a folder"),
         ("--dataset digits --output empty", "empty: is a folder"),
         ("--dataset digits --npz x.txt", "--npz: expected a name that ends in .npz, got x.txt"),
         ("--dataset digits --npz /proc/self/x.npz", "output folder /proc/self: not writable"),

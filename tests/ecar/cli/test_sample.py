@@ -75,6 +75,13 @@ def test_names_of_the_rows_and_a_strip_of_the_stages(folder, run):
     assert named[:, : -plain.shape[1]].max() > 128
 
 
+def test_folders_are_made(folder, run):
+    line = "sample --checkpoint model --classes 0 --per-class 1 --no-progress --output"
+    for output, file in (("a/b/x.png", "a/b/x.png"), ("c/d/", "c/d/class0-seed000000.png")):
+        assert run(f"{line} {output}")[0] == 0
+        assert (folder / file).is_file()
+
+
 def test_batches_change_no_image(folder, run):
     line = "sample --checkpoint model --sheet 3x3 --no-progress --output"
     run(f"{line} one.png")
@@ -172,8 +179,8 @@ def test_where_and_how_it_runs(folder, run, options):
         ("--guidance nan", "--guidance: expected a finite number, got nan"),
         ("--guidance-interval 0.5", "--guidance-interval: expected two numbers.*'0.5'"),
         ("--guidance-interval 0.5,0.1", "--guidance-interval: expected 0 <= low <= high <= 1"),
-        ("--output nowhere/x.png", "output folder nowhere: does not exist"),
-        ("--output nowhere/further", "output folder nowhere: does not exist"),
+        ("--output file/further/x.png", "output folder .*file: is not a folder"),
+        ("--output file/further/", "output folder .*file: is not a folder"),
         ("--output file/x.png", "output folder file: is not a folder"),
         ("--output file", "output folder file: is not a folder"),
         ("--output /proc/self/x.png", "output folder /proc/self: not writable"),

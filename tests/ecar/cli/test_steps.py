@@ -68,7 +68,7 @@ def test_ctrl_c_leaves_everything_as_it_was(folder, run, monkeypatch):
         ("--calls 0", "--calls: expected a positive whole number, got '0'"),
         ("--images 0", "--images: expected a positive whole number, got '0'"),
         ("--picture x.png", "--picture: expected a name that ends in .svg, got x.png"),
-        ("--output nowhere/x.json", "output folder nowhere: does not exist"),
+        ("--output model/config.json/x.json", "config.json: is not a folder"),
         ("--guidance nan", "--guidance: expected a finite number, got nan"),
         ("--solver ab2", "unrecognized arguments: --solver ab2"),
         ("--device gpu", "--device: cannot use 'gpu' here"),
