@@ -43,7 +43,8 @@ def table(rows: Sequence[Availability], named: Sequence[str]) -> str:
 
 def notes(rows: Sequence[Availability]) -> Iterator[str]:
     """Why backends are missing, and what they serve, once for all ops of which it is true."""
-    missing, serving = {}, {}
+    missing: dict[tuple[str, str], list[str]] = {}
+    serving: dict[tuple[str, str], list[str]] = {}
     ops_of = Counter(row.backend for row in rows)
     for row in rows:
         if row.why_not:
