@@ -78,13 +78,13 @@ def count_all() -> dict[str, Any]:
     return {**facts, "counts": {isa: found for isa in SETS if (found := count(isa))}}
 
 
-def compare(record: dict[str, Any], committed: dict[str, Any]) -> list[str]:
-    """Calls that take more instructions than committed, are new, or are gone; none if the committed
+def compare(record: dict[str, Any], committed: dict[str, Any]) -> list[str] | None:
+    """Calls that take more instructions than committed, are new, or are gone; None if the committed
     counts are another compiler's."""
     for what in ("compiler", "machine"):
         if record[what] != committed[what]:
             print(f"\nnot compared: the committed counts are of {committed[what]}")
-            return []
+            return None
     found, known = (
         {f"{isa} {call}": n for isa, calls in of["counts"].items() for call, n in calls.items()}
         for of in (record, committed)
