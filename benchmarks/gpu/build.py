@@ -58,7 +58,7 @@ def build(work: Work) -> None:
     name = "C++ library" if work.dry else "CUDA half"
     work.add(name, reason or "loaded", ok=reason is None, stop=reason)
     if reason is None:
-        served = {op: work.resolve(op, "auto").backend for op in OPS}
+        served = {op: work.backends(op)["auto"].backend for op in OPS}
         said = ", ".join(f"{op}: {backend}" for op, backend in served.items())
         work.add("backends", said, served=served)
         if not install("kernels", work, chip):

@@ -7,7 +7,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -29,14 +28,19 @@ OUTCOME = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)")
 
 
 class Call(NamedTuple):
-    """An op on one backend, and what makes its arguments."""
+    """An op on one backend, its reference, and what makes their arguments."""
 
     name: str
-    op: str
-    backend: str
-    dtype: torch.dtype
-    function: Callable
+    run: registry.BoundOp
+    reference: registry.BoundOp
     given: Callable[[], dict[str, Any]]
+
+    def once(self) -> None:
+        """Forward and, where it has one, backward."""
+        given = self.given()
+        outputs = testing.tensors(self.run(**given))
+        if self.run.op in testing.DIFFERENTIABLE:
+            testing.run(self.run, given, None, [torch.randn_like(y) for y in outputs])
 
 
 def calls(work: Work) -> Iterator[Call]:
@@ -46,13 +50,10 @@ def calls(work: Work) -> Iterator[Call]:
             for op in registry.OPS:
                 case = cases.Case(op, 256, 2, "-" if op in cases.WIDTHLESS else "L", whole=True)
                 given = functools.partial(_given, work, case, dtype, layout)
-                for backend in KERNELS:
-                    try:
-                        function = work.resolve(op, backend, dtype, case.op_width)
-                    except registry.BackendUnavailableError:
-                        continue
-                    name = f"{op} {backend} {numbers} {layout}"
-                    yield Call(name, op, backend, dtype, function, given)
+                reference, *kernels, _ = work.backends(op, dtype, case.op_width).values()
+                for run in kernels:
+                    name = f"{op} {run.backend} {numbers} {layout}"
+                    yield Call(name, run, reference, given)
 
 
 def _given(work: Work, case: cases.Case, dtype: torch.dtype, layout: str) -> dict[str, Any]:
@@ -66,28 +67,17 @@ def _given(work: Work, case: cases.Case, dtype: torch.dtype, layout: str) -> dic
 
 
 def warm_items(work: Work) -> Iterator[tuple[str, Callable[[], object]]]:
-    return ((call.name, functools.partial(once, call)) for call in calls(work))
-
-
-def once(call: Call) -> None:
-    """Forward and, where it has one, backward."""
-    given = call.given()
-    with torch.no_grad():
-        outputs = testing.tensors(call.function(**given))
-    if call.op in testing.DIFFERENTIABLE:
-        testing.run(call.function, given, None, [torch.randn_like(y) for y in outputs])
+    return ((call.name, call.once) for call in calls(work))
 
 
 def accuracy(work: Work) -> None:
     """Every op by every backend against its reference: float64's, on this device."""
     for call in calls(work):
         if work.begins(call.name, 1):
-            reference = work.resolve(call.op, "reference", call.dtype)
-            given = call.function, reference, call.given()
-            gradients = call.op in testing.DIFFERENTIABLE
+            given, op = (call.run, call.reference, call.given()), call.run.op
+            gradients = op in testing.DIFFERENTIABLE
             judged = functools.partial(testing.judge, *given, gradients=gradients)
-            with nullcontext() if gradients else torch.no_grad():
-                _judge(work, call.name, judged, {"op": call.op, "served": call.backend})
+            _judge(work, call.name, judged, {"op": op, "served": call.run.backend})
 
 
 def _judge(work: Work, name: str, judged: Callable[[], list], row: dict[str, Any]) -> None:

@@ -24,14 +24,13 @@ from benchmarks.gpu.timing import Timer, interleave, measure_rates
 from benchmarks.gpu.work import Work
 from benchmarks.results import duration
 from ecar_kernels.costs import Rates, floor_seconds
-from ecar_kernels.registry import BACKENDS, FAMILIES, BackendUnavailableError
+from ecar_kernels.registry import BACKENDS, FAMILIES
 from ecar_kernels.testing import tensors
 
 MAX_SETS = 256
 ADALN = FAMILIES["adaln"]
 # The cases of `make bench`, with more of large batches.
 CASES = dict.fromkeys([*cases.default(), *cases.select(forward=(8, 64), backward=(1, 8, 64))])
-Functions = dict[str, Callable]
 
 
 def attention(work: Work) -> None:
@@ -68,13 +67,12 @@ def memcheck(work: Work) -> None:
 def warm_items(work: Work) -> Iterator[tuple[str, Callable[[], object]]]:
     """One call of each case that Triton serves."""
     for case in (*_chosen(work, attends=True), *_chosen(work, attends=False)):
-        if (function := _ours(work, case).get("triton")) is not None:
-            yield case.name, functools.partial(_warm, work, case, function)
+        if run := work.backends(case.op, width=case.op_width).get("triton"):
+            yield case.name, functools.partial(_warm, work, case, run)
 
 
-def _warm(work: Work, case: Case, function: Callable) -> None:
-    with torch.set_grad_enabled(case.backward):
-        _call(case, function, next(_inputs(work, case, _arena(work, 2**24))))()
+def _warm(work: Work, case: Case, run: Callable) -> None:
+    _call(case, run, next(_inputs(work, case, _arena(work, 2**24))))()
 
 
 def _arena(work: Work, size: int) -> cases.Arena:
@@ -103,32 +101,23 @@ def _rows(work: Work, eager: Sequence[Case], compiled: Sequence[Case]) -> None:
     for chosen, named, seconds in ((eager, "", 2), (compiled, ", compiled", 15)):
         for case in chosen:
             if work.begins(case.name + named, seconds):
-                with torch.set_grad_enabled(case.backward):
-                    _measure(work, case.name + named, case, arena, _ways(work, case, bool(named)))
+                _measure(work, case.name + named, case, arena, _ways(work, case, bool(named)))
 
 
-def _ways(work: Work, case: Case, compiled: bool) -> Functions:
+def _ways(work: Work, case: Case, compiled: bool) -> dict[str, Callable]:
     """The op's backends and eager peers; or what has to be compiled, and the backend of "auto"."""
-    ours, others = _ours(work, case), peers.functions(case.op, per_stage=True)
-    flex = others.pop("FlexAttention", None)
+    ours, others = (
+        work.backends(case.op, width=case.op_width),
+        peers.functions(case.op, per_stage=True),
+    )
+    auto, flex = ours.pop("auto"), others.pop("FlexAttention", None)
     if not compiled:
         return {**ours, **others}
     torch._dynamo.reset()
     made = {"FlexAttention": flex}
     if flex is None:
         made = {"torch.compile": torch.compile(ours["reference"], fullgraph=True, dynamic=False)}
-    return made | dict(list(ours.items())[-1:])
-
-
-def _ours(work: Work, case: Case) -> Functions:
-    """The op by backend, the reference first and what "auto" takes last."""
-    found = {}
-    for name in BACKENDS:
-        try:
-            found[name] = work.resolve(case.op, name, width=case.op_width)
-        except BackendUnavailableError:
-            continue
-    return found
+    return {**made, auto.backend: auto}
 
 
 def _inputs(work: Work, case: Case, arena: cases.Arena) -> Iterator[dict[str, Any]]:
@@ -158,7 +147,9 @@ def _call(case: Case, function: Callable, given: dict[str, Any]) -> Callable[[],
     return call
 
 
-def _measure(work: Work, name: str, case: Case, arena: cases.Arena, ways: Functions) -> None:
+def _measure(
+    work: Work, name: str, case: Case, arena: cases.Arena, ways: dict[str, Callable]
+) -> None:
     sets = list(_inputs(work, case, arena))
     timers: dict[str, Timer] = {}
 
@@ -170,7 +161,7 @@ def _measure(work: Work, name: str, case: Case, arena: cases.Arena, ways: Functi
     row: dict[str, Any] = {key: getattr(case, key) for key in ("op", "size", "tokens", "batch")}
     forward = "training forward" if case.whole else "eager"
     row["group"] = "forward and backward" if case.backward else forward
-    row["served"] = work.resolve(case.op, "auto", width=case.op_width).backend
+    row["served"] = work.backends(case.op, width=case.op_width)["auto"].backend
     row |= {"sets": len(sets), "failed": failed, "ways": interleave(timers, work.span(0.05))}
     least = micro.case_cost(replace(case, backward=False), sets[0])
     if case.backward:

@@ -1,5 +1,6 @@
 """What a part of a command is given, the rows that it leaves, and the programs that it runs."""
 
+import contextlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.results import ROOT
 from ecar import ECARConfig
-from ecar_kernels.registry import BoundOp, resolve
+from ecar_kernels.registry import BACKENDS, BackendUnavailableError, BoundOp, resolve
 
 TINY = ECARConfig(stage_sides=(4, 8), num_classes=10, width=32, heads=2, ar_layers=2, flow_blocks=2)
 ROW = "row: "  # begins the line of a row
@@ -94,10 +95,17 @@ class Work:
     def config(self, size: str) -> ECARConfig:
         return TINY if self.dry else ECARConfig.preset(size)
 
-    def resolve(
-        self, op: str, backend: str, dtype: torch.dtype = torch.bfloat16, width: int = 0
-    ) -> BoundOp:
-        return resolve(op, device=self.device, dtype=dtype, width=width, backend=backend)
+    def backends(
+        self, op: str, dtype: torch.dtype = torch.bfloat16, width: int = 0
+    ) -> dict[str, BoundOp]:
+        """The op by each backend that serves it here, the reference first and "auto" last."""
+        found = {}
+        for name in (*BACKENDS, "auto"):
+            with contextlib.suppress(BackendUnavailableError):
+                found[name] = resolve(
+                    op, device=self.device, dtype=dtype, width=width, backend=name
+                )
+        return found
 
     def placed(self, given: dict[str, Any]) -> dict[str, Any]:
         """An op's arguments on the device, and the one that names it."""

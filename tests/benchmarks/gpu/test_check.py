@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from benchmarks.gpu import build, check, work
+from ecar_kernels.registry import BoundOp
 
 
 def test_a_gpu_without_the_cuda_half_stops_it(tmp_path, monkeypatch):
@@ -37,8 +38,9 @@ def test_a_wrong_op_is_a_row_that_fails(monkeypatch):
 
     def wrong(*arguments):
         for call in real(*arguments):
-            if call.op == "euler_step":
-                yield call._replace(function=lambda f=call.function, **given: f(**given) + 1)
+            if (run := call.run).op == "euler_step":
+                more = BoundOp(run.implementation, lambda run=run, **given: run(**given) + 1)
+                yield call._replace(run=more)
 
     monkeypatch.setattr(check, "calls", wrong)
     found = work.Work("check", "accuracy", dry=True)
