@@ -158,13 +158,14 @@ def test_evaluate_writes_report_and_samples(model, digits, tmp_path):
 
 def test_bad_arguments_are_named_before_sampling(model, tmp_path, monkeypatch):
     monkeypatch.setattr("ecar.evaluation.report.generate", None)
+    (tmp_path / "file").touch()
     for changed, error, message in [
         ({"num_images": 3}, ValueError, "argument 'num_images'"),
         ({"num_images": 10.0}, TypeError, "argument 'num_images'"),
         ({"batch_size": 0}, ValueError, "argument 'batch_size'"),
         ({"dataset": "latents"}, ValueError, "argument 'dataset'"),
         ({"dataset": "mnist"}, ValueError, "argument 'image_size': 'mnist' is 32 x 32, got 8"),
-        ({"report": tmp_path / "absent" / "x.json"}, OSError, "absent"),
+        ({"report": tmp_path / "file" / "x.json"}, OSError, "file: is not a folder"),
         ({"report": tmp_path}, OSError, "is a folder"),
         ({"samples": tmp_path / "x.npy"}, ValueError, "argument 'samples'"),
         ({"source": tmp_path / "absent"}, OSError, "absent"),
@@ -173,7 +174,7 @@ def test_bad_arguments_are_named_before_sampling(model, tmp_path, monkeypatch):
         arguments = {"source": model, "dataset": "digits", "progress": False, **changed}
         with pytest.raises(error, match=message):
             evaluate(**arguments)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_bad_images_are_named(digits, classifier):
