@@ -7,6 +7,7 @@ modules to a backend ahead of time. The ops `adaln` and
 and `from ecar_kernels.adaln import reference` still finds the module.
 """
 
+from ecar_kernels import integrations as integrations  # registers them
 from ecar_kernels.acceleration import Accelerated, accelerates
 from ecar_kernels.adaln.api import adaln, gated_residual, gated_residual_adaln
 from ecar_kernels.bound import BoundFlowStep

@@ -49,6 +49,28 @@ def why_not(module: object, kind: type[nn.Module], *, compiled: bool = False) ->
     Hooks for all modules (`register_module_forward_hook`) do not count: those of a FLOP counter,
     say, see what is called.
     """
+    if (reason := why_another(module, kind)) is not None:
+        return reason
+    own = module.__dict__
+    if not compiled and own.get("_compiled_call_impl") is not None:
+        return "it is compiled"
+    for name in _HOOKS:
+        if own[name]:
+            return f"it has {name[1:].replace('_', ' ')}"
+    parameters = own["_parameters"]
+    for name in ("weight", "bias"):
+        value = parameters.get(name, _missing)
+        if value is _missing:
+            # A property of the class, as parametrize makes it, or an attribute, as pruning does.
+            if own.get(name) is not None or (name not in own and hasattr(type(module), name)):
+                return f"its {name} is computed"
+        elif value is not None and not is_plain(value):
+            return f"its {name} is a {type(value).__name__} of {value.dtype}"
+    return None
+
+
+def why_another(module: object, kind: type[nn.Module]) -> str | None:
+    """None where its methods are those that `kind` was written with, else what they are."""
     if not isinstance(module, nn.Module):
         return f"a {type(module).__name__} in the place of a {kind.__name__}"
     own = module.__dict__
@@ -63,20 +85,6 @@ def why_not(module: object, kind: type[nn.Module], *, compiled: bool = False) ->
         return f"its {min(methods & own.keys())} was replaced"
     if kind.forward is not _forwards.get(kind, kind.forward):
         return f"{kind.__name__}.forward was replaced"
-    if not compiled and own.get("_compiled_call_impl") is not None:
-        return "it is compiled"
-    for name in _HOOKS:
-        if own[name]:
-            return f"it has {name[1:].replace('_', ' ')}"
-    parameters = own["_parameters"]
-    for name in ("weight", "bias"):
-        value = parameters.get(name, _missing)
-        if value is _missing:
-            # A property of the class, as parametrize makes it, or an attribute, as pruning does.
-            if name in own or hasattr(original, name):
-                return f"its {name} is computed"
-        elif value is not None and not is_plain(value):
-            return f"its {name} is a {type(value).__name__} of {value.dtype}"
     return None
 
 

@@ -120,6 +120,11 @@ class Accelerated(_Mixin):
     head_dim: int = 0
     _binding: Binding
 
+    @classmethod
+    def sizes(cls, module: nn.Module) -> tuple[int, int]:
+        """width and head_dim of a module that may not be swapped yet; 0 where there is none."""
+        return getattr(module, "width", 0), getattr(module, "head_dim", 0)
+
     def ops(self, x: Tensor, *like: Tensor | None) -> Ops:
         """The ops for x [.., C], bound: they neither validate their arguments nor look up.
 
@@ -239,13 +244,10 @@ def place_of(module: nn.Module) -> tuple[str, torch.dtype]:
 def resolve_ops(replacement: type[Accelerated], module: nn.Module, backend: str) -> dict:
     """The function of each op that it uses, for the place where its parameters are now."""
     device_type, dtype = place_of(module)
+    width, head_dim = replacement.sizes(module)
     return {
         op: registry.implementation(
-            op,
-            device_type,
-            dtype,
-            getattr(module, "head_dim" if op == "stage_attention" else "width", 0),
-            backend=backend,
+            op, device_type, dtype, head_dim if op == "stage_attention" else width, backend=backend
         )
         for op in replacement.uses
     }

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from ecar_kernels import registry
+from ecar_kernels import foreign, registry
 from ecar_kernels._written import as_written, has_affine, is_plain, why_not
 from ecar_kernels.acceleration import (
     Accelerated,
@@ -21,6 +21,7 @@ from ecar_kernels.acceleration import (
     serving,
 )
 from ecar_kernels.flow_block import packing
+from ecar_kernels.foreign import Foreign
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Report(tuple[ReportRow, ...]):
             )
             for row in self
         ]
+        if not self:
+            return "no module is of a class that accelerate knows"
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -69,9 +72,10 @@ def accelerate(
 ) -> Report:
     """Serve the modules of `model` that have an accelerated class from one backend, in place.
 
-    model: any module; its modules of a class that `accelerates` knows are swapped: those of
-    `ecar_kernels.modules`, and those that their author registered. backend: as for
-    `use_backend`, chosen now and for good; None for the active one. keep_weights: weights that
+    model: any module; its modules of a class that is known are swapped: those of
+    `ecar_kernels.modules`, those that their author registered with `accelerates`, and blocks of
+    other libraries (`ecar_kernels.integrations`) that are as their library wrote them. backend: as
+    for `use_backend`, chosen now and for good; None for the active one. keep_weights: weights that
     the backend packs are packed now, beside the plain ones; with False in their place, so that
     memory does not grow. That is for sampling: whatever reads or writes such a weight later (a
     state_dict, an optimizer, `to`, torch.compile) turns it back into a plain one first.
@@ -96,8 +100,8 @@ def accelerate(
         registry._check_backend(backend, "argument 'backend'")
     found = []
     for name, module in model.named_modules():
-        original = _original(module)
-        if (replacement := replacements.get(original)) is not None:
+        original, (replacement, why) = _original(module), _replacement(module)
+        if replacement is not None and why is None:
             try:
                 resolve_ops(replacement, module, backend)
             except registry.BackendUnavailableError as error:
@@ -107,8 +111,7 @@ def accelerate(
             found.append((module, replacement, Binding(backend, original, replacement)))
     if not found:
         warnings.warn(
-            f"accelerate: no module of {type(model).__name__} was swapped: none is a "
-            f"{', '.join(kind.__name__ for kind in replacements)}",
+            f"accelerate: no module of {type(model).__name__} was swapped: {_why_none(model)}",
             stacklevel=2,
         )
     before = [(module, type(module), vars(module).get("_binding")) for module, *_ in found]
@@ -140,13 +143,11 @@ def report(model: nn.Module) -> Report:
         original = _original(module)
         if original is not type(module):
             rows.append(ReportRow(name, original.__name__, serving(module), tuple(_left(module))))
-        elif isinstance(module, tuple(replacements)):
-            why = (
-                "accelerate was not called since it is there"
-                if type(module) in replacements
-                else "a subclass, whose forward may be another"
-            )
-            rows.append(ReportRow(name, type(module).__name__, {}, (why,)))
+        elif (why := _replacement(module)[1]) is not None:
+            rows.append(ReportRow(name, original.__name__, {}, (why,)))
+        elif _replacement(module)[0] is not None:
+            why = "accelerate was not called since it is there"
+            rows.append(ReportRow(name, original.__name__, {}, (why,)))
     return Report(rows)
 
 
@@ -172,8 +173,45 @@ def restore(model: Restored) -> Restored:
     return model
 
 
+def _replacement(module: nn.Module) -> tuple[type[Accelerated] | None, str | None]:
+    """The accelerated class of a module, None where its class is not known; and why it is not to
+    take its place though there is one."""
+    original = _original(module)
+    if original in replacements:
+        return replacements[original], None
+    if (found := foreign.integration_of(original)) is not None:
+        integration, base = found
+        if (why := foreign.why_not_served(module, integration, base)) is not None:
+            return integration, why
+        return foreign.join(integration, original), None
+    if isinstance(module, (*replacements, Foreign)):
+        return Accelerated, "a subclass, whose forward may be another"
+    return None, None
+
+
+def _why_none(model: nn.Module) -> str:
+    """Of a model in which no module is swapped."""
+    reasons: dict[tuple[str, str], int] = {}
+    for module in model.modules():
+        why = _replacement(module)[1]
+        if why is not None:
+            key = _original(module).__name__, why
+            reasons[key] = reasons.get(key, 0) + 1
+    if reasons:
+        return "; ".join(f"{count} {kind}: {why}" for (kind, why), count in reasons.items())
+    kinds = (*(kind.__name__ for kind in replacements), *foreign.integrations)
+    return f"none is a {', '.join(kinds)}"
+
+
 def _left(module: Accelerated) -> Iterator[str]:
+    if isinstance(module, Foreign):
+        found = foreign.integration_of(_original(module))
+        if found is not None and (why := foreign.why_not_served(module, *found)) is not None:
+            yield f"all: {why}"
+            return
     for name, layer in _layers(module, type(module)):
+        if layer is None and isinstance(module, Foreign):
+            continue  # a part that not every such block has
         if (reason := why_not(layer, nn.Linear)) is not None:
             yield f"{name or 'weight'}: {reason}"
     for name in module.norms:

@@ -1,0 +1,15 @@
+"""Other libraries' blocks, computed from the ops: `ecar_kernels.accelerate` finds them by name.
+
+| library | blocks | models |
+|---|---|---|
+| diffusers | BasicTransformerBlock with ada_norm_zero or ada_norm_single | DiT, PixArt, Latte |
+| diffusers | JointTransformerBlock | Stable Diffusion 3 and 3.5 |
+| diffusers | FluxTransformerBlock, FluxSingleTransformerBlock | Flux |
+
+Each file says when a block is one that it knows (`why_not`) and how it is computed (`run`); a block
+that is not is left alone, and reported with the reason. Nothing of a library is imported.
+"""
+
+from ecar_kernels.integrations import basic, flux, joint
+
+__all__ = ["basic", "flux", "joint"]

@@ -1,0 +1,217 @@
+"""Other libraries' blocks to which something was done: the accelerated one computes what the plain
+one then does, and what is left alone is reported.
+
+Tables of situations over all blocks (tests/support/blocks.py).
+"""
+
+import copy
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from ecar_kernels import accelerate, foreign, report, restore
+from ecar_kernels.foreign import Foreign
+from tests.support import situations
+from tests.support.blocks import BLOCKS, agree, flat, is_served, made, near, ops_of
+from tests.support.modules import accelerated
+
+
+@pytest.mark.parametrize("change", situations.LAYERS, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("name", BLOCKS)
+@torch.no_grad()
+def test_what_stands_in_a_layers_place_is_called(name, change):
+    """Each fused layer in turn, before `accelerate` or after it, which takes turns too."""
+    plain, arguments, call = made(name)
+    untouched = call(plain, arguments)
+    integration, _ = foreign.integration_of(type(plain))
+    layers = [weight.rpartition(".")[0] for weight in integration.weights]
+    layers = [layer for layer in layers if part_of(plain, layer) is not None]
+    assert len(layers) >= 4
+    changed = 0
+    for index, layer in enumerate(layers, start=situations.LAYERS.index(change)):
+        other, fast = copy.deepcopy(plain), copy.deepcopy(plain)
+        apply(change, other, layer)
+        if index % 2:
+            accelerate(fast)
+        apply(change, fast, layer)
+        if not index % 2:
+            accelerate(fast)
+        right, got = call(other, arguments), call(fast, arguments)
+        changed += not agree(right, untouched)
+        # It rounds its inputs to 255 levels: one at an edge may come out a level off.
+        rounded = change is situations.dynamic_quantization
+        for a, b, c in zip(flat(got), flat(right), flat(untouched), strict=True):
+            assert near(a, b) or (rounded and (a - b).norm() <= 0.3 * (c - b).norm()), layer
+        assert isinstance(fast, Foreign)
+        if change not in (situations.no_bias, situations.a_tied_weight):
+            assert f"{layer}: " in str(report(fast)), layer
+    # A norm of the queries or keys does not see a factor.
+    assert changed >= 3
+
+
+def apply(change, block, layer):
+    torch.manual_seed(0)
+    change(block, layer, part_of(block, layer))
+
+
+def part_of(block, name):
+    for step in name.split("."):
+        block = None if block is None else getattr(block, step, None)
+    return block
+
+
+class Halved(nn.Module):
+    """An adapter around a whole part of a block."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def __getattr__(self, name):
+        return (
+            getattr(super().__getattr__("part"), name)
+            if name != "part"
+            else super().__getattr__(name)
+        )
+
+    def forward(self, *args, **kwargs):
+        result = self.part(*args, **kwargs)
+        return tuple(y / 2 for y in result) if isinstance(result, tuple) else result / 2
+
+
+def hooked(result):
+    if isinstance(result, tuple):
+        return tuple(map(hooked, result))
+    return None if result is None else 2 * result
+
+
+def whole_parts(block):
+    """The parts of a block whose forward `run` takes the place of."""
+    return [
+        name for name in ("attn", "attn1", "ff", "mlp", "norm1", "norm") if hasattr(block, name)
+    ]
+
+
+PARTS = {
+    "a hook": lambda block, name: getattr(block, name).register_forward_hook(
+        lambda module, inputs, result: hooked(result)
+    ),
+    "an adapter": lambda block, name: setattr(block, name, Halved(getattr(block, name))),
+    "a wrapped forward": lambda block, name: setattr(
+        getattr(block, name),
+        "forward",
+        types.MethodType(
+            lambda module, *args, **kwargs: hooked(type(module).forward(module, *args, **kwargs)),
+            getattr(block, name),
+        ),
+    ),
+    "a subclass": lambda block, name: setattr(
+        getattr(block, name),
+        "__class__",
+        type(
+            "Other",
+            (type(getattr(block, name)),),
+            {
+                "forward": lambda module, *args, **kwargs: hooked(
+                    super(type(module), module).forward(*args, **kwargs)
+                )
+            },
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", PARTS)
+@pytest.mark.parametrize("name", BLOCKS)
+@torch.no_grad()
+def test_a_block_with_another_part_is_left_alone(name, change):
+    plain, arguments, call = made(name)
+    untouched = call(plain, arguments)
+    for part in whole_parts(plain):
+        fast, other = accelerated(copy.deepcopy(plain)), copy.deepcopy(plain)
+        PARTS[change](fast, part)
+        PARTS[change](other, part)
+        right = call(other, arguments)
+        assert not agree(untouched, right)
+        assert ops_of(lambda block=fast: call(block, arguments)) == set()
+        assert agree(call(fast, arguments), right)
+        assert report(fast)[0].left[0].startswith(f"all: {part}")
+        with pytest.warns(UserWarning, match=f"1 {type(plain).__name__}: {part}"):
+            (row,) = accelerate(other)
+        assert row.served == {} and row.left[0].startswith(part)
+        assert not isinstance(other, Foreign)
+
+
+def test_there_are_whole_parts():
+    assert all(len(whole_parts(made(name)[0])) >= 2 for name in BLOCKS)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@torch.no_grad()
+def test_changed_weights_are_seen(name):
+    block, arguments, call = made(name)
+    fast = accelerated(copy.deepcopy(block))
+    call(fast, arguments)
+    for each in (block, fast):
+        for parameter in each.parameters():
+            parameter.data.mul_(1.1)
+    assert agree(call(fast, arguments), call(block, arguments))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_subclass_is_served_if_it_computes_the_same(name):
+    block, arguments, call = made(name)
+
+    class Named(type(block)):
+        def describe(self):
+            return "a block"
+
+    class Doubled(type(block)):
+        def forward(self, *args, **kwargs):
+            return hooked(super().forward(*args, **kwargs))
+
+    with torch.no_grad():
+        right = call(block, arguments)
+        block.__class__ = Named
+        assert is_served(accelerated(block)) and agree(call(block, arguments), right)
+        assert type(restore(block)) is Named
+        block.__class__ = Doubled
+        with pytest.warns(UserWarning, match="1 Doubled: a subclass, whose forward may be another"):
+            accelerate(block)
+        assert type(block) is Doubled
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@torch.no_grad()
+def test_a_replaced_forward_is_called(name, monkeypatch):
+    """Of the class, and of the block, before `accelerate` and after it."""
+    block, arguments, call = made(name)
+    kind, fast = type(block), accelerated(copy.deepcopy(block))
+    own = kind.forward
+
+    def forward(self, *args, **kwargs):
+        return hooked(own(self, *args, **kwargs))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, "forward", forward)
+        right = call(block, arguments)
+        assert agree(call(fast, arguments), right)
+        assert "forward" in report(fast)[0].left[0]
+        with pytest.warns(UserWarning, match="forward"):
+            accelerate(block)
+    assert not agree(call(fast, arguments), right) and is_served(fast)
+    block.forward = types.MethodType(forward, block)
+    with pytest.warns(UserWarning, match=f"1 {kind.__name__}: its forward was replaced"):
+        accelerate(block)
+    assert agree(call(block, arguments), right)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_parametrized_block_is_left_alone(name):
+    block = made(name)[0]
+    block.own = nn.Parameter(torch.ones(2))
+    nn.utils.parametrize.register_parametrization(block, "own", nn.Identity())
+    with pytest.warns(UserWarning, match="it is parametrized"):
+        accelerate(block)
