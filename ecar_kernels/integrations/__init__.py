@@ -5,11 +5,12 @@
 | diffusers | BasicTransformerBlock with ada_norm_zero or ada_norm_single | DiT, PixArt, Latte |
 | diffusers | JointTransformerBlock | Stable Diffusion 3 and 3.5 |
 | diffusers | FluxTransformerBlock, FluxSingleTransformerBlock | Flux |
+| DiT's and SiT's own code | DiTBlock, SiTBlock, over timm's Attention and Mlp | DiT, SiT |
 
 Each file says when a block is one that it knows (`why_not`) and how it is computed (`run`); a block
 that is not is left alone, and reported with the reason. Nothing of a library is imported.
 """
 
-from ecar_kernels.integrations import basic, flux, joint
+from ecar_kernels.integrations import basic, dit, flux, joint
 
-__all__ = ["basic", "flux", "joint"]
+__all__ = ["basic", "dit", "flux", "joint"]

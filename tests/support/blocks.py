@@ -1,6 +1,9 @@
 """Blocks of other libraries, as small as they are built, their calls, and what comes of them."""
 
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +21,40 @@ from ecar_kernels.registry import record
 WIDTH, HEADS, HEAD_DIM = 32, 2, 16
 BATCH, TOKENS, TEXT = 2, 9, 5
 FUSED = {"adaln_linear", "stage_attention", "linear_gated_residual"}
+
+
+def timm(name: str) -> Any:
+    """A module of timm, or what stands for it where timm is not installed."""
+    if importlib.util.find_spec("timm") is not None:
+        return importlib.import_module(name)
+    if name not in sys.modules:
+        path = Path(__file__).with_name("timm_parts.py")
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+class DiTBlock(nn.Module):
+    """As in DiT's own code, but for names that do not matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        attention, mlp = timm("timm.layers.attention").Attention, timm("timm.layers.mlp").Mlp
+        self.norm1 = nn.LayerNorm(WIDTH, elementwise_affine=False, eps=1e-6)
+        self.attn = attention(WIDTH, num_heads=HEADS, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(WIDTH, elementwise_affine=False, eps=1e-6)
+        self.mlp = mlp(WIDTH, 4 * WIDTH, act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, 6 * WIDTH))
+
+    def forward(self, x, c):
+        b1, w1, g1, b2, w2, g2 = self.adaLN_modulation(c).chunk(6, dim=-1)
+        x = g1[:, None] * self.attn(modulated(self.norm1(x), b1, w1)) + x
+        return x + g2.unsqueeze(1) * self.mlp(modulated(self.norm2(x), b2, w2))
+
+
+def modulated(x, shift, scale):
+    return x * (scale.unsqueeze(1) + 1) + shift.unsqueeze(1)
 
 
 class Block(NamedTuple):
@@ -112,6 +149,9 @@ BLOCKS = {
     "SD3 last": Block(lambda: joint(context_pre_only=True), streams, image_alone),
     "Flux": Block(lambda: FluxTransformerBlock(WIDTH, HEADS, HEAD_DIM), flux_streams),
     "Flux single": Block(lambda: FluxSingleTransformerBlock(WIDTH, HEADS, HEAD_DIM), flux_streams),
+    "DiT's own": Block(
+        DiTBlock, lambda batch: {"x": tokens(batch), "c": torch.randn(batch, WIDTH)}
+    ),
 }
 
 
