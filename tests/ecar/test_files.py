@@ -209,12 +209,18 @@ def test_a_target_that_is_no_file(tmp_path):
     for target in ("/dev/full", "/dev/null"):
         with pytest.raises(OSError, match=f"{target}: is not a regular file"):
             write_json(target, {})
-    with pytest.raises(FileNotFoundError, match=r"absent/x\.json: cannot be written"):
-        write_json(tmp_path / "absent" / "x.json", {})
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match=r"file/x\.json: cannot be written"):
         write_json(tmp_path / "file" / "x.json", {})
     assert check_target(tmp_path / "new") == tmp_path / "new"
+
+
+def test_folders_are_made_and_taken_back_where_the_write_fails(tmp_path):
+    write_json(tmp_path / "a" / "b" / "x.json", {})
+    assert (tmp_path / "a" / "b" / "x.json").is_file()
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "c" / "x.json", object())
+    assert not (tmp_path / "c").exists()
 
 
 KILLED = """
