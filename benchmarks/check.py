@@ -7,7 +7,8 @@ A row is lost if a ratio fell by more than LEAST, and by a greater factor than o
 the noise: the root of the sum of squares of four relative interquartile ranges, of both ways'
 rounds in both runs. What looks lost is measured once more, for longer, and lost if it is so again.
 
-And instructions, which have no noise: `benchmarks.instructions`, if valgrind is installed.
+And instructions, which have no noise: `benchmarks.instructions`, if valgrind is installed. And
+whether all threads together lose to one where other processes keep the cores busy.
 """
 
 import math
@@ -17,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cases, instructions, micro, results
+from benchmarks import busy, cases, instructions, micro, results
 from benchmarks.cases import Case
 from benchmarks.micro import NAMES, Row, case_of
 from benchmarks.results import medians
@@ -120,21 +121,32 @@ def check_instructions() -> bool:
         return "skipped" in str(error.code)
 
 
+def check_busy() -> bool:
+    """All threads next to one, as the ecar commands have them wait, where all cores are busy."""
+    row = busy.measure("ecar's", results.describe()["cores"], rounds=3)
+    well = busy.ratio(row) <= busy.LIMIT
+    print(
+        f"{'' if well else 'LOST: '}busy machine: all threads take {busy.ratio(row):.2f}x one "
+        f"thread's time, {busy.LIMIT}x allowed"
+    )
+    return well
+
+
 def main() -> int:
     parser = results.parser("check", __doc__, writes=False)
     add = parser.add_argument
-    add("--only", choices=("ratios", "instructions"))
+    add("--only", choices=("ratios", "instructions", "busy"))
     add("--seconds", type=float, default=0.8, help="of measuring for each row (default: 0.8)")
     add("--minutes", type=float, default=4.0, help="start no row later (default: 4)")
     add("--against", type=Path, metavar="FILE", default=results.path("micro"),
         help="default: the committed micro.json of this device")  # fmt: skip
     options = parser.parse_args()
-    well = True
-    if options.only != "instructions":
-        well = check_ratios(options.against, options.seconds, options.minutes)
-    if options.only != "ratios":
-        well = check_instructions() and well
-    return 0 if well else 1
+    parts = {
+        "ratios": lambda: check_ratios(options.against, options.seconds, options.minutes),
+        "instructions": check_instructions,
+        "busy": check_busy,
+    }
+    return 0 if all([run() for name, run in parts.items() if options.only in (None, name)]) else 1
 
 
 if __name__ == "__main__":

@@ -41,7 +41,12 @@ SETTINGS = {
     "legend.frameon": False,
 }
 STAGES = ("#0072B2", "#E69F00", "#009E73", "#D55E00")
-CHECKPOINTS, SEED = ("digits", "mnist"), 7
+CHECKPOINTS: dict[str, list[int]] = {  # the classes of which a picture is drawn
+    "emoji": [0, 1, 2, 3, 10, 15, 16, 25, 26, 27],  # smileys, hearts, people, activities, ..
+    "digits": [*range(10)],
+    "mnist": [*range(10)],
+}
+SEED = 7
 Record = dict[str, Any]
 
 
@@ -153,13 +158,12 @@ def image(record: Record) -> Figure:
 
 
 def stages() -> Figure:
-    """The end state of each stage of the two checkpoints, one column for each digit."""
+    """The end state of each stage of each checkpoint, one column for each class."""
     rows = []
-    for name in CHECKPOINTS:
+    for name, classes in CHECKPOINTS.items():
         pipe = ECARPipeline.from_pretrained(ROOT / "checkpoints" / name)
-        drawn = pipe(
-            list(range(10)), seeds=[SEED] * 10, output_type="np", return_stages=True, progress=False
-        )
+        seeds = [SEED] * len(classes)
+        drawn = pipe(classes, seeds=seeds, output_type="np", return_stages=True, progress=False)
         rows += [(f"{name}, stage {i}", stage) for i, stage in enumerate(drawn.stage_images, 1)]
     made = figure(0.75 * len(rows) + 0.6, "From coarse to fine: the state at each stage's end")
     for axes, (label, stage) in zip(made.subplots(len(rows), 1), rows, strict=True):
@@ -171,11 +175,12 @@ def stages() -> Figure:
 
 
 def strip(images: np.ndarray) -> np.ndarray:
-    """[n, h, w, 1] enlarged to 64 pixels, side by side, white between them."""
+    """[n, h, w, 1 or 3] enlarged to 64 pixels, side by side, white between them."""
     factor = 64 // images.shape[1]
-    large = images[..., 0].repeat(factor, axis=1).repeat(factor, axis=2)
-    gaps = np.pad(large, ((0, 0), (0, 0), (0, 4)), constant_values=1)
-    return np.concatenate(list(gaps), axis=1)[:, :-4]
+    large = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    gaps = np.pad(large, ((0, 0), (0, 0), (0, 4), (0, 0)), constant_values=1)
+    side_by_side = np.concatenate(list(gaps), axis=1)[:, :-4]
+    return side_by_side[..., 0] if images.shape[-1] == 1 else side_by_side
 
 
 def losses(logs: list[Path]) -> Figure:

@@ -22,6 +22,7 @@ KINDS = {
     "ablation": ("What each design choice is worth", "benchmarks.paper.ablation"),
     "training": ("What each choice in training is worth", "benchmarks.paper.training"),
     "memory": ("Memory", "benchmarks.memory"),
+    "busy": ("Threads on a busy machine", "benchmarks.busy"),
     "example": ("Other models, accelerated", "examples.compare"),
     "gpu": ("On this GPU", "benchmarks.gpu.report"),
     "quality": ("Quality by solver and calls", "benchmarks.quality"),

@@ -100,7 +100,7 @@ def test_interruption_is_130(run, monkeypatch):
     [
         ("sample --checkpoint model --steps 2 --sheet 1x1 --no-progress --output x.png", "x.png"),
         ("sample --checkpoint model --steps 2 --sheet 1x1 --no-progress --output new",
-         "new/00000-class0-seed0.png"),
+         "new/class0-seed000000.png"),
         ("evaluate --checkpoint model --dataset digits --samples 4 --steps 2 --no-progress "
          "--output r.json", "r.json"),
         ("evaluate --checkpoint model --dataset digits --samples 4 --steps 2 --no-progress "
