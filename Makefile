@@ -7,9 +7,11 @@ TORCH ?= torch==2.13.0
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 
 CASES ?= 10000
-CHECKPOINT ?= checkpoints/digits
+CHECKPOINT ?= checkpoints/emoji
 DEMO ?= demo.png
-SCALE ?= 8
+# Classes x images of each, and how many times they are enlarged.
+SHEET ?= 28x8
+SCALE ?= 2
 REPORT ?= build/report
 
 BIN := $(VENV)/bin
@@ -33,7 +35,7 @@ REQUIREMENTS := $(BIN)/python -c 'import importlib, sys; \
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo        install, then draw a 10 x 10 sheet of digits into $(DEMO),"
+	@echo "make demo        install, then draw a sheet of emoji into $(DEMO),"
 	@echo "                 and the way of ten from coarse to fine next to it"
 	@echo "make test        install, then run the tests on $(JOBS) processes"
 	@echo "make test-fast   the tests of a change: references, C++, model and tools, in this process"
@@ -63,7 +65,7 @@ help:
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' CHECKPOINT=$(CHECKPOINT)"
 
 demo: $(STAMPS)/base
-	$(BIN)/ecar sample --checkpoint $(CHECKPOINT) --sheet 10x10 --scale $(SCALE) --names --strip \
+	$(BIN)/ecar sample --checkpoint $(CHECKPOINT) --sheet $(SHEET) --scale $(SCALE) --names --strip \
 	  --output $(DEMO)
 
 test: $(STAMPS)/test

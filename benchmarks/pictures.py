@@ -70,10 +70,10 @@ def draw_all(folder: Path) -> list[Path]:
 
 
 def save(picture: Figure, path: Path) -> Path:
-    """With at most 128 colours, a quarter of the bytes."""
+    """With at most 256 colours, a quarter of the bytes."""
     with io.BytesIO() as buffer:
         picture.savefig(buffer, dpi=DPI)
-        image = Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        image = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG", optimize=True)
@@ -166,6 +166,7 @@ def stages() -> Figure:
         drawn = pipe(classes, seeds=seeds, output_type="np", return_stages=True, progress=False)
         rows += [(f"{name}, stage {i}", stage) for i, stage in enumerate(drawn.stage_images, 1)]
     made = figure(0.75 * len(rows) + 0.6, "From coarse to fine: the state at each stage's end")
+    made.get_layout_engine().set(rect=(0.07, 0, 0.93, 1))  # the labels are left of the pictures
     for axes, (label, stage) in zip(made.subplots(len(rows), 1), rows, strict=True):
         axes.imshow(strip(stage), cmap="gray", vmin=0, vmax=1, interpolation="none")
         axes.set_axis_off()

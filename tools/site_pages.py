@@ -24,6 +24,7 @@ OUTSIDE = {
     "benchmarks/README.md": "project/benchmarks.md",
     "checkpoints/classifiers/README.md": "project/classifiers.md",
     "checkpoints/digits/README.md": "project/digits.md",
+    "checkpoints/emoji/README.md": "project/emoji.md",
     "checkpoints/mnist/README.md": "project/mnist.md",
 }
 INSIDE = {site: path for path, site in OUTSIDE.items()}
