@@ -32,8 +32,8 @@ COMMANDS = {
 OUR_PACKAGES = ("ecar", "ecar_kernels")
 # How often a thread of GNU's OpenMP looks for work before it sleeps, and where a user may say so.
 # By default it is 300,000 times, about a millisecond: where other processes keep the cores busy, it
-# looks in the time that the thread needs that it waits for, and an image of E-CAR-S takes 4 times
-# as long on two threads as on one; with this, 1.2 times. Nothing is lost on an idle machine, where
+# looks in the time that the thread needs that it waits for, and an image of E-CAR-S takes 1.8 times
+# as long on two threads as on one; with this, 0.7 times. Nothing is lost on an idle machine, where
 # sleeping at once costs 3 %. Measured by benchmarks/busy.py.
 SPINS, SPIN_VARIABLES = "3000", ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
