@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import UnidentifiedImageError
 from PIL.Image import Image, Resampling
 from PIL.Image import open as open_image
 
@@ -153,5 +152,5 @@ def _text_in(file: Path) -> dict[str, str]:
     try:
         with open_image(file, formats=["PNG"]) as image:
             return {key: value for key, value in image.info.items() if isinstance(value, str)}
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError):
+    except (OSError, SyntaxError, ValueError):
         return {}

@@ -40,7 +40,20 @@ def adam(
     return rate * m_hat / (v_hat.sqrt() + _EPS), m, v
 
 
-class GradNorm:
+class Saved:
+    """State that is a few tensors, by their names in ``saved``."""
+
+    saved: tuple[str, ...] = ()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.saved}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name in self.saved:
+            getattr(self, name).copy_(state[name])
+
+
+class GradNorm(Saved):
     """The stage weights and how they move. All state is tensors on one device, no host sync.
 
     Args:
@@ -53,6 +66,7 @@ class GradNorm:
     """
 
     name = "gradnorm"
+    saved = ("weights", "initial_losses", "first_moment", "second_moment", "steps")
 
     def __init__(
         self, stages: int, *, alpha: float, learning_rate: float, device: torch.device | str = "cpu"
@@ -96,14 +110,3 @@ class GradNorm:
         self.first_moment = torch.where(sound, m, self.first_moment)
         self.second_moment = torch.where(sound, v, self.second_moment)
         self.weights = torch.where(sound, weights, self.weights)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in self._names()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name in self._names():
-            getattr(self, name).copy_(state[name])
-
-    @staticmethod
-    def _names() -> tuple[str, ...]:
-        return ("weights", "initial_losses", "first_moment", "second_moment", "steps")

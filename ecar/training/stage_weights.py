@@ -15,12 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ecar.training.gradnorm import adam
+from ecar.training.gradnorm import Saved, adam
 
 __all__ = ["FixedWeights", "Uncertainty"]
 
 
-class FixedWeights:
+class FixedWeights(Saved):
     """Weights that stay: float32 [S]."""
 
     name = "fixed"
@@ -31,14 +31,8 @@ class FixedWeights:
     def update(self, losses: Tensor) -> None:
         pass
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        pass
-
-
-class Uncertainty:
+class Uncertainty(Saved):
     """The stages' variances and how they move. All state is tensors on one device, no host sync.
 
     Args:
@@ -50,6 +44,7 @@ class Uncertainty:
     """
 
     name = "uncertainty"
+    saved = ("log_variances", "first_moment", "second_moment", "steps")
 
     def __init__(
         self, stages: int, *, learning_rate: float, device: torch.device | str = "cpu"
@@ -74,14 +69,3 @@ class Uncertainty:
             gradient, self.first_moment, self.second_moment, self.steps, self.learning_rate
         )
         self.log_variances = self.log_variances - move
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in self._names()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name in self._names():
-            getattr(self, name).copy_(state[name])
-
-    @staticmethod
-    def _names() -> tuple[str, ...]:
-        return ("log_variances", "first_moment", "second_moment", "steps")

@@ -14,6 +14,21 @@ from ecar_kernels.integrations.checks import differs, drops, has_parameters, par
 
 NORMS = "diffusers.models.normalization"
 PROCESSORS = "diffusers.models.attention_processor"
+# Of a block with layers for the image and for the text, and one attention over both.
+JOINT_WEIGHTS = (
+    "attn.to_q.weight",
+    "attn.to_k.weight",
+    "attn.to_v.weight",
+    "attn.to_out.0.weight",
+    "attn.add_q_proj.weight",
+    "attn.add_k_proj.weight",
+    "attn.add_v_proj.weight",
+    "attn.to_add_out.weight",
+    "ff.net.0.proj.weight",
+    "ff.net.2.weight",
+    "ff_context.net.0.proj.weight",
+    "ff_context.net.2.weight",
+)
 
 
 class DiffusersBlock(Foreign):
@@ -23,8 +38,9 @@ class DiffusersBlock(Foreign):
     def introduce(cls, joined: Any) -> None:
         # Its caches look a block up by its class.
         table = loaded("diffusers.hooks._helpers.TransformerBlockRegistry")
-        with contextlib.suppress(AttributeError, ValueError):  # no such table, or not in it
-            table.register(joined, copy.copy(table.get(joined.original)))  # type: ignore[union-attr]
+        if table is not None:
+            with contextlib.suppress(ValueError):  # the block's class is not in it
+                table.register(joined, copy.copy(table.get(joined.original)))
 
 
 def adaptive_norm(block: nn.Module, name: str, kind: str) -> str | None:

@@ -11,6 +11,7 @@ from ecar_kernels.fused import rows
 from ecar_kernels.integrations.branches import add, attend, project
 from ecar_kernels.integrations.checks import differs, drops, has_parameters, unlike
 from ecar_kernels.integrations.diffusers import (
+    JOINT_WEIGHTS,
     DiffusersBlock,
     adaptive_norm,
     feed_forward,
@@ -28,20 +29,7 @@ class FluxTransformerBlock(DiffusersBlock):
     """Image and text, each with its modulations and layers, in one attention; text comes first."""
 
     uses = ("adaln_linear", "stage_attention", "linear_gated_residual")
-    weights = (
-        "attn.to_q.weight",
-        "attn.to_k.weight",
-        "attn.to_v.weight",
-        "attn.to_out.0.weight",
-        "attn.add_q_proj.weight",
-        "attn.add_k_proj.weight",
-        "attn.add_v_proj.weight",
-        "attn.to_add_out.weight",
-        "ff.net.0.proj.weight",
-        "ff.net.2.weight",
-        "ff_context.net.0.proj.weight",
-        "ff_context.net.2.weight",
-    )
+    weights = JOINT_WEIGHTS
 
     @classmethod
     def sizes(cls, block: Any) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from ecar_kernels.fused import rows
 from ecar_kernels.integrations.branches import add, attend
 from ecar_kernels.integrations.checks import differs, has_parameters
 from ecar_kernels.integrations.diffusers import (
+    JOINT_WEIGHTS,
     DiffusersBlock,
     adaptive_norm,
     attention,
@@ -28,22 +29,11 @@ class JointTransformerBlock(DiffusersBlock):
 
     uses = ("adaln_linear", "stage_attention", "linear_gated_residual")
     weights = (
-        "attn.to_q.weight",
-        "attn.to_k.weight",
-        "attn.to_v.weight",
-        "attn.to_out.0.weight",
-        "attn.add_q_proj.weight",
-        "attn.add_k_proj.weight",
-        "attn.add_v_proj.weight",
-        "attn.to_add_out.weight",
+        *JOINT_WEIGHTS,
         "attn2.to_q.weight",
         "attn2.to_k.weight",
         "attn2.to_v.weight",
         "attn2.to_out.0.weight",
-        "ff.net.0.proj.weight",
-        "ff.net.2.weight",
-        "ff_context.net.0.proj.weight",
-        "ff_context.net.2.weight",
     )
 
     @classmethod
