@@ -1,6 +1,7 @@
 """Every kernel of the fused GEMMs under every launch setting, for the compile gate."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from ecar_kernels._triton import CompileCase
@@ -45,34 +46,17 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
                 float32=("out",),
                 num_warps=launch.ROW_WARPS,
             )
-        for splits in launch.SPLITS[1:]:
-            block = {"BLOCK_N": launch.SUM_OUTPUTS, "SPLITS": splits}
-            yield _case(
-                kernels.reduce_adaln_linear,
-                dtype,
-                f"splits={splits}",
-                block | {"GELU": True},
-                num_warps=launch.SUM_WARPS,
-            )
-            yield _case(
-                kernels.reduce_gated_residual,
-                dtype,
-                f"splits={splits}",
-                block,
-                num_warps=launch.SUM_WARPS,
-            )
         for precision in ("ieee", "tf32") if dtype == "fp32" else ("ieee",):
             for tile in launch.tiles(itemsize, precision, arch):
-                yield from _products(dtype, precision, tile)
-                if tile.splittable:
-                    yield from _products(dtype, precision, tile, split=True)
+                for splits in launch.SPLITS if tile.splittable else (1,):
+                    yield from _products(dtype, precision, replace(tile, splits=splits))
             if dtype != "fp16":  # as bfloat16
                 for tile in launch.odd_tiles():
                     yield from _products(dtype, precision, tile, odd=True)
 
 
 def _products(
-    dtype: str, precision: str, tile: launch.Settings, *, split: bool = False, odd: bool = False
+    dtype: str, precision: str, tile: launch.Settings, *, odd: bool = False
 ) -> Iterator[CompileCase]:
     """odd: neither addresses nor sizes are multiples of 16, so that values are read singly."""
     constants = {
@@ -80,17 +64,16 @@ def _products(
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "PRECISION": precision,
-        "SPLIT": split,
+        "SPLITS": tile.splits,
     }
-    how: dict[str, Any] = {
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-        "float32": ("out",) if split else (),
-        "odd": odd,
-    }
+    how: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "odd": odd}
     name = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
-    for word, said in (("tf32", precision == "tf32"), ("split", split), ("odd", odd)):
+    split = tile.splits > 1
+    words = (("tf32", precision == "tf32"), (f"splits={tile.splits}", split), ("odd", odd))
+    for word, said in words:
         name += f" {word}" if said else ""
+    if not split:
+        constants |= dict.fromkeys(("sums", "arrived"))
     plain = constants | dict.fromkeys(("statistics", *_MODULATION))
     if tile.prologue:
         yield _case(
@@ -118,6 +101,8 @@ def _case(
             return "fp32"
         if argument in _INTEGERS or argument.endswith(("_image", "_token", "_row")):
             return "i32"
+        if argument == "arrived":
+            return "*i32"
         return "*fp32" if argument in (*_FLOAT32, *float32) else f"*{dtype}"
 
     signature = {argument: kind(argument) for argument in kernel.arg_names}

@@ -3,7 +3,8 @@
 A row is a token, counted over all images; it is found in a view [B, N, C] by the strides of B
 and N, so that views cost no copy. A product's program computes BLOCK_M rows of BLOCK_N outputs.
 With several splits it adds up only its share of the inputs and stores the bare sums in float32,
-[splits, rows, outputs]; a second kernel adds these in their order and does the epilogue.
+[splits, rows, outputs]. The last of a tile's programs to arrive, whichever that is, adds these in
+their order and does the epilogue: the same bits each time.
 
 Rows past the last, of the tokens or of the weight, are read as the last one, and only stores
 need their bounds; inputs past the end are masked. An argument that is None is None to the
@@ -206,10 +207,33 @@ def _normalised_product(
 
 
 @triton.jit
-def _store_split(total, out, rows, outputs, tile):
+def _is_last(total, sums, arrived, rows, outputs, tile, SPLITS: tl.constexpr):
+    """Stores a split's sums; is this the last of the tile's programs to do so?
+
+    arrived: zeros, one for each tile, and zeros again once its last program was here.
+    """
     row, output = tile
     place = (tl.program_id(1).to(tl.int64) * rows + row)[:, None] * outputs + output[None, :]
-    tl.store(out + place, total, mask=(row < rows)[:, None] & (output < outputs)[None, :])
+    tl.store(sums + place, total, mask=(row < rows)[:, None] & (output < outputs)[None, :])
+    arrived += tl.program_id(0)
+    tl.debug_barrier()  # one thread counts, after the stores of all
+    last = tl.atomic_add(arrived, 1, sem="acq_rel") == SPLITS - 1
+    if last:
+        tl.store(arrived, 0)
+    return last
+
+
+@triton.jit
+def _add_splits(sums, rows, outputs, tile, SPLITS: tl.constexpr):
+    """The splits' sums in their order; unrolled, so that all loads are under way at once."""
+    row, output = tile
+    mask = (row < rows)[:, None] & (output < outputs)[None, :]
+    place = row.to(tl.int64)[:, None] * outputs + output[None, :]
+    y = tl.load(sums + place, mask=mask, other=0.0)
+    for _ in tl.static_range(1, SPLITS):
+        sums += rows.to(tl.int64) * outputs
+        y += tl.load(sums + place, mask=mask, other=0.0)
+    return y
 
 
 @triton.jit
@@ -250,12 +274,12 @@ def adaln_linear(
     x, x_image, x_token, statistics,
     shift, shift_image, shift_token, scale, scale_image, scale_token,
     step_shift, step_shift_image, step_scale, step_scale_image,
-    weight, weight_row, bias, out, rows, tokens, outputs, inputs, scale_offset,
-    GELU: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    weight, weight_row, bias, out, sums, arrived, rows, tokens, outputs, inputs, scale_offset,
+    GELU: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """act(adaln(x) weight^T + bias), or a split's sums. x is already normalised where
-    `statistics` is None, and then shift and scale are too."""
+    """act(adaln(x) weight^T + bias). x is already normalised where `statistics` is None, and then
+    shift and scale are None, too, as sums and arrived are without splits."""
     view, weight_view = (x, x_image, x_token), (weight, weight_row)
     sizes = rows, tokens, outputs, inputs
     tile = _tile(rows, outputs, BLOCK_M, BLOCK_N)
@@ -277,9 +301,12 @@ def adaln_linear(
             BLOCK_K,
             PRECISION,
         )
-    if SPLIT:
-        _store_split(y, out, rows, outputs, tile)
-    else:
+    last = True
+    if SPLITS > 1:
+        last = _is_last(y, sums, arrived, rows, outputs, tile, SPLITS)
+    if last:
+        if SPLITS > 1:
+            y = _add_splits(sums, rows, outputs, tile, SPLITS)
         _finish_adaln_linear(y, bias, out, rows, outputs, tile, GELU)
 
 
@@ -287,61 +314,24 @@ def adaln_linear(
 def linear_gated_residual(
     h, h_image, h_token, weight, weight_row, bias,
     gate, gate_image, gate_token, step_gate, step_gate_image,
-    residual, residual_image, residual_token, out, rows, tokens, outputs, inputs,
-    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    residual, residual_image, residual_token, out, sums, arrived, rows, tokens, outputs, inputs,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """residual + (gate + step_gate) (h weight^T + bias), or a split's sums."""
+    """residual + (gate + step_gate) (h weight^T + bias)."""
     view, weight_view = (h, h_image, h_token), (weight, weight_row)
     sizes = rows, tokens, outputs, inputs
     tile = _tile(rows, outputs, BLOCK_M, BLOCK_N)
     y = _product(view, weight_view, sizes, tile, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-    if SPLIT:
-        _store_split(y, out, rows, outputs, tile)
-    else:
+    last = True
+    if SPLITS > 1:
+        last = _is_last(y, sums, arrived, rows, outputs, tile, SPLITS)
+    if last:
+        if SPLITS > 1:
+            y = _add_splits(sums, rows, outputs, tile, SPLITS)
         gate_view = gate, gate_image, gate_token
         residual_view = residual, residual_image, residual_token
         _finish_gated_residual(
             y, bias, gate_view, step_gate, step_gate_image, residual_view, out, rows, tokens,
             outputs, tile,
         )  # fmt: skip
-
-
-@triton.jit
-def _add_splits(sums, rows, outputs, tile, SPLITS: tl.constexpr):
-    """The splits' sums in their order; unrolled, so that all loads are under way at once."""
-    row, output = tile
-    column = output[None, :]
-    mask = column < outputs
-    row = row.to(tl.int64)[:, None]
-    y = tl.load(sums + (row * outputs + column), mask=mask, other=0.0)
-    for split in tl.static_range(1, SPLITS):
-        y += tl.load(sums + ((row + split * rows) * outputs + column), mask=mask, other=0.0)
-    return y
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def reduce_adaln_linear(
-    sums, bias, out, rows, outputs, GELU: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """act(the splits' sums, added up, + bias) of BLOCK_N outputs of one row."""
-    tile = _tile(rows, outputs, 1, BLOCK_N)
-    y = _add_splits(sums, rows, outputs, tile, SPLITS)
-    _finish_adaln_linear(y, bias, out, rows, outputs, tile, GELU)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def reduce_gated_residual(
-    sums, bias, gate, gate_image, gate_token, step_gate, step_gate_image,
-    residual, residual_image, residual_token, out, rows, tokens, outputs,
-    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """residual + (gate + step_gate) (the splits' sums, added up, + bias), likewise."""
-    tile = _tile(rows, outputs, 1, BLOCK_N)
-    y = _add_splits(sums, rows, outputs, tile, SPLITS)
-    gate_view = gate, gate_image, gate_token
-    residual_view = residual, residual_image, residual_token
-    _finish_gated_residual(
-        y, bias, gate_view, step_gate, step_gate_image, residual_view, out, rows, tokens,
-        outputs, tile,
-    )  # fmt: skip

@@ -9,9 +9,6 @@ import functools
 from dataclasses import dataclass, replace
 
 SPLITS = (1, 2, 4, 8, 16)
-# The sum of splits: a program adds up 4 values a thread, 16 bytes of each split, and the programs
-# are small, so that at batch 1 there are many.
-SUM_OUTPUTS, SUM_WARPS = 256, 2
 ROW_WARPS = 4
 
 

@@ -2,7 +2,7 @@
 
 adaln_linear is two launches, a pass over the rows (statistics, or the normalised x) and the
 product; linear_gated_residual is the product alone. A product of few rows is split over its
-inputs and has one launch more, the sum of the splits.
+inputs; the last of a tile's programs adds up what the others left.
 """
 
 import torch
@@ -149,8 +149,6 @@ def launch_adaln_linear(
     )
     if not its.prologue:
         x, modulation = first, nothing
-    split = its.splits > 1
-    sums = x.new_empty((its.splits, rows, outputs), dtype=torch.float32) if split else out
     kernels.adaln_linear[_grid(its, rows, outputs)](
         *_view(x),
         statistics,
@@ -158,28 +156,16 @@ def launch_adaln_linear(
         weight,
         weight.stride(0),
         bias,
-        sums,
+        out,
+        *_splits(its, out),
         rows,
         tokens,
         outputs,
         channels,
         scale_offset,
         GELU=gelu,
-        SPLIT=split,
         **_tile(its, x),
     )
-    if split:
-        kernels.reduce_adaln_linear[_sum_grid(rows, outputs)](
-            sums,
-            bias,
-            out,
-            rows,
-            outputs,
-            GELU=gelu,
-            SPLITS=its.splits,
-            BLOCK_N=launch.SUM_OUTPUTS,
-            num_warps=launch.SUM_WARPS,
-        )
     return out
 
 
@@ -198,34 +184,22 @@ def launch_linear_gated_residual(
     rows = batch * tokens
     if not out.numel():
         return out
-    epilogue = (bias, *_view(gate), *_step(step_gate), *_view(residual))
-    split = its.splits > 1
-    sums = h.new_empty((its.splits, rows, outputs), dtype=torch.float32) if split else out
     kernels.linear_gated_residual[_grid(its, rows, outputs)](
         *_view(h),
         weight,
         weight.stride(0),
-        *epilogue,
-        sums,
+        bias,
+        *_view(gate),
+        *_step(step_gate),
+        *_view(residual),
+        out,
+        *_splits(its, out),
         rows,
         tokens,
         outputs,
         inputs,
-        SPLIT=split,
         **_tile(its, h),
     )
-    if split:
-        kernels.reduce_gated_residual[_sum_grid(rows, outputs)](
-            sums,
-            *epilogue,
-            out,
-            rows,
-            tokens,
-            outputs,
-            SPLITS=its.splits,
-            BLOCK_N=launch.SUM_OUTPUTS,
-            num_warps=launch.SUM_WARPS,
-        )
     return out
 
 
@@ -233,8 +207,13 @@ def _grid(its: launch.Settings, rows: int, outputs: int) -> tuple[int, int]:
     return -(-rows // its.block_m) * -(-outputs // its.block_n), its.splits
 
 
-def _sum_grid(rows: int, outputs: int) -> tuple[int]:
-    return (rows * -(-outputs // launch.SUM_OUTPUTS),)
+def _splits(its: launch.Settings, out: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Where the programs of a split product leave their sums, and count how many did."""
+    if its.splits == 1:
+        return None, None
+    (batch, tokens, outputs), splits = out.shape, its.splits
+    sums = out.new_empty((splits, batch * tokens, outputs), dtype=torch.float32)
+    return sums, _triton.counters(out.device, _grid(its, batch * tokens, outputs)[0])
 
 
 def _tile(its: launch.Settings, x: Tensor) -> dict:
@@ -242,6 +221,7 @@ def _tile(its: launch.Settings, x: Tensor) -> dict:
         "BLOCK_M": its.block_m,
         "BLOCK_N": its.block_n,
         "BLOCK_K": its.block_k,
+        "SPLITS": its.splits,
         "PRECISION": _triton.product_precision(x.dtype),
         "num_warps": its.num_warps,
         "num_stages": its.num_stages,
