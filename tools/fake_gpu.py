@@ -29,18 +29,20 @@ torch's own has one thread for each GPU that there really is. torch.compile is o
 import threading
 from collections import Counter
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from ecar_kernels import _native, _triton
+from ecar_kernels.costs import Cost, bytes_of
 from tools.fake_autograd import gradients
 from tools.fake_cuda import Runtime, guard_devices
-from tools.fake_triton import CHIPS, H100, Chip, Driver, Launch, chip_of, installed
+from tools.fake_triton import H100, NOTHING, Chip, Driver, Launch, chip_of, cost_of, installed
 
 if _triton.interpreting():
     raise ImportError(
@@ -48,7 +50,7 @@ if _triton.interpreting():
         "interpreted are never launched; start a process without it"
     )
 
-__all__ = ["CHIPS", "H100", "Chip", "FakeGPU", "Launch", "chip_of", "gradients"]
+__all__ = ["H100", "Chip", "FakeGPU", "Launch", "chip_of", "gradients"]
 
 CUDA_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 # They make a tensor and launch nothing.
@@ -99,6 +101,7 @@ class FakeGPU(TorchDispatchMode):
         self.runtime, self._driver = Runtime(self), Driver(self)
         self._stack: ExitStack | None = None
         self._depth = 0
+        self._made = 0  # bytes of tensors made so far
 
     @property
     def launches(self) -> list[Launch]:
@@ -217,8 +220,7 @@ class FakeGPU(TorchDispatchMode):
                     f"least two devices, {where} and {tensor.device}! ({function})"
                 )
         if function.namespace == "ecar_triton":
-            with self:
-                return function.redispatch(CUDA_KEY, *args, **kwargs)
+            return self._run_triton(function, args, kwargs)
         with self:  # within an op of the library even `to` comes whole
             if (made := function.decompose(*args, **kwargs)) is not NotImplemented:
                 return made
@@ -231,11 +233,9 @@ class FakeGPU(TorchDispatchMode):
         if name in READS_BACK:
             self._note("copy", name, device)
             value = _inner(ours[0])
-            return (
-                function(*tree_map(self._host_of, args))
-                if not value.is_meta
-                else (False if name in ("equal", "is_nonzero") else _zero(value.dtype))
-            )
+            if value.is_meta:
+                return False if name in ("equal", "is_nonzero") else _zero(value.dtype)
+            return function(*tree_map(self._host_of, args))
         if where.type != "cuda":
             self._note("copy", name, device)
             return self._to_host(ours[0], kwargs)
@@ -244,9 +244,25 @@ class FakeGPU(TorchDispatchMode):
         if crossed:
             self._note("copy", name, device)
         elif function.namespace == "ecar":
-            self._note("c++", name, device)
-        elif name not in NO_KERNEL and size and not _is_view(function):
-            self._note("aten", name, device)
+            self._note("c++", name, device, cost_of(function, args, kwargs, results))
+        elif name in NO_KERNEL:
+            self._made += bytes_of(tree_leaves(results))
+        elif size and not _is_view(function):
+            self._note("aten", name, device, cost_of(function, args, kwargs, results))
+        return results
+
+    def _run_triton(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Its widest launch has the op's cost: of what it makes for itself, too, which is written
+        and read."""
+        first, before = len(self.log), self._made
+        with self:
+            results = function.redispatch(CUDA_KEY, *args, **kwargs)
+        cost = cost_of(function, args, kwargs, results)
+        own = max(0, self._made - before - bytes_of(tree_leaves(results)))
+        where = [at for at in range(first, len(self.log)) if isinstance(self.log[at], Launch)]
+        if where:
+            widest = max(where, key=lambda at: self.log[at].programs or 0)
+            self.log[widest] = replace(self.log[widest], cost=cost + Cost(2 * own, 0))
         return results
 
     def _pinned(self, name: str, tensor: Tensor) -> bool | Tensor:
@@ -256,8 +272,9 @@ class FakeGPU(TorchDispatchMode):
         copy.pinned = True
         return copy
 
-    def _note(self, kind: str, name: str, device: int) -> None:
-        self.launched(kind=kind, name=name, device=device, stream=self.current_stream_id(device))
+    def _note(self, kind: str, name: str, device: int, cost: Cost = NOTHING) -> None:
+        stream = self.current_stream_id(device)
+        self.launched(kind=kind, name=name, device=device, stream=stream, cost=cost)
 
     def _run(self, function: Any, args: Any, kwargs: dict[str, Any], where: torch.device) -> Any:
         """On the host's tensors; results are on the GPU, views of what they were views of."""
@@ -272,13 +289,8 @@ class FakeGPU(TorchDispatchMode):
         if function.namespace == "ecar":  # its CPU kernels are not what would run
             args, kwargs = tree_map(_as_meta, (args, kwargs))
             results = function(*args, **kwargs)
-            return tree_map(
-                lambda made: (
-                    self._wrap(torch.zeros(made.shape, dtype=made.dtype, device=self.host), where)
-                    if isinstance(made, Tensor)
-                    else made
-                ),
-                results,
+            return tree_map_only(
+                Tensor, lambda made: self._wrap(self._on_host(made), where), results
             )
         args, kwargs = tree_map(self._host_of, (args, kwargs))
         results = function(*args, **kwargs)
@@ -288,14 +300,9 @@ class FakeGPU(TorchDispatchMode):
             "aten::empty_like",
         ):
             results.zero_()  # what no kernel writes is the same each time
-        return tree_map(
-            lambda made: (
-                known.get(id(made))
-                if id(made) in known
-                else self._wrap(made, where)
-                if isinstance(made, Tensor)
-                else made
-            ),
+        return tree_map_only(
+            Tensor,
+            lambda made: known[id(made)] if id(made) in known else self._wrap(made, where),
             results,
         )
 
@@ -334,11 +341,9 @@ class FakeGPU(TorchDispatchMode):
         if not isinstance(value, Tensor):
             return value
         inner = _inner(value)
-        return (
-            self._on_host(value)
-            if inner is None and value.dim()
-            else (value if inner is None else inner)
-        )
+        if inner is None and value.dim():
+            return self._on_host(value)
+        return value if inner is None else inner
 
     def _on_host(self, tensor: Tensor) -> Tensor:
         inner = _inner(tensor)

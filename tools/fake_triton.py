@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import math
 import re
 import subprocess
 import tempfile
@@ -24,38 +25,20 @@ from unittest import mock
 
 import torch
 import triton
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as active_driver
+
+from ecar_kernels.costs import CHIPS, Chip, Cost, bytes_of
+from ecar_kernels.registry import RECORDS
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 MAX_THREADS = 1024
 WARP = 32
+NOTHING = Cost(0, 0)
 
 
-@dataclass(frozen=True)
-class Chip:
-    """What a driver says of a GPU. shared_bytes: of a block, at most."""
-
-    name: str
-    architecture: int  # 80, 90, 100, 120
-    multiprocessors: int
-    shared_bytes: int
-    registers: int = 65536  # of a multiprocessor
-
-    @property
-    def capability(self) -> tuple[int, int]:
-        return divmod(self.architecture, 10)
-
-
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("NVIDIA A100-SXM4-80GB", 80, 108, 163 << 10),
-        Chip("NVIDIA H100 80GB HBM3", 90, 132, 227 << 10),
-        Chip("NVIDIA B200", 100, 148, 227 << 10),
-        Chip("NVIDIA GeForce RTX 5090", 120, 170, 99 << 10),
-    )
-}
 H100 = CHIPS["NVIDIA H100 80GB HBM3"]
 
 
@@ -73,9 +56,10 @@ class Launch:
     """A kernel that would have been launched, or a copy between host and device.
 
     kind: "triton"; "c++" for an op of the CUDA C++ library (one call, whatever it launches);
-    "aten" for one of torch's own; "copy" for one between host and device. The fields behind
-    `captured` are Triton's alone: key names the compiled specialisation, registers and stack
-    (bytes a thread) are None where nothing was compiled.
+    "aten" for one of torch's own; "copy" for one between host and device. cost: what it moves and
+    multiplies; of an op of several launches, the one with the most programs has all of it. The
+    fields behind `cost` are Triton's alone: key names the compiled specialisation, registers and
+    stack (bytes a thread) are None where nothing was compiled.
     """
 
     kind: str
@@ -83,6 +67,7 @@ class Launch:
     device: int
     stream: int
     captured: bool = False  # into a CUDA graph
+    cost: Cost = NOTHING
     grid: tuple[int, int, int] | None = None
     num_warps: int | None = None
     num_stages: int | None = None
@@ -90,6 +75,22 @@ class Launch:
     key: str | None = None
     registers: int | None = None
     stack: int | None = None
+
+    @property
+    def programs(self) -> int | None:
+        return None if self.grid is None else math.prod(self.grid)
+
+
+def cost_of(function: Any, args: Any, kwargs: dict[str, Any], results: Any) -> Cost:
+    """An op's bytes, and its multiply-adds by its record or by torch's counter of FLOPs."""
+    moved = bytes_of(tree_leaves((args, kwargs, results)))
+    record = RECORDS.get(function._schema.name.partition("::")[2].removesuffix("_velocity"))
+    if function.namespace != "aten" and record is not None:
+        names = [argument.name for argument in function._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return Cost(moved, record.cost.multiply_adds(record.sizes(given), given))
+    flops = flop_registry.get(function.overloadpacket)
+    return Cost(moved, flops(*args, **kwargs, out_val=results) // 2 if flops else 0)
 
 
 class Driver:

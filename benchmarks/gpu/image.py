@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import launches
 from benchmarks.gpu.timing import measure_rates, synchronize, wall
 from benchmarks.gpu.work import Work
 from benchmarks.results import duration
@@ -25,7 +26,7 @@ from ecar_kernels.costs import Rates
 
 # As a user has it who loads a checkpoint and says nothing more.
 ACCELERATED = inspect.signature(ECARPipeline.from_pretrained).parameters["accelerate"].default
-SETTINGS = {"250 Euler steps": "paper", "default": None}  # steps
+SETTINGS = {"250 Euler steps": "paper", "default": None}  # steps; as in launches.SETTINGS
 DRY_SETTINGS = {"6 steps": 6}
 
 
@@ -137,7 +138,12 @@ def _row(work: Work, row: Row, pipe: ECARPipeline) -> None:
         best, floors = min(medians.values()), _floor(work, row, pipe, steps)
         found |= {"ways": ways, "image": best / row.batch, "floors": vars(floors)}
         found["fraction"] = floors.seconds / best
-        said = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in medians.items())
+        if (row.batch, row.numbers, row.way) == (1, "bfloat16", "default") and not work.dry:
+            chip = torch.cuda.get_device_name()
+            medians["predicted"] = found["predicted"] = launches.predicted_seconds(
+                row.size, setting, chip
+            )
+        said = ", ".join(f"{name} {duration(seconds)}" for name, seconds in medians.items())
         work.add(f"{row.name}, {setting}", said, **found)
     if row.batch == 1 and row.way == "default" and work.begins(f"{row.name}, profile", 4):
         _profile(work, f"{row.name}, profile", graph)

@@ -5,7 +5,10 @@ from typing import Any
 from benchmarks.results import duration, markdown
 
 HIDDEN = ("group", "failed", "output", "served", "stop")
-SECONDS = ("floor", "memory", "arithmetic", "launches", "image", "first_call", "span", "busy")
+SECONDS = (
+    *("floor", "memory", "arithmetic", "launches"),
+    *("image", "predicted", "first_call", "span", "busy"),
+)
 
 
 def render(record: dict[str, Any]) -> str:

@@ -110,6 +110,34 @@ def test_floor_is_the_longer_of_both():
     assert costs.Cost(20, 1) + costs.Cost(1, 2) == costs.Cost(21, 3)
 
 
+def test_what_a_launch_is_expected_to_take():
+    """Programs draw on as many multiprocessors as there are of them, in waves."""
+    rates = costs.Rates(bytes_per_second=800.0, multiply_adds_per_second=600.0)
+    chip = costs.Chip("", 90, 10, 0, 1.0, rates)  # a multiprocessor moves 64 bytes a second
+    idle = costs.launch_seconds(chip)
+
+    def seconds(moved, products, programs):
+        return costs.expected_seconds(costs.Cost(moved, products), programs, chip) - idle
+
+    assert seconds(0, 0, 1) == 0.0
+    assert seconds(1600, 0, None) == pytest.approx(1600 / 800)
+    assert seconds(1600, 0, 20) == pytest.approx(1600 / 640)
+    assert seconds(1280, 0, 4) == pytest.approx(1280 / 256)
+    assert seconds(0, 1200, 20) == seconds(0, 1200, None) == pytest.approx(2.0)
+    assert seconds(0, 1200, 5) == pytest.approx(4.0)
+    assert seconds(0, 1200, 15) == pytest.approx(8 / 3)  # the second wave is half full
+    assert [costs.waves(n, chip) for n in (1, 10, 11, 20)] == [1, 1, 2, 2]
+    assert idle == pytest.approx(costs.LAUNCH_SECONDS + 2000)
+
+
+def test_published_rates():
+    """Tensor cores of sm_80 multiply 1024 bfloat16 a cycle and multiprocessor, of sm_90 and sm_100
+    2048 and 4096, and of sm_89 and sm_120 512 or 256, as they are sold."""
+    for chip in costs.CHIPS.values():
+        cycle = chip.rates.multiply_adds_per_second / chip.clock / chip.multiprocessors
+        assert any(cycle == pytest.approx(n, rel=0.02) for n in (256, 512, 1024, 2048, 4096)), chip
+
+
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match=r"argument 'op': expected one of .*, got 'nothing'"):
         costs.cost("nothing", {}, ())

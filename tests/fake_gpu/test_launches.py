@@ -5,8 +5,13 @@ import itertools
 import json
 
 import pytest
+import torch
 
+import ecar_kernels
 from benchmarks import launches
+from ecar import ECARConfig, split_steps
+from ecar_kernels import costs
+from tools.fake_gpu import H100
 
 if not launches.RESULTS.exists():
     pytest.skip("an sdist has no results", allow_module_level=True)
@@ -64,7 +69,57 @@ def test_one_launch_more_is_seen(change, said):
     assert len(others) == (6 if row["size"] == "XL" else 0)  # of a new row, each of its parts
 
 
+@pytest.mark.parametrize(
+    ("size", "setting", "chip"),
+    [
+        ("S", "default", "NVIDIA H100 80GB HBM3"),
+        ("L", "250 Euler steps", "NVIDIA H200"),
+        ("B", "default", "NVIDIA L4"),
+    ],
+)
+def test_the_committed_prediction_is_of_this_code(size, setting, chip):
+    row = launches.predict(size, setting, costs.CHIPS[chip])
+    assert row in RECORD["predicted"], "else python -m benchmarks.launches --update"
+    assert launches.predicted_seconds(size, setting, chip) == row["seconds"]
+    assert launches.predicted_seconds(size, setting, "another chip") is None
+
+
+def test_what_a_prediction_counts():
+    """A launch for each counted one; the weights of each step, and of its modulation, at least."""
+    predicted = {(row["chip"], row["size"], row["setting"]): row for row in RECORD["predicted"]}
+    assert len(predicted) == len(costs.CHIPS) * len(launches.SIZES) * len(launches.SETTINGS)
+    for (chip, size, setting), row in predicted.items():
+        config = ECARConfig.preset(size)
+        steps = sum(split_steps(launches.SETTINGS[setting][0], config.num_stages))
+        assert row["bytes"] > 2 * 12 * steps * config.flow_blocks * config.width**2
+        assert row["waves"] >= row["launches"] > steps
+        assert row["launching"] < row["seconds"]
+        if (chip, setting) == (RECORD["chip"], "250 Euler steps"):
+            (counted,) = (
+                its["image"]
+                for its in ROWS
+                if (its["size"], its["accelerated"], its["guided"], its["solver"])
+                == (size, True, False, "euler")
+            )
+            assert row["launches"] == sum(counted.values())
+
+
+def test_an_op_has_its_cost_once():
+    """Arguments, result, and the sums and statistics that adaln_linear keeps for itself."""
+    with launches._fake_gpu(H100) as gpu:
+        x, weight = (torch.empty(*n, device="cuda") for n in ((1, 16, 768), (2304, 768)))
+        ecar_kernels.adaln_linear(x, x, x, weight, None, activation=None)
+        torch.addmm(torch.empty(8, device="cuda"), x[0], weight[:8].t())
+        *fused, torchs = gpu.launches
+    least = costs.Cost(4 * (3 * 16 * 768 + 2304 * 768 + 16 * 2304), 16 * 768 * 2304)
+    total = sum((launch.cost for launch in fused), costs.Cost(0, 0))
+    assert total.multiply_adds == least.multiply_adds
+    assert least.bytes <= total.bytes <= least.bytes + 2 * 4 * 64 * 16 * 2304
+    assert torchs.cost == costs.Cost(4 * (8 + 16 * 768 + 8 * 768 + 16 * 8), 16 * 768 * 8)
+
+
 def test_the_table():
     table = launches.render(RECORD)
+    assert "\n| H100 80GB HBM3, S, 250 Euler steps " in table
     assert "| S, plain, euler " in table and "| L, accelerated, guided, ab2 " in table
     assert RECORD["versions"]["triton"] in table
