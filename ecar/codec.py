@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ecar.files import atomic_folder, require_floats
+from ecar.files import atomic_folder, require_floats, weights_sha256
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -45,6 +45,9 @@ class IdentityCodec:
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> IdentityCodec:
         return self
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Nothing to write."""
@@ -139,6 +142,12 @@ class AutoencoderKLCodec:
             for value in values
         )
         return shift, config.scaling_factor / deviation
+
+    def describe(self) -> dict[str, Any]:
+        """What its latents depend on, as JSON: the weights' digest, shift and scale."""
+        shift, scale = (statistic.flatten().tolist() for statistic in self._statistics())
+        weights = weights_sha256(self.vae)
+        return {"kind": self.kind, "weights": weights, "shift": shift, "scale": scale}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the VAE as diffusers does, safetensors only; OSError naming the file."""

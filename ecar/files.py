@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -37,6 +38,7 @@ __all__ = [
     "read_tensors",
     "require_floats",
     "require_weights",
+    "weights_sha256",
     "write_json",
     "write_tensors",
 ]
@@ -378,3 +380,12 @@ def require_finite(path: str | os.PathLike[str], tensors: dict[str, Tensor]) -> 
     for name, tensor in tensors.items():
         if tensor.dtype in WEIGHT_DTYPES and not torch.isfinite(tensor).all():
             raise ValueError(f"{os.fspath(path)}: tensor {name!r} holds NaN or infinite values")
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """Digest of names, dtypes, shapes and bytes of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

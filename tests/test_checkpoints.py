@@ -10,8 +10,8 @@ from scipy.stats import beta, binom
 from ecar.checkpoint import BUILT_IN_DEFAULTS
 from ecar.data import load_dataset
 from ecar.evaluation import Classifier, best_row, draw_labels, generate
-from ecar.evaluation.provenance import weights_sha256
 from ecar.evaluation.steps import CALLS_A_STEP
+from ecar.files import weights_sha256
 from ecar.pipeline import ECARPipeline
 from ecar.sampling import split_steps
 from ecar.training import TrainConfig

@@ -1,5 +1,4 @@
-"""The command line: `ecar sample`, `ecar train`, `ecar evaluate`, `ecar steps`, `ecar info`,
-`ecar tune`.
+"""The command line: a module for each of COMMANDS.
 
 Each subcommand is a module with ``add_arguments(parser)``, ``run(arguments)``, ``EXAMPLES``, and
 ``FLAGS``: the flags of what the library's messages call by an argument's name. It is imported
@@ -24,6 +23,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "sample": "draw images, or a sheet of them, from a checkpoint",
     "train": "train on digits, MNIST, a folder of images or cached latents",
+    "cache": "encode a data set's images by a VAE, to train on the latents",
     "evaluate": "measure a checkpoint's samples against a data set",
     "steps": "find the solver and steps that draw a checkpoint's images best",
     "info": "count the tokens, parameters and multiply-adds of a preset or checkpoint",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,7 +15,15 @@ from ecar.config import ECARConfig
 from ecar.info import backends_in_use
 from ecar_kernels import use_backend
 
-__all__ = ["SETTINGS", "chosen_backend", "chosen_device", "chosen_settings", "describe_backends"]
+__all__ = [
+    "SETTINGS",
+    "chosen_backend",
+    "chosen_device",
+    "chosen_settings",
+    "describe_backends",
+    "own_device",
+    "process_share",
+]
 
 # The pipeline's settings and the arguments that give them.
 SETTINGS = {
@@ -45,6 +54,20 @@ def chosen_device(name: str) -> torch.device:
         raise UsageError(f"--device: cannot use {name!r} here ({reason})") from None
     if device.type == "meta":
         raise UsageError("--device: 'meta' holds no values")
+    return device
+
+
+def process_share() -> tuple[int, int]:
+    """This process's rank and the number of processes, as torchrun and accelerate tell them."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_device(name: str) -> torch.device:
+    """As `chosen_device`, but of several processes on one machine each has a GPU of its own."""
+    device = chosen_device(name)
+    if device.type == "cuda" and device.index is None:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        return torch.device("cuda", local % torch.cuda.device_count())
     return device
 
 

@@ -29,12 +29,14 @@ from ecar.cli.pictures import Cell, Grid, ImageFolder, write_sheets, write_strip
 from ecar.cli.runtime import (
     SETTINGS,
     chosen_backend,
-    chosen_device,
     chosen_settings,
     describe_backends,
+    own_device,
+    process_share,
 )
 from ecar.codec import AutoencoderKLCodec
-from ecar.evaluation.provenance import describe_device, weights_sha256
+from ecar.evaluation.provenance import describe_device
+from ecar.files import weights_sha256
 from ecar.images import check_output_file, check_output_folder
 from ecar.inputs import draw_seeds
 from ecar.pipeline import ECARPipeline
@@ -150,10 +152,7 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         check_output_file(output)
     rank, processes = chosen_share(arguments, to_folder)
-    device = chosen_device(arguments.device)
-    if device.type == "cuda" and device.index is None:
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        device = torch.device("cuda", local % torch.cuda.device_count())
+    device = own_device(arguments.device)
     pipe = ECARPipeline.from_pretrained(arguments.checkpoint)
     stages = pipe.model.config.num_stages
     settings = merge_settings(pipe.defaults, chosen_settings(arguments), stages)
@@ -197,8 +196,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def chosen_share(arguments: argparse.Namespace, to_folder: bool) -> tuple[int, int]:
-    """This process's rank and the number of processes, as torchrun and accelerate tell them."""
-    rank, processes = (int(os.environ.get(*name)) for name in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    """This process's rank and the number of processes, if they can draw what was given."""
+    rank, processes = process_share()
     if processes > 1:
         if not to_folder:
             raise UsageError(f"--output: {processes} processes need a folder, not a picture")

@@ -20,6 +20,7 @@ from ecar.checkpoint import VAE_FOLDER, write_settings
 from ecar.cli.parser import UsageError, not_negative, positive, seconds
 from ecar.codec import AutoencoderKLCodec
 from ecar.config import PRESETS, ECARConfig
+from ecar.data import LatentDataset
 from ecar.data.load import dataset_sizes
 from ecar.files import read_json
 from ecar.images import check_output_folder
@@ -133,6 +134,11 @@ def run(arguments: argparse.Namespace) -> int:
         check_output_folder(config.output_dir)
         trainer = Trainer(config, **options)
     if codec is not None:
+        latents = trainer.batches.dataset
+        if isinstance(latents, LatentDataset) and latents.codec != codec.describe():
+            raise UsageError(
+                f"--vae: {vae} is not what encoded the latents in {trainer.config.data_root}"
+            )
         codec.to(trainer.device)
     if trainer.accelerator.is_main_process:
         trainer.output.mkdir(parents=True, exist_ok=True)

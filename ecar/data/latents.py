@@ -1,25 +1,31 @@
 """Latents computed once and kept in safetensors shards.
 
 A folder holds `index.json` and `latents-00000.safetensors`, ... Each shard has "latents"
-[n, C, H, W] and "labels" int64 [n]. The index is written last: a folder without one is the
-remains of an interrupted run and is refused.
+[n, C, H, W] and "labels" int64 [n]. The index is written first, and says what the shards will be
+made from; each shard names it, so that an interrupted run goes on and several processes share the
+work.
 """
 
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
+import json
 import os
+import reprlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ecar.files import check_output_folder, read_json, write_json, write_tensors
+from ecar.files import check_output_folder, check_target, read_json, write_json, write_tensors
 
 from .base import ImageDataset, MissingSplitError, check_dataset, checked_labels
 from .folder import split_folder
@@ -28,6 +34,7 @@ INDEX = "index.json"
 _FORMAT = "ecar-latents-1"
 _LOOK_AT_ALL_BELOW = 128 << 20  # bytes; of larger caches some latents of each shard
 _LOOKED_AT = 32
+_DIGESTED = 16  # images of a data set, to know it again
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -43,104 +50,192 @@ def cache_latents(
     num_workers: int = 0,
     seed: int = 0,
     progress: bool = True,
+    rank: int = 0,
+    world: int = 1,
 ) -> Path:
     """Encode every image of `dataset` and write shards that `load_dataset("latents")` reads.
 
-    For mirrored copies as well, open the data set with `flip=True`.
+    Called again with the same arguments it goes on where it was interrupted: shards that are there
+    are kept. For mirrored copies as well, open the data set with `flip=True`.
 
     Args:
         dataset: an ImageDataset, or what has its attributes: images in [-1, 1], labels of classes.
-        codec: has encode(images float32 [B, C, H, W] in [-1, 1]) -> latents [B, c, h, w].
-        out_dir: made if needed. Must not hold a finished cache.
+        codec: has encode(images float32 [B, C, H, W] in [-1, 1]) -> latents [B, c, h, w], and
+            where it can tell, describe() -> what it is, as JSON.
+        out_dir: made if needed. Must hold no other cache.
         shard_size: latents per file.
         device: where images are put before `codec.encode`; put the codec there yourself.
         dtype: float32, bfloat16 or float16, as stored; they are read back as float32.
-        seed: of torch's default generators meanwhile, for a codec that draws its latents. Their
-            state outside is left alone.
+        seed: for a codec that draws its latents: torch's default generators are seeded by it and
+            the shard's number. Their state outside is left alone.
+        rank, world: of `world` processes that share the work, without a word to each other, this
+            one encodes the shards rank, rank + world, .. .
 
-    Returns: the path of the index.
+    Returns: the path of the index. It has "mean" and "std" of each channel once all shards are
+        there.
     Raises:
-        FileExistsError: out_dir holds a finished cache.
-        ValueError, TypeError: a wrong argument; images or labels that are not as documented; the
-            codec returned NaN, infinity or a wrong shape.
+        ValueError, TypeError: a wrong argument; out_dir holds a cache of other images, of another
+            codec or of other settings; images or labels that are not as documented; the codec
+            returned NaN, infinity or a wrong shape.
     """
-    for name, value in (("shard_size", shard_size), ("batch_size", batch_size)):
+    for name, value in (("shard_size", shard_size), ("batch_size", batch_size), ("world", world)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"argument {name!r}: expected an int of at least 1, got {value!r}")
+    if not isinstance(rank, int) or not 0 <= rank < world:
+        raise ValueError(f"argument 'rank': expected an int from 0 to {world - 1}, got {rank!r}")
     if dtype not in _DTYPES:
         raise ValueError(f"argument 'dtype': expected float32, bfloat16 or float16, got {dtype}")
     if len(dataset) == 0:
         raise ValueError("argument 'dataset': it is empty")
     check_dataset(dataset, dataset.shape, dataset.num_classes, name="dataset", pixels=True)
-    out_dir = Path(out_dir)
-    if (out_dir / INDEX).exists():
-        raise FileExistsError(f"{out_dir / INDEX}: exists; give another folder or remove it")
-    out_dir.mkdir(parents=True, exist_ok=True)
+    out_dir, device = Path(out_dir), torch.device(device)
     check_output_folder(out_dir)
 
-    shards: list[dict[str, Any]] = []
-    shape: tuple[int, ...] = ()
-    waiting: list[tuple[Tensor, Tensor]] = []  # (latents, labels) of batches not yet written
+    def encode(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            latents = codec.encode(images.to(device)).to("cpu", dtype)
+        expected = (len(images), *shape) if shape else (len(images), *latents.shape[1:])
+        if latents.dim() != 4 or tuple(latents.shape) != expected:
+            raise ValueError(
+                f"argument 'codec': expected latents {list(expected)}, got {list(latents.shape)}"
+            )
+        if not latents.isfinite().all():
+            raise ValueError(
+                "argument 'codec': latents hold NaN or infinity "
+                f"(encoded on {device}, stored as {dtype})"
+            )
+        return latents
 
-    def write(count: int) -> None:
-        """Move the first `count` latents that are waiting to a shard."""
-        latents, labels = (torch.cat(parts) for parts in zip(*waiting, strict=True))
-        name = f"latents-{len(shards):05d}.safetensors"
-        write_tensors(out_dir / name, {"latents": latents[:count], "labels": labels[:count]})
-        shards.append({"file": name, "count": count})
-        # Cloned, or the rest of a batch would keep the written shard in memory.
-        waiting[:] = [(latents[count:].clone(), labels[count:].clone())]
-
-    left = 0
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
-    with (
-        torch.random.fork_rng(),
-        tqdm(total=len(dataset), desc="encoding", unit="image", disable=not progress) as bar,
-    ):
-        torch.manual_seed(seed)
-        for images, labels in loader:
-            with torch.no_grad():
-                latents = codec.encode(images.to(device)).to("cpu", dtype)
-            shape = shape or tuple(latents.shape[1:])
-            if latents.dim() != 4 or tuple(latents.shape) != (len(images), *shape):
-                raise ValueError(
-                    f"argument 'codec': expected latents {[len(images), *shape]}, "
-                    f"got {list(latents.shape)}"
+    # Of a codec that draws, a generator's state goes with its device.
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        shape: tuple[int, ...] = ()
+        shape = tuple(encode(dataset[0][0][None]).shape[1:])
+        starts = range(0, len(dataset), shard_size)
+        spans = [range(first, min(first + shard_size, len(dataset))) for first in starts]
+        files = [out_dir / f"latents-{number:05d}.safetensors" for number in range(len(spans))]
+        plan = {
+            "format": _FORMAT,
+            "split": dataset.split,
+            "count": len(dataset),
+            "source": dataset.name,
+            "source_shape": list(dataset.shape),
+            "source_sha256": _digest(dataset),
+            "class_names": list(dataset.class_names),
+            "codec": describe_codec(codec),
+            "shape": list(shape),
+            "dtype": _DTYPES[dtype],
+            "seed": seed,
+            "shard_size": shard_size,
+            "shards": [
+                {"file": file.name, "count": len(span)}
+                for file, span in zip(files, spans, strict=True)
+            ],
+        }
+        key = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
+        _claim(out_dir / INDEX, plan)
+        mine = range(rank, len(spans), world)
+        todo = [number for number in mine if _moments(files[number], key) is None]
+        for number in todo:
+            check_target(files[number])
+        if not (out_dir / INDEX).exists():
+            write_json(out_dir / INDEX, plan)
+        batches = [
+            spans[number][first : first + batch_size]
+            for number in todo
+            for first in range(0, len(spans[number]), batch_size)
+        ]
+        loader: Iterator[tuple[Tensor, Tensor]] = iter(
+            DataLoader(dataset, batch_sampler=batches, num_workers=num_workers)  # type: ignore[arg-type]
+        )
+        total = sum(len(spans[number]) for number in mine)
+        with tqdm(
+            total=total,
+            initial=total - sum(map(len, batches)),
+            desc=f"encoding {dataset.split}",
+            unit="image",
+            disable=not progress,
+        ) as bar:
+            for number in todo:
+                torch.manual_seed(shard_seed(seed, number))
+                parts = []
+                for images, labels in itertools.islice(
+                    loader, -(-len(spans[number]) // batch_size)
+                ):
+                    labels = checked_labels(labels, dataset.num_classes, name="dataset")
+                    parts.append((encode(images), labels))
+                    bar.update(len(labels))
+                latents, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+                values = latents.double()
+                moments = [values.sum((0, 2, 3)).tolist(), (values**2).sum((0, 2, 3)).tolist()]
+                write_tensors(
+                    files[number],
+                    {"latents": latents, "labels": labels},
+                    {"cache": json.dumps([key, *moments])},
                 )
-            if not latents.isfinite().all():
-                raise ValueError(
-                    "argument 'codec': latents hold NaN or infinity "
-                    f"(encoded on {device}, stored as {dtype})"
-                )
-            labels = checked_labels(labels, dataset.num_classes, name="dataset")
-            waiting.append((latents, labels))
-            left += len(labels)
-            while left >= shard_size:
-                write(shard_size)
-                left -= shard_size
-            bar.update(len(labels))
-    if left:
-        write(left)
-
-    index = {
-        "format": _FORMAT,
-        "shape": list(shape),
-        "dtype": _DTYPES[dtype],
-        "count": len(dataset),
-        "class_names": list(dataset.class_names),
-        "split": dataset.split,
-        "source": dataset.name,
-        "source_shape": list(dataset.shape),
-        "codec": repr(codec),
-        "seed": seed,
-        "shards": shards,
-    }
-    write_json(out_dir / INDEX, index)
+    done = [_moments(file, key) for file in files]
+    if None not in done:
+        pixels = len(dataset) * shape[1] * shape[2]
+        mean, square = np.sum(np.array(done), 0) / pixels
+        deviation = np.sqrt(np.maximum(square - mean**2, 0))
+        write_json(out_dir / INDEX, {**plan, "mean": mean.tolist(), "std": deviation.tolist()})
     return out_dir / INDEX
+
+
+def describe_codec(codec: Any) -> dict[str, Any]:
+    """What a codec says of itself, to know it again: of a VAE its weights, shift and scale."""
+    return codec.describe() if hasattr(codec, "describe") else {"kind": type(codec).__name__}
+
+
+def _digest(dataset: ImageDataset) -> str:
+    """Of a data set's labels and names, and of some images spread over it."""
+    digest = hashlib.sha256(json.dumps(list(dataset.class_names)).encode())
+    rows = np.linspace(0, len(dataset) - 1, min(len(dataset), _DIGESTED)).round().astype(int)
+    if isinstance(dataset, ImageDataset):
+        digest.update(dataset.labels.numpy())
+    for row in rows.tolist():
+        image, label = dataset[row]
+        digest.update(np.ascontiguousarray(image, dtype=np.float32))
+        digest.update(str(int(label)).encode())
+    return digest.hexdigest()
+
+
+def _claim(index: Path, plan: dict[str, Any]) -> None:
+    """ValueError naming what differs, where another cache is there."""
+    if not index.exists():
+        return
+    there = _read_index(index)
+    for name, value in plan.items():
+        if there.get(name) != value:
+            raise ValueError(
+                f"{index}: of another cache: {name!r} is {reprlib.repr(there.get(name))} there, "
+                f"{reprlib.repr(value)} here; give another folder, or remove it"
+            )
+
+
+def _moments(file: Path, key: str) -> list[list[float]] | None:
+    """Each channel's sum and sum of squares, as the shard names them; None if it is not there, or
+    of another cache."""
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="numpy") as shard:
+            found, *moments = json.loads((shard.metadata() or {}).get("cache", "[null]"))
+    except SafetensorError:
+        return None
+    return moments if found == key else None
+
+
+def shard_seed(seed: int, number: int) -> int:
+    """What torch's generators are seeded by before a shard is encoded."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
 
 
 class LatentDataset(ImageDataset):
     """Shards written by `cache_latents`, memory-mapped; a latent is read when it is asked for.
+
+    Attributes:
+        codec: what encoded them, as `describe_codec` has it.
 
     Raises:
         FileNotFoundError: no folder, no index, no shard.
@@ -158,6 +253,7 @@ class LatentDataset(ImageDataset):
                 f"{folder / INDEX}: holds the split {index.get('split')!r}, {split!r} was asked for"
             )
         super().__init__("latents", split, index["shape"], index["class_names"])
+        self.codec = index.get("codec")
         self._paths = [str(folder / shard["file"]) for shard in index["shards"]]
         counts = [shard["count"] for shard in index["shards"]]
         self._ends = list(itertools.accumulate(counts))
@@ -175,7 +271,10 @@ class LatentDataset(ImageDataset):
 
     def _check_shard(self, path: str, count: int, dtype: str) -> Tensor:
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path}: no such file, but {INDEX} lists it")
+            raise FileNotFoundError(
+                f"{path}: no such file, but {INDEX} lists it; where `ecar cache` was interrupted, "
+                "the same command goes on"
+            )
         try:
             with safe_open(path, framework="pt") as shard:
                 latents = shard.get_slice("latents")
@@ -225,9 +324,7 @@ class LatentDataset(ImageDataset):
 
 def _read_index(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; cached latents are written by ecar.data.cache_latents"
-        )
+        raise FileNotFoundError(f"{path}: no such file; cached latents are written by `ecar cache`")
     index = read_json(path)
     if not isinstance(index, dict) or index.get("format") != _FORMAT:
         raise ValueError(f"{path}: not an index of cached latents")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import platform
 import re
@@ -11,16 +10,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["cpu_name", "describe_device", "device_name", "versions", "weights_sha256"]
-
-
-def weights_sha256(model: torch.nn.Module) -> str:
-    """Digest of names, dtypes, shapes and bytes of all weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+__all__ = ["cpu_name", "describe_device", "device_name", "versions"]
 
 
 def device_name(device: torch.device) -> str:

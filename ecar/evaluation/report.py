@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ecar.checkpoint import BUILT_IN_DEFAULTS, merge_settings
 from ecar.data import ImageDataset, load_dataset
-from ecar.files import check_output_folder, check_target, write_json
+from ecar.files import check_output_folder, check_target, weights_sha256, write_json
 from ecar.images import check_output_file
 from ecar.model import ECAR
 from ecar.pipeline import ECARPipeline
@@ -24,7 +24,7 @@ from .export import save_npz
 from .extractors import Extractor, NoExtractorError, default_extractor
 from .measure import NEIGHBOURS, RealSets, checked_samples, now, pixels
 from .neighbours import memorising, neighbour_sheet
-from .provenance import device_name, versions, weights_sha256
+from .provenance import device_name, versions
 from .sampling import as_pipeline, draw_labels, generate, require_positive
 
 __all__ = ["evaluate", "summary"]

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from ecar.checkpoint import PIPELINE_FILE, complete_settings, merge_settings, read_settings
 from ecar.config import ECARConfig
-from ecar.files import write_json
+from ecar.files import weights_sha256, write_json
 from ecar.model import ECAR
 from ecar.pipeline import ECARPipeline
 from ecar.sampling import SOLVERS
@@ -40,7 +40,7 @@ from ecar.sampling.guidance import (
     split_steps,
 )
 
-from .provenance import device_name, versions, weights_sha256
+from .provenance import device_name, versions
 from .sampling import as_pipeline, require_positive
 
 __all__ = ["best_row", "frontier", "sweep_steps", "write_best"]

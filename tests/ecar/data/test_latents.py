@@ -75,12 +75,101 @@ def test_a_codec_that_fails_leaves_no_index(tmp_path):
         load_dataset("latents", root=tmp_path, split="test")
     with pytest.raises(FileNotFoundError, match=r"index\.json"):
         load_dataset("latents", root=tmp_path)
-    cache_latents(dataset(), Halve(), tmp_path, progress=False)
-    with pytest.raises(FileExistsError, match=r"index\.json"):
-        cache_latents(dataset(), Halve(), tmp_path, progress=False)
 
 
-@pytest.mark.parametrize("bad", [{"shard_size": 0}, {"batch_size": 2.5}, {"dtype": torch.float64}])
+class Counts(Halve):
+    """Counts the images it encodes, and fails at one of its calls."""
+
+    def __init__(self, fails_at=None):
+        self.calls, self.images, self.fails_at = 0, 0, fails_at
+
+    def encode(self, images):
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise KeyboardInterrupt
+        self.images += len(images)
+        return super().encode(images) + 0.1 * torch.randn(len(images), 3, 4, 4)
+
+    def describe(self):
+        return {"kind": "counts"}
+
+
+def test_an_interrupted_run_goes_on_to_the_same_cache(tmp_path):
+    source = dataset()
+    options = {"shard_size": 5, "batch_size": 2, "progress": False}
+    cache_latents(source, Counts(), tmp_path / "whole", **options)
+    first, second, third = Counts(fails_at=9), Counts(), Counts()
+    with pytest.raises(KeyboardInterrupt):
+        cache_latents(source, first, tmp_path / "cut", **options)
+    assert first.images == 1 + 12  # the first tells the shape; two shards, and some of the third
+    with pytest.raises(FileNotFoundError, match="`ecar cache` was interrupted"):
+        load_dataset("latents", root=tmp_path / "cut")
+    cache_latents(source, second, tmp_path / "cut", **options)
+    assert second.images == 1 + len(source) - 10
+    cache_latents(source, third, tmp_path / "cut", **options)
+    assert third.images == 1
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "cut" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_processes_share_the_shards(tmp_path):
+    source, codecs = dataset(), [Counts() for _ in range(3)]
+    for rank, codec in enumerate(codecs):
+        assert "mean" not in json.loads((tmp_path / "a" / "index.json").read_text()) if rank else 1
+        cache_latents(
+            source, codec, tmp_path / "a", shard_size=5, progress=False, rank=rank, world=3
+        )
+    assert [codec.images - 1 for codec in codecs] == [10, 8, 5]
+    cache_latents(source, Counts(), tmp_path / "b", shard_size=5, progress=False)
+    for path in (tmp_path / "a").iterdir():
+        assert (tmp_path / "b" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_index_has_mean_and_deviation_of_each_channel(tmp_path):
+    index = json.loads(cache_latents(dataset(), Halve(), tmp_path, progress=False).read_text())
+    latents = load_dataset("latents", root=tmp_path).tensors()[0].double()
+    deviation, mean = torch.std_mean(latents, (0, 2, 3), correction=0)
+    torch.testing.assert_close(torch.tensor(index["mean"]).double(), mean, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(torch.tensor(index["std"]).double(), deviation, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("source_sha256", {"dataset": dataset()}),
+        ("count", {"dataset": dataset(22)}),
+        ("split", {"dataset": dataset(split="test")}),
+        ("codec", {"codec": Counts()}),
+        ("dtype", {"dtype": torch.float16}),
+        ("seed", {"seed": 1}),
+        ("shard_size", {"shard_size": 6}),
+    ],
+)
+def test_another_cache_is_refused(tmp_path, name, change):
+    arguments = {"dataset": dataset(), "codec": Halve(), "shard_size": 5, "progress": False}
+    index = cache_latents(**arguments, out_dir=tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=f"of another cache: '{name}' is .* there, .* here") as e:
+        cache_latents(**arguments | change, out_dir=tmp_path)
+    assert str(index) in str(e.value) and len(str(e.value)) < 300 + len(str(index))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_shard_of_another_cache_is_written_again(tmp_path):
+    """As where an interrupted one's index was removed."""
+    source = dataset()
+    cache_latents(source, Halve(), tmp_path, seed=1, shard_size=10, progress=False)
+    (tmp_path / "index.json").unlink()
+    (tmp_path / "latents-00002.safetensors").write_bytes(b"cut")
+    cache_latents(source, Halve(), tmp_path, seed=2, shard_size=10, progress=False)
+    images, _ = source.tensors()
+    assert torch.equal(load_dataset("latents", root=tmp_path).tensors()[0], Halve().encode(images))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"shard_size": 0}, {"batch_size": 2.5}, {"dtype": torch.float64}, {"world": 0}, {"rank": 1}],
+)
 def test_wrong_arguments(tmp_path, bad):
     with pytest.raises(ValueError, match=f"argument '{next(iter(bad))}'"):
         cache_latents(dataset(), Halve(), tmp_path / "x", progress=False, **bad)

@@ -18,7 +18,7 @@ from ecar.evaluation import (
     summary,
 )
 from ecar.evaluation.extractors import to_bytes
-from ecar.evaluation.provenance import weights_sha256
+from ecar.files import weights_sha256
 from ecar.model import ECAR
 from ecar.pipeline import ECARPipeline
 

@@ -1,0 +1,119 @@
+"""`ecar cache`: latents of a folder by a VAE, gone on with, shared, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from ecar.codec import AutoencoderKLCodec
+from ecar.data import load_dataset
+from ecar.data.latents import shard_seed
+
+RUN = "cache --dataset folder --data-root birds --image-size 16 --num-workers 0 --device cpu"
+
+
+def save_vae(folder, seed):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.5,
+        shift_factor=0.25,
+    )
+    AutoencoderKLCodec(vae).save(folder)
+
+
+@pytest.fixture
+def here(tmp_path):
+    """The working folder, which holds two VAEs and a folder of images with two splits."""
+    save_vae(tmp_path / "vae", 0)
+    save_vae(tmp_path / "other", 1)
+    for split, count in (("train", 5), ("test", 2)):
+        for name in ("robin", "wren"):
+            folder = tmp_path / "birds" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                noise = torch.randint(0, 256, (20, 18, 3), dtype=torch.uint8)
+                Image.fromarray(noise.numpy()).save(folder / f"{number}.png")
+    return tmp_path
+
+
+def test_both_splits_are_encoded_and_read(here, run):
+    line = f"{RUN} --vae vae --output latents --flip --dtype float16 --no-progress"
+    code, output, errors = run(line)
+    assert (code, errors) == (0, "")
+    first, second = output.splitlines()
+    assert first.startswith("latents/train: 20 latents 4 x 8 x 8, mean ")
+    assert second.startswith("latents/test: 4 latents 4 x 8 x 8, mean ")
+    codec = AutoencoderKLCodec.load(here / "vae")
+    index = json.loads((here / "latents" / "train" / "index.json").read_text())
+    assert index["codec"] == codec.describe()
+    assert (index["codec"]["shift"], index["codec"]["scale"]) == ([0.25], [0.5])
+    assert index["dtype"] == "F16"
+    latents = load_dataset("latents", root=here / "latents")
+    images = load_dataset("folder", root=here / "birds", image_size=16, flip=True)
+    assert latents.class_names == ("robin", "wren")
+    assert torch.equal(latents.labels, images.labels)
+    with torch.random.fork_rng():
+        torch.manual_seed(shard_seed(0, 0))
+        expected = codec.encode(images.tensors()[0])
+    assert torch.equal(latents.tensors()[0], expected.half().float())
+    before = {path: path.stat().st_mtime_ns for path in here.rglob("*.safetensors")}
+    assert run(line) == (0, output, "")
+    assert {path: path.stat().st_mtime_ns for path in here.rglob("*.safetensors")} == before
+
+
+def test_what_is_refused(here, run, refused):
+    (here / "notes.txt").write_text("no folder")
+    (here / "empty").mkdir()
+    for options, message in [
+        ("--vae nowhere", "VAE folder nowhere: holds no config.json"),
+        ("--vae vae --image-size 15", "--image-size: expected sides that are multiples of 2"),
+        ("--vae vae --dataset digits --image-size 8", "--vae: 'digits' has 1, got 3"),
+        ("--vae vae --data-root nowhere", "nowhere: no such folder"),
+        ("--vae vae --data-root empty", "empty: no class folders"),
+        ("--vae vae --shard-size 0", "--shard-size: expected a positive whole number, got '0'"),
+        ("--vae vae --output notes.txt/x", "notes.txt: is not a folder"),
+    ]:
+        assert message in refused(f"{RUN} --no-progress --output new {options}")
+    assert run(f"{RUN} --vae vae --output latents --no-progress")[0] == 0
+    for options, message in [
+        ("--vae other", "index.json: of another cache: 'codec' is {'kind': 'autoencoder_kl', "),
+        ("--vae vae --flip", "'count' is 10 there, 20 here; give another folder, or remove it"),
+        ("--vae vae --data-root birds/test", "index.json: of another cache: 'count' is 10 there"),
+    ]:
+        assert message in refused(f"{RUN} --no-progress --output latents {options}")
+
+
+def test_training_refuses_another_vae(here, run):
+    assert run(f"{RUN} --vae vae --output latents --no-progress")[0] == 0
+    line = (
+        "train --preset digits --dataset latents --data-root latents --steps 1 --batch-size 2 "
+        "--num-workers 0 --device cpu --sample-every 0 --no-progress --validate-every 1 --output"
+    )
+    code, _, errors = run(f"{line} wrong --vae other")
+    assert code == 2
+    assert "--vae: other is not what encoded the latents in latents" in errors
+    assert run(f"{line} right --vae vae")[0] == 0
+    assert (here / "right" / "validation.csv").is_file()
+
+
+def test_processes_of_torchrun_share_the_shards(here, run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = f"{RUN} --vae vae --output latents --shard-size 3 --no-progress"
+    monkeypatch.setenv("RANK", "0")
+    code, output, _ = run(line)
+    assert code == 0
+    assert output.startswith("latents/train: 10 latents 4 x 8 x 8; other processes are still")
+    found = sorted(path.name for path in (here / "latents" / "train").glob("*.safetensors"))
+    assert found == ["latents-00000.safetensors", "latents-00002.safetensors"]
+    monkeypatch.setenv("RANK", "1")
+    assert run(line) == (0, "", "")
+    assert len(load_dataset("latents", root=here / "latents")) == 10
+    assert "mean" in json.loads((here / "latents" / "train" / "index.json").read_text())
