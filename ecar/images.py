@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -212,22 +213,25 @@ def read_image(
     channels: int = 3,
     *,
     background: str | tuple[int, int, int] = "white",
+    data: bytes | None = None,
 ) -> Image.Image:
     """A picture file as 8-bit grey (``channels`` 1, mode L) or RGB (3), as a viewer shows it.
 
     Turned as its EXIF says. What is transparent lies on ``background``. Integers of 16 bits are
     scaled from 0 .. 65535 (of signed 16 bits from 0 .. 32767), floats from 0 .. 1. Of several
-    frames the first. Colour profiles are not applied.
+    frames the first. Colour profiles are not applied. With ``data``, the file's bytes, nothing is
+    opened, and ``path`` names it in errors.
 
     Raises:
         BadImageError: an OSError and a ValueError; naming the file: unreadable, or of other values.
     """
     colour = parse_background(background)
     try:
-        with _opened(path) as image:
+        with _opened(path) if data is None else Image.open(io.BytesIO(data)) as image:
             return _as_8_bits(image, channels, colour)
     except Exception as error:  # Pillow raises a dozen classes for files that are damaged
-        raise BadImageError([(os.fspath(path), _reason(path, error))]) from error
+        why = "the file is empty" if data == b"" else _reason(path, error)
+        raise BadImageError([(os.fspath(path), why)]) from error
 
 
 def check_image(path: str | os.PathLike[str], *, decode: bool) -> str | None:

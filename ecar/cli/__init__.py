@@ -22,7 +22,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "sample": "draw images, or a sheet of them, from a checkpoint",
-    "train": "train on digits, MNIST, a folder of images or cached latents",
+    "train": "train on digits, MNIST, images in files, or cached latents",
     "cache": "encode a data set's images by a VAE, to train on the latents",
     "evaluate": "measure a checkpoint's samples against a data set",
     "steps": "find the solver and steps that draw a checkpoint's images best",

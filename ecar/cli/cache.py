@@ -13,17 +13,16 @@ from typing import Any
 
 import torch
 
-from ecar.cli.parser import not_negative, positive
-from ecar.cli.runtime import own_device, process_share
+from ecar.cli.parser import UsageError, not_negative, positive
+from ecar.cli.runtime import chosen_data, own_device, process_share
 from ecar.codec import AutoencoderKLCodec
 from ecar.data import ImageDataset, cache_latents, load_dataset
 from ecar.files import check_output_folder, read_json
 
 EXAMPLES = """\
 examples:
-  ecar cache --dataset folder --data-root birds/ --image-size 256 --vae sdxl-vae/ \\
-      --output latents/
-  torchrun --nproc-per-node 8 -m ecar cache --dataset folder --data-root imagenet/ \\
+  ecar cache --dataset birds/ --image-size 256 --vae sdxl-vae/ --output latents/
+  torchrun --nproc-per-node 8 -m ecar cache --dataset 'imagenet/train-{0000..1023}.tar' \\
       --image-size 256 --vae sdxl-vae/ --flip --dtype float16 --output latents/
       by eight GPUs; the same command goes on after an interruption
 """
@@ -52,13 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--dataset",
-        choices=("digits", "mnist", "emoji", "folder"),
         required=True,
-        help="whose images to encode",
+        metavar="NAME|PATH",
+        help="digits, mnist, emoji, a folder of images, or tar files: a folder or a quoted pattern",
     )
-    group.add_argument("--data-root", metavar="DIR", help="where it lies")
+    group.add_argument("--data-root", metavar="PATH", help="where it lies, if --dataset is a name")
     group.add_argument(
-        "--image-size", type=positive, metavar="N", help="side in pixels, of a folder's images"
+        "--image-size", type=positive, metavar="N", help="side in pixels, of images in files"
     )
     group.add_argument(
         "--flip", action="store_true", help="also encode each training image mirrored"
@@ -111,6 +110,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    arguments.dataset, arguments.data_root = chosen_data(arguments.dataset, arguments.data_root)
+    if arguments.dataset == "latents":
+        raise UsageError("--dataset: holds latents already; give the images")
     output = check_output_folder(arguments.output)
     rank, processes = process_share()
     device = own_device(arguments.device)

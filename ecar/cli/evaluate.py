@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ecar.cli.parser import UsageError, add_checkpoint, add_device, add_sampling, positive
-from ecar.cli.runtime import chosen_backend, chosen_device, chosen_settings
+from ecar.cli.runtime import chosen_backend, chosen_data, chosen_device, chosen_settings
 from ecar.evaluation import Classifier, InceptionExtractor, evaluate, summary
 from ecar.evaluation.provenance import describe_device
 from ecar.files import read_json
@@ -56,13 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     parser.add_argument(
         "--dataset",
-        choices=("digits", "mnist", "emoji", "folder"),
-        help="whose held-out images to compare with; by default what the "
-        "checkpoint's train.json says",
+        metavar="NAME|PATH",
+        help="whose held-out images to compare with: digits, mnist, emoji, or a folder of images "
+        "or tar files; by default what the checkpoint's train.json says",
     )
-    parser.add_argument(
-        "--data-root", metavar="DIR", help="where it lies, for mnist, emoji and folder"
-    )
+    parser.add_argument("--data-root", metavar="PATH", help="where it lies, if --dataset is a name")
     parser.add_argument(
         "--skip-broken",
         action="store_true",
@@ -164,6 +162,8 @@ def chosen_dataset(arguments: argparse.Namespace) -> tuple[str | None, str | Non
     transparent images lie on, which is as in training if nothing else is said. For --npz alone
     there need be none."""
     name, root, background = arguments.dataset, arguments.data_root, arguments.background
+    if name is not None:
+        name, root = chosen_data(name, root)
     # Without --dataset or with a folder of images, the training's settings are looked at.
     if name in (None, "folder") and None in (name, background):
         measures = (arguments.classifier, arguments.inception, arguments.output)

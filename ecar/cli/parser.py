@@ -37,6 +37,8 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments") and message.endswith(".tar"):
+            message += "; quote a pattern, as in --dataset 'shards/{000..099}.tar'"
         raise UsageError(message)
 
 

@@ -12,12 +12,14 @@ import torch
 
 from ecar.cli.parser import UsageError
 from ecar.config import ECARConfig
+from ecar.data.load import find_dataset
 from ecar.info import backends_in_use
 from ecar_kernels import use_backend
 
 __all__ = [
     "SETTINGS",
     "chosen_backend",
+    "chosen_data",
     "chosen_device",
     "chosen_settings",
     "describe_backends",
@@ -55,6 +57,14 @@ def chosen_device(name: str) -> torch.device:
     if device.type == "meta":
         raise UsageError("--device: 'meta' holds no values")
     return device
+
+
+def chosen_data(dataset: str, root: str | None) -> tuple[str, str | None]:
+    """The data set's name and where it lies, which --dataset may name itself."""
+    name, place = find_dataset(dataset)
+    if place is not None and root is not None:
+        raise UsageError(f"--data-root: --dataset {dataset} says where the data lies")
+    return name, place or root
 
 
 def process_share() -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""`ecar train`: train on digits, MNIST, a folder of images, or cached latents.
+"""`ecar train`: train on digits, MNIST, images in a folder or in tar files, or cached latents.
 
 The output folder gets the checkpoint (averaged weights), train.json, log.csv, sample sheets and
 the state that --resume goes on from.
@@ -18,6 +18,7 @@ from typing import Any
 
 from ecar.checkpoint import VAE_FOLDER, write_settings
 from ecar.cli.parser import UsageError, not_negative, positive, seconds
+from ecar.cli.runtime import chosen_data
 from ecar.codec import AutoencoderKLCodec
 from ecar.config import PRESETS, ECARConfig
 from ecar.data import LatentDataset
@@ -28,12 +29,12 @@ from ecar.training import TrainConfig, Trainer
 
 EXAMPLES = """\
 examples:
-  ecar train --preset emoji --dataset folder --data-root birds/ --output runs/birds
+  ecar train --preset emoji --dataset birds/ --output runs/birds
   ecar train --preset digits --dataset digits --output runs/digits --steps 3300 \\
       --batch-size 128 --learning-rate 1e-3 --warmup-steps 200 --schedule linear
   ecar train --resume runs/digits
       goes on after a kill, to the same weights, bit for bit
-  ecar train --preset S --dataset latents --data-root latents/ --vae sdxl-vae/ --output runs/s \\
+  ecar train --preset S --dataset latents/ --vae sdxl-vae/ --output runs/s \\
       --mixed-precision bf16 --tf32 --compile
   accelerate launch --num-processes 8 -m ecar train --config runs/s.json
 """
@@ -112,6 +113,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Returns: the exit code, 128 + the signal's number where SIGINT or SIGTERM ended it."""
     given = {name: value for name, value in vars(arguments).items() if name in FIELD_FLAGS}
+    if "dataset" in given:
+        given["dataset"], root = chosen_data(given["dataset"], given.get("data_root"))
+        if root is not None:
+            given["data_root"] = root
     vae = arguments.vae
     if vae is None and arguments.resume is not None:
         kept = Path(arguments.resume) / VAE_FOLDER
@@ -170,7 +175,7 @@ def new_config(arguments: argparse.Namespace, given: dict[str, Any]) -> TrainCon
     values.update(given)
     if arguments.preset is not None:
         values["model"] = ECARConfig.preset(arguments.preset).to_dict()
-        if values.get("dataset") in ("folder", "latents") and values.get("data_root"):
+        if values.get("dataset") in ("folder", "shards", "latents") and values.get("data_root"):
             sizes = dataset_sizes(values["dataset"], values["data_root"])
             values["model"] = resized(values["model"], sizes)
     if isinstance(values.get("model"), dict):

@@ -13,6 +13,7 @@ from .base import ImageDataset, InMemoryDataset
 from .folder import FolderDataset
 from .latents import LatentDataset, cache_latents
 from .load import DATASETS, load_dataset
+from .shards import ShardDataset
 
 __all__ = [
     "DATASETS",
@@ -20,6 +21,7 @@ __all__ = [
     "ImageDataset",
     "InMemoryDataset",
     "LatentDataset",
+    "ShardDataset",
     "cache_latents",
     "load_dataset",
 ]

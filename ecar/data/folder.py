@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,7 +81,83 @@ def _images_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[str]:
         yield from _images_below(folder / name, (*above, real))
 
 
-class FolderDataset(ImageDataset):
+class PictureDataset(ImageDataset):
+    """Pictures read when they are asked for: cut to their centre square and resized as ADM does,
+    [-1, 1]. With `flip` twice as many: item len / 2 + i is item i mirrored.
+
+    Args:
+        labels: int64 [N], of the pictures as they are.
+        image_size: side in pixels.
+        channels: 1 or 3 (None).
+        background: what transparent pictures lie on.
+
+    Raises:
+        ValueError, TypeError: a wrong argument.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        class_names: Sequence[str],
+        labels: Tensor,
+        *,
+        image_size: int,
+        channels: int | None,
+        flip: bool,
+        background: str | tuple[int, int, int],
+    ) -> None:
+        channels = check_size(image_size, channels)
+        super().__init__(name, split, (channels, image_size, image_size), class_names)
+        self._background = parse_background(background)
+        self._labels = labels.repeat(2) if flip else labels
+        self._count = len(labels)
+
+    def _read(self, index: int) -> Image.Image:
+        """A picture of `channels`, of any size."""
+        raise NotImplementedError
+
+    @property
+    def labels(self) -> Tensor:
+        return self._labels
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        index = self._row(index)
+        return self._pixels(index) / 127.5 - 1, int(self._labels[index])
+
+    def _pixels(self, index: int) -> Tensor:
+        """uint8 [C, H, W]."""
+        image = center_crop(self._read(index % self._count), self.shape[1])
+        array = np.array(image).reshape(*self.shape[1:], self.shape[0])
+        pixels = torch.from_numpy(array).permute(2, 0, 1).contiguous()
+        return pixels.flip(-1) if index >= self._count else pixels
+
+    def decoded(self) -> InMemoryDataset:
+        """All images in memory, as bytes: the same items without reading a file again.
+
+        Raises:
+            BadImageError: an image cannot be read.
+        """
+        pixels = torch.empty(len(self), *self.shape, dtype=torch.uint8)
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            for index, image in enumerate(pool.map(self._pixels, range(len(self)))):
+                pixels[index] = image
+        return InMemoryDataset(self.name, self.split, pixels, self._labels, self.class_names)
+
+
+def check_size(image_size: Any, channels: Any) -> int:
+    """The channels, 3 for None; TypeError or ValueError naming the argument."""
+    if not isinstance(image_size, int) or isinstance(image_size, bool):
+        raise TypeError(f"argument 'image_size': expected an int, got {image_size!r}")
+    if image_size < 1:
+        raise ValueError(f"argument 'image_size': expected at least 1, got {image_size}")
+    channels = 3 if channels is None else channels
+    if channels not in (1, 3):
+        raise ValueError(f"argument 'channels': expected 1 or 3, got {channels!r}")
+    return channels
+
+
+class FolderDataset(PictureDataset):
     """root/class_name/**/*.{png,jpg,jpeg,webp,bmp,gif,tif,tiff}; classes are numbered in sorted
     order.
 
@@ -118,19 +195,10 @@ class FolderDataset(ImageDataset):
         skip_broken: bool = False,
         background: str | tuple[int, int, int] = "white",
     ) -> None:
-        if not isinstance(image_size, int) or isinstance(image_size, bool):
-            raise TypeError(f"argument 'image_size': expected an int, got {image_size!r}")
-        if image_size < 1:
-            raise ValueError(f"argument 'image_size': expected at least 1, got {image_size}")
-        channels = 3 if channels is None else channels
-        if channels not in (1, 3):
-            raise ValueError(f"argument 'channels': expected 1 or 3, got {channels!r}")
-        self._background = parse_background(background)
-
+        check_size(image_size, channels)
+        parse_background(background)
         root = Path(root)
         folder, present, names = _classes(root, split)
-        shape = (channels, image_size, image_size)
-        super().__init__("folder", split, shape, [name or root.resolve().name for name in names])
         found = {name: sorted(_images_below(folder / name)) for name in present}
         loose = _images(folder) if present != [""] else []
         self.skipped: list[tuple[str, str]] = []
@@ -142,7 +210,13 @@ class FolderDataset(ImageDataset):
             )
         self._paths = [path for paths in found.values() for path in paths]
         labels = [names.index(name) for name, paths in found.items() for _ in paths]
-        self._labels = torch.tensor(labels * (2 if flip else 1), dtype=torch.int64)
+        super().__init__(
+            "folder", split, [name or root.resolve().name for name in names], torch.tensor(labels),
+            image_size=image_size, channels=channels, flip=flip, background=background,
+        )  # fmt: skip
+
+    def _read(self, index: int) -> Image.Image:
+        return read_image(self._paths[index], self.shape[0], background=self._background)
 
     def _leave_out_bad_files(
         self, folder: Path, found: dict[str, list[str]], loose: list[str], verify: bool, skip: bool
@@ -172,34 +246,6 @@ class FolderDataset(ImageDataset):
             f"images; the first is {error.files[0][0]} ({error.files[0][1]})",
             stacklevel=4,
         )
-
-    @property
-    def labels(self) -> Tensor:
-        return self._labels
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        index = self._row(index)
-        return self._pixels(index) / 127.5 - 1, int(self._labels[index])
-
-    def _pixels(self, index: int) -> Tensor:
-        """uint8 [C, H, W]."""
-        path = self._paths[index % len(self._paths)]
-        image = read_image(path, self.shape[0], background=self._background)
-        array = np.array(center_crop(image, self.shape[1])).reshape(*self.shape[1:], self.shape[0])
-        pixels = torch.from_numpy(array).permute(2, 0, 1).contiguous()
-        return pixels.flip(-1) if index >= len(self._paths) else pixels
-
-    def decoded(self) -> InMemoryDataset:
-        """All images in memory, as bytes: the same items without reading a file again.
-
-        Raises:
-            BadImageError: an image cannot be read.
-        """
-        pixels = torch.empty(len(self), *self.shape, dtype=torch.uint8)
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            for index, image in enumerate(pool.map(self._pixels, range(len(self)))):
-                pixels[index] = image
-        return InMemoryDataset(self.name, self.split, pixels, self._labels, self.class_names)
 
 
 def _locate(root: Path, split: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import zipfile
 import zlib
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from .base import ImageDataset, InMemoryDataset, checked_labels
 from .folder import FolderDataset, folder_classes
-from .latents import LatentDataset
+from .latents import INDEX, LatentDataset
+from .shards import ShardDataset
 
-DATASETS = ("digits", "mnist", "emoji", "folder", "latents")
+DATASETS = ("digits", "mnist", "emoji", "folder", "shards", "latents")
 _TEN = tuple(str(digit) for digit in range(10))
 
 
@@ -41,21 +43,23 @@ def load_dataset(
     "mnist"     data/mnist.npz, padded from 28 to 32 pixels              1, 32, 32   60,000 / 10,000
     "emoji"     data/emoji.npz, Noto Emoji on white, 28 classes          3, 32, 32   2,568 / 303
     "folder"    root/class/file.png (and other formats)                  C, size, size
+    "shards"    root/*.tar of the WebDataset format, or a pattern        C, size, size
     "latents"   root/index.json and shards, from `cache_latents`         the codec's
 
     Args:
         root: "mnist", "emoji": the file or its folder; by default looked for in $ECAR_DATA, the
-            project's data folder and ./data. "folder" and "latents": required. If `root` holds one
-            folder for each split ("train", and "test" or "val"), the split is read from there.
+            project's data folder and ./data. "folder", "shards", "latents": required. If `root`
+            holds one folder for each split ("train", and "test" or "val"), the split is read from
+            there. Of "shards" it may be a pattern, such as "train-{000..099}.tar".
         split: "train" or "test".
-        image_size, channels: "folder" only: the side in pixels (required) and 1 or 3 (default).
-            For the others they may be given to check what is loaded.
-        flip: "folder" only: also every image mirrored, at index len / 2 + i.
+        image_size, channels: of "folder" and "shards" only: the side in pixels (required) and 1 or
+            3 (default). For the others they may be given to check what is loaded.
+        flip: of "folder" and "shards" only: also every image mirrored, at index len / 2 + i.
         verify: "folder" only: try to open all images now (see `FolderDataset`).
         skip_broken: "folder" only: go on without files that are no readable images, with a warning
             that says how many; without it they are an error, which names them.
-        background: "folder" only: the colour that transparent images lie on: a name, "#rrggbb" or
-            (r, g, b).
+        background: of "folder" and "shards" only: the colour that transparent images lie on: a
+            name, "#rrggbb" or (r, g, b).
 
     Raises:
         ValueError, TypeError: an argument is wrong, or files are not what they should be.
@@ -65,21 +69,24 @@ def load_dataset(
         raise ValueError(f"argument 'name': expected one of {', '.join(DATASETS)}, got {name!r}")
     if split not in ("train", "test"):
         raise ValueError(f"argument 'split': expected 'train' or 'test', got {split!r}")
-    if name in ("folder", "latents"):
-        if root is None:
-            raise ValueError(f"argument 'root': the data set {name!r} needs a folder, got None")
-        root = Path(root)
+    if name in ("folder", "shards", "latents") and root is None:
+        raise ValueError(f"argument 'root': the data set {name!r} needs a folder, got None")
     if name == "folder":
         return FolderDataset(
-            cast("Path", root), split=split, image_size=cast("int", image_size), channels=channels,
+            cast("str", root), split=split, image_size=cast("int", image_size), channels=channels,
             flip=flip, verify=verify, skip_broken=skip_broken, background=background,
+        )  # fmt: skip
+    if skip_broken:
+        raise ValueError(f"argument 'skip_broken': only 'folder' has files to skip, not {name!r}")
+    if name == "shards":
+        return ShardDataset(
+            cast("str", root), split=split, image_size=cast("int", image_size), channels=channels,
+            flip=flip, background=background,
         )  # fmt: skip
     if flip:
         raise ValueError(f"argument 'flip': only 'folder' can be mirrored, not {name!r}")
     if background != "white":
         raise ValueError(f"argument 'background': only 'folder' has transparency, not {name!r}")
-    if skip_broken:
-        raise ValueError(f"argument 'skip_broken': only 'folder' has files to skip, not {name!r}")
     if name == "digits":
         dataset = _digits(split)
     elif name == "mnist":
@@ -87,13 +94,39 @@ def load_dataset(
     elif name == "emoji":
         dataset = _emoji(find_npz("emoji", root), split)
     else:
-        dataset = LatentDataset(cast("Path", root), split=split)
+        dataset = LatentDataset(cast("str", root), split=split)
     _check_shape(dataset, image_size, channels)
     return dataset
 
 
+def find_dataset(text: str) -> tuple[str, str | None]:
+    """A data set's name, or a path: the name of what lies there, and the path.
+
+    Raises:
+        FileNotFoundError: no such path. ValueError: neither.
+    """
+    if text in DATASETS:
+        return text, None
+    path = Path(text)
+    if text.endswith(".tar"):
+        return "shards", text
+    if path.is_dir():
+        places = (path, path / "train")
+        if any((place / INDEX).is_file() for place in places):
+            return "latents", text
+        tars = any(any(place.glob("*.tar")) for place in places)
+        return "shards" if tars else "folder", text
+    if path.name != text:
+        raise FileNotFoundError(f"{text}: no such folder, and not a pattern that ends in .tar")
+    near = difflib.get_close_matches(text, DATASETS, n=1)
+    raise ValueError(
+        f"argument 'dataset': expected one of {', '.join(DATASETS)} or a path, got {text!r}"
+        + (f"; near it: {near[0]}" if near else "")
+    )
+
+
 def dataset_sizes(name: str, root: str | os.PathLike[str]) -> dict[str, int]:
-    """What a model must have for a folder of images or of latents.
+    """What a model must have for images of a folder or of shards, or for latents.
 
     Returns: "num_classes"; of "latents" also "channels" and "image_size", the side in pixels.
     Raises:
@@ -101,11 +134,13 @@ def dataset_sizes(name: str, root: str | os.PathLike[str]) -> dict[str, int]:
     """
     if name == "folder":
         return {"num_classes": len(folder_classes(root))}
+    if name == "shards":
+        return {"num_classes": ShardDataset(root, image_size=1).num_classes}
     if name == "latents":
         latents = LatentDataset(root)
         channels, side, _ = latents.shape
         return {"num_classes": latents.num_classes, "channels": channels, "image_size": side}
-    raise ValueError(f"argument 'name': expected 'folder' or 'latents', got {name!r}")
+    raise ValueError(f"argument 'name': expected 'folder', 'shards' or 'latents', got {name!r}")
 
 
 def _check_shape(dataset: ImageDataset, image_size: int | None, channels: int | None) -> None:

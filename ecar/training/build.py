@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ecar.data import FolderDataset, ImageDataset, LatentDataset, load_dataset
+from ecar.data import ImageDataset, LatentDataset, load_dataset
 from ecar.data.base import check_dataset
+from ecar.data.folder import PictureDataset
 from ecar.evaluation.provenance import describe_device
 from ecar.info import backends_in_use
 from ecar.model import ECAR
@@ -33,7 +34,7 @@ __all__ = [
     "training_data",
 ]
 
-_KEPT = 1 << 30  # bytes: folders of images that take less as pixels are decoded once
+_KEPT = 1 << 30  # bytes: images in files that take less as pixels are decoded once
 _CLASSES = "ar.class_embedding.weight"
 
 
@@ -94,7 +95,7 @@ def training_data(
             f"class {min(unseen)}: the model will not learn them",
             stacklevel=4,
         )
-    if isinstance(dataset, FolderDataset) and len(dataset) * math.prod(dataset.shape) <= _KEPT:
+    if isinstance(dataset, PictureDataset) and len(dataset) * math.prod(dataset.shape) <= _KEPT:
         return dataset.decoded()
     return dataset
 

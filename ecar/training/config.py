@@ -88,15 +88,16 @@ class TrainConfig:
         model: sizes of the model.
         output_dir: folder that the training writes.
         dataset: a name that ``ecar.data.load_dataset`` knows: "digits", "mnist", "emoji", "folder",
-            "latents".
-        data_root: where the data lies, for "folder" and "latents"; for "mnist" and "emoji" if
-            not in one of the usual places.
+            "shards", "latents".
+        data_root: where the data lies: a folder for "folder" and "latents", for "shards" one of tar
+            files or a pattern such as "train-{000..099}.tar"; for "mnist" and "emoji" if not in one
+            of the usual places.
         flip: mirror each image left to right with probability 1/2; not for "latents", where
             images are mirrored before they are encoded and cached.
         skip_broken: "folder" only: go on without files that are no readable images, and say how
             many; otherwise they are an error, which names them.
-        background: "folder" only: the colour that transparent images lie on, such as white, black
-            or #7f7f7f.
+        background: "folder" and "shards" only: the colour that transparent images lie on, such as
+            white, black or #7f7f7f.
         steps: optimizer steps in all.
         batch_size: images of one optimizer step, over all processes and accumulation steps.
         gradient_accumulation: backward passes that one optimizer step is split into.

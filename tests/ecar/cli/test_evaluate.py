@@ -114,7 +114,7 @@ def test_images_are_read_as_in_training(folder, monkeypatch, trained, options, e
     ("options", "message"),
     [
         ("", "--dataset: is needed, 'model' holds no train.json"),
-        ("--dataset birds", "--dataset: invalid choice: 'birds'"),
+        ("--dataset birds", "--dataset: expected one of digits, "),
         ("--dataset folder", "--data-root: the data set 'folder' needs a folder"),
         ("--dataset folder --data-root empty", "empty"),
         ("--dataset mnist", "--dataset: 'mnist' is 32 x 32, got 8"),

@@ -141,12 +141,14 @@ def test_broken_images_are_skipped_and_counted(folder, start):
 
 EXTRAS = (
     "accelerate",
+    "braceexpand",
     "diffusers",
     "matplotlib",
     "scipy",
     "sklearn",
     "tensorboard",
     "torchmetrics",
+    "webdataset",
 )
 
 

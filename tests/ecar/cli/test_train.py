@@ -171,8 +171,12 @@ def test_a_preset_takes_the_classes_of_a_folder(here, run):
         ),
         (
             "--output x --dataset birds",
-            "--dataset: expected one of digits, mnist, emoji, folder, latents, got 'birds'",
+            "--dataset: expected one of digits, mnist, emoji, folder, shards, latents or a path",
         ),
+        ("--output x --dataset emojy", "'emojy'; near it: emoji"),
+        ("--output x --dataset ./nowhere", "./nowhere: no such folder"),
+        ("--output x --dataset empty --data-root y", "--data-root: --dataset empty says where"),
+        ("--output x --dataset a.tar b.tar", "quote a pattern, as in --dataset"),
         ("--output x --dataset folder", "--data-root: the data set 'folder' needs a folder"),
         ("--output x --dataset folder --data-root nowhere", "nowhere: no such folder"),
         ("--output x --dataset folder --data-root empty", "empty: no class folders"),

@@ -143,7 +143,10 @@ def test_emoji_outside_the_checkout(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "cifar"}, "'name': expected one of digits, mnist, emoji, folder, latents"),
+        (
+            {"name": "cifar"},
+            "'name': expected one of digits, mnist, emoji, folder, shards, latents",
+        ),
         ({"name": "digits", "split": "valid"}, "argument 'split'"),
         ({"name": "digits", "image_size": 32}, "argument 'image_size': 'digits' is 8 x 8, got 32"),
         ({"name": "digits", "channels": 3}, "argument 'channels': 'digits' has 1, got 3"),
