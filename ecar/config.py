@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,7 +158,7 @@ class ECARConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
-                raise ValueError(f"config {name!r}: no such field; known are {', '.join(known)}")
+                raise ValueError(f"config {name!r}: no such field; {near(name, known)}")
         return cls(**values)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
@@ -167,6 +169,12 @@ class ECARConfig:
     def from_json(cls, path: str | os.PathLike[str]) -> ECARConfig:
         """Read a file that ``to_json`` wrote."""
         return cls.from_dict(read_json(path))
+
+
+def near(name: str, known: Sequence[str]) -> str:
+    """What may have been meant by a name that is not known, or all that are."""
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"near it: {', '.join(close)}" if close else f"known are {', '.join(known)}"
 
 
 def _require_integer(name: str, value: object, least: int = 1) -> None:

@@ -7,6 +7,7 @@ when it is asked for, so that `ecar --help` needs no torch.
 
 from __future__ import annotations
 
+import difflib
 import dis
 import importlib
 import os
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = module.FLAGS
         parser = Parser(prog=f"ecar {command}", description=module.__doc__, epilog=module.EXAMPLES)
         module.add_arguments(parser)
+        typed = parser.typed(rest)
+        flags = {name: typed.get(flag, flag) for name, flag in flags.items()} | typed
         code = module.run(parser.parse_args(rest))
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -89,7 +92,9 @@ def _command(argv: list[str]) -> tuple[str, list[str]]:
     parser.add_argument("--version", action="store_true", help="print the version and end")
     if argv and not argv[0].startswith("-"):
         if argv[0] not in COMMANDS:
-            raise UsageError(f"no command {argv[0]!r}; commands are {', '.join(COMMANDS)}")
+            close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+            known = f"near it: {close[0]}" if close else f"commands are {', '.join(COMMANDS)}"
+            raise UsageError(f"no command {argv[0]!r}; {known}")
         return argv[0], argv[1:]
     if parser.parse_args(argv).version:
         from ecar_kernels import __version__
@@ -131,4 +136,5 @@ def _line(error: Exception, flags: dict[str, str]) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         message = f"{os.fspath(error.filename)}: {error.strerror}"
     message = " ".join(message.split())
-    return re.sub(r"argument '(\w+)'", lambda name: flags.get(name[1], name[0]), message)
+    message = re.sub(r"argument '(\w+)'", lambda name: flags.get(name[1], name[0]), message)
+    return re.sub(r"^--[\w.-]+", lambda flag: flags.get(flag[0], flag[0]), message)

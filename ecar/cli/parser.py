@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
+import shutil
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 __all__ = [
@@ -32,14 +35,42 @@ class Parser(argparse.ArgumentParser):
     """Help as written; an error is a UsageError instead of usage on stderr and exit."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
-        )
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments") and message.endswith(".tar"):
-            message += "; quote a pattern, as in --dataset 'shards/{000..099}.tar'"
+        message = re.sub(r"^argument (--[\w.-]+)[\w./-]*(?=: )", r"\1", message)
         raise UsageError(message)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown)}")
+        return parsed
+
+    def typed(self, words: Sequence[str]) -> dict[str, str]:
+        """Of each flag with several names, the one among these words."""
+        given = {word.partition("=")[0] for word in words}
+        found = {}
+        for action in self._actions:
+            for name in given.intersection(action.option_strings):
+                found.update(dict.fromkeys(action.option_strings, name))
+        return found
+
+    def _meant(self, unknown: Sequence[str]) -> str:
+        if unknown[-1].endswith(".tar"):
+            return "; quote a pattern, as in --dataset 'shards/{000..099}.tar'"
+        known = list(self._option_string_actions)
+        words = (word.partition("=")[0] for word in unknown if word.startswith("--"))
+        close = [match for word in words for match in difflib.get_close_matches(word, known, n=2)]
+        return f"; near it: {', '.join(close)}" if close else ""
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """At most 100 columns."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        columns = min(100, shutil.get_terminal_size((100, 24)).columns)
+        super().__init__(prog, **{"width": columns, **options})
 
 
 def positive(text: str) -> int:

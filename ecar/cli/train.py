@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ecar.checkpoint import VAE_FOLDER, write_settings
-from ecar.cli.parser import UsageError, not_negative, positive, seconds
+from ecar.cli.parser import UsageError, positive, seconds
 from ecar.cli.runtime import chosen_data
 from ecar.codec import AutoencoderKLCodec
 from ecar.config import PRESETS, ECARConfig
@@ -32,6 +32,7 @@ examples:
   ecar train --preset emoji --dataset birds/ --output runs/birds
   ecar train --preset digits --dataset digits --output runs/digits --steps 3300 \\
       --batch-size 128 --learning-rate 1e-3 --warmup-steps 200 --schedule linear
+  ecar train --config runs/digits/train.json --output runs/wide --model.width 256
   ecar train --resume runs/digits
       goes on after a kill, to the same weights, bit for bit
   ecar train --preset S --dataset latents/ --vae sdxl-vae/ --output runs/s \\
@@ -39,24 +40,23 @@ examples:
   accelerate launch --num-processes 8 -m ecar train --config runs/s.json
 """
 SHORTER = {"dataset": ("--data",), "output_dir": ("--output",)}
+# Of fields whose values are given in another way on the command line.
+HELP = {"dataset": "digits, mnist, emoji, or a path to images or latents"}
+
+
+def _dashed(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 FIELD_FLAGS = {
-    field.name: "--" + field.name.replace("_", "-")
+    field.name: _dashed(field.name)
     for field in dataclasses.fields(TrainConfig)
     if field.name != "model"
 }
 
-# Sizes of the model: those that depend on the data, then the others.
-SIZES = {
-    "num_classes": "classes of the model; with --preset, by default those of the folder or latents",
-    "channels": "of its images or latents; with --preset, by default those of the latents",
-    "image_size": "side of the last stage in pixels, of images or latents; each stage before it "
-    "has half the side",
-    "patch_size": "side of the patch that a token stands for",
-    "width": "channels of a token",
-    "heads": "attention heads",
-    "ar_layers": "layers of the AR transformer, or 0",
-    "flow_blocks": "blocks of each stage's flow head",
-}
+MODEL_FLAGS = {field.name: f"--model.{field.name}" for field in dataclasses.fields(ECARConfig)}
+# Fields of the model that have a flag without "model.", too.
+SIZES = ("num_classes", "channels", "patch_size", "width", "heads", "ar_layers", "flow_blocks")
 
 # What data sets and models say of their arguments, which the configuration gives.
 FLAGS = {
@@ -69,22 +69,13 @@ FLAGS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", choices=tuple(PRESETS), help="sizes of the model")
-    for name, text in SIZES.items():
-        kind = not_negative if name == "ar_layers" else positive
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, metavar="N", help=text)
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="sizes of the model to start from")
     parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="a train.json to start from; flags that are given take its fields' place",
+        "--config", metavar="FILE", help="a train.json to start from; flags take its fields' place"
     )
     parser.add_argument("--resume", metavar="DIR", help="go on with the training in this folder")
     parser.add_argument(
-        "--vae",
-        metavar="DIR",
-        help="diffusers' AutoencoderKL whose latents the "
-        "data are: decodes sheets, goes into the "
-        "checkpoint",
+        "--vae", metavar="DIR", help="the AutoencoderKL that encoded the latents, to decode sheets"
     )
     parser.add_argument(
         "--seconds", type=seconds, metavar="N", help="save and end after so long, to be resumed"
@@ -92,22 +83,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-progress", action="store_true", help="say nothing of what is trained and how far"
     )
-    group = parser.add_argument_group("training (with the defaults of a new one)")
-    hints, texts = typing.get_type_hints(TrainConfig), field_texts()
-    for field in dataclasses.fields(TrainConfig):
-        if field.name == "model":
+    group = parser.add_argument_group(
+        "model (with --preset, classes, channels and size are by default those of the data)"
+    )
+    group.add_argument(
+        "--image-size",
+        type=positive,
+        metavar="N",
+        help="side of the last stage; each before it has half the side",
+    )
+    add_fields(group, ECARConfig, MODEL_FLAGS, {name: (_dashed(name),) for name in SIZES})
+    group = parser.add_argument_group("training")
+    add_fields(group, TrainConfig, FIELD_FLAGS, SHORTER)
+
+
+def add_fields(
+    group: Any, kind: type, flags: dict[str, str], others: dict[str, tuple[str, ...]]
+) -> None:
+    """A flag for each field of a configuration, with its other names; absent where not given."""
+    hints, texts = typing.get_type_hints(kind), field_texts(kind) | HELP
+    for field in dataclasses.fields(kind):
+        if field.name not in flags:
             continue
-        names = (*SHORTER.get(field.name, ()), FIELD_FLAGS[field.name])
         text = texts[field.name]
-        if field.default is not dataclasses.MISSING:
+        if kind is TrainConfig and field.default is not dataclasses.MISSING:
             text += f" (default: {_written(field.default)})"
-        options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
+        dest = field.name if kind is TrainConfig else f"model.{field.name}"
+        options: dict[str, Any] = {"dest": dest, "default": argparse.SUPPRESS, "help": text}
         if hints[field.name] is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["type"] = _reader(hints[field.name])
             options["metavar"] = field.name.split("_")[-1].upper()
-        group.add_argument(*names, **options)
+        group.add_argument(*others.get(field.name, ()), flags[field.name], **options)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -127,10 +135,11 @@ def run(arguments: argparse.Namespace) -> int:
         "progress": not arguments.no_progress,
     }
     if arguments.resume is not None:
-        for name in ("config", "preset", *SIZES):
-            if getattr(arguments, name) is not None:
-                flag = name.replace("_", "-")
-                raise UsageError(f"--resume: --{flag} does not go with it")
+        others = {name: _dashed(name) for name in ("config", "preset", "image_size")}
+        others |= {flag.removeprefix("--"): flag for flag in MODEL_FLAGS.values()}
+        for name, flag in others.items():
+            if getattr(arguments, name, None) is not None:
+                raise UsageError(f"--resume: {flag} does not go with it")
         if "output_dir" in given:
             raise UsageError("--resume: names the folder; --output-dir does not go with it")
         trainer = Trainer.resume(arguments.resume, **options, **given)
@@ -167,30 +176,42 @@ def run(arguments: argparse.Namespace) -> int:
 
 def new_config(arguments: argparse.Namespace, given: dict[str, Any]) -> TrainConfig:
     """The file's fields, then the preset's model, then the flags."""
-    values: dict[str, Any] = {}
+    file: dict[str, Any] = {}
     if arguments.config is not None:
-        values = read_json(arguments.config)
-        if not isinstance(values, dict):
+        file = read_json(arguments.config)
+        if not isinstance(file, dict):
             raise UsageError(f"--config: {arguments.config} holds no object of fields")
-    values.update(given)
+    values = {**file, **given}
     if arguments.preset is not None:
         values["model"] = ECARConfig.preset(arguments.preset).to_dict()
         if values.get("dataset") in ("folder", "shards", "latents") and values.get("data_root"):
             sizes = dataset_sizes(values["dataset"], values["data_root"])
             values["model"] = resized(values["model"], sizes)
+    chosen = {name: getattr(arguments, f"model.{name}", None) for name in MODEL_FLAGS}
+    sizes = {name: value for name, value in chosen.items() if value is not None}
     if isinstance(values.get("model"), dict):
-        chosen = {name: getattr(arguments, name) for name in SIZES}
-        sizes = {name: value for name, value in chosen.items() if value is not None}
+        if arguments.image_size is not None:
+            sizes["image_size"] = arguments.image_size
         values["model"] = resized(values["model"], sizes)
     if "model" not in values:
         raise UsageError("--preset: is needed for a new training, or a --config that has a model")
     if "output_dir" not in values:
         raise UsageError("--output: is needed for a new training")
-    return TrainConfig.from_dict(values)
+    try:
+        return TrainConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        message = str(error)
+        found = re.match(r"(argument|config|training config) '(\w+)", message)
+        kind, name = found.groups() if found else ("", "")
+        if kind == "config" and sizes:
+            message = re.sub(r"^config '(\w+)'", r"--model.\1", message)
+        elif arguments.config is not None and (kind != "argument" or name in file.keys() - given):
+            message = f"--config: {arguments.config}: {message.removeprefix('argument ')}"
+        raise UsageError(message) from None
 
 
 def resized(model: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
-    """The fields of an ECARConfig with other sizes, by the names of SIZES.
+    """The fields of an ECARConfig with others in their place; "image_size" sets "stage_sides".
 
     Raises:
         UsageError: the side is not that of as many stages, each twice the one before.
@@ -208,13 +229,14 @@ def resized(model: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
     return {**model, **sizes}
 
 
-def field_texts() -> dict[str, str]:
-    """What TrainConfig's docstring says of each field, which it does for "a, b: text" at once."""
-    section = textwrap.dedent(re.split(r"\n\s*(?:Args|Raises):\n", TrainConfig.__doc__ or "")[1])
+def field_texts(kind: type) -> dict[str, str]:
+    """The first clause of what a configuration's docstring says of each field."""
+    section = textwrap.dedent(re.split(r"\n\s*(?:Args|Raises):\n", kind.__doc__ or "")[1])
     texts = {}
     for entry in re.split(r"\n(?=\S)", section.strip("\n")):
         names, _, text = entry.partition(":")
-        text = " ".join(text.split()).replace("%", "%%").replace("`", "").rstrip(".")
+        text = " ".join(text.split()).replace("%", "%%").replace("`", "")
+        text = re.split(r"[.;:](?: |$)", text)[0]
         texts.update({name.strip(): text for name in names.split(",")})
     return texts
 
@@ -243,7 +265,7 @@ def _read(text: str, kind: Any) -> Any:
             raise ValueError
         return None
     if typing.get_origin(kind) is tuple:
-        return tuple(float(part) for part in text.split(","))
+        return tuple(typing.get_args(kind)[0](part) for part in text.split(","))
     return kind(text)
 
 

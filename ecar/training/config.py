@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from ecar.config import ECARConfig
+from ecar.config import ECARConfig, near
 from ecar.files import read_json, write_json
 from ecar.images import parse_background
 from ecar.sampling.guidance import DEFAULT_STEPS
@@ -94,52 +94,54 @@ class TrainConfig:
             of the usual places.
         flip: mirror each image left to right with probability 1/2; not for "latents", where
             images are mirrored before they are encoded and cached.
-        skip_broken: "folder" only: go on without files that are no readable images, and say how
-            many; otherwise they are an error, which names them.
-        background: "folder" and "shards" only: the colour that transparent images lie on, such as
-            white, black or #7f7f7f.
+        skip_broken: go on without files of a folder that are no images, and say how many; otherwise
+            they are an error, which names them.
+        background: colour under transparent images in files; such as white, black or #7f7f7f.
         steps: optimizer steps in all.
-        batch_size: images of one optimizer step, over all processes and accumulation steps.
+        batch_size: images of one optimizer step; over all processes and accumulation steps.
         gradient_accumulation: backward passes that one optimizer step is split into.
-        learning_rate, weight_decay, betas: AdamW's.
+        learning_rate: AdamW's, after the warm-up.
+        weight_decay, betas: AdamW's.
         warmup_steps: steps over which the learning rate rises linearly from 0.
-        schedule: after the warm-up "constant"; "linear" or "cosine" decay to 0 at ``steps``; or
-            "wsd" (warm-up, stable, decay): constant, and a linear decay to 0 over the last
-            ``decay_steps``. A training that is constant may be resumed as "wsd" when it is time to
-            end it.
-        decay_steps: of "wsd", at least 1; of the others 0.
-        tau: distribution of the time within a stage, of the training images: "uniform", or
-            "logit-normal", the sigmoid of a standard normal (Esser et al., 2024).
+        schedule: "constant", "linear", "cosine" or "wsd", after the warm-up. "linear" and "cosine"
+            decay to 0 at ``steps``; "wsd" (warm-up, stable, decay) is constant, with a linear decay
+            to 0 over the last ``decay_steps``. A training that is constant may be resumed as "wsd"
+            when it is time to end it.
+        decay_steps: steps of the decay of "wsd", at least 1; of the others 0.
+        tau: times within a stage, "uniform" or "logit-normal"; the distribution that training
+            images have them from, the second the sigmoid of a standard normal (Esser et al., 2024).
         ema_decay: decay of the weights' moving average; at step t it is
             min(ema_decay, (1 + t) / (10 + t)). With several, there are as many averages: the first
             is the checkpoint, that of a further decay 0.99 the checkpoint in ``ema_0.99``.
         label_dropout: share of labels replaced by the null class; None: the model's
             ``class_dropout``.
-        stage_weights: "gradnorm" (not for a model without AR layers), "uncertainty", or one
-            non-negative weight per stage.
+        stage_weights: "gradnorm", "uncertainty" or a weight of each stage; "gradnorm" not for a
+            model without AR layers, and weights not negative.
         gradnorm_alpha: GradNorm's asymmetry.
-        gradnorm_lr: step size of GradNorm's weights, or of uncertainty's log-variances.
+        gradnorm_lr: step size of the stage weights; of GradNorm's, or of uncertainty's
+            log-variances.
         grad_clip: largest global norm of the gradient; None: no clipping.
         mixed_precision: "no", "bf16" or "fp16" (CUDA only).
         tf32: let float32 matrix products use TF32 on CUDA.
         gradient_checkpointing: recompute blocks in the backward pass to save memory.
         compile: torch.compile each repeated block.
-        seed: decides the initial weights, the order of the data and all noise.
+        seed: decides initial weights, the order of the data and all noise.
         num_workers: loader processes for data that is not in memory.
         device: "auto" (what accelerate finds) or "cpu".
         init_from: folder or hub name of a model to start from; None: fresh weights.
-        log_every, save_every: steps between log rows and between states.
-        keep_last: the last so many checkpoints are kept in ``checkpoints/step_*`` as well; 0: none.
-        validate_every: steps between measuring the loss of the averaged weights on held-out
-            images, where the data set has them; 0: never. The checkpoint with the least such loss
-            is kept in ``best``.
+        log_every: steps between log rows.
+        save_every: steps between saved states.
+        keep_last: checkpoints to keep, of the last saves; in ``checkpoints/step_*``; 0: none.
+        validate_every: steps between measuring the loss of held-out images; with the averaged
+            weights, where the data set has such images; 0: never. The checkpoint with the least
+            such loss is kept in ``best``.
         validation_images: held-out images to measure it on, at most.
         sample_every: steps between sample sheets; 0: none.
         sample_rows, sample_columns: classes and seeds of a sheet.
         sample_steps: solver steps of one sample, in all; at least one per stage. The solver and
             its grid are ``sample``'s defaults.
         sample_guidance: guidance scale of the sheets.
-        log: "csv" (log.csv), or "tensorboard" (log.csv and TensorBoard's event files).
+        log: "csv", or "tensorboard" for its event files as well.
 
     Raises:
         TypeError, ValueError: for an impossible value, named.
@@ -330,9 +332,7 @@ class TrainConfig:
         known = [item.name for item in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
-                raise ValueError(
-                    f"training config {name!r}: no such field; known are {', '.join(known)}"
-                )
+                raise ValueError(f"training config {name!r}: no such field; {near(name, known)}")
         for name in ("model", "output_dir"):
             if name not in values:
                 raise ValueError(f"training config: field {name!r} is missing")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ecar.cli.train import FIELD_FLAGS, field_texts
+from ecar.cli.train import FIELD_FLAGS, MODEL_FLAGS, field_texts
 from ecar.codec import AutoencoderKLCodec
 from ecar.config import ECARConfig
 from ecar.data import cache_latents
@@ -45,7 +45,21 @@ def here(tmp_path):
 def test_every_field_has_a_flag_and_a_text():
     fields = {field.name for field in dataclasses.fields(TrainConfig)} - {"model"}
     assert FIELD_FLAGS.keys() == fields
-    assert all(field_texts().get(name) for name in fields)
+    assert all(field_texts(TrainConfig).get(name) for name in fields)
+    assert MODEL_FLAGS.keys() == {field.name for field in dataclasses.fields(ECARConfig)}
+    assert all(field_texts(ECARConfig).get(name) for name in MODEL_FLAGS)
+
+
+def test_any_field_of_the_model_takes_its_place_in_the_file(here, run):
+    code, _, errors = run(
+        f"{NEW} --output out --model.stage_sides 2,4,8 --model.width 16 --model.heads 4 "
+        "--model.mlp_ratio 2.5 --model.class_dropout 0.2 --model.ar_layers=2 --flow-blocks 2"
+    )
+    assert (code, errors) == (0, "")
+    model = TrainConfig.from_json(here / "out" / "train.json").model
+    assert (model.stage_sides, model.width, model.heads) == ((2, 4, 8), 16, 4)
+    assert (model.mlp_ratio, model.class_dropout) == (2.5, 0.2)
+    assert (model.ar_layers, model.flow_blocks, model.channels) == (2, 2, 1)
 
 
 def test_trains_and_resumes_to_a_checkpoint_that_samples(here, run):
@@ -189,8 +203,19 @@ def test_a_preset_takes_the_classes_of_a_folder(here, run):
         ("--output x --image-size 9", "--image-size: expected a multiple of 2 for 2 stages, got 9"),
         ("--output x --num-classes 7", "--dataset: expected 7 classes for this model, got 10"),
         ("--output x --seconds 0", "--seconds: expected a number of seconds above 0, got '0'"),
-        ("--output x --channels 0", "--channels: expected a positive whole number, got '0'"),
-        ("--output x --ar-layers -1", "--ar-layers: expected a whole number of at least 0"),
+        ("--output x --channels 0", "--channels: expected an integer of at least 1, got 0"),
+        ("--output x --ar-layers -1", "--ar-layers: expected an integer of at least 0, got -1"),
+        ("--output x --width 1.5", "--width: expected a whole number, got '1.5'"),
+        ("--output x --model.width 34", "--model.width: expected a multiple of 4"),
+        ("--output x --model.width=wide", "--model.width: expected a whole number, got 'wide'"),
+        ("--output x --model.heads 5", "--model.heads: expected a divisor of width 32, got 5"),
+        ("--output x --heads 5", "--heads: expected a divisor of width 32, got 5"),
+        ("--output x --model.stage_sides 4,9", "--model.stage_sides: expected each side to be"),
+        ("--output x --model.stage_sides 4,x", "--model.stage_sides: expected numbers with commas"),
+        ("--output x --model.widht 8", "--model.widht 8; near it: --model.width"),
+        ("--output x --bach-size 8", "--bach-size 8; near it: --batch-size"),
+        ("--output-dir x --batch-size 0", "--batch-size: expected an integer of at least 1, got 0"),
+        ("--output x --data birds", "--data: expected one of digits, mnist"),
         ("--resume x --config y --image-size 8", "--resume: --config does not go with it"),
         ("--output x --init-from nowhere", "checkpoint 'nowhere': no such folder"),
         ("--output x --vae nowhere", "VAE folder nowhere: holds no config.json"),
@@ -216,13 +241,31 @@ def test_bad_training_is_one_line(here, refused, options, message):
         ("--config nowhere.json --output x", "nowhere.json: No such file or directory"),
         ("--config list.json --output x", "list.json holds no object"),
         ("--config text.json --output x", "text.json: not valid JSON"),
-        ("--config other.json --output x", "'colour': no such field"),
+        (
+            "--config other.json --output x",
+            "--config: other.json: training config 'colour': no such field; known are model, ",
+        ),
+        (
+            "--config near.json --output x",
+            "--config: near.json: training config 'bach_size': no such field; near it: batch_size",
+        ),
+        (
+            "--config size.json --output x --steps 3",
+            "--config: size.json: 'batch_size': expected an integer of at least 1, got 0",
+        ),
+        (
+            "--config model.json --output x",
+            "--config: model.json: config 'widht': no such field; near it: width",
+        ),
     ],
 )
 def test_bad_start_is_one_line(here, refused, line, message):
     (here / "list.json").write_text("[]")
     (here / "text.json").write_text("{")
     (here / "other.json").write_text('{"colour": 3, "model": {}}')
+    (here / "near.json").write_text('{"bach_size": 3, "model": {}}')
+    (here / "size.json").write_text('{"batch_size": 0, "model": {}}')
+    (here / "model.json").write_text('{"model": {"widht": 3}}')
     assert message in refused(f"train {line}")
 
 
