@@ -205,6 +205,7 @@ def test_metadata(wheel):
         "inception",
         "test",
         "train",
+        "shards",
         "vae",
     }
 
