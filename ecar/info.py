@@ -19,7 +19,13 @@ from ecar.sampling.guidance import DEFAULT_STEPS, Steps
 from ecar.sampling.plain import boundary_op
 from ecar_kernels import resolve, use_backend
 
-__all__ = ["StageCost", "backends_in_use", "count_multiply_adds", "count_parameters"]
+__all__ = [
+    "StageCost",
+    "backends_in_use",
+    "count_multiply_adds",
+    "count_parameters",
+    "count_training_multiply_adds",
+]
 
 SAMPLING_OPS = (
     "stage_attention",
@@ -115,6 +121,27 @@ def count_multiply_adds(
     counted, total = ledger.computed, counter.get_total_flops()
     assert counted == total, f"the parts hold {counted} FLOPs of the sampler's {total}"
     return stages
+
+
+def count_training_multiply_adds(config: ECARConfig) -> int:
+    """Multiply-adds of one training image: forward, backward and GradNorm's gradients.
+
+    Counted as ``count_multiply_adds`` does, of a training step of one image. Nothing is recomputed
+    (``gradient_checkpointing`` adds the forward of the blocks once more).
+    """
+    model = _meta_model(config).train()
+    shape, stages = (1, *config.latent_shape), config.num_stages
+    with torch.device("meta"):
+        latents, noise, tau = torch.empty(shape), torch.empty(shape), torch.empty(1, stages)
+        labels = torch.empty(1, dtype=torch.int64)
+    with use_backend("reference"), FlopCounterMode(display=False) as counter:
+        if config.ar_layers:
+            losses, shared = model(latents, labels, noise, tau, return_shared=True)
+            losses.sum().backward()
+            shared.stage_gradients()
+        else:
+            model(latents, labels, noise, tau).sum().backward()
+    return counter.get_total_flops() // 2
 
 
 def backends_in_use(

@@ -18,7 +18,13 @@ from ecar.cli.parser import add_device, add_sampling
 from ecar.cli.runtime import chosen_backend, chosen_device, chosen_settings
 from ecar.config import PRESETS, ECARConfig
 from ecar.files import read_json
-from ecar.info import StageCost, backends_in_use, count_multiply_adds, count_parameters
+from ecar.info import (
+    StageCost,
+    backends_in_use,
+    count_multiply_adds,
+    count_parameters,
+    count_training_multiply_adds,
+)
 from ecar.sampling.guidance import PAPER
 
 EXAMPLES = """\
@@ -100,6 +106,7 @@ def make_report(
         "parameters": parameters,
         **_image(config, settings),
         "paper": _image(config, papers),
+        "training_multiply_adds": count_training_multiply_adds(config),
         "backends": backends,
     }
 
@@ -181,6 +188,8 @@ def describe(report: dict[str, Any]) -> str:
         costs = image["multiply_adds_per_image"]["without_guidance"]
         parts = ", ".join(f"{PARTS[part]} {share:.1%}" for part, share in costs["shares"].items())
         lines.append(f"  {protocol:<{width}}{_short(costs['total']):>10}: {parts}")
+    training = _short(report["training_multiply_adds"])
+    lines += ["", f"multiply-adds of one training image, forward and backward: {training}"]
     lines += ["", "backends"]
     lines += [f"  {op:<24}{backend}" for op, backend in report["backends"].items()]
     return "\n".join(lines)

@@ -5,7 +5,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ecar.config import ECARConfig
-from ecar.info import backends_in_use, count_multiply_adds, count_parameters
+from ecar.info import (
+    backends_in_use,
+    count_multiply_adds,
+    count_parameters,
+    count_training_multiply_adds,
+)
 from ecar.model import ECAR
 from ecar.sampling import sample
 from ecar_kernels import BackendUnavailableError, _native, registry, use_backend
@@ -112,3 +117,24 @@ def test_a_named_backend_that_cannot_serve_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with use_backend("triton"), pytest.raises(BackendUnavailableError, match="triton"):
         backends_in_use(TINY, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("ar_layers", [0, 2])
+def test_training_is_counted_as_its_products_are(ar_layers):
+    """A product costs as much for each of its two gradients; the first layers have one."""
+    config = ECARConfig.from_dict({**TINY.to_dict(), "ar_layers": ar_layers})
+    model = ECAR(config)
+    arguments = (
+        torch.randn(1, *config.latent_shape), torch.zeros(1, dtype=torch.int64),
+        torch.randn(1, *config.latent_shape), torch.rand(1, config.num_stages),
+    )  # fmt: skip
+    with use_backend("reference"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*arguments)
+    forward = counter.get_total_flops() // 2
+    with use_backend("reference"), FlopCounterMode(display=False) as counter:
+        model(*arguments).sum().backward()
+    both = counter.get_total_flops() // 2
+    # GradNorm's: for each stage's tokens, the gradient of one weight, width x 4 width.
+    gradnorm = config.num_tokens * 4 * config.width**2 if ar_layers else 0
+    assert count_training_multiply_adds(config) == both + gradnorm
+    assert 2.8 * forward < both < 3.2 * forward
