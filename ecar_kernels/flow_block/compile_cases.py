@@ -8,7 +8,7 @@ from ecar_kernels._triton import CompileCase
 from ecar_kernels.flow_block import kernels, launch
 
 _TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_FLOAT32 = ("statistics", "sums")
+_FLOAT32 = ("sums",)
 _INTEGERS = ("rows", "tokens", "channels", "inputs", "outputs")
 _FLOATS = ("eps", "scale_offset")
 _UNALIGNED = (*kernels.COUNTS, *_FLOATS)
@@ -38,18 +38,11 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
                 block,
                 num_warps=launch.ROW_WARPS,
             )
-            yield _case(
-                kernels.normalise_rows,
-                dtype,
-                f"statistics C={channels}",
-                block | dict.fromkeys(_MODULATION),
-                float32=("out",),
-                num_warps=launch.ROW_WARPS,
-            )
         for precision in ("ieee", "tf32") if dtype == "fp32" else ("ieee",):
-            for tile in launch.tiles(itemsize, precision, arch):
-                for splits in launch.SPLITS if tile.splittable else (1,):
-                    yield from _products(dtype, precision, replace(tile, splits=splits))
+            for prologue in (False, True):
+                for tile in launch.tiles(itemsize, precision, arch, prologue=prologue):
+                    for splits in launch.SPLITS if tile.splittable else (1,):
+                        yield from _products(dtype, precision, replace(tile, splits=splits))
             if dtype != "fp16":  # as bfloat16
                 for tile in launch.odd_tiles():
                     yield from _products(dtype, precision, tile, odd=True)
@@ -74,12 +67,12 @@ def _products(
         name += f" {word}" if said else ""
     if not split:
         constants |= dict.fromkeys(("sums", "arrived"))
-    plain = constants | dict.fromkeys(("statistics", *_MODULATION))
+    gelu = constants | {"GELU": True, "CHANNELS": launch.statistics_block(tile)}
     if tile.prologue:
-        yield _case(
-            kernels.adaln_linear, dtype, f"{name} prologue", constants | {"GELU": True}, **how
-        )
-    yield _case(kernels.adaln_linear, dtype, name, plain | {"GELU": True}, **how)
+        yield _case(kernels.adaln_linear, dtype, f"{name} prologue", gelu, **how)
+        return
+    plain = gelu | dict.fromkeys(_MODULATION)
+    yield _case(kernels.adaln_linear, dtype, name, plain, **how)
     yield _case(kernels.linear_gated_residual, dtype, name, constants, **how)
 
 
@@ -89,7 +82,6 @@ def _case(
     name: str,
     constants: dict,
     *,
-    float32: tuple[str, ...] = (),
     odd: bool = False,
     num_warps: int,
     num_stages: int = 3,
@@ -103,7 +95,7 @@ def _case(
             return "i32"
         if argument == "arrived":
             return "*i32"
-        return "*fp32" if argument in (*_FLOAT32, *float32) else f"*{dtype}"
+        return "*fp32" if argument in _FLOAT32 else f"*{dtype}"
 
     signature = {argument: kind(argument) for argument in kernel.arg_names}
     aligned = tuple(

@@ -40,6 +40,40 @@ def _add_step(value, step, row, tokens, image_stride, column, mask):
     return value
 
 
+@triton.jit
+def _moments(value, inside, count, AXIS: tl.constexpr):
+    """Along an axis, of the `count` values that are inside: the mean, what its rounding left of
+    it, and the sum of squared deviations. Beside a large mean the variance is small, and the
+    mean's rounding would show."""
+    mean = tl.sum(tl.where(inside, value, 0.0), AXIS, keep_dims=True) / count
+    deviation = tl.where(inside, value - mean, 0.0)
+    rest = tl.sum(deviation, AXIS, keep_dims=True) / count
+    square = tl.sum(deviation * deviation, AXIS, keep_dims=True) - count * rest * rest
+    return mean, rest, square
+
+
+@triton.jit
+def _row_statistics(x, channels, eps, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
+    """Of rows that begin at x [BLOCK_M, 1]: the mean of their first BLOCK channels, the mean less
+    that, and 1 / sqrt(variance + eps). Blocks are combined as by Chan, Golub and LeVeque (1983).
+    """
+    pivot = tl.zeros((BLOCK_M, 1), tl.float32)
+    mean = tl.zeros((BLOCK_M, 1), tl.float32)
+    square = tl.zeros((BLOCK_M, 1), tl.float32)
+    for begin in range(0, channels, BLOCK):
+        column = begin + tl.arange(0, BLOCK)[None, :]
+        inside = column < channels
+        value = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+        count = tl.minimum(channels - begin, BLOCK).to(tl.float32)
+        block_mean, rest, block_square = _moments(value, inside, count, 1)
+        pivot = tl.where(begin == 0, block_mean, pivot)
+        before = begin * 1.0
+        change = block_mean - pivot + rest - mean
+        mean += change * (count / (before + count))
+        square += block_square + change * change * (before * count / (before + count))
+    return pivot, mean, 1.0 / tl.sqrt_rn(square / channels + eps)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def normalise_rows(
     x, x_image, x_token,
@@ -47,48 +81,23 @@ def normalise_rows(
     step_shift, step_shift_image, step_scale, step_scale_image,
     out, tokens, channels, eps, scale_offset, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """adaln(x) of one row a program, into out [rows, channels].
-
-    Where `shift` is None, only the statistics, into out [rows, 3], float32: the mean, what its
-    rounding left of it, and 1 / sqrt(variance + eps).
-    """
+    """adaln(x) of one row a program, into out [rows, channels]."""
     row = tl.program_id(0)
     x = _rows_of((x, x_image, x_token), row, tokens)
-    total = tl.zeros((BLOCK,), tl.float32)
+    shift = _rows_of((shift, shift_image, shift_token), row, tokens)
+    scale = _rows_of((scale, scale_image, scale_token), row, tokens)
+    pivot, mean, rstd = _row_statistics(x + tl.zeros((1, 1), tl.int32), channels, eps, 1, BLOCK)
+    out += row.to(tl.int64) * channels
     for begin in range(0, channels, BLOCK):
-        column = begin + tl.arange(0, BLOCK)
-        total += tl.load(x + column, mask=column < channels, other=0.0).to(tl.float32)
-    mean = tl.sum(total) / channels
-    # Beside a large mean the variance is small, and the mean's rounding would show.
-    first = tl.zeros((BLOCK,), tl.float32)
-    second = tl.zeros((BLOCK,), tl.float32)
-    for begin in range(0, channels, BLOCK):
-        column = begin + tl.arange(0, BLOCK)
-        value = tl.load(x + column, mask=column < channels, other=0.0).to(tl.float32)
-        deviation = tl.where(column < channels, value - mean, 0.0)
-        first += deviation
-        second += deviation * deviation
-    rest = tl.sum(first) / channels
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(second) / channels - rest * rest + eps)
-    if shift is None:
-        out += row.to(tl.int64) * 3
-        tl.store(out, mean)
-        tl.store(out + 1, rest)
-        tl.store(out + 2, rstd)
-    else:
-        shift = _rows_of((shift, shift_image, shift_token), row, tokens)
-        scale = _rows_of((scale, scale_image, scale_token), row, tokens)
-        out += row.to(tl.int64) * channels
-        for begin in range(0, channels, BLOCK):
-            column = begin + tl.arange(0, BLOCK)
-            mask = column < channels
-            value = tl.load(x + column, mask=mask, other=0.0).to(tl.float32)
-            factor = scale_offset + tl.load(scale + column, mask=mask, other=0.0).to(tl.float32)
-            offset = tl.load(shift + column, mask=mask, other=0.0).to(tl.float32)
-            factor = _add_step(factor, step_scale, row, tokens, step_scale_image, column, mask)
-            offset = _add_step(offset, step_shift, row, tokens, step_shift_image, column, mask)
-            y = (value - mean - rest) * rstd * factor + offset
-            tl.store(out + column, y.to(out.dtype.element_ty), mask=mask)
+        column = begin + tl.arange(0, BLOCK)[None, :]
+        mask = column < channels
+        value = tl.load(x + column, mask=mask, other=0.0).to(tl.float32)
+        factor = scale_offset + tl.load(scale + column, mask=mask, other=0.0).to(tl.float32)
+        offset = tl.load(shift + column, mask=mask, other=0.0).to(tl.float32)
+        factor = _add_step(factor, step_scale, row, tokens, step_scale_image, column, mask)
+        offset = _add_step(offset, step_shift, row, tokens, step_shift_image, column, mask)
+        y = (value - pivot - mean) * rstd * factor + offset
+        tl.store(out + column, y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -158,32 +167,31 @@ def _weight_columns(weight_view, output, outputs):
 @triton.jit
 def _normalised_product(
     view,
-    statistics,
     shift_view,
     scale_view,
     steps,
-    scale_offset,
+    numbers,
     weight_view,
     sizes,
     tile,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """adaln(x) weight^T, the normalised x made in registers and rounded to x's type.
 
-    steps: step_shift and step_scale, each with its stride; the rest as in `_product`.
+    steps: step_shift and step_scale, each with its stride; numbers: eps and scale_offset;
+    CHANNELS: read at once for the statistics. The rest as in `_product`.
     """
     rows, tokens, outputs, inputs = sizes
     row, output = tile
     step_shift, step_shift_image, step_scale, step_scale_image = steps
+    eps, scale_offset = numbers
     row = tl.minimum(row, rows - 1)
-    statistics += row.to(tl.int64) * 3
-    mean = tl.load(statistics)[:, None]
-    rest = tl.load(statistics + 1)[:, None]
-    rstd = tl.load(statistics + 2)[:, None]
     x = _rows_of(view, row, tokens)[:, None]
+    pivot, mean, rstd = _row_statistics(x, inputs, eps, BLOCK_M, CHANNELS)
     shift = _rows_of(shift_view, row, tokens)[:, None]
     scale = _rows_of(scale_view, row, tokens)[:, None]
     weight = _weight_columns(weight_view, output, outputs)
@@ -199,7 +207,7 @@ def _normalised_product(
         offset = tl.load(shift + column, mask=mask, other=0.0).to(tl.float32)
         factor = _add_step(factor, step_scale, row, tokens, step_scale_image, column, mask)
         offset = _add_step(offset, step_shift, row, tokens, step_shift_image, column, mask)
-        a = (value.to(tl.float32) - mean - rest) * rstd * factor + offset
+        a = (value.to(tl.float32) - pivot - mean) * rstd * factor + offset
         # Past the last input the mean remains, and in float16 it may overflow.
         a = tl.where(mask, a, 0.0).to(value.dtype)
         total = _multiply(a, weight + channel[:, None], inside, total, PRECISION)
@@ -271,34 +279,34 @@ def _finish_gated_residual(
 
 @triton.jit(do_not_specialize=COUNTS)
 def adaln_linear(
-    x, x_image, x_token, statistics,
+    x, x_image, x_token,
     shift, shift_image, shift_token, scale, scale_image, scale_token,
     step_shift, step_shift_image, step_scale, step_scale_image,
-    weight, weight_row, bias, out, sums, arrived, rows, tokens, outputs, inputs, scale_offset,
+    weight, weight_row, bias, out, sums, arrived, rows, tokens, outputs, inputs, eps, scale_offset,
     GELU: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """act(adaln(x) weight^T + bias). x is already normalised where `statistics` is None, and then
-    shift and scale are None, too, as sums and arrived are without splits."""
+    """act(adaln(x) weight^T + bias). Where shift and scale are None, x is normalised already;
+    sums and arrived are None without splits."""
     view, weight_view = (x, x_image, x_token), (weight, weight_row)
     sizes = rows, tokens, outputs, inputs
     tile = _tile(rows, outputs, BLOCK_M, BLOCK_N)
-    if statistics is None:
+    if shift is None:
         y = _product(view, weight_view, sizes, tile, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     else:
         y = _normalised_product(
             view,
-            statistics,
             (shift, shift_image, shift_token),
             (scale, scale_image, scale_token),
             (step_shift, step_shift_image, step_scale, step_scale_image),
-            scale_offset,
+            (eps, scale_offset),
             weight_view,
             sizes,
             tile,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
+            CHANNELS,
             PRECISION,
         )
     last = True

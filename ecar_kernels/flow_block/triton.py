@@ -1,8 +1,8 @@
 """The fused GEMMs on GPUs: kernels.py as ops, under the settings of launch.py.
 
-adaln_linear is two launches, a pass over the rows (statistics, or the normalised x) and the
-product; linear_gated_residual is the product alone. A product of few rows is split over its
-inputs; the last of a tile's programs adds up what the others left.
+Each is one launch, a product. Only for many rows has adaln_linear a pass before it, which writes
+the normalised x. A product of few rows may be split over its inputs; the last of a tile's programs
+adds up what the others left.
 """
 
 import torch
@@ -88,6 +88,7 @@ def _settings(op: str, x: Tensor, weight: Tensor) -> launch.Settings:
         precision,
         _triton.multiprocessors(x.device.index),
         arch,
+        op == "adaln_linear",
     )
     return tuning.choose(
         op, (outputs, inputs, x.element_size(), precision), rows, usual, x.device.index
@@ -131,27 +132,22 @@ def launch_adaln_linear(
         *_step(step_shift),
         *_step(step_scale),
     )
-    nothing = (None, 0, 0, None, 0, 0, None, 0, None, 0)
-    if its.prologue:
-        statistics = first = x.new_empty((rows, 3), dtype=torch.float32)
-    else:
-        statistics, first = None, x.new_empty((batch, tokens, channels))
-    kernels.normalise_rows[(rows,)](
-        *_view(x),
-        *(nothing if its.prologue else modulation),
-        first,
-        tokens,
-        channels,
-        eps,
-        scale_offset,
-        BLOCK=launch.row_block(channels),
-        num_warps=launch.ROW_WARPS,
-    )
     if not its.prologue:
-        x, modulation = first, nothing
+        normalised = x.new_empty((batch, tokens, channels))
+        kernels.normalise_rows[(rows,)](
+            *_view(x),
+            *modulation,
+            normalised,
+            tokens,
+            channels,
+            eps,
+            scale_offset,
+            BLOCK=launch.row_block(channels),
+            num_warps=launch.ROW_WARPS,
+        )
+        x, modulation = normalised, (None, 0, 0, None, 0, 0, None, 0, None, 0)
     kernels.adaln_linear[_grid(its, rows, outputs)](
         *_view(x),
-        statistics,
         *modulation,
         weight,
         weight.stride(0),
@@ -162,8 +158,10 @@ def launch_adaln_linear(
         tokens,
         outputs,
         channels,
+        eps,
         scale_offset,
         GELU=gelu,
+        CHANNELS=launch.statistics_block(its),
         **_tile(its, x),
     )
     return out
