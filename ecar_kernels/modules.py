@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ecar_kernels import fused, recompute
 from ecar_kernels._written import as_written, remember
-from ecar_kernels.acceleration import PUBLIC, Accelerated, Ops, accelerates, unit_gate
+from ecar_kernels.acceleration import PUBLIC, Accelerated, Ops, accelerates
 from ecar_kernels.fused import rows
 
 
@@ -367,15 +367,9 @@ class AcceleratedLinear(Accelerated, Linear):
 
 def _multiply(layer: Linear, x: Tensor, bias: Tensor | None, plain: Callable) -> Tensor:
     ops = layer.ops(x) if isinstance(layer, Accelerated) else PUBLIC  # restored, and still called
-    if ops is PUBLIC or getattr(ops.linear_gated_residual, "prepare_weight", None) is None:
-        return plain(layer, x)  # elsewhere the libraries' own GEMM is the one to take
-    if x.ndim < 2 or not x.numel() or not as_written(layer, nn.Linear):
+    if not fused.packs(ops) or x.ndim < 2 or not x.numel() or not as_written(layer, nn.Linear):
         return plain(layer, x)
-    tokens = rows(x.reshape(-1, *x.shape[-2:]))
-    nothing = x.new_zeros(1, 1, layer.out_features).expand(*tokens.shape[:2], -1)
-    return ops.linear_gated_residual(
-        tokens, layer.weight, bias, unit_gate(tokens, layer.out_features), nothing
-    ).view(*x.shape[:-1], -1)
+    return fused.product(ops, layer.weight, bias, x)
 
 
 @accelerates(StageBlock)

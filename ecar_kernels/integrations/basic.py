@@ -23,6 +23,7 @@ class BasicTransformerBlock(DiffusersBlock):
 
     uses = ("adaln_linear", "stage_attention", "linear_gated_residual")
     weights = (
+        "norm1.linear.weight",
         "attn1.to_q.weight",
         "attn1.to_k.weight",
         "attn1.to_v.weight",
@@ -64,7 +65,7 @@ class BasicTransformerBlock(DiffusersBlock):
         if self.norm_type == "ada_norm_zero":
             norm, last = self.norm1, self.norm3
             embedding = norm.emb(timestep, class_labels, hidden_dtype=x.dtype)
-            parts, norm = modulations(norm, embedding, 6), norm.norm
+            parts, norm = modulations(ops, norm, embedding, 6), norm.norm
         else:
             norm, last = self.norm1, self.norm2
             parts = (self.scale_shift_table[None] + timestep.reshape(len(x), 6, -1)).chunk(6, dim=1)

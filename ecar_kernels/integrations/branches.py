@@ -11,8 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ecar_kernels import fused, recompute
+from ecar_kernels._written import as_written
 from ecar_kernels.acceleration import PUBLIC, Ops
 from ecar_kernels.fused import rows
+
+
+def modulation(ops: Ops, module: nn.Module, condition: Tensor) -> Tensor:
+    """module(condition), of a SiLU and a linear layer."""
+    if (
+        ops is PUBLIC
+        or not as_written(module, nn.Sequential)
+        or len(module) != 2
+        or not as_written(module[0], nn.SiLU)
+    ):
+        return module(condition)
+    return fused.linear(ops, module[1], module[0](condition))
 
 
 def project(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ecar_kernels.acceleration import Ops
 from ecar_kernels.foreign import Foreign, loaded, why_patched
+from ecar_kernels.fused import linear
 from ecar_kernels.integrations.branches import add_mlp, project
 from ecar_kernels.integrations.checks import differs, drops, has_parameters, part, unlike
 
@@ -16,6 +17,8 @@ NORMS = "diffusers.models.normalization"
 PROCESSORS = "diffusers.models.attention_processor"
 # Of a block with layers for the image and for the text, and one attention over both.
 JOINT_WEIGHTS = (
+    "norm1.linear.weight",
+    "norm1_context.linear.weight",
     "attn.to_q.weight",
     "attn.to_k.weight",
     "attn.to_v.weight",
@@ -99,9 +102,10 @@ def feed_forward(block: nn.Module, name: str) -> str | None:
     )
 
 
-def modulations(norm: Any, embedding: Tensor, count: int) -> tuple[Tensor, ...]:
+def modulations(ops: Ops, norm: Any, embedding: Tensor, count: int) -> tuple[Tensor, ...]:
     """An adaptive norm's parts, [B, 1, C] each, of its embedding [B, C]."""
-    return norm.linear(norm.silu(embedding)).unsqueeze(1).chunk(count, dim=-1)
+    found = linear(ops, norm.linear, norm.silu(embedding))
+    return found.unsqueeze(1).chunk(count, dim=-1)
 
 
 def queries_keys_values(

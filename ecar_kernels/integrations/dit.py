@@ -10,7 +10,7 @@ from torch import nn
 
 from ecar_kernels.foreign import Foreign, serves
 from ecar_kernels.fused import rows
-from ecar_kernels.integrations.branches import add, add_mlp, attend, project
+from ecar_kernels.integrations.branches import add, add_mlp, attend, modulation, project
 from ecar_kernels.integrations.checks import differs, drops, has_parameters, part, unlike
 from ecar_kernels.integrations.expression import same_forward
 
@@ -24,7 +24,13 @@ class DiTBlock(Foreign):
     """adaLN-zero, self-attention, MLP in five launches."""
 
     uses = ("adaln_linear", "stage_attention", "linear_gated_residual")
-    weights = ("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
+    weights = (
+        "adaLN_modulation.1.weight",
+        "attn.qkv.weight",
+        "attn.proj.weight",
+        "mlp.fc1.weight",
+        "mlp.fc2.weight",
+    )
 
     @classmethod
     def sizes(cls, block: Any) -> tuple[int, int]:
@@ -55,7 +61,7 @@ class DiTBlock(Foreign):
         x = rows(x)
         if (ops := self.ready(x)) is None:
             return None
-        parts = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
+        parts = modulation(ops, self.adaLN_modulation, c).unsqueeze(1).chunk(6, dim=-1)
         if not self.fits(x, *parts):
             return None
         attention, mlp = self.attn, self.mlp

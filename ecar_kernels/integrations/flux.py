@@ -61,8 +61,8 @@ class FluxTransformerBlock(DiffusersBlock):
         if ops is None:
             return None
         attn, norm, norm_context = self.attn, self.norm1, self.norm1_context
-        parts = modulations(norm, temb, 6)
-        context_parts = modulations(norm_context, temb, 6)
+        parts = modulations(ops, norm, temb, 6)
+        context_parts = modulations(ops, norm_context, temb, 6)
         if not (self.fits(x, *parts) and self.fits(context, *context_parts)):
             return None
 
@@ -87,6 +87,7 @@ class FluxSingleTransformerBlock(DiffusersBlock):
 
     uses = ("adaln_linear", "stage_attention", "linear_gated_residual")
     weights = (
+        "norm.linear.weight",
         "attn.to_q.weight",
         "attn.to_k.weight",
         "attn.to_v.weight",
@@ -120,7 +121,7 @@ class FluxSingleTransformerBlock(DiffusersBlock):
             return None
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         attn, norm = self.attn, self.norm
-        parts = modulations(norm, temb, 3)
+        parts = modulations(ops, norm, temb, 3)
         if not self.fits(x, *parts):
             return None
         eps = norm.norm.eps

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ecar_kernels.foreign import serves
-from ecar_kernels.fused import rows
+from ecar_kernels.fused import linear, rows
 from ecar_kernels.integrations.branches import add, attend
 from ecar_kernels.integrations.checks import differs, has_parameters
 from ecar_kernels.integrations.diffusers import (
@@ -62,16 +62,13 @@ class JointTransformerBlock(DiffusersBlock):
         if ops is None:
             return None
         attn, norm, norm_context = self.attn, self.norm1, self.norm1_context
-        parts = modulations(norm, temb, 9 if self.use_dual_attention else 6)
+        parts = modulations(ops, norm, temb, 9 if self.use_dual_attention else 6)
         if self.context_pre_only:
-            context_scale, context_shift = (
-                norm_context.linear(norm_context.silu(temb).to(context.dtype))
-                .unsqueeze(1)
-                .chunk(2, dim=-1)
-            )
+            found = linear(ops, norm_context.linear, norm_context.silu(temb).to(context.dtype))
+            context_scale, context_shift = found.unsqueeze(1).chunk(2, dim=-1)
             context_parts: tuple = (context_shift, context_scale)
         else:
-            context_parts = modulations(norm_context, temb, 6)
+            context_parts = modulations(ops, norm_context, temb, 6)
         if not (self.fits(x, *parts) and self.fits(context, *context_parts)):
             return None
 
