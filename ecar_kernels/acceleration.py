@@ -107,7 +107,8 @@ class Accelerated(_Mixin):
     Class attributes say what `accelerate` prepares:
         uses: the ops that it calls.
         weights: parameters of linear layers, by name, that reach adaln_linear or
-            linear_gated_residual where the layer is as written (`ecar_kernels.fused` asks).
+            linear_gated_residual where the layer is as written (`ecar_kernels.fused` asks);
+            "blocks.*.fc.weight" is one of each of the blocks.
         norms: LayerNorms, by name, whose weight and bias are read likewise.
     Attributes of the module tell what some backends limit, where it has them:
         width: C of the adaLN and fused ops. head_dim: D of stage_attention.

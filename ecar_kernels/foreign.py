@@ -149,6 +149,8 @@ def join(integration: type[Foreign], original: type[nn.Module]) -> type[Foreign]
 
 def _join(integration: type[Foreign], original: type[nn.Module]) -> type[Foreign]:
     written = original.forward
+    given, known = (tuple(inspect.signature(f).parameters) for f in (written, integration.run))
+    names = dict(zip(given, known, strict=False))  # of copied code, its own
 
     @functools.wraps(written)
     def forward(self, *args, **kwargs):
@@ -157,7 +159,7 @@ def _join(integration: type[Foreign], original: type[nn.Module]) -> type[Foreign
         if torch.compiler.is_compiling():
             packing.unpack_all()
         elif original.forward is written:  # else somebody replaced it
-            result = integration.run(self, *args, **kwargs)
+            result = integration.run(self, *args, **{names.get(k, k): v for k, v in kwargs.items()})
             if result is not None:
                 return result
         return super(joined, self).forward(*args, **kwargs)

@@ -43,9 +43,22 @@ def linear(
     z: [.., C], the result of function(*sources), whose gradient goes its own way. function: makes
     the same z of the same sources at any time, without a module's state; None: z is kept.
     """
-    if function is None or not active(z) or not as_written(layer, nn.Linear):
+    if not as_written(layer, nn.Linear):
         return layer(z)
-    return _Linear.apply(function, z, layer.weight, layer.bias, *sources)
+    return product(layer.weight, layer.bias, z, function, *sources)
+
+
+def product(
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor,
+    function: Callable[..., Tensor] | None = None,
+    *sources: Tensor | None,
+) -> Tensor:
+    """z W^T + b, likewise."""
+    if function is None or not active(z):
+        return F.linear(z, weight, bias)
+    return _Linear.apply(function, z, weight, bias, *sources)
 
 
 def gelu_linear(layer: nn.Module, x: Tensor) -> Tensor:

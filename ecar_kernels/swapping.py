@@ -3,6 +3,7 @@
 What is swapped is a module's class (acceleration.py); parameters, buffers and hooks stay.
 """
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -214,8 +215,7 @@ def _left(module: Accelerated) -> Iterator[str]:
             continue  # a part that not every such block has
         if (reason := why_not(layer, nn.Linear)) is not None:
             yield f"{name or 'weight'}: {reason}"
-    for name in module.norms:
-        norm = module.get_submodule(name)
+    for name, norm in itertools.chain(*(_named(module, path) for path in module.norms)):
         if (reason := why_not(norm, nn.LayerNorm)) is not None:
             yield f"{name}: {reason}"
         elif not has_affine(norm):
@@ -225,11 +225,18 @@ def _left(module: Accelerated) -> Iterator[str]:
 def _layers(module: nn.Module, kind: type[Accelerated]) -> Iterator[tuple[str, nn.Module | None]]:
     """Those whose weights the class reads, by name; None where there is nothing of that name."""
     for name in kind.weights:
-        layer: nn.Module | None = module
-        path = name.rpartition(".")[0]
-        for part in filter(None, path.split(".")):
-            layer = layer._modules.get(part) if layer is not None else None
-        yield path, layer
+        yield from _named(module, name.rpartition(".")[0])
+
+
+def _named(module: nn.Module | None, path: str) -> Iterator[tuple[str, nn.Module | None]]:
+    """The submodules of that path, of which a step "*" is any."""
+    step, _, rest = path.partition(".")
+    if not step or module is None:
+        yield path, module
+        return
+    for name in module._modules if step == "*" else (step,):
+        for found, layer in _named(module._modules.get(name), rest):
+            yield f"{name}.{found}" if found else name, layer
 
 
 def _original(module: nn.Module) -> type[nn.Module]:

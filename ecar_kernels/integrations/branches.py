@@ -43,11 +43,22 @@ def project(
     return [F.gelu(y, approximate="tanh") for y in found] if gelu else found
 
 
-def attend(ops: Ops, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of all tokens to all, [B, N, H, D] each -> [B, N, H D]."""
-    if not (q.shape == k.shape == v.shape and q.dtype is k.dtype is v.dtype):
+def attend(
+    ops: Ops,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stages: tuple[int, ...] | None = None,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention, [B, N, H, D] each -> [B, N, H D]: of all tokens to all, or to those of their own
+    and earlier stages; the keys of the first may come from a cache."""
+    stages = stages or (q.shape[1],)
+    batch, _, *heads = q.shape
+    if not (k.shape == v.shape == (batch, sum(stages), *heads) and q.dtype is k.dtype is v.dtype):
         ops = PUBLIC  # bound ops do not look; the public one says what is wrong
-    return ops.stage_attention(rows(q), rows(k), rows(v), (q.shape[1],)).flatten(2)
+    return ops.stage_attention(rows(q), rows(k), rows(v), stages, scale=scale).flatten(2)
 
 
 def add(ops: Ops, layer: nn.Module, h: Tensor, gate: Tensor, x: Tensor) -> Tensor:

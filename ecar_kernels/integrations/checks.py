@@ -5,6 +5,7 @@ them with `or`.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -42,6 +43,18 @@ def unlike(block: nn.Module, name: str, *kinds: str | type[nn.Module]) -> str | 
     reason: str | None = f"a {type(module).__name__}"
     if known:
         reason = _written.why_not(module, known[0]) or why_patched(known[0])
+    return None if reason is None else f"{name}: {reason}"
+
+
+def copied(block: nn.Module, name: str, known: Callable[[Callable], bool], what: str) -> str | None:
+    """None where the submodule is as its class is written, and `known` knows the class's forward.
+
+    For code that is copied from project to project, whose modules' names say nothing.
+    """
+    module = part(block, name)
+    reason = _written.why_not(module, type(module))
+    if reason is None and not known(type(module).forward):
+        reason = f"its forward is not that of {what}"
     return None if reason is None else f"{name}: {reason}"
 
 

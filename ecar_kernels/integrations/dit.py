@@ -39,7 +39,7 @@ class DiTBlock(Foreign):
 
     @classmethod
     def why_another_class(cls, kind: type[nn.Module]) -> str | None:
-        if same_forward(kind, PARTS, _block):
+        if same_forward(kind.forward, _block, 2, PARTS):
             return None
         return "its forward is not that of DiT's block"
 

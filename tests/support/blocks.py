@@ -1,9 +1,6 @@
 """Blocks of other libraries, as small as they are built, their calls, and what comes of them."""
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,55 +11,22 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
+from benchmarks.copied import AdaLNSelfAttn, DiTBlock, SimpleMLPAdaLN
 from ecar_kernels import report
 from ecar_kernels.foreign import Foreign
 from ecar_kernels.registry import record
+from ecar_kernels.stage_attention.reference import block_causal_mask
 
 WIDTH, HEADS, HEAD_DIM = 32, 2, 16
 BATCH, TOKENS, TEXT = 2, 9, 5
-FUSED = {"adaln_linear", "stage_attention", "linear_gated_residual"}
-
-
-def timm(name: str) -> Any:
-    """A module of timm, or what stands for it where timm is not installed."""
-    if importlib.util.find_spec("timm") is not None:
-        return importlib.import_module(name)
-    if name not in sys.modules:
-        path = Path(__file__).with_name("timm_parts.py")
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-class DiTBlock(nn.Module):
-    """As in DiT's own code, but for names that do not matter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        attention, mlp = timm("timm.layers.attention").Attention, timm("timm.layers.mlp").Mlp
-        self.norm1 = nn.LayerNorm(WIDTH, elementwise_affine=False, eps=1e-6)
-        self.attn = attention(WIDTH, num_heads=HEADS, qkv_bias=True)
-        self.norm2 = nn.LayerNorm(WIDTH, elementwise_affine=False, eps=1e-6)
-        self.mlp = mlp(WIDTH, 4 * WIDTH, act_layer=lambda: nn.GELU(approximate="tanh"))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, 6 * WIDTH))
-
-    def forward(self, x, c):
-        b1, w1, g1, b2, w2, g2 = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x = g1[:, None] * self.attn(modulated(self.norm1(x), b1, w1)) + x
-        return x + g2.unsqueeze(1) * self.mlp(modulated(self.norm2(x), b2, w2))
-
-
-def modulated(x, shift, scale):
-    return x * (scale.unsqueeze(1) + 1) + shift.unsqueeze(1)
 
 
 class Block(NamedTuple):
     make: Callable[[], nn.Module]
     # Of the number of images: the arguments of a call by name.
     arguments: Callable[[int], dict[str, Any]]
-    # What the block returns, as tensors alone.
-    outputs: Callable[[Any], Any] = lambda result: result
+    # What the block, or a forward of it, makes of the arguments, as tensors alone.
+    call: Callable[[Any, dict[str, Any]], Any] = lambda block, given: block(**given)
 
 
 def tokens(batch: int, count: int = TOKENS) -> Tensor:
@@ -133,8 +97,43 @@ def joint(**options: Any) -> JointTransformerBlock:
     return JointTransformerBlock(WIDTH, HEADS, HEAD_DIM, **options)
 
 
-def image_alone(result: Any) -> Any:
-    return result[1]
+def image_alone(block: Any, given: dict[str, Any]) -> Any:
+    return block(**given)[1]
+
+
+STAGES = (1, 3, 5)
+
+
+def masked(block: Any, given: dict[str, Any]) -> Tensor:
+    """VAR's block over all stages."""
+    x = given["x"]
+    mask = block_causal_mask(STAGES, TOKENS, device=x.device)
+    bias = torch.zeros(mask.shape, device=x.device).masked_fill(~mask, -torch.inf)
+    return block(**given, attn_bias=bias[None, None].to(x.dtype))
+
+
+def stage_by_stage(block: Any, given: dict[str, Any]) -> Tensor:
+    """With the cache."""
+    attention = getattr(block, "__self__", block).attn
+    attention.kv_caching(True)
+    try:
+        return torch.cat(
+            [
+                block(**given | {"x": x}, attn_bias=None)
+                for x in given["x"].tensor_split((STAGES[0], sum(STAGES[:2])), dim=1)
+            ],
+            dim=1,
+        )
+    finally:
+        attention.kv_caching(False)
+
+
+def var_arguments(batch: int) -> dict[str, Any]:
+    return {"x": tokens(batch), "cond_BD": torch.randn(batch, WIDTH)}
+
+
+def mar_arguments(batch: int) -> dict[str, Any]:
+    return {"x": torch.randn(batch, 5), "t": torch.rand(batch), "c": torch.randn(batch, 24)}
 
 
 BLOCKS = {
@@ -150,8 +149,17 @@ BLOCKS = {
     "Flux": Block(lambda: FluxTransformerBlock(WIDTH, HEADS, HEAD_DIM), flux_streams),
     "Flux single": Block(lambda: FluxSingleTransformerBlock(WIDTH, HEADS, HEAD_DIM), flux_streams),
     "DiT's own": Block(
-        DiTBlock, lambda batch: {"x": tokens(batch), "c": torch.randn(batch, WIDTH)}
+        lambda: DiTBlock(WIDTH, HEADS),
+        lambda batch: {"x": tokens(batch), "c": torch.randn(batch, WIDTH)},
     ),
+    "VAR": Block(lambda: AdaLNSelfAttn(WIDTH, HEADS), var_arguments, masked),
+    "VAR shared": Block(
+        lambda: AdaLNSelfAttn(WIDTH, HEADS, shared=True, cosine=False, drop_path=0.0),
+        lambda batch: {"x": tokens(batch), "cond_BD": torch.randn(batch, 1, 6, WIDTH)},
+        masked,
+    ),
+    "VAR by stages": Block(lambda: AdaLNSelfAttn(WIDTH, HEADS), var_arguments, stage_by_stage),
+    "MAR": Block(lambda: SimpleMLPAdaLN(5, WIDTH, 24, 2), mar_arguments),
 }
 
 
@@ -159,11 +167,11 @@ def made(
     name: str, batch: int = BATCH, std: float = 0.2
 ) -> tuple[nn.Module, dict[str, Any], Callable]:
     """A block with weights of which each counts, arguments, and the call (block, arguments)."""
-    block, outputs = BLOCKS[name].make().eval(), BLOCKS[name].outputs
+    block = BLOCKS[name].make().eval()
     with torch.no_grad():
         for parameter in block.parameters():
             nn.init.normal_(parameter, std=std)
-    return block, BLOCKS[name].arguments(batch), lambda block, given: outputs(block(**given))
+    return block, BLOCKS[name].arguments(batch), BLOCKS[name].call
 
 
 def flat(result: Any) -> tuple[Any, ...]:
@@ -191,4 +199,4 @@ def ops_of(call: Callable[[], Any]) -> set[str]:
 def is_served(block: nn.Module) -> bool:
     """Was it swapped, and does the report leave nothing of it out?"""
     (row,) = report(block)
-    return isinstance(block, Foreign) and not row.left and set(row.served) == FUSED
+    return isinstance(block, Foreign) and not row.left and set(row.served) == set(block.uses)

@@ -28,6 +28,10 @@ def functional(module, call):
 
     def run(**arguments):
         weights = {f"inner.{name}": arguments.pop(f"w{i}") for i, name in enumerate(names)}
+        like = next(iter(weights.values()), None)
+        for name, buffer in module.named_buffers():  # of the weights' type, as `to` has them
+            if buffer.is_floating_point():
+                weights[f"inner.{name}"] = buffer.to(like)
         return torch.func.functional_call(Call(), weights, (arguments,))
 
     return run

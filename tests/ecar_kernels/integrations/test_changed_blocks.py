@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from ecar_kernels import accelerate, foreign, report, restore
+from ecar_kernels import accelerate, foreign, report, restore, swapping
 from ecar_kernels.foreign import Foreign
 from tests.support import situations
 from tests.support.blocks import BLOCKS, agree, flat, is_served, made, near, ops_of
@@ -26,8 +26,7 @@ def test_what_stands_in_a_layers_place_is_called(name, change):
     plain, arguments, call = made(name)
     untouched = call(plain, arguments)
     integration, _ = foreign.integration_of(type(plain))
-    layers = [weight.rpartition(".")[0] for weight in integration.weights]
-    layers = [layer for layer in layers if part_of(plain, layer) is not None]
+    layers = [name for name, layer in swapping._layers(plain, integration) if layer is not None]
     assert len(layers) >= 4
     changed = 0
     for index, layer in enumerate(layers, start=situations.LAYERS.index(change)):
@@ -38,7 +37,13 @@ def test_what_stands_in_a_layers_place_is_called(name, change):
         apply(change, fast, layer)
         if not index % 2:
             accelerate(fast)
-        right, got = call(other, arguments), call(fast, arguments)
+        try:
+            right = call(other, arguments)
+        except TypeError:  # VAR reads a weight of its layer that a quantized one does not have
+            with pytest.raises(TypeError):
+                call(fast, arguments)
+            continue
+        got = call(fast, arguments)
         changed += not agree(right, untouched)
         # It rounds its inputs to 255 levels: one at an edge may come out a level off.
         rounded = change is situations.dynamic_quantization
@@ -53,13 +58,7 @@ def test_what_stands_in_a_layers_place_is_called(name, change):
 
 def apply(change, block, layer):
     torch.manual_seed(0)
-    change(block, layer, part_of(block, layer))
-
-
-def part_of(block, name):
-    for step in name.split("."):
-        block = None if block is None else getattr(block, step, None)
-    return block
+    change(block, layer, block.get_submodule(layer))
 
 
 class Halved(nn.Module):
@@ -87,32 +86,36 @@ def hooked(result):
     return None if result is None else 2 * result
 
 
+WHOLE = {"attn", "attn1", "ff", "ffn", "mlp", "norm1", "norm", "ln_wo_grad", "drop_path"}
+WHOLE |= {"final_layer", "res_blocks.0"}
+
+
 def whole_parts(block):
     """The parts of a block whose forward `run` takes the place of."""
-    return [
-        name for name in ("attn", "attn1", "ff", "mlp", "norm1", "norm") if hasattr(block, name)
-    ]
+    return [name for name, _ in block.named_modules() if name in WHOLE]
 
 
 PARTS = {
-    "a hook": lambda block, name: getattr(block, name).register_forward_hook(
+    "a hook": lambda block, name: block.get_submodule(name).register_forward_hook(
         lambda module, inputs, result: hooked(result)
     ),
-    "an adapter": lambda block, name: setattr(block, name, Halved(getattr(block, name))),
+    "an adapter": lambda block, name: situations.replace(
+        block, name, Halved(block.get_submodule(name))
+    ),
     "a wrapped forward": lambda block, name: setattr(
-        getattr(block, name),
+        block.get_submodule(name),
         "forward",
         types.MethodType(
             lambda module, *args, **kwargs: hooked(type(module).forward(module, *args, **kwargs)),
-            getattr(block, name),
+            block.get_submodule(name),
         ),
     ),
     "a subclass": lambda block, name: setattr(
-        getattr(block, name),
+        block.get_submodule(name),
         "__class__",
         type(
             "Other",
-            (type(getattr(block, name)),),
+            (type(block.get_submodule(name)),),
             {
                 "forward": lambda module, *args, **kwargs: hooked(
                     super(type(module), module).forward(*args, **kwargs)
@@ -146,18 +149,6 @@ def test_a_block_with_another_part_is_left_alone(name, change):
 
 def test_there_are_whole_parts():
     assert all(len(whole_parts(made(name)[0])) >= 2 for name in BLOCKS)
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-@torch.no_grad()
-def test_changed_weights_are_seen(name):
-    block, arguments, call = made(name)
-    fast = accelerated(copy.deepcopy(block))
-    call(fast, arguments)
-    for each in (block, fast):
-        for parameter in each.parameters():
-            parameter.data.mul_(1.1)
-    assert agree(call(fast, arguments), call(block, arguments))
 
 
 @pytest.mark.parametrize("name", BLOCKS)
