@@ -73,11 +73,7 @@ def why_another(module: object, kind: type[nn.Module]) -> str | None:
     """None where its methods are those that `kind` was written with, else what they are."""
     if not isinstance(module, nn.Module):
         return f"a {type(module).__name__} in the place of a {kind.__name__}"
-    own = module.__dict__
-    binding = own.get("_binding")  # what `accelerate` leaves
-    original = type(module)
-    if binding is not None and original is binding.replacement:
-        original = binding.original
+    own, original = module.__dict__, original_class(module)
     if original is not kind and not _inherits(original, kind):
         return f"a {original.__name__} in the place of a {kind.__name__}"
     methods = _methods(kind)
@@ -86,6 +82,16 @@ def why_another(module: object, kind: type[nn.Module]) -> str | None:
     if kind.forward is not _forwards.get(kind, kind.forward):
         return f"{kind.__name__}.forward was replaced"
     return None
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Its class without acceleration, also where a library made one of the accelerated class since
+    that changes none of its methods (as FSDP does)."""
+    binding, kind = module.__dict__.get("_binding"), type(module)  # what `accelerate` leaves
+    if binding is None:
+        return kind
+    made = kind is binding.replacement or _inherits(kind, binding.replacement)
+    return binding.original if made else kind
 
 
 def is_plain(tensor: Any) -> TypeGuard[Tensor]:

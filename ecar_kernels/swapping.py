@@ -12,7 +12,7 @@ from typing import TypeVar
 from torch import nn
 
 from ecar_kernels import foreign, registry
-from ecar_kernels._written import as_written, has_affine, is_plain, why_not
+from ecar_kernels._written import as_written, has_affine, is_plain, original_class, why_not
 from ecar_kernels.acceleration import (
     Accelerated,
     Binding,
@@ -141,7 +141,7 @@ def report(model: nn.Module) -> Report:
         raise TypeError(f"argument 'model': expected a module, got {type(model).__name__}")
     rows = []
     for name, module in model.named_modules():
-        original = _original(module)
+        original = original_class(module)
         if original is not type(module):
             rows.append(ReportRow(name, original.__name__, serving(module), tuple(_left(module))))
         elif (why := _replacement(module)[1]) is not None:
@@ -206,7 +206,7 @@ def _why_none(model: nn.Module) -> str:
 
 def _left(module: Accelerated) -> Iterator[str]:
     if isinstance(module, Foreign):
-        found = foreign.integration_of(_original(module))
+        found = foreign.integration_of(original_class(module))
         if found is not None and (why := foreign.why_not_served(module, *found)) is not None:
             yield f"all: {why}"
             return

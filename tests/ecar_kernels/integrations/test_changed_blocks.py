@@ -7,9 +7,12 @@ Tables of situations over all blocks (tests/support/blocks.py).
 import copy
 import types
 
+import peft
 import pytest
 import torch
+import torchao.quantization as torchao
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from ecar_kernels import accelerate, foreign, report, restore, swapping
 from ecar_kernels.foreign import Foreign
@@ -206,3 +209,176 @@ def test_a_parametrized_block_is_left_alone(name):
     nn.utils.parametrize.register_parametrization(block, "own", nn.Identity())
     with pytest.warns(UserWarning, match="it is parametrized"):
         accelerate(block)
+
+
+# What people do to a model as a whole: each changes a block in place, or returns another.
+
+
+def scaled(block):
+    return {name: 1.1 * value for name, value in block.state_dict().items()}
+
+
+def each_weight(change):
+    def changed(block):
+        for parameter in block.parameters():
+            change(parameter)
+
+    return changed
+
+
+def new_parameters(block):
+    for layer in block.modules():
+        for name, value in list(layer.named_parameters(recurse=False)):
+            setattr(layer, name, nn.Parameter(1.1 * value.detach()))
+
+
+def a_copy(block):
+    other = copy.deepcopy(block)
+    each_weight(nn.init.zeros_)(block)
+    return other
+
+
+def through_meta(block):
+    state = scaled(block)
+    block.to("meta").to_empty(device="cpu").load_state_dict(state)
+
+
+def lora(block):
+    layers = r".*(attn.*(proj|to_q|to_out.0|qkv)|fc1|ff.net.2|mlp.0|linear|proj_mlp)"
+    config = peft.LoraConfig(r=2, target_modules=layers, init_lora_weights=False)
+    peft.inject_adapter_in_model(config, block)
+
+
+def quantized(block):
+    """All layers but VAR's that it never calls, whose weight torchao then does not find."""
+    torchao.quantize_(
+        block,
+        torchao.Int8WeightOnlyConfig(),
+        filter_fn=lambda layer, name: isinstance(layer, nn.Linear) and "mat_qkv" not in name,
+    )
+
+
+def of_type(dtype):
+    return lambda block: block.to(dtype)
+
+
+CHANGES = {
+    "new parameters": new_parameters,
+    "written to": each_weight(lambda p: p.mul_(1.1)),
+    "written to through .data": each_weight(lambda p: p.data.mul_(1.1)),
+    "given other .data": each_weight(lambda p: setattr(p, "data", 1.1 * p.data)),
+    "a state loaded": lambda block: block.load_state_dict(scaled(block)) and None,
+    "a state assigned": lambda block: block.load_state_dict(scaled(block), assign=True) and None,
+    "a copy": a_copy,
+    "float64": of_type(torch.float64),
+    "bfloat16 and back": lambda block: block.to(torch.bfloat16).to(torch.float32),
+    "moved to meta and back": through_meta,
+    "channels last": lambda block: block.to(memory_format=torch.channels_last),
+    "shared memory": lambda block: block.share_memory(),
+    "frozen": lambda block: block.requires_grad_(False),
+    "training": lambda block: block.train(),
+    "a hook": lambda block: (
+        block.register_forward_hook(lambda module, inputs, result: hooked(result)) and None
+    ),
+    "a backward hook": lambda block: (
+        block.register_full_backward_hook(lambda module, gradients, outer: None) and None
+    ),
+    "LoRA": lora,
+    "quantized": quantized,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_changed_model(name, change):
+    """After `accelerate` and a call, or before, which takes turns; in inference and in training."""
+    plain, arguments, call = made(name)
+    if change == "training":
+        each_dropout_off(plain)
+    fast = copy.deepcopy(plain)
+    late = (list(BLOCKS).index(name) + list(CHANGES).index(change)) % 2
+    with torch.no_grad():
+        untouched = call(plain, arguments)
+        if late:
+            accelerate(fast)
+            call(fast, arguments)
+        plain, fast = (after(change, block) for block in (plain, fast))
+        if not late:
+            accelerate(fast)
+        if change == "float64":
+            arguments = {key: widened(value) for key, value in arguments.items()}
+        right = call(plain, arguments)
+        assert agree(call(fast, arguments), right)
+        assert change not in SEEN or not agree(untouched, right)
+        with torch.inference_mode():
+            assert agree(call(fast, arguments), right)
+    assert isinstance(fast, Foreign)
+    gradients = []
+    for block in (plain, fast):
+        result = flat(call(block, arguments))
+        assert agree(result, right)
+        found = [p for p in block.parameters() if p.requires_grad]
+        if found:
+            loss = sum(y.square().sum() for y in result)
+            gradients.append(torch.autograd.grad(loss, found, allow_unused=True))
+    for ours, other in zip(*gradients, strict=True) if gradients else ():
+        assert (ours is None) == (other is None)
+        largest = max(g.abs().max() for g in gradients[0] if g is not None)
+        assert ours is None or (ours - other).abs().max() <= 1e-4 * largest
+
+
+def after(change, block):
+    torch.manual_seed(3)
+    changed = CHANGES[change](block)
+    return block if changed is None else changed
+
+
+# Those that change what the block computes.
+SEEN = set(CHANGES) - {"a copy", "float64", "bfloat16 and back", "channels last"}
+SEEN -= {"shared memory", "frozen", "training", "a backward hook", "quantized"}
+
+
+def each_dropout_off(block):
+    for layer in block.modules():
+        for name in ("drop_prob", "dropout_prob"):
+            if hasattr(layer, name):
+                setattr(layer, name, 0.0)
+
+
+def widened(value):
+    if isinstance(value, tuple):
+        return tuple(map(widened, value))
+    return value.double() if value.is_floating_point() else value
+
+
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("first", ["wrap", "accelerate"])
+@pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, fully_shard])
+@pytest.mark.parametrize("name", ["DiT", "VAR", "MAR"])
+def test_a_distributed_model(name, wrap, first, process_group):
+    plain, arguments, call = made(name)
+    fast = copy.deepcopy(plain)
+    if first == "accelerate":
+        accelerate(fast)
+    wrapped = wrap(fast)
+    if first == "wrap":
+        accelerate(wrapped)
+    gradients = []
+    for block, layers in ((plain, plain), (wrapped, fast)):
+        call(block, arguments).square().sum().backward()
+        gradients.append([p.grad for p in layers.parameters() if p.grad is not None])
+    for ours, right in zip(*reversed(gradients), strict=True):
+        ours = ours.full_tensor() if hasattr(ours, "full_tensor") else ours
+        assert (ours - right).abs().max() <= 1e-4 * max(g.abs().max() for g in gradients[0])
+    with torch.no_grad():
+        assert agree(call(wrapped, arguments), call(plain, arguments))
+        assert ops_of(lambda: call(wrapped, arguments)) == set(fast.uses)
+    assert set(report(wrapped)[0].served) == set(fast.uses)
