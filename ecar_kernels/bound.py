@@ -174,7 +174,9 @@ class BoundFlowStep:
             )
             for block in cast("Iterable[FlowBlock]", blocks)
         ]
-        self._ends = output.weight, output.bias, embed.weight, embed.bias, positions
+        # Turned, as the boundary reads the embedding's weight: [C, V] of memory [V, C].
+        turned = embed.weight.t().contiguous().t()
+        self._ends = output.weight, output.bias, turned, embed.bias, positions
         self._eps = eps
         self._flow_block, self._flow_boundary = cpp.flow_block_, flow_boundary_out
         self._rows = rows

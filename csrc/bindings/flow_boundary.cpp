@@ -35,9 +35,11 @@ void flow_boundary_out(const Tensor& x, const Tensor& state, const Tensor& shift
                        double eps, const Tensor& new_state, const Tensor& embedded,
                        const MaybeTensor& previous, const MaybeTensor& velocity_out) {
   FlowBoundary a{};
-  const Dtype dtype = set_boundary(a, {x, state, shift, scale, weight, bias, embed_weight,
-                                       embed_bias, positions, step_shift, step_scale, previous},
-                                   eps);
+  a.embed_turned = is_turned(embed_weight);
+  const Dtype dtype = set_boundary(a,
+                                   {x, state, shift, scale, weight, bias, embed_weight, embed_bias,
+                                    positions, step_shift, step_scale, previous},
+                                   eps, a.embed_turned);
   check_output("new_state", new_state, state, {a.images, a.tokens, a.outputs});
   check_output("embedded", embedded, x, {x.size(0), a.tokens, a.channels});
   if (!same_memory(new_state, state)) check_apart("new_state", new_state, state);
@@ -73,9 +75,11 @@ auto flow_boundary(const Tensor& x, const Tensor& state, const Tensor& shift, co
                    const MaybeTensor& dt_data, const MaybeTensor& guidance_data,
                    const MaybeTensor& ratio_data) {
   FlowBoundary a{};
-  const Dtype dtype = set_boundary(a, {x, state, shift, scale, weight, bias, embed_weight,
-                                       embed_bias, positions, step_shift, step_scale, previous},
-                                   eps);
+  a.embed_turned = is_turned(embed_weight);
+  const Dtype dtype = set_boundary(a,
+                                   {x, state, shift, scale, weight, bias, embed_weight, embed_bias,
+                                    positions, step_shift, step_scale, previous},
+                                   eps, a.embed_turned);
   const Tensor new_state = empty_as(state), embedded = empty_as(x);
   const MaybeTensor kept = kVelocity ? MaybeTensor(empty_as(state)) : std::nullopt;
   a.new_state = new_state.mutable_data_ptr();
@@ -90,8 +94,8 @@ auto flow_boundary(const Tensor& x, const Tensor& state, const Tensor& shift, co
 }  // namespace ecar
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
-#define ECAR_BOUNDARY                                                                       \
-  "(Tensor x, Tensor state, Tensor shift, Tensor scale, Tensor weight, Tensor bias, "       \
+#define ECAR_BOUNDARY \
+  "(Tensor x, Tensor state, Tensor shift, Tensor scale, Tensor weight, Tensor bias, " \
   "Tensor embed_weight, Tensor embed_bias, Tensor positions, float dt, Tensor? step_shift, " \
   "Tensor? step_scale, float guidance_scale, float ratio, float eps, "
   library.def("flow_boundary" ECAR_BOUNDARY ECAR_STEP_OPTIONS "(Tensor state, Tensor embedded)");

@@ -13,8 +13,15 @@ struct BoundaryTensors {
   const MaybeTensor &step_shift, &step_scale, &previous;
 };
 
-// All but the outputs, and the numbers, of which each device has its own kind.
-inline Dtype set_boundary(Boundary& a, const BoundaryTensors& in, double eps) {
+// Does a weight [rows, columns] lie turned in memory, column by column?
+inline bool is_turned(const Tensor& weight) {
+  return weight.dim() == 2 && !weight.is_contiguous() && weight.stride(0) == 1 &&
+         weight.stride(1) == weight.size(0);
+}
+
+// All but the outputs, and the numbers, of which each device has its own kind. turned: the
+// embedding's weight is.
+inline Dtype set_boundary(Boundary& a, const BoundaryTensors& in, double eps, bool turned = false) {
   const Tensor &x = in.x, &state = in.state;
   const Dtype dtype = check_leading("x", x, 3);
   const Tokens t = tokens_of(x);
@@ -32,11 +39,18 @@ inline Dtype set_boundary(Boundary& a, const BoundaryTensors& in, double eps) {
   if (state.size(1) != t.tokens) refuse("state", t.tokens, " tokens, got ", state.size(1));
   check_sizes("weight", in.weight, x, {outputs, t.channels});
   check_sizes("bias", in.bias, x, {outputs});
-  check_sizes("embed_weight", in.embed_weight, x, {t.channels, outputs});
+  const Tensor& embed = in.embed_weight;
+  if (!turned) {
+    check_sizes("embed_weight", embed, x, {t.channels, outputs});
+    if (!embed.is_contiguous()) refuse("embed_weight", "a contiguous tensor");
+  } else if (embed.size(0) != t.channels || embed.size(1) != outputs ||
+             dtype_code(embed) != dtype_code(x)) {
+    refuse("embed_weight", t.channels, " x ", outputs, " of the first argument's type, got ",
+           text(embed.sizes()));
+  }
   check_sizes("embed_bias", in.embed_bias, x, {t.channels});
   check_sizes("positions", in.positions, x, {t.tokens, t.channels});
   if (!in.weight.is_contiguous()) refuse("weight", "a contiguous tensor");
-  if (!in.embed_weight.is_contiguous()) refuse("embed_weight", "a contiguous tensor");
   if (!in.positions.is_contiguous()) refuse("positions", "a contiguous tensor");
   a.x = rows_of(x);
   set_shift(a, in.shift, in.step_shift, x, t);

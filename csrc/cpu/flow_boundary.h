@@ -34,6 +34,7 @@ constexpr std::int64_t kMaxOutputs = 64;
 
 struct FlowBoundary : Boundary {
   float dt, guidance, half_ratio;
+  bool embed_turned;  // its weight lies [outputs, channels], as it is read
 };
 
 constexpr std::int64_t kBandTokens = 64;  // of one unit, at most
