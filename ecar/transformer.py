@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ecar.config import ECARConfig
-from ecar_kernels import StageBlock, recompute
+from ecar_kernels import BoundStageBlocks, Linear, StageBlock, recompute
 from ecar_kernels.inspection import why_not_as_written
 
 __all__ = ["ARTransformer", "KVCache", "patchify", "unpatchify"]
@@ -49,6 +49,7 @@ class KVCache:
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.stage_tokens = config.stage_tokens
         self.stages = 0
+        self.bound: BoundStageBlocks | None = None  # the layers over it, where C++ serves them
 
     @property
     def length(self) -> int:
@@ -56,12 +57,13 @@ class KVCache:
         return sum(self.stage_tokens[: self.stages])
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the next stage's [B, n, H, D] of one layer; views of all of its stages so far."""
-        begin = self.length
-        end = begin + key.shape[1]
-        self.keys[layer, :, begin:end] = key
-        self.values[layer, :, begin:end] = value
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
+        """Store the next stage's [R, n, H, D] of one layer, of the first R rows; views of all of
+        its stages so far."""
+        (rows, count), begin = key.shape[:2], self.length
+        keys, values = (kept[layer, :rows, : begin + count] for kept in (self.keys, self.values))
+        keys[:, begin:] = key
+        values[:, begin:] = value
+        return keys, values
 
 
 class ARTransformer(nn.Module):
@@ -82,7 +84,7 @@ class ARTransformer(nn.Module):
         patch_values = config.channels * self.input_patch**2
         self.class_embedding = nn.Embedding(config.num_classes + 1, config.width)
         self.inputs = nn.ModuleList(
-            nn.Linear(patch_values, config.width) for _ in range(config.num_stages - 1)
+            Linear(patch_values, config.width) for _ in range(config.num_stages - 1)
         )
         self.positions = nn.Parameter(torch.empty(config.num_tokens, config.width))
         self.blocks = nn.ModuleList(
@@ -171,7 +173,14 @@ class ARTransformer(nn.Module):
     def stage(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """The next stage's map from its input tokens [B, N_s, width] and the cache: M_s."""
         lengths = self.config.stage_tokens[: cache.stages + 1]
-        for layer, block in enumerate(self.blocks):
-            tokens = block(tokens, lengths, cache, layer)
+        if cache.stages == 0:  # asked once for all stages
+            cache.bound = None
+            if len(self.blocks) and BoundStageBlocks.why_not(self.blocks, tokens) is None:
+                cache.bound = BoundStageBlocks(self.blocks, cache.keys, cache.values)
+        if cache.bound is not None and cache.bound.why_not_now() is None:
+            tokens = cache.bound.run(tokens, cache.length)
+        else:
+            for layer, block in enumerate(self.blocks):
+                tokens = block(tokens, lengths, cache, layer)
         cache.stages += 1
         return self.norm(tokens)

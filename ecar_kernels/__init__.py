@@ -10,7 +10,7 @@ and `from ecar_kernels.adaln import reference` still finds the module.
 from ecar_kernels import integrations as integrations  # registers them
 from ecar_kernels.acceleration import Accelerated, accelerates
 from ecar_kernels.adaln.api import adaln, gated_residual, gated_residual_adaln
-from ecar_kernels.bound import BoundFlowStep
+from ecar_kernels.bound import BoundFlowStep, BoundStageBlocks
 from ecar_kernels.flow_block.api import adaln_linear, linear_gated_residual
 from ecar_kernels.flow_boundary.api import flow_boundary
 from ecar_kernels.flow_step.api import euler_step, initial_noise, upsample_renoise_euler
@@ -43,6 +43,7 @@ __all__ = [
     "AdaLN",
     "BackendUnavailableError",
     "BoundFlowStep",
+    "BoundStageBlocks",
     "FlowBlock",
     "GatedResidual",
     "Linear",

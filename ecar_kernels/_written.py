@@ -118,8 +118,11 @@ _inheriting: dict[tuple[type, type], bool] = {}
 def _methods(kind: type[nn.Module]) -> frozenset[str]:
     found = _method_names.get(kind)
     if found is None:
-        own = frozenset(name for name, value in vars(kind).items() if callable(value))
-        found = _method_names[kind] = own - _HARMLESS
+        # With those of what it inherits from, down to nn.Module.
+        bases = [base for base in kind.__mro__[:-1] if issubclass(base, nn.Module)]
+        own = (vars(base).items() for base in bases if base is not nn.Module)
+        names = frozenset(name for items in own for name, value in items if callable(value))
+        found = _method_names[kind] = names - _HARMLESS
     return found
 
 
@@ -131,6 +134,6 @@ def _inherits(cls: type, kind: type[nn.Module]) -> bool:
         found = _inheriting[cls, kind] = (
             issubclass(cls, kind)
             and cls.__call__ is _call
-            and all(getattr(cls, name) is vars(kind)[name] for name in _methods(kind))
+            and all(getattr(cls, name) is getattr(kind, name) for name in _methods(kind))
         )
     return found

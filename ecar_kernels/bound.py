@@ -1,4 +1,4 @@
-"""The flow step on the CPU as flat lists of C++ calls, bound before the first step.
+"""Sampling on the CPU by C++ calls of whole blocks: a flow step, and a stage of the AR.
 
 At 16 tokens a step is a millisecond or two, of which Python's way from op to op would be a good
 part. So a step is one call for each flow block and one for the boundary, and all steps of a head
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ecar_kernels import _transforms, registry
 from ecar_kernels._written import is_plain, why_not
 from ecar_kernels.acceleration import PUBLIC
-from ecar_kernels.modules import MLP, FlowBlock
+from ecar_kernels.modules import MLP, FlowBlock, StageBlock
 
-__all__ = ["BoundFlowStep"]
+__all__ = ["BoundFlowStep", "BoundStageBlocks"]
 
 Call = Callable[[], object]
 _BLOCK_LAYERS: tuple[tuple[str, type[nn.Module]], ...] = (
@@ -29,6 +29,7 @@ _BLOCK_LAYERS: tuple[tuple[str, type[nn.Module]], ...] = (
     ("mlp.fc1", nn.Linear),
     ("mlp.fc2", nn.Linear),
 )
+_NORMS: tuple[tuple[str, type[nn.Module]], ...] = (("norm1", nn.LayerNorm), ("norm2", nn.LayerNorm))
 BLOCK_OPS = ("adaln_linear", "stage_attention", "linear_gated_residual")
 
 
@@ -110,24 +111,14 @@ class BoundFlowStep:
         """None where every op of the steps would be served by C++ on the CPU and every layer is as
         its class is written; else the reason, in words."""
         blocks = list(blocks)
-        if torch.is_autocast_enabled("cpu"):
-            return "torch.autocast is active"
-        if torch.is_grad_enabled():
-            return "a gradient may be asked for"
-        if _transforms.active():
-            return "a transform of torch.func or forward-mode AD is active"
-        for name, layer, kind in _layers(blocks, output, embed):
-            if (reason := why_not(layer, kind, compiled=kind is FlowBlock)) is not None:
-                return f"{name}: {reason}"
+        if (reason := _why_not_now()) is not None:
+            return reason
+        ends = ("output", output, nn.Linear), ("embed", embed, nn.Linear)
+        if (reason := _why_not_written((*ends, *_layers(blocks, FlowBlock)))) is not None:
+            return reason
         if not is_plain(positions):
             return f"the positions are a {type(positions).__name__} of {positions.dtype}"
-        try:
-            for op, run in _functions(blocks, positions.shape[-1], dtype):
-                if run.backend != "cpp":
-                    return f"{op} is served by {run.backend}"
-        except registry.BackendUnavailableError as error:
-            return str(error)
-        return None
+        return _why_not_served(blocks, dtype, flow_boundary=positions.shape[-1])
 
     def bind(
         self,
@@ -161,11 +152,7 @@ class BoundFlowStep:
         # What follows a block's modulations among its arguments, its weights packed.
         self._blocks = [
             (
-                *(
-                    value
-                    for layer in (block.qkv, block.proj, block.mlp.fc1, block.mlp.fc2)
-                    for value in (cpp.packed_weight(layer.weight), layer.bias)
-                ),
+                *(tensor for pair in _weights(block) for tensor in pair),
                 block.heads,
                 block.mlp.fc1.out_features,
                 block.eps,
@@ -250,29 +237,148 @@ class BoundFlowStep:
         jump_out(end, end, 0.0, 1.0, time, stage, seeds, end, start)
 
 
+class BoundStageBlocks:
+    """`StageBlock`s one after the other on the CPU, over a cache of keys and values.
+
+    A block is one call, whose projection writes keys and values where the cache has them:
+
+        layers, begin = BoundStageBlocks(blocks, keys, values), 0
+        for x in stages:                  # [R, n, C] each
+            maps.append(layers.run(x, begin))
+            begin += x.shape[1]
+
+    Args:
+        blocks: L of them, of which `why_not` is None.
+        keys, values: [L, R, N, H, D], of the blocks' type: room for N tokens of R rows.
+
+    Raises:
+        ImportError: the C++ library is missing. `why_not` says so without an error.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], keys: Tensor, values: Tensor) -> None:
+        # What a call is given before and after a block's keys and values, its weights packed.
+        self._blocks = []
+        self._hidden = 0
+        for block in cast("Iterable[StageBlock]", blocks):
+            (qkv, proj, fc1, fc2), norm1, norm2 = _weights(block), block.norm1, block.norm2
+            first, second = (norm1.weight, norm1.bias), (norm2.weight, norm2.bias)
+            hidden = block.mlp.fc1.out_features
+            sizes = block.heads, hidden, norm1.eps, norm2.eps
+            self._blocks.append((*first, *qkv, *proj, *second, *fc1, *fc2, *sizes))
+            self._hidden = max(self._hidden, hidden)
+        self._keys, self._values = keys, values
+
+    @staticmethod
+    def why_not(blocks: Iterable[nn.Module], x: Tensor) -> str | None:
+        """None where every op of the blocks over tokens x [R, n, C] would be served by C++ on the
+        CPU and every layer is as its class is written; else the reason, in words."""
+        blocks = list(blocks)
+        if x.device.type != "cpu":
+            return f"the tokens are on {x.device}"
+        if (reason := _why_not_now()) is not None:
+            return reason
+        if (reason := _why_not_written(_layers(blocks, StageBlock))) is not None:
+            return reason
+        for index, block in enumerate(cast("list[StageBlock]", blocks)):
+            for name, _ in _NORMS:
+                norm = cast("nn.LayerNorm", block.get_submodule(name))
+                if norm.weight is None or norm.bias is None or norm.weight.numel() != block.width:
+                    return f"blocks.{index}.{name}: it has no weight and bias of {block.width}"
+                if norm.weight.dtype is not x.dtype or norm.bias.dtype is not x.dtype:
+                    return f"blocks.{index}.{name}: it is not of the tokens' {x.dtype}"
+        return _why_not_served(blocks, x.dtype)
+
+    @staticmethod
+    def why_not_now() -> str | None:
+        """What of `why_not` depends on where it is called: autocast, gradients and transforms."""
+        return _why_not_now()
+
+    def run(self, x: Tensor, begin: int) -> Tensor:
+        """The next tokens through all blocks.
+
+        Args:
+            x: [R, n, C], or of fewer rows: the first of the cache's.
+            begin: tokens that the cache holds; after it come those of x.
+
+        Returns:
+            [R, n, C].
+        """
+        from ecar_kernels.flow_block import cpp
+
+        (rows, tokens, width), x = x.shape, x.clone(memory_format=torch.contiguous_format)
+        # The queries and what attention makes of them; later the MLP's hidden tokens.
+        wide = x.new_empty(rows * tokens * max(2 * width, self._hidden))
+        sizes = (cpp.workspace_size(rows * tokens, depth) for depth in (width, self._hidden))
+        workspace = x.new_empty(max(sizes), dtype=torch.float32)
+        cache = zip(self._keys[:, :rows], self._values[:, :rows], strict=True)
+        for block, (keys, values) in zip(self._blocks, cache, strict=True):
+            cpp.stage_block_(x, *block, keys, values, begin, wide, workspace)
+        for op in BLOCK_OPS:
+            registry.note(op, "cpp")
+        return x
+
+
+def _weights(block: FlowBlock | StageBlock) -> list[tuple[Tensor, Tensor | None]]:
+    """The weight of each linear layer, packed, with its bias."""
+    from ecar_kernels.flow_block import cpp
+
+    layers = block.qkv, block.proj, block.mlp.fc1, block.mlp.fc2
+    return [(cpp.packed_weight(layer.weight), layer.bias) for layer in layers]
+
+
 def _layers(
-    blocks: Iterable[nn.Module], output: nn.Module, embed: nn.Module
+    blocks: Iterable[nn.Module], kind: type[nn.Module]
 ) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
-    """Every module whose parameters a step reads, a block before its layers."""
-    yield from (("output", output, nn.Linear), ("embed", embed, nn.Linear))
+    """Every module whose parameters a block reads, a block before its layers."""
+    names = _BLOCK_LAYERS if kind is FlowBlock else (*_NORMS, *_BLOCK_LAYERS)
     for index, block in enumerate(blocks):
-        yield f"blocks.{index}", block, FlowBlock
-        for name, kind in _BLOCK_LAYERS:
-            yield f"blocks.{index}.{name}", block.get_submodule(name), kind
+        yield f"blocks.{index}", block, kind
+        for name, layer in names:
+            yield f"blocks.{index}.{name}", block.get_submodule(name), layer
+
+
+def _why_not_now() -> str | None:
+    """What inference in C++ has nothing of."""
+    if torch.is_autocast_enabled("cpu"):
+        return "torch.autocast is active"
+    if torch.is_grad_enabled():
+        return "a gradient may be asked for"
+    if _transforms.active():
+        return "a transform of torch.func or forward-mode AD is active"
+    return None
+
+
+def _why_not_written(layers: Iterable[tuple[str, nn.Module, type[nn.Module]]]) -> str | None:
+    for name, layer, kind in layers:
+        # Compiled, a flow block's `infer` is what it was; a stage block is called.
+        if (reason := why_not(layer, kind, compiled=kind is FlowBlock)) is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+def _why_not_served(blocks: Iterable[nn.Module], dtype: torch.dtype, **others: int) -> str | None:
+    """others: ops beside those of the blocks, and their widths."""
+    try:
+        for op, run in _functions(blocks, dtype, others):
+            if run.backend != "cpp":
+                return f"{op} is served by {run.backend}"
+    except registry.BackendUnavailableError as error:
+        return str(error)
+    return None
 
 
 def _functions(
-    blocks: Iterable[nn.Module], width: int, dtype: torch.dtype
+    blocks: Iterable[nn.Module], dtype: torch.dtype, others: dict[str, int]
 ) -> Iterator[tuple[str, registry.BoundOp]]:
-    """Those that the same steps would call op by op."""
-    yield "flow_boundary", registry.implementation("flow_boundary", "cpu", dtype, width)
-    for block in cast("Iterable[FlowBlock]", blocks):
+    """Those that the same blocks would call op by op."""
+
+    def public(op: str, width: int) -> registry.BoundOp:
+        return registry.resolve(op, device="cpu", dtype=dtype, width=width)
+
+    for op, width in others.items():
+        yield op, public(op, width)
+    for block in cast("Iterable[FlowBlock | StageBlock]", blocks):
+        ops = block.ops(torch.empty(0, block.width, dtype=dtype, device="cpu"))
         for op in BLOCK_OPS:
             width = block.head_dim if op == "stage_attention" else block.width
-            ops = block.ops(torch.empty(0, width, dtype=dtype))
-            yield (
-                op,
-                registry.implementation(op, "cpu", dtype, width)
-                if ops is PUBLIC
-                else getattr(ops, op),
-            )
+            yield op, public(op, width) if ops is PUBLIC else getattr(ops, op)

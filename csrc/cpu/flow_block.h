@@ -66,8 +66,16 @@ struct Input {
   float* workspace;
 };
 
-// What the product goes through: act(product + bias), or where there is a gate
-// residual + (gate + step_gate) (product + bias).
+// Where rows of elements are written to, as Rows.
+struct Destination {
+  void* data;
+  std::int64_t image_stride, token_stride;
+};
+
+constexpr std::int64_t kParts = 3;
+
+// What the product goes through: act(product + bias), then times gate + step_gate where there is a
+// gate, then plus the residual where there is one. Columns [i * part, (i + 1) * part) go to y[i].
 struct Output {
   const void* packed;
   const float* workspace;
@@ -76,7 +84,8 @@ struct Output {
   Rows gate, step_gate, residual;
   std::int64_t tokens;
   std::int64_t outputs, depth;
-  void* y;  // contiguous
+  Destination y[kParts];
+  std::int64_t part;  // outputs, or less: a third of q, k and v
 };
 
 // Panels [begin, end).
@@ -85,8 +94,8 @@ using Pack = void (*)(const Weight&, std::int64_t begin, std::int64_t end);
 using Prepare = void (*)(const Input&, std::int64_t first, std::int64_t rows, std::int64_t begin,
                          std::int64_t end);
 // Units [begin, end) of that slab: unit = panel * chunks + chunk.
-using Multiply = void (*)(const Output&, std::int64_t first, std::int64_t rows,
-                          std::int64_t begin, std::int64_t end);
+using Multiply = void (*)(const Output&, std::int64_t first, std::int64_t rows, std::int64_t begin,
+                          std::int64_t end);
 
 // Elements [begin, end): y = gelu(x), or y *= gelu'(x).
 using Gelu = void (*)(const void* x, void* y, std::int64_t begin, std::int64_t end);

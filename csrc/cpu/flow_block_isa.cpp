@@ -11,6 +11,7 @@ namespace ecar {
 namespace ECAR_ISA {
 namespace {
 
+using flow_block::Destination;
 using flow_block::Input;
 using flow_block::kChunkRows;
 using flow_block::kDepth;
@@ -148,10 +149,12 @@ void prepare(const Input& input, int64_t first, int64_t rows, int64_t begin, int
 
 // --- the product ----------------------------------------------------------------------------
 
+// Columns of one row, all of which go to `to`, where `first` is column `at`.
 template <class T>
-void finish_row(const Output& output, int64_t row, int64_t first, int64_t columns,
-                const float* sums) {
-  T* y = static_cast<T*>(output.y) + row * output.outputs + first;
+void finish_row(const Output& output, const Destination& to, int64_t at, int64_t row, int64_t first,
+                int64_t columns, const float* sums) {
+  T* y = static_cast<T*>(to.data) + row / output.tokens * to.image_stride +
+         row % output.tokens * to.token_stride + at;
   const T* bias = output.bias == nullptr ? nullptr : static_cast<const T*>(output.bias) + first;
   const T* gate = row_at<T>(output.gate, row, output.tokens);
   const T* step_gate = row_at<T>(output.step_gate, row, output.tokens);
@@ -163,6 +166,8 @@ void finish_row(const Output& output, int64_t row, int64_t first, int64_t column
       if (output.gelu) value = gelu_tanh(value);
       if (gate != nullptr) {
         value = fma(combine(io, gate, step_gate, first + i), value, io.load(residual + first + i));
+      } else if (residual != nullptr) {
+        value += io.load(residual + first + i);
       }
       io.store(y + i, value);
     });
@@ -228,8 +233,14 @@ void multiply_unit(const Output& output, int64_t panel, const float* chunk, int6
     }
   }
   if (output.depth == 0) __builtin_memset(sums, 0, sizeof sums);
-  for (int64_t i = 0; i < rows; ++i) {
-    finish_row<T>(output, row + i, first, columns, sums + i * kPanelColumns);
+  for (int64_t done = 0; done < columns;) {
+    const int64_t part = (first + done) / output.part, at = first + done - part * output.part;
+    const int64_t count = smaller(columns - done, output.part - at);
+    for (int64_t i = 0; i < rows; ++i) {
+      finish_row<T>(output, output.y[part], at, row + i, first + done, count,
+                    sums + i * kPanelColumns + done);
+    }
+    done += count;
   }
 }
 

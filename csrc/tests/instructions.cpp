@@ -90,7 +90,7 @@ struct Calls {
     flow_block::Output out{};
     out.packed = packed, out.workspace = in.workspace, out.bias = memory(kOutputs);
     out.tokens = tokens, out.outputs = kOutputs, out.depth = kChannels;
-    out.y = memory(tokens * kOutputs);
+    out.y[0] = {memory(tokens * kOutputs), 0, kOutputs}, out.part = kOutputs;
     const auto run = [&] {
       kernels.prepare[dtype](in, 0, tokens, 0,
                              flow_block::ceil_div(tokens, flow_block::kBlockRows));

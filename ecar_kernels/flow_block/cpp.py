@@ -26,6 +26,7 @@ __all__ = [
     "linear_gated_residual",
     "packed_weight",
     "prepare_weight",
+    "stage_block_",
     "workspace_size",
 ]
 
@@ -38,6 +39,9 @@ _packed_linear_gated_residual = torch.ops.ecar.packed_linear_gated_residual.defa
 # hold the block's six modulations from `part` on; `wide`, of x's type, has R N max(4 C, hidden)
 # elements or more, and `workspace`, floats, what `workspace_size` says of C and of `hidden`.
 flow_block_ = torch.ops.ecar.flow_block_.default
+# `StageBlock.forward` over a cache, likewise: keys and values [R, N, H, D] hold `begin` tokens of
+# each row and are given those of x; `wide` has R n max(2 C, hidden) elements or more.
+stage_block_ = torch.ops.ecar.stage_block_.default
 
 
 def adaln_linear(
@@ -167,25 +171,12 @@ def _(h, packed, bias, gate, residual, step_gate):
 
 
 @torch.library.register_fake("ecar::flow_block_", lib=_library)
-def _(
-    x,
-    spatial,
-    step,
-    part,
-    qkv,
-    qkv_bias,
-    proj,
-    proj_bias,
-    fc1,
-    fc1_bias,
-    fc2,
-    fc2_bias,
-    heads,
-    hidden,
-    eps,
-    wide,
-    workspace,
-):
+def _(*arguments):
+    return None
+
+
+@torch.library.register_fake("ecar::stage_block_", lib=_library)
+def _(*arguments):
     return None
 
 

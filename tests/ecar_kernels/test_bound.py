@@ -8,7 +8,9 @@ from torch import nn
 
 from ecar_kernels import (
     BoundFlowStep,
+    BoundStageBlocks,
     FlowBlock,
+    StageBlock,
     accelerate,
     flow_boundary,
     registry,
@@ -16,7 +18,7 @@ from ecar_kernels import (
     use_backend,
 )
 from tests.support import situations
-from tests.support.modules import accelerated
+from tests.support.modules import Cache, accelerated
 from tests.support.native import needs_native
 
 pytestmark = needs_native
@@ -225,3 +227,116 @@ class TestWhyNot:
         head = Head()
         head.positions = head.positions.to(torch.int32)
         assert "positions are a Tensor of torch.int32" in head.why_not()
+
+
+class TestStageBlocks:
+    """The AR's layers: what they compute, and what they are refused for."""
+
+    STAGES = (4, TOKENS, 25)
+
+    @staticmethod
+    def blocks(dtype=torch.float32):
+        made = nn.ModuleList(StageBlock(WIDTH, HEADS) for _ in range(BLOCKS)).requires_grad_(False)
+        for parameter in made.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        return made.to(dtype)
+
+    @staticmethod
+    def why_not(blocks, dtype=torch.float32, device="cpu"):
+        with torch.no_grad():
+            return BoundStageBlocks.why_not(
+                blocks, torch.empty(2, 4, WIDTH, dtype=dtype, device=device)
+            )
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("packed_alone", [False, True])
+    def test_they_compute_what_the_modules_do(self, dtype, packed_alone):
+        """Stage after stage, the last with fewer rows: no further from the exact tokens than twice
+        the references."""
+        blocks, rows, begin = self.blocks(dtype), 3, 0
+        exactly, plain = copy.deepcopy(blocks).double(), copy.deepcopy(blocks)
+        if packed_alone:
+            accelerate(blocks, keep_weights=False)
+        shape = BLOCKS, rows, sum(self.STAGES), HEADS, WIDTH // HEADS
+        keys, values = torch.empty(2, *shape, dtype=dtype)
+        caches = {kind: [Cache(*shape[1:]) for _ in blocks] for kind in (dtype, torch.float64)}
+        bound = BoundStageBlocks(blocks, keys, values)
+        for index, tokens in enumerate(self.STAGES):
+            rows = 2 if index == len(self.STAGES) - 1 else 3
+            x, results = torch.randn(rows, tokens, WIDTH).to(dtype), []
+            for modules, kind in ((exactly, torch.float64), (plain, dtype)):
+                y = x.to(kind)
+                for module, cache in zip(modules, caches[kind], strict=True):
+                    cache.held = cache.held.to(kind)[:, :rows]
+                    with use_backend("reference"):
+                        y = module(y, self.STAGES[: index + 1], cache)
+                    cache.begin += tokens
+                results.append(y)
+            found, before = bound.run(x, begin), x.clone()
+            begin += tokens
+            assert x.equal(before)
+            assert (found - results[0]).norm() <= 2 * (results[1] - results[0]).norm()
+
+    def test_a_row_has_the_same_bits_alone(self):
+        blocks, x = self.blocks(), torch.randn(3, TOKENS, WIDTH)
+        keys, values = torch.empty(2, BLOCKS, 3, TOKENS, HEADS, WIDTH // HEADS)
+        together = BoundStageBlocks(blocks, keys, values).run(x, 0)
+        for row in range(3):
+            alone = BoundStageBlocks(blocks, keys, values).run(x[row : row + 1], 0)
+            assert alone.equal(together[row : row + 1])
+
+    def test_what_serves_them_is_recorded(self):
+        keys, values = torch.empty(2, BLOCKS, 1, 4, HEADS, WIDTH // HEADS)
+        with registry.record() as log:
+            blocks = self.blocks()
+            assert self.why_not(blocks) is None
+            assert not log  # asking is not serving
+            BoundStageBlocks(blocks, keys, values).run(torch.randn(1, 4, WIDTH), 0)
+        assert log == {
+            op: {"cpp"} for op in ("adaln_linear", "stage_attention", "linear_gated_residual")
+        }
+
+    def test_plain_and_accelerated_ones_serve(self):
+        assert self.why_not(self.blocks()) is None
+        assert self.why_not(accelerated(self.blocks(), keep_weights=False)) is None
+
+    def test_not_elsewhere_nor_by_another_backend(self):
+        assert self.why_not(self.blocks(), device="meta") == "the tokens are on meta"
+        with use_backend("reference"):
+            assert self.why_not(self.blocks()) == "adaln_linear is served by reference"
+        assert self.why_not(self.blocks(), torch.bfloat16) == (
+            "blocks.0.norm1: it is not of the tokens' torch.bfloat16"
+        )
+        x = torch.empty(2, 4, WIDTH)
+        assert BoundStageBlocks.why_not(self.blocks(), x) == "a gradient may be asked for"
+
+    @pytest.mark.parametrize(
+        "change",
+        [situations.an_adapter, situations.a_forward_hook, situations.a_parametrization],
+        ids=lambda change: change.__name__,
+    )
+    def test_not_with_a_layer_that_is_not_as_written(self, change):
+        layers = situations.linear_layers(self.blocks())
+        assert len(layers) == 4 * BLOCKS
+        for layer in layers:
+            blocks = self.blocks()
+            change(blocks, layer, blocks.get_submodule(layer))
+            assert self.why_not(blocks).startswith(f"blocks.{layer}: "), layer
+
+    def test_not_with_a_norm_that_is_another(self):
+        for name in ("norm1", "norm2"):
+            for norm in (nn.LayerNorm(WIDTH, bias=False), nn.LayerNorm(WIDTH // 2)):
+                blocks = self.blocks()
+                setattr(blocks[1], name, norm)
+                assert self.why_not(blocks) == (
+                    f"blocks.1.{name}: it has no weight and bias of {WIDTH}"
+                )
+
+    def test_not_with_a_block_that_overrides_what_it_inherits(self):
+        class Mine(StageBlock):
+            def attend(self, *arguments):
+                return 2 * super().attend(*arguments)
+
+        blocks = self.blocks()
+        blocks[1].__class__ = Mine
+        assert self.why_not(blocks) == "blocks.1: a Mine in the place of a StageBlock"

@@ -92,7 +92,7 @@ class Tape(TorchDispatchMode):
             kept = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
             if function._schema.is_mutable:
                 function(*args, **kwargs)
-            elif not any(leaf.untyped_storage().data_ptr() in given for leaf in kept):
+            elif kept and not any(leaf.untyped_storage().data_ptr() in given for leaf in kept):
                 for leaf, new in zip(kept, tree_leaves(function(*args, **kwargs)), strict=True):
                     leaf.copy_(new)
 

@@ -50,8 +50,9 @@ MACHINES = {  # the backends of each op, best first
     ),
     "cuda without Triton": backends(("sdpa", "reference"), PLAIN, ("cuda", "reference")),
 }
-DIRECT = {  # what a bound step's C++ ops are
+DIRECT = {  # what the C++ ops of whole blocks and a bound step are
     "ecar::flow_block_": ("stage_attention", *BLOCK),
+    "ecar::stage_block_": ("stage_attention", *BLOCK),
     "ecar::flow_boundary_out": ("flow_boundary",),
     "ecar::upsample_renoise_euler_seeds_out": ("upsample_renoise_euler",),
 }
