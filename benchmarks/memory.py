@@ -37,11 +37,12 @@ def resident(field: str = "VmRSS") -> int:
     raise OSError(f"{STATUS} has no {field}")
 
 
-def reset_peak() -> None:
-    """Gives back what is free, and lets the peak begin at what is resident."""
+def reset_peak() -> int:
+    """Gives back what is free, and lets the peak begin at what is resident, which it returns."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     CLEAR.write_text("5")
+    return resident()
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -69,26 +70,19 @@ def sampling(size: str) -> dict[str, Any]:
     zero, config = torch.zeros(1, dtype=torch.int64), ECARConfig.preset(size)
     tiny = ECAR(ECARConfig.preset("digits")).eval()
     sample(tiny, zero, seeds=zero, steps=3)  # libraries, thread pools
-    reset_peak()
-    before = resident()
-    model = models.random_model(config)
+    before, model = reset_peak(), models.random_model(config)
     ecar_kernels.accelerate(model, keep_weights=False)
     reset_peak()
     sample(model, zero, seeds=zero, steps=PAPER)
-    return {
-        "size": size,
-        "weights": weight_bytes(model),
-        "needed": needed(config, PAPER),
-        "peak": resident("VmHWM") - before,
-    }
+    found = {"weights": weight_bytes(model), "needed": needed(config, PAPER)}
+    return {"size": size, **found, "peak": resident("VmHWM") - before}
 
 
 def training(size: str, batch: int, backend: str) -> dict[str, int]:
     """Peak of two steps with AdamW in this process."""
     with ecar_kernels.use_backend(backend):
         _train(ECARConfig.preset("digits"), 2)
-        reset_peak()
-        before = resident()
+        before = reset_peak()
         weights = _train(ECARConfig.preset(size), batch)
     # standing: weights, gradients, and AdamW's two averages.
     return {"batch": batch, "peak": resident("VmHWM") - before, "standing": 4 * weights}
@@ -113,33 +107,23 @@ def alone(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, 
 
 
 def render(record: dict[str, Any]) -> str:
-    def mib(size: float) -> str:
-        return f"{size / MIB:.1f}"
-
-    sampled = [
-        {
-            "sampling": row["size"],
-            "weights": mib(row["weights"]),
-            "modulation": mib(row["needed"]["modulation"]),
-            "KV cache": mib(row["needed"]["kv_cache"]),
-            "activations": mib(row["needed"]["activations"]),
-            "peak": mib(row["peak"]),
-            "at most": mib(row["weights"] + SLACK * sum(row["needed"].values())),
-        }
-        for row in record["sampling"]
-    ]
-    trained = [
-        {
-            "training": row["size"],
-            "batch": str(row["eager"]["batch"]),
-            "weights, gradients, AdamW": mib(row["eager"]["standing"]),
-            "eager": mib(row["eager"]["peak"]),
-            "ecar_kernels": mib(row["ours"]["peak"]),
-            "ratio": times(row["ours"]["peak"], row["eager"]["peak"]),
-        }
-        for row in record["training"]
-    ]
+    sampled, trained = [], []
+    for row in record["sampling"]:
+        sizes = {"weights": row["weights"], **row["needed"], "peak": row["peak"]}
+        sizes["at most"] = row["weights"] + SLACK * sum(row["needed"].values())
+        cells = {name.replace("kv_cache", "KV cache"): _mib(size) for name, size in sizes.items()}
+        sampled.append({"sampling": row["size"], **cells})
+    for row in record["training"]:
+        eager, ours = row["eager"], row["ours"]
+        standing = {"weights, gradients, AdamW": _mib(eager["standing"])}
+        peaks = {"eager": _mib(eager["peak"]), "ecar_kernels": _mib(ours["peak"])}
+        what = {"training": row["size"], "batch": str(eager["batch"])}
+        trained.append({**what, **standing, **peaks, "ratio": times(ours["peak"], eager["peak"])})
     return f"{table(sampled)}\n\n{table(trained)}"
+
+
+def _mib(size: float) -> str:
+    return f"{size / MIB:.1f}"
 
 
 def main() -> None:
@@ -152,15 +136,11 @@ def main() -> None:
     if not STATUS.exists():
         raise SystemExit(f"error: memory is read from {STATUS}, which this system does not have")
     file, facts = results.path("memory", options.results), results.describe()
-    sampled = [alone(sampling, size) for size in options.sizes]
-    trained = [
-        {
-            "size": size,
-            "eager": alone(training, size, options.batch, "reference"),
-            "ours": alone(training, size, options.batch, "auto"),
-        }
-        for size in options.training
-    ]
+    sampled, trained = [alone(sampling, size) for size in options.sizes], []
+    for size in options.training:
+        backends = {"eager": "reference", "ours": "auto"}
+        found = {way: alone(training, size, options.batch, by) for way, by in backends.items()}
+        trained.append({"size": size, **found})
     results.finish(file, "memory", facts, render, sampling=sampled, training=trained)
 
 

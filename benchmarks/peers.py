@@ -25,6 +25,10 @@ SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
+PACKAGES = {
+    "flash-attn": ("flash_attn", "flash_attn_func"),
+    "xformers": ("xformers.ops", "memory_efficient_attention"),
+}
 REASON_LENGTH = 200
 Stages = tuple[int, ...]
 
@@ -37,15 +41,12 @@ def functions(op: str, *, per_stage: bool = False) -> dict[str, Callable]:
     """
     if op != "stage_attention":
         return {}
-    sdpa = {f"SDPA {name}": functools.partial(_sdpa, backend) for name, backend in SDPA.items()}
+    partial = functools.partial
+    sdpa = {f"SDPA {name}": partial(_sdpa, backend) for name, backend in SDPA.items()}
     if per_stage:
-        sdpa = {name: functools.partial(by_stage, call) for name, call in sdpa.items()}
-    return {
-        "FlexAttention": _flex(),
-        **sdpa,
-        "flash-attn": _other("flash-attn", "flash_attn", "flash_attn_func"),
-        "xformers": _other("xformers", "xformers.ops", "memory_efficient_attention"),
-    }
+        sdpa = {name: partial(by_stage, call) for name, call in sdpa.items()}
+    others = {name: partial(by_stage, partial(_packages, name)) for name in PACKAGES}
+    return {"FlexAttention": _flex(), **sdpa, **others}
 
 
 def why_not(call: Callable[[], object]) -> str | None:
@@ -78,10 +79,6 @@ def by_stage(attention: Callable, q: Tensor, k: Tensor, v: Tensor, stage_lengths
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _is_newest(q: Tensor, stage_lengths: Stages | None) -> bool:
-    return stage_lengths is None or q.shape[1] == stage_lengths[-1]
-
-
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [tensor.transpose(1, 2) for tensor in tensors]
 
@@ -92,55 +89,48 @@ _mask = functools.lru_cache(maxsize=4)(block_causal_mask)  # of 5,440 tokens one
 def _sdpa(
     backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, stage_lengths: Stages | None = None
 ) -> Tensor:
-    newest = _is_newest(q, stage_lengths)
+    newest = stage_lengths is None or q.shape[1] == stage_lengths[-1]
     mask = None if newest else _mask(stage_lengths, q.shape[1], device=q.device)
     with sdpa_kernel(backend):
         out = F.scaled_dot_product_attention(*_heads_first(q, k, v), attn_mask=mask)
     return out.transpose(1, 2)
 
 
-@functools.lru_cache(maxsize=4)
-def _block_mask(stage_lengths: Stages, queries: int, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    total = sum(stage_lengths)
-    stage = torch.repeat_interleave(torch.tensor(stage_lengths, device=device))
-    first = total - queries
-
-    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return stage[q + first] >= stage[k]
-
-    return create_block_mask(sees, None, None, queries, total, device=device.type)
-
-
 def _flex() -> Callable:
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     # A whole graph or an error: what falls back to eager is not FlexAttention's kernel.
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
+    @functools.lru_cache(maxsize=4)
+    def block_mask(stage_lengths: Stages, queries: int, device: torch.device) -> Any:
+        total = sum(stage_lengths)
+        stage = torch.repeat_interleave(torch.tensor(stage_lengths, device=device))
+
+        def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return stage[q + total - queries] >= stage[k]
+
+        return create_block_mask(sees, None, None, queries, total, device=device.type)
+
     def call(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Stages) -> Tensor:
-        newest = _is_newest(q, stage_lengths)
-        mask = None if newest else _block_mask(stage_lengths, q.shape[1], q.device)
+        newest = q.shape[1] == stage_lengths[-1]
+        mask = None if newest else block_mask(stage_lengths, q.shape[1], q.device)
         return compiled(*_heads_first(q, k, v), block_mask=mask).transpose(1, 2)
 
     return call
 
 
-def _other(package: str, module: str, name: str) -> Callable:
-    """A package's attention, by stage; it is loaded when it is called."""
-
-    def attention(*tensors: Tensor) -> Tensor:
-        return _load(package, module, name)(*tensors)
-
-    return functools.partial(by_stage, attention)
+def _packages(name: str, *tensors: Tensor) -> Tensor:
+    """A package's attention; it is loaded when it is called."""
+    return _load(name)(*tensors)
 
 
 @functools.cache
-def _load(package: str, module: str, name: str) -> Callable:
+def _load(name: str) -> Callable:
+    module, function = PACKAGES[name]
     try:
-        return getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), function)
     except ImportError as error:
         absent = module.startswith(error.name or module)
         reason = "is not installed" if absent else f"does not load: {error}"
-        raise ImportError(f"{package} {reason}") from None
+        raise ImportError(f"{name} {reason}") from None
