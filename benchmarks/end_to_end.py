@@ -27,13 +27,13 @@ import ecar_kernels
 from benchmarks import models, roofline, timing
 from benchmarks.models import TIMED_STEPS, StageTime, Way, image_seconds, time_image
 from benchmarks.paper import dit
+from benchmarks.paper.dit import PEERS
 from benchmarks.results import duration, medians, table, times
 from ecar import ECAR, ECARConfig, split_steps
 from ecar.info import count_multiply_adds
 from ecar.sampling.guidance import DEFAULT_STEPS, PAPER, plan_steps
 
 WAYS_SHARE = 0.6  # of a size's time, for the paper's protocol in all ways
-PEERS = {"S": "B", "B": "L", "L": "XL"}  # E-CAR : DiT, as the paper pairs them
 DIT_SOLVERS = {"ddim": 250, "dpmsolver++": 20}  # and their steps
 WHOLE = ("S",)  # sizes whose heads are compiled whole
 Calls = list[Callable[[], object]]
@@ -136,7 +136,7 @@ def measure_protocols(
                 timed_steps_of_a_stage=timed, multiply_adds=sum(stage.total for stage in work),
                 multiply_adds_before_steps=sum(stage.ar + stage.modulation for stage in work),
             )  # fmt: skip
-        module = dit.build(peer).to(dtype)
+        module = peer.build().to(dtype)
         for solver, count in DIT_SOLVERS.items():
             step = functools.partial(dit.step_seconds, module, count, solver, TIMED_STEPS)
             add(

@@ -1,13 +1,24 @@
 """diffusers' DiT, the peer of the paper's Table 3: real modules, random weights."""
 
 import statistics
-import time
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.timing import seconds_of
+
 CLASSES = 1000
+SHAPE = {  # of the published DiT-XL/2
+    "in_channels": 4,
+    "out_channels": 8,
+    "patch_size": 2,
+    "attention_bias": True,
+    "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": CLASSES,
+    "norm_type": "ada_norm_zero",
+    "norm_elementwise_affine": False,
+}
 
 
 class DiTSize(NamedTuple):
@@ -18,28 +29,20 @@ class DiTSize(NamedTuple):
     heads: int
     latent_side: int = 32
 
+    def build(self) -> torch.nn.Module:
+        from diffusers import DiTTransformer2DModel
 
+        return DiTTransformer2DModel(
+            num_attention_heads=self.heads,
+            attention_head_dim=self.width // self.heads,
+            num_layers=self.layers,
+            sample_size=self.latent_side,
+            **SHAPE,
+        ).eval()
+
+
+PEERS = {"S": "B", "B": "L", "L": "XL"}  # E-CAR : DiT, as the paper pairs them
 SIZES = {"B": DiTSize(12, 768, 12), "L": DiTSize(24, 1024, 16), "XL": DiTSize(28, 1152, 16)}
-
-
-def build(size: DiTSize) -> torch.nn.Module:
-    """diffusers' class with the published DiT-XL/2's configuration, of another size."""
-    from diffusers import DiTTransformer2DModel
-
-    return DiTTransformer2DModel(
-        num_attention_heads=size.heads,
-        attention_head_dim=size.width // size.heads,
-        in_channels=4,
-        out_channels=8,
-        num_layers=size.layers,
-        sample_size=size.latent_side,
-        patch_size=2,
-        attention_bias=True,
-        activation_fn="gelu-approximate",
-        num_embeds_ada_norm=CLASSES,
-        norm_type="ada_norm_zero",
-        norm_elementwise_affine=False,
-    ).eval()
 
 
 def scheduler(solver: str) -> Any:
@@ -59,23 +62,24 @@ def step_seconds(model: torch.nn.Module, steps: int, solver: str, timed_steps: i
     loop of diffusers' DiTPipeline, without the decoder."""
     side, schedule = model.config.sample_size, scheduler(solver)
     x = torch.randn(1, 4, side, side, dtype=model.dtype)
-    label, seconds = torch.randint(CLASSES, (1,)), []
+    label = torch.randint(CLASSES, (1,))
     schedule.set_timesteps(steps)
-    for t in schedule.timesteps[:timed_steps]:
-        begin = time.perf_counter()
+
+    def step(t: torch.Tensor) -> None:
+        nonlocal x
         predicted = model(x, timestep=t[None], class_labels=label).sample
         noise = predicted.split(4, dim=1)[0]  # the other half is the variance
         x = schedule.step(noise, t, x).prev_sample
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+
+    times = schedule.timesteps[:timed_steps]
+    return statistics.median([seconds_of(lambda t=t: step(t)) for t in times])
 
 
 def count(size: DiTSize, steps: int, *, guided: bool) -> tuple[int, int]:
     """Parameters, and multiply-adds of one image: matrix products alone, as E-CAR's are counted."""
     with torch.device("meta"):
-        model = build(size)
-        x = torch.empty(2 if guided else 1, 4, size.latent_side, size.latent_side)
-        rows = torch.zeros(len(x), dtype=torch.long)
+        model, rows = size.build(), torch.zeros(1 + guided, dtype=torch.long)
+        x = torch.empty(len(rows), 4, size.latent_side, size.latent_side)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(x, timestep=rows, class_labels=rows)
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2 * steps

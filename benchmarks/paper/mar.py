@@ -7,9 +7,9 @@ follows a cosine. Sizes are those with which the authors evaluate; weights are r
 MLP's norms have none of their own (they could be folded into the modulation).
 """
 
+import functools
 import math
 import statistics
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -105,21 +105,20 @@ class MAR(nn.Module):
         width, places = size.width, size.buffer + size.tokens
         self.size = size
 
-        def learned(count: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(1, count, width))
-
         def blocks() -> nn.ModuleList:
             return nn.ModuleList(StageBlock(width, size.heads) for _ in range(size.layers))
 
-        def norm() -> nn.LayerNorm:
-            return nn.LayerNorm(width, eps=1e-6)
+        def learned(*counts: int) -> list[nn.Parameter]:
+            return [nn.Parameter(torch.randn(1, count, width)) for count in counts]
 
-        self.label, self.mask_token = nn.Embedding(CLASSES, width), learned(1)
+        self.label = nn.Embedding(CLASSES, width)
+        self.mask_token, self.diffusion_positions = learned(1, size.tokens)
         self.embed, self.decoder_embed = Linear(CHANNELS, width), Linear(width, width)
-        self.encoder_positions, self.decoder_positions = learned(places), learned(places)
-        self.diffusion_positions = learned(size.tokens)
+        self.encoder_positions, self.decoder_positions = learned(places, places)
         self.encoder, self.decoder = blocks(), blocks()
-        self.embed_norm, self.encoder_norm, self.decoder_norm = norm(), norm(), norm()
+        self.embed_norm, self.encoder_norm, self.decoder_norm = (
+            nn.LayerNorm(width, eps=1e-6) for _ in range(3)
+        )
         self.mlp = DiffusionMLP(size)
 
     def condition(self, label: Tensor, latents: Tensor, known: Tensor, drawn: Tensor) -> Tensor:
@@ -153,55 +152,34 @@ def next_tokens(steps: int, tokens: int = 256) -> list[int]:
     return [*found, left]
 
 
-class Sampler:
-    """Times an image without guidance, drawn by an accelerated MAR with random weights."""
+def build(size: MARSize) -> MAR:
+    """An accelerated model with random weights."""
+    model = MAR(size).eval()
+    ecar_kernels.accelerate(model)
+    return model
 
-    def __init__(self, size: MARSize) -> None:
-        self.size, self.model = size, MAR(size).eval()
-        ecar_kernels.accelerate(self.model)
-        # Of a cosine schedule, respaced: what is left of the image at each step, and a step's own.
-        grid = torch.linspace(0, 1, DIFFUSION_STEPS + 1).double()
-        left = (torch.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2).clamp(min=1e-8)
-        keep = (left[1:] / left[:-1]).clamp(min=1e-3)
-        floor = ((1 - keep) * (1 - left[:-1]) / (1 - left[1:])).clamp(min=1e-8)
-        share, most = (1 - keep) / (1 - left[1:]).sqrt(), (1 - keep).clamp(min=1e-8)
-        self.schedule = torch.stack([keep.rsqrt(), share, most.log(), floor.log()], 1).float()
 
-    @torch.no_grad()
-    def denoise(self, z: Tensor, steps: Sequence[int]) -> Tensor:
-        """Ancestral sampling with a learned variance: [1, n, width] -> [1, n, 16]."""
-        x = torch.randn(1, z.shape[1], CHANNELS)
-        for step in steps:
-            scale, noise_share, most, least = self.schedule[step].tolist()
-            t = torch.full((z.shape[1],), step / DIFFUSION_STEPS)
-            noise, fraction = self.model.mlp(x, t, z).chunk(2, dim=-1)
-            deviation = torch.exp((least + (most - least) * (fraction + 1) / 2) / 2)
-            x = (x - noise_share * noise) * scale
-            x = x + deviation * torch.randn_like(x) if step else x
-        return x
+@torch.no_grad()
+def image_seconds(model: MAR, ar_steps: int, timed_ar_steps: int, timed_steps: int) -> float:
+    """Of an image without guidance, by a few AR steps, evenly spread, and a few diffusion steps of
+    each: the network's calls alone.
 
-    @torch.no_grad()
-    def time_image(self, ar_steps: int, timed_ar_steps: int, timed_steps: int) -> float:
-        """Seconds of an image: a few AR steps, evenly spread, and a few diffusion steps of each.
-
-        The mean over the timed AR steps times all; in each, the median diffusion step times 100.
-        """
-        tokens, drawn = self.size.tokens, next_tokens(ar_steps, self.size.tokens)
-        label, latents = torch.randint(CLASSES, (1,)), torch.randn(1, tokens, CHANNELS)
-        spread = torch.linspace(DIFFUSION_STEPS - 1, 0, timed_steps).round().long().tolist()
-        total = 0.0
-        for step in (int((i + 0.5) * ar_steps / timed_ar_steps) for i in range(timed_ar_steps)):
-            order, known = torch.randperm(tokens), sum(drawn[:step])
-            new = order[known : known + drawn[step]]
-            z = torch.randn(1, len(new), self.size.width)
-            denoising = [seconds_of(lambda i=i, z=z: self.denoise(z, [i])) for i in spread]
-            total += statistics.median(denoising) * DIFFUSION_STEPS
-            total += seconds_of(
-                lambda known=order[:known], new=new: self.model.condition(
-                    label, latents, known, new
-                )
-            )
-        return total / timed_ar_steps * ar_steps
+    The mean over the timed AR steps times all; in each, the median diffusion step times 100.
+    """
+    size = model.size
+    drawn = next_tokens(ar_steps, size.tokens)
+    label, latents = torch.randint(CLASSES, (1,)), torch.randn(1, size.tokens, CHANNELS)
+    total = 0.0
+    for step in (int((i + 0.5) * ar_steps / timed_ar_steps) for i in range(timed_ar_steps)):
+        order, known = torch.randperm(size.tokens), sum(drawn[:step])
+        new = order[known : known + drawn[step]]
+        z, x = torch.randn(1, len(new), size.width), torch.randn(1, len(new), CHANNELS)
+        denoise = functools.partial(model.mlp, x, torch.rand(len(new)), z)
+        total += (
+            statistics.median([seconds_of(denoise) for _ in range(timed_steps)]) * DIFFUSION_STEPS
+        )
+        total += seconds_of(functools.partial(model.condition, label, latents, order[:known], new))
+    return total / timed_ar_steps * ar_steps
 
 
 def multiply_adds(size: MARSize, ar_steps: int) -> int:

@@ -23,35 +23,30 @@ PAPERS = {
 }
 
 
-def count() -> list[dict[str, Any]]:
-    found = {"DiT-XL/2": dit.count(dit.SIZES["XL"], PAPER_STEPS, guided=True)}
-    for size in ("S", "B", "L"):
-        config = ECARConfig.preset(size)
-        # Any scale but 1 adds unconditional rows.
-        stages = count_multiply_adds(config, steps=PAPER, guidance_scale=2.0)
-        total = count_parameters(config)["total"], sum(stage.total for stage in stages)
-        found[f"E-CAR-{size}"] = total
+def count(model: str) -> tuple[int, int]:
+    if model == "DiT-XL/2":
+        return dit.count(dit.SIZES["XL"], PAPER_STEPS, guided=True)
+    config = ECARConfig.preset(model[-1])
+    # Any scale but 1 adds unconditional rows.
+    stages = count_multiply_adds(config, steps=PAPER, guidance_scale=2.0)
+    return count_parameters(config)["total"], sum(stage.total for stage in stages)
+
+
+def rows() -> list[dict[str, Any]]:
     keys = ("model", "parameters", "multiply_adds")
-    return [dict(zip(keys, (model, *found[model]), strict=True)) for model in PAPERS]
+    return [dict(zip(keys, (model, *count(model)), strict=True)) for model in PAPERS]
 
 
 def render(record: dict[str, Any]) -> str:
-    rows = []
-    for row in record["rows"]:
-        parameters, adds = PAPERS[row["model"]]
-        rows.append((
-            row["model"], f"{row['parameters'] * 1e-6:.1f} M", f"{parameters} M",
-            f"{row['multiply_adds'] * 1e-12:.2f} T", f"{adds:g} T",
-        ))  # fmt: skip
-    header = ("model", "parameters", "paper", "multiply-adds", "paper")
-    return markdown(header, rows)
-
-
-def main() -> None:
-    options = results.parser("paper.table2", __doc__).parse_args()
-    file = results.path("table2", options.results)
-    results.finish(file, "table2", results.describe(), render, rows=count())
+    lines = [
+        (row["model"], f"{row['parameters'] * 1e-6:.1f} M", f"{PAPERS[row['model']][0]} M",
+         f"{row['multiply_adds'] * 1e-12:.2f} T", f"{PAPERS[row['model']][1]:g} T")
+        for row in record["rows"]
+    ]  # fmt: skip
+    return markdown(("model", "parameters", "paper", "multiply-adds", "paper"), lines)
 
 
 if __name__ == "__main__":
-    main()
+    options = results.parser("paper.table2", __doc__).parse_args()
+    file = results.path("table2", options.results)
+    results.finish(file, "table2", results.describe(), render, rows=rows())

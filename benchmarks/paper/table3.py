@@ -12,16 +12,16 @@ import functools
 from typing import Any
 
 from benchmarks import models, timing
-from benchmarks.end_to_end import PEERS
 from benchmarks.models import TIMED_STEPS, Way, image_seconds, time_image
 from benchmarks.paper import dit, mar
+from benchmarks.paper.dit import PEERS
 from benchmarks.results import duration, medians, table, times
 from ecar import ECARConfig
 from ecar.info import count_multiply_adds
 from ecar.sampling.guidance import PAPER, PAPER_STEPS
 
 MARS = {"S": "B", "B": "L", "L": "H"}  # E-CAR : MAR
-# The paper's latencies in seconds: E-CAR, DiT, MAR. It does not say of how many AR steps MAR's are.
+# The paper's latencies in seconds: E-CAR, DiT, MAR.
 I9 = {"S": (3.92, 17.94, 146.26), "B": (10.95, 59.70, 257.02), "L": (18.22, 75.35, 463.62)}
 RTX_4090 = {"S": (0.38, 1.44, 40.61), "B": (0.68, 2.73, 45.37), "L": (0.94, 3.42, 59.54)}
 TIMED_AR_STEPS = 3
@@ -41,29 +41,26 @@ def measure(
     way = Way(models.accelerated(models.random_model(config)))
     ours = {"ecar": lambda: image_seconds(time_image(way))}
     # One peer after the other, for their weights and packed ones fill a memory.
-    step = functools.partial(dit.step_seconds, dit.build(peer), PAPER_STEPS, "ddim", TIMED_STEPS)
-    theirs = {"dit": lambda: PAPER_STEPS * step()}
-    pair = models.compare(ours | theirs, DIT_SHARE * seconds)
-    sampler = mar.Sampler(masked)
-    theirs = {
-        f"mar, {steps} AR steps": lambda steps=steps: sampler.time_image(
-            steps, TIMED_AR_STEPS, TIMED_STEPS
-        )
-        for steps in mar.AR_STEPS
-    }
+    step = functools.partial(dit.step_seconds, peer.build(), PAPER_STEPS, "ddim", TIMED_STEPS)
+    pair = models.compare(ours | {"dit": lambda: PAPER_STEPS * step()}, DIT_SHARE * seconds)
+    image = functools.partial(mar.image_seconds, mar.build(masked))
+    timed = (TIMED_AR_STEPS, TIMED_STEPS)
+    theirs = {_name(steps): functools.partial(image, steps, *timed) for steps in mar.AR_STEPS}
     others = models.compare(ours | theirs, (1 - DIT_SHARE) * seconds)
+    adds = {"ecar": sum(stage.total for stage in count_multiply_adds(config, steps=PAPER))}
+    adds["dit"] = dit.count(peer, PAPER_STEPS, guided=False)[1]
     row = {
         "size": size,
         "seconds": timing.summaries(others | pair),
         "ratio": _ratios(pair)["dit"],
         "mar_ratios": _ratios(others),
-        "multiply_adds": {
-            "ecar": sum(stage.total for stage in count_multiply_adds(config, steps=PAPER)),
-            "dit": dit.count(peer, PAPER_STEPS, guided=False)[1],
-        }
-        | {f"mar, {steps} AR steps": mar.multiply_adds(masked, steps) for steps in mar.AR_STEPS},
+        "multiply_adds": adds | {_name(n): mar.multiply_adds(masked, n) for n in mar.AR_STEPS},
     }
     return {"rows": [row]}
+
+
+def _name(steps: int) -> str:
+    return f"mar, {steps} AR steps"
 
 
 def _ratios(taken: dict[str, list[float]]) -> dict[str, dict[str, float]]:
@@ -80,9 +77,8 @@ def pairs(row: dict[str, Any]) -> list[tuple[str, str, dict[str, float]]]:
     """(peer, its seconds' name, its time over E-CAR's by column) of a size's row."""
     size, adds, found = row["size"], row["multiply_adds"], []
     for key, measured in ({"dit": row["ratio"]} | row["mar_ratios"]).items():
-        name, column = f"MAR-{MARS[size]}{key.removeprefix('mar')}", 2
-        if key == "dit":
-            name, column = f"DiT-{PEERS[size]}/2", 1
+        column = 1 if key == "dit" else 2
+        name = f"DiT-{PEERS[size]}/2" if key == "dit" else f"MAR-{MARS[size]}{key[len('mar') :]}"
         ratios = {
             "ratio": measured["median"],
             "multiply-adds": adds[key] / adds["ecar"],
@@ -94,18 +90,19 @@ def pairs(row: dict[str, Any]) -> list[tuple[str, str, dict[str, float]]]:
 
 
 def render(record: dict[str, Any]) -> str:
-    rows = [
-        {
-            "E-CAR": row["size"],
-            "peer": peer,
-            "E-CAR latency": duration(medians(row)["ecar"]),
-            "peer latency": duration(medians(row)[key]),
-        }
-        | {column: times(ratio) for column, ratio in ratios.items()}
-        for row in record["rows"]
-        for peer, key, ratios in pairs(row)
-    ]
-    return table(rows)
+    return table(
+        [
+            {
+                "E-CAR": row["size"],
+                "peer": peer,
+                "E-CAR latency": duration(medians(row)["ecar"]),
+                "peer latency": duration(medians(row)[key]),
+                **{column: times(ratio) for column, ratio in ratios.items()},
+            }
+            for row in record["rows"]
+            for peer, key, ratios in pairs(row)
+        ]
+    )
 
 
 if __name__ == "__main__":

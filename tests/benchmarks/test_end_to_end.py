@@ -76,7 +76,7 @@ def test_dpm_solver_takes_dits_users_twenty_steps():
     config = dit.scheduler("dpmsolver++").config
     assert (config.algorithm_type, config.solver_order) == ("dpmsolver++", 2)
     assert (config.beta_start, config.beta_schedule) == (0.0001, "linear")  # as DDIM's
-    model, calls = dit.build(dit.DiTSize(layers=1, width=16, heads=2, latent_side=8)), []
+    model, calls = dit.DiTSize(layers=1, width=16, heads=2, latent_side=8).build(), []
     model.register_forward_hook(lambda *_: calls.append(1))
     assert dit.step_seconds(model, 20, "dpmsolver++", timed_steps=100) > 0
     assert len(calls) == 20

@@ -54,19 +54,16 @@ def test_multiply_adds_are_those_of_the_modules():
 
 def test_the_accelerated_model_computes_the_same():
     plain = mar.MAR(TINY).eval()
-    fast = mar.Sampler(TINY)
-    fast.model.load_state_dict(plain.state_dict())
+    fast = mar.build(TINY)
+    fast.load_state_dict(plain.state_dict())
     order, latents = torch.randperm(TINY.tokens), torch.randn(1, TINY.tokens, mar.CHANNELS)
     given = (torch.tensor([3]), latents, order[:5], order[5:8])
     x, t = torch.randn(1, 3, mar.CHANNELS), torch.rand(3)
     with torch.no_grad():
-        found = fast.model.condition(*given)
+        found = fast.condition(*given)
         pairs = [
             (found, lambda m, kind: m.condition(given[0], latents.to(kind), *given[2:])),
-            (
-                fast.model.mlp(x, t, found),
-                lambda m, kind: m.mlp(x.to(kind), t.to(kind), found.to(kind)),
-            ),
+            (fast.mlp(x, t, found), lambda m, kind: m.mlp(x.to(kind), t.to(kind), found.to(kind))),
         ]
         for ours, run in pairs:
             with use_backend("reference"):
@@ -87,8 +84,10 @@ def test_what_is_not_known_is_not_read():
     assert torch.equal(one, two)
 
 
-def test_a_whole_denoising_is_finite_and_an_image_takes_time():
-    sampler = mar.Sampler(TINY)
-    x = sampler.denoise(torch.randn(1, 3, TINY.width), range(mar.DIFFUSION_STEPS - 1, -1, -1))
-    assert x.shape == (1, 3, mar.CHANNELS) and x.isfinite().all()
-    assert sampler.time_image(4, 2, 3) > 0
+def test_an_image_takes_its_ar_and_diffusion_steps(monkeypatch):
+    """A second each: all AR steps, and 100 diffusion steps of each."""
+    calls = []
+    monkeypatch.setattr(mar, "seconds_of", lambda call: calls.append(call()) or 1.0)
+    assert mar.image_seconds(mar.build(TINY), 4, 2, 3) == 4 * (1 + mar.DIFFUSION_STEPS)
+    assert len(calls) == 2 * (1 + 3)
+    assert all(call.isfinite().all() for call in calls)
