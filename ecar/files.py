@@ -313,6 +313,8 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     name = os.fspath(path)
     if not os.path.isfile(name):
         raise FileNotFoundError(f"{name}: no such file")
+    with open(name, "rb"):
+        pass  # of a file without permission safetensors says that there is none
     try:
         with safe_open(name, framework="pt", device="cpu") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,23 @@ def test_commands_exist():
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
         assert end.value.code == 0
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout")
+def test_what_the_pages_write_is_ignored():
+    """Into the folder that they are called in: git status stays clean."""
+    outputs = set()
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        blocks = "".join(re.findall(r"```sh\n(.*?)```", page.read_text("utf-8"), re.DOTALL))
+        for command in re.findall(r"\becar \w+ (?:.|\\\n)*", blocks):
+            flags = "output|npz|neighbours|picture|save-classifier"
+            outputs |= set(re.findall(rf"--(?:{flags}) ([^\s/]+)", command))
+    outputs |= {"demo.png", "demo-strip.png", "samples.png"}
+    assert {"birds.png", "latents", "runs", "evaluation.json"} <= outputs
+    for output in outputs:
+        path = output if "." in output else f"{output}/"
+        command = ["git", "-C", str(ROOT), "check-ignore", "--quiet", path]
+        assert subprocess.run(command).returncode == 0, f"{output} is not in .gitignore"
 
 
 @pytest.mark.parametrize("page", PAGES)

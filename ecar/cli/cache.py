@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dataset",
         required=True,
         metavar="NAME|PATH",
-        help="digits, mnist, emoji, a folder of images, or tar files: a folder or a quoted pattern",
+        help="digits, mnist, emoji, or a path to images: a folder, or tar files",
     )
     group.add_argument("--data-root", metavar="PATH", help="where it lies, if --dataset is a name")
     group.add_argument(

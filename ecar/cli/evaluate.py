@@ -1,7 +1,9 @@
 """`ecar evaluate`: measure a checkpoint's samples against a data set.
 
 Fréchet distance, Inception Score, precision and recall, and the share of images that are read as
-the class asked for; the report holds the protocol with every number.
+their class; the report holds the protocol with every number. Without --classifier and --inception
+they are measured in the features of the project's own classifier of the data set. Only figures of
+--inception compare to published ones. --neighbours tells whether anything is memorised.
 """
 
 from __future__ import annotations
@@ -57,49 +59,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset",
         metavar="NAME|PATH",
-        help="whose held-out images to compare with: digits, mnist, emoji, or a folder of images "
-        "or tar files; by default what the checkpoint's train.json says",
+        help="digits, mnist, emoji, or a path to images (default: the training's)",
     )
     parser.add_argument("--data-root", metavar="PATH", help="where it lies, if --dataset is a name")
     parser.add_argument(
         "--skip-broken",
         action="store_true",
-        help="go on without files of a folder that are no readable images, and say how many",
+        help="go on without files that are no images, and say how many",
     )
     parser.add_argument(
         "--background",
         metavar="COLOUR",
-        help="what transparent images of a folder lie on, such as white, black or #7f7f7f; by "
-        "default as in training, else white",
+        help="colour under transparent images (default: as in training, else white)",
     )
     parser.add_argument(
         "--samples",
         type=positive,
         default=5000,
         metavar="N",
-        help="images to draw (5000), of classes as frequent as in training",
+        help="images to draw, of classes as frequent as in training (default: 5000)",
     )
     parser.add_argument(
         "--seed",
         type=int,
         default=0,
         metavar="N",
-        help="of the first image; image i has seed N + i (0)",
+        help="of the first image; image i has seed N + i (default: 0)",
     )
     parser.add_argument(
-        "--batch-size", type=positive, default=100, metavar="N", help="images drawn at once (100)"
+        "--batch-size",
+        type=positive,
+        default=100,
+        metavar="N",
+        help="images drawn at once (default: 100)",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--classifier",
         metavar="FILE|train",
-        help="whose features to measure in: a classifier's safetensors, or train: one is trained "
-        "on the data set first; by default the project's own for this data set",
+        help="measure in its features, or in those of one trained first (default: ours)",
     )
     which.add_argument(
         "--inception",
         metavar="FILE",
-        help="torch-fidelity's Inception weights, for figures that compare to published ones",
+        help="measure in Inception's features: torch-fidelity's weights",
     )
     parser.add_argument(
         "--save-classifier", metavar="FILE", help="write what --classifier train trained"
@@ -107,8 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--neighbours",
         metavar="FILE",
-        help="write a picture of samples, below each the nearest training picture, and report "
-        "the distances: is anything memorised?",
+        help="write samples, below each the nearest training picture",
     )
     parser.add_argument("--output", metavar="FILE", help="write the report as JSON")
     parser.add_argument(

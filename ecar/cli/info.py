@@ -49,7 +49,7 @@ SHOWN_GUIDANCE = 2.0  # any scale but 1 costs the same
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--preset", choices=tuple(PRESETS))
+    which.add_argument("--preset", choices=tuple(PRESETS), help="sizes of a model")
     which.add_argument(
         "--checkpoint", metavar="DIR|OWNER/NAME", help="only its configuration is read"
     )

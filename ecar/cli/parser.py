@@ -180,15 +180,18 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=step_list,
         metavar="N[,N..]|paper",
-        help="network calls in all, or of each stage (Heun makes two a step); or paper: the "
-        "paper's 250 even Euler steps",
+        help="network calls in all, or of each stage; paper: 250 even Euler steps",
     )
-    group.add_argument("--solver", choices=("euler", "heun", "ab2"))
+    group.add_argument(
+        "--solver",
+        choices=("euler", "heun", "ab2"),
+        help="heun makes two calls a step, the others one",
+    )
     group.add_argument(
         "--grid",
         type=float,
         metavar="P",
-        help="where a stage's N steps begin: (i / N)^P; above 1, closer together at its beginning",
+        help="a stage's N steps begin at (i / N)^P; above 1, close at its beginning",
     )
     _add_guidance(group)
 
@@ -205,7 +208,7 @@ def _add_guidance(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--guidance-schedule",
         choices=("constant", "linear"),
-        help="the same scale at all stages, or from 1 at the first to W at the last",
+        help="the same scale at all stages, or from 1 to W at the last",
     )
     group.add_argument(
         "--guidance-interval",
@@ -231,11 +234,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device",
         default="auto",
-        help="cpu, cuda, cuda:1, ..; auto (default) is CUDA where there is one",
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1, .. (default: auto, CUDA where there is one)",
     )
     group.add_argument(
         "--backend",
         choices=("auto", "reference", "cpp", "cuda", "sdpa", "triton", "native"),
-        help="kernels; by default $ECAR_BACKEND, or auto: the best that can serve; native is a "
-        "former name of cpp, cuda and sdpa",
+        help="kernels (default: $ECAR_BACKEND, or auto: the best that can serve)",
     )

@@ -1,4 +1,10 @@
-"""`ecar sample`: draw images, or a sheet of them, from a checkpoint."""
+"""`ecar sample`: draw images, or a sheet of them, from a checkpoint.
+
+--output is a picture (.png, .jpg, ..): one image, or a sheet with a row for each class. Or it is a
+folder, which gets a PNG for each image as soon as it is drawn; images that are there already, of
+the same weights and settings, are kept. Image k of class c has the seed SEED + k * (number of
+classes) + c, and so noise of its own; --seeds gives each class the same.
+"""
 
 from __future__ import annotations
 
@@ -74,24 +80,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         default="samples.png",
         metavar="PATH",
-        help="a picture (.png, .jpg, ..): one image, or a sheet with a row for each class. Or a "
-        "folder: a PNG for each image, written as soon as it is drawn; images that are there "
-        "already, of the same weights and settings, are kept. Default: samples.png",
+        help="a picture, or a folder of pictures (default: samples.png)",
     )
     group = parser.add_argument_group("what to draw")
     group.add_argument(
         "--classes",
         type=class_list,
         metavar="LIST",
-        help="numbers, ranges or names, such as 0-4,7,cat; default: the first ten",
+        help="numbers, ranges or names, such as 0-4,7,cat (default: the first ten)",
     )
-    group.add_argument("--per-class", type=positive, metavar="K", help="images of each class (10)")
+    group.add_argument(
+        "--per-class", type=positive, metavar="K", help="images of each class (default: 10)"
+    )
     group.add_argument(
         "--seed",
         type=int,
         metavar="N",
-        help="image k of class c has the seed N + k * (number of classes) + c: each image has "
-        "noise of its own (0)",
+        help="of the first image; all have noise of their own (default: 0)",
     )
     group.add_argument(
         "--seeds",
@@ -110,14 +115,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--stages",
         action="store_true",
-        help="also write the state in which each stage but the last ended, as "
-        "NAME-stage1.png ..: smaller and partly noise, enlarged to fit",
+        help="also write the states in which stages ended, as NAME-stage1.png",
     )
     group.add_argument(
         "--strip",
         action="store_true",
-        help="also write the first image of each row from stage to stage, as NAME-strip.png; in a "
-        "folder with --stages",
+        help="also write each row's first image from stage to stage, NAME-strip.png",
     )
     group.add_argument("--names", action="store_true", help="write the classes next to the rows")
     group.add_argument(
@@ -125,21 +128,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=1,
         metavar="K",
-        help="enlarge each image K times, nearest neighbour",
+        help="enlarge each image K times, nearest neighbour (default: 1)",
     )
     add_device(parser)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="of the weights and the network calls; the state is always float32",
+        help="of weights and network calls; the state is float32 (default: float32)",
     )
     parser.add_argument(
         "--batch-size",
         type=positive,
         default=100,
         metavar="N",
-        help="images drawn at once; changes no image (100)",
+        help="images drawn at once; changes no image (default: 100)",
     )
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
 

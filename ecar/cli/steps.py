@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=30,
         metavar="N",
-        help="network calls of an image that the best setting may have at most (30)",
+        help="network calls that the best setting may have at most (default: 30)",
     )
     parser.add_argument(
         "--write",
@@ -55,17 +55,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="make the best setting the default in the checkpoint's pipeline.json",
     )
     parser.add_argument(
-        "--images", type=positive, default=64, metavar="N", help="whose errors are averaged (64)"
+        "--images",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="whose errors are averaged (default: 64)",
     )
     parser.add_argument(
         "--seed",
         type=int,
         default=0,
         metavar="N",
-        help="of the first image; image i has seed N + i (0)",
+        help="of the first image; image i has seed N + i (default: 0)",
     )
     parser.add_argument(
-        "--batch-size", type=positive, default=64, metavar="N", help="images drawn at once (64)"
+        "--batch-size",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="images drawn at once (default: 64)",
     )
     parser.add_argument("--output", metavar="FILE", help="write the report as JSON")
     parser.add_argument(

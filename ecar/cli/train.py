@@ -114,7 +114,8 @@ def add_fields(
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["type"] = _reader(hints[field.name])
-            options["metavar"] = field.name.split("_")[-1].upper()
+            word = field.name.split("_")[-1].upper()
+            options["metavar"] = {int: "N", float: "X"}.get(hints[field.name], word)
         group.add_argument(*others.get(field.name, ()), flags[field.name], **options)
 
 

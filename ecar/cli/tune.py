@@ -36,14 +36,16 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", nargs="+", choices=tuple(PRESETS), help="models (S B L)")
+    parser.add_argument(
+        "--preset", nargs="+", choices=tuple(PRESETS), help="models (default: S B L)"
+    )
     parser.add_argument(
         "--batch",
         nargs="+",
         type=positive,
         default=[1, 8, 64],
         metavar="N",
-        help="images at once (1 8 64); guidance doubles them",
+        help="images at once; guidance doubles them (default: 1 8 64)",
     )
     parser.add_argument(
         "--width",
@@ -55,8 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", nargs="+", type=positive, metavar="N", help="tokens of all images at once"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--device", default="cuda", help="cuda (default), cuda:1, ..")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="of the tensors (default: bfloat16)"
+    )
+    parser.add_argument(
+        "--device", default="cuda", metavar="DEVICE", help="cuda, cuda:1, .. (default: cuda)"
+    )
     parser.add_argument(
         "--list",
         action="store_true",
@@ -67,8 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE.json",
-        help="where to keep the choices, beside those that it has; by default "
-        "where they are looked for: $ECAR_TUNED, else ~/.cache/ecar/tuned",
+        help="adds the choices (default: in $ECAR_TUNED, else ~/.cache/ecar/tuned)",
     )
 
 

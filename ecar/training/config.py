@@ -94,8 +94,8 @@ class TrainConfig:
             of the usual places.
         flip: mirror each image left to right with probability 1/2; not for "latents", where
             images are mirrored before they are encoded and cached.
-        skip_broken: go on without files of a folder that are no images, and say how many; otherwise
-            they are an error, which names them.
+        skip_broken: go on without files that are no images; of a folder, and say how many.
+            Otherwise they are an error, which names them.
         background: colour under transparent images in files; such as white, black or #7f7f7f.
         steps: optimizer steps in all.
         batch_size: images of one optimizer step; over all processes and accumulation steps.
@@ -103,7 +103,7 @@ class TrainConfig:
         learning_rate: AdamW's, after the warm-up.
         weight_decay, betas: AdamW's.
         warmup_steps: steps over which the learning rate rises linearly from 0.
-        schedule: "constant", "linear", "cosine" or "wsd", after the warm-up. "linear" and "cosine"
+        schedule: "constant", "linear", "cosine" or "wsd"; after the warm-up. "linear" and "cosine"
             decay to 0 at ``steps``; "wsd" (warm-up, stable, decay) is constant, with a linear decay
             to 0 over the last ``decay_steps``. A training that is constant may be resumed as "wsd"
             when it is time to end it.

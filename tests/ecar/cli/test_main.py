@@ -1,6 +1,6 @@
 """What all commands share: help, errors of one line, exit codes, tracebacks of our own bugs."""
 
-import json
+import importlib
 import re
 
 import numpy as np
@@ -8,8 +8,7 @@ import pytest
 
 import ecar.cli.info
 from ecar.cli import COMMANDS, main
-
-from ..conftest import full_disk
+from ecar.cli.parser import Parser
 
 
 def test_version(capsys):
@@ -25,6 +24,21 @@ def test_help_has_an_example(command, capsys):
         main([command, "--help"])
     assert end.value.code == 0
     assert f"  ecar {command} --" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_option_is_explained_in_a_line(command):
+    """Of 100 columns, next to a column of 24; what it takes has a name."""
+    module = importlib.import_module(f"ecar.cli.{command}")
+    parser = Parser(prog=f"ecar {command}")
+    module.add_arguments(parser)
+    wrong = {}
+    for action in parser._actions:
+        text, takes = (action.help or "").replace("%%", "%"), action.nargs != 0
+        named = action.metavar is not None or action.choices is not None
+        if not 0 < len(text) <= 74 or "\n" in text or text[-1] == "." or (takes and not named):
+            wrong[action.option_strings[0]] = text
+    assert not wrong
 
 
 @pytest.mark.parametrize("command", ["sample", "info", "evaluate", "evaluate --dataset digits"])
@@ -84,42 +98,3 @@ def test_accidents_are_not_the_users_even_as_value_errors(run, monkeypatch, acci
     monkeypatch.setattr(ecar.cli.info, "count_parameters", accident)
     with pytest.raises((TypeError, ValueError)):
         run("info --preset digits --steps 2")
-
-
-def test_interruption_is_130(run, monkeypatch):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ecar.cli.info, "count_parameters", interrupt)
-    code, _, errors = run("info --preset digits --steps 2")
-    assert (code, errors) == (130, "ecar: interrupted\n")
-
-
-@pytest.mark.parametrize(
-    ("line", "file"),
-    [
-        ("sample --checkpoint model --steps 2 --sheet 1x1 --no-progress --output x.png", "x.png"),
-        ("sample --checkpoint model --steps 2 --sheet 1x1 --no-progress --output new",
-         "new/class0-seed000000.png"),
-        ("evaluate --checkpoint model --dataset digits --samples 4 --steps 2 --no-progress "
-         "--output r.json", "r.json"),
-        ("evaluate --checkpoint model --dataset digits --samples 4 --steps 2 --no-progress "
-         "--npz s.npz", "s.npz"),
-        ("train --config t.json --output run --no-progress", "run/pipeline.json"),
-        ("train --resume old --steps 2 --no-progress", "old/"),
-    ],
-)  # fmt: skip
-def test_a_full_disk_is_one_line(folder, run, line, file):
-    """And what lies there is as it was."""
-    config = json.loads((folder / "model" / "config.json").read_text())
-    values = {"model": config, "steps": 1, "batch_size": 2, "sample_every": 0, "device": "cpu"}
-    (folder / "t.json").write_text(json.dumps(values))
-    if "--resume" in line:
-        assert run("train --config t.json --output old --no-progress")[0] == 0
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with full_disk():
-        code, _, errors = run(line)
-    assert code == 2
-    assert errors.startswith("ecar: error: ") and errors.count("\n") == 1
-    assert file in errors and "File too large" in errors
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
