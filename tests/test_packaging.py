@@ -202,6 +202,7 @@ def test_metadata(wheel):
         "dev",
         "docs",
         "eval",
+        "gallery",
         "inception",
         "test",
         "train",

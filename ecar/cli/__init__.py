@@ -28,6 +28,7 @@ COMMANDS = {
     "evaluate": "measure a checkpoint's samples against a data set",
     "steps": "find the solver and steps that draw a checkpoint's images best",
     "info": "count the tokens, parameters and multiply-adds of a preset or checkpoint",
+    "gallery": "open a page on this machine, to draw by class, seed, calls and guidance",
     "tune": "measure the launch settings of this machine's GPU",
 }
 OUR_PACKAGES = ("ecar", "ecar_kernels")

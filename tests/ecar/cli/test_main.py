@@ -59,7 +59,7 @@ def test_missing_checkpoint_is_one_line(folder, refused, command, name, message)
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "a command is needed: sample, train, cache, evaluate, steps, info, tune"),
+        ("", "a command is needed: sample, train, cache, evaluate, steps, info, gallery, tune"),
         ("draw", "no command 'draw'; commands are sample"),
         ("--colour", "unrecognized arguments: --colour"),
         ("sample", "the following arguments are required: --checkpoint"),

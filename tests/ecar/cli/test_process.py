@@ -143,6 +143,7 @@ EXTRAS = (
     "accelerate",
     "braceexpand",
     "diffusers",
+    "gradio",
     "matplotlib",
     "scipy",
     "sklearn",

@@ -20,6 +20,7 @@ CACHE = "cache --dataset birds --image-size 16 --vae vae --output new --num-work
 EVALUATE = "evaluate --checkpoint model --dataset digits --samples 8 --steps 2 --no-progress"
 STEPS = "steps --checkpoint model --images 2 --calls 8 --no-progress"
 INFO = "info --checkpoint model"
+GALLERY = "gallery --checkpoint model"
 TUNE = "tune --preset S"
 
 # Of each command, with "cut.safetensors", "notes.txt" (text) and "empty" (a folder) at hand: what
@@ -97,6 +98,12 @@ WRONG = {
         ("--config empty", "empty: Is a directory"),
         ("--config notes.txt", "notes.txt: not valid JSON"),
         ("--preset M", "--preset: invalid choice: 'M'"),
+    ],
+    GALLERY: [
+        ("--checkpoint nowhere", "checkpoint 'nowhere': no such folder"),
+        ("--checkpoint cut", "cut/model.safetensors: not a safetensors file, or cut short"),
+        ("--port x", "--port: expected a positive whole number, got 'x'"),
+        ("--device gpu", "--device: cannot use 'gpu' here"),
     ],
     TUNE: [
         ("--batch x", "--batch: expected a positive whole number, got 'x'"),
