@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,23 +122,27 @@ def run(arguments: argparse.Namespace) -> None:
     with contextlib.suppress(FileNotFoundError):  # has no held-out images
         splits["test"] = open_split(arguments, codec, "test")
     codec.to(device)
-    for split, dataset in splits.items():
-        index = cache_latents(
-            dataset,
-            codec,
-            output / split,
-            shard_size=arguments.shard_size,
-            batch_size=arguments.batch_size,
-            device=device,
-            dtype=getattr(torch, arguments.dtype),
-            num_workers=arguments.num_workers,
-            seed=arguments.seed,
-            progress=rank == 0 and not arguments.no_progress,
-            rank=rank,
-            world=processes,
-        )
-        if rank == 0:
-            print(describe(index))
+    try:
+        for split, dataset in splits.items():
+            index = cache_latents(
+                dataset,
+                codec,
+                output / split,
+                shard_size=arguments.shard_size,
+                batch_size=arguments.batch_size,
+                device=device,
+                dtype=getattr(torch, arguments.dtype),
+                num_workers=arguments.num_workers,
+                seed=arguments.seed,
+                progress=rank == 0 and not arguments.no_progress,
+                rank=rank,
+                world=processes,
+            )
+            if rank == 0:
+                print(describe(index))
+    except KeyboardInterrupt:
+        print(f"ecar: shards in {output} are kept; the same command goes on", file=sys.stderr)
+        raise
 
 
 def open_split(

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_fields(
-    group: Any, kind: type, flags: dict[str, str], others: dict[str, tuple[str, ...]]
+    group: Any, kind: type, flags: dict[str, str], others: Mapping[str, tuple[str, ...]]
 ) -> None:
     """A flag for each field of a configuration, with its other names; absent where not given."""
     hints, texts = typing.get_type_hints(kind), field_texts(kind) | HELP

@@ -5,8 +5,8 @@
     images, labels = train.tensors()
     photos = load_dataset("folder", root="photos", image_size=256, flip=True)
 
-`cache_latents` runs any of them through a codec once and writes safetensors shards, which
-`load_dataset("latents", root=...)` reads lazily.
+"shards" reads images where they lie in tar files. `cache_latents` runs any data set through a codec
+once and writes safetensors shards, which `load_dataset("latents", root=...)` reads lazily.
 """
 
 from .base import ImageDataset, InMemoryDataset

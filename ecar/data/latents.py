@@ -192,10 +192,10 @@ def _digest(dataset: ImageDataset) -> str:
     digest = hashlib.sha256(json.dumps(list(dataset.class_names)).encode())
     rows = np.linspace(0, len(dataset) - 1, min(len(dataset), _DIGESTED)).round().astype(int)
     if isinstance(dataset, ImageDataset):
-        digest.update(dataset.labels.numpy())
+        digest.update(dataset.labels.numpy().tobytes())
     for row in rows.tolist():
         image, label = dataset[row]
-        digest.update(np.ascontiguousarray(image, dtype=np.float32))
+        digest.update(np.asarray(image, dtype=np.float32).tobytes())
         digest.update(str(int(label)).encode())
     return digest.hexdigest()
 

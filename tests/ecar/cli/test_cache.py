@@ -117,3 +117,18 @@ def test_processes_of_torchrun_share_the_shards(here, run, monkeypatch):
     assert run(line) == (0, "", "")
     assert len(load_dataset("latents", root=here / "latents")) == 10
     assert "mean" in json.loads((here / "latents" / "train" / "index.json").read_text())
+
+
+def test_ctrl_c_says_how_to_go_on(here, run, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    line = f"{RUN} --vae vae --output latents --no-progress"
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderKLCodec, "encode", interrupt)
+        code, output, errors = run(line)
+    assert (code, output) == (130, "")
+    goes_on, interrupted = errors.splitlines()
+    assert goes_on == "ecar: shards in latents are kept; the same command goes on"
+    assert interrupted == "ecar: interrupted"
+    assert run(line)[0] == 0
