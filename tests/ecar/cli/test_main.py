@@ -61,6 +61,7 @@ def test_missing_checkpoint_is_one_line(folder, refused, command, name, message)
     [
         ("", "a command is needed: sample, train, cache, evaluate, steps, info, gallery, tune"),
         ("draw", "no command 'draw'; commands are sample"),
+        ("sampel", "no command 'sampel'; near it: sample"),
         ("--colour", "unrecognized arguments: --colour"),
         ("sample", "the following arguments are required: --checkpoint"),
         ("info", "one of the arguments --preset --checkpoint --config is required"),
