@@ -66,7 +66,7 @@ def trainings(model: ECARConfig) -> list[Training]:
     deep = {"width": width * 3 // 4, "ar_layers": layers * 2, "flow_blocks": blocks * 2}
     moved = {"ar_layers": 0, "flow_blocks": blocks_without_ar(model)}
     return [
-        Training(BASE, "", {"ema_decay": (0.999, 0.99, 0.9995, 0.9999)}),
+        Training(BASE, "", {"ema_decay": (0.999, 0.9, 0.97)}),
         Training("another seed", "seed and labels", {"seed": 1}),
         Training("no label dropout", "seed and labels", {"label_dropout": 0.0}),
         Training("label dropout 0.2", "seed and labels", {"label_dropout": 0.2}),
@@ -75,6 +75,7 @@ def trainings(model: ECARConfig) -> list[Training]:
         Training("logit-normal times", "stage weights and times", {"tau": "logit-normal"}),
         Training("wider, half the layers", "width, depth and patch", model=wide),
         Training("narrower, twice the layers", "width, depth and patch", model=deep),
+        Training("four flow blocks", "width, depth and patch", model={"flow_blocks": 4}),
         Training("patch 2", "width, depth and patch", model={"patch_size": 2}),
         Training("no AR, as many parameters", FIGURE_5, model=moved),
         Training(

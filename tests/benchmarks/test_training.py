@@ -74,7 +74,7 @@ def test_rows_are_merged_and_drawn(run, tmp_path):
     mean = sum(curve[f"loss_{stage}"][-1] for stage in (1, 2, 3)) / 3
     assert curve["loss"][-1] == pytest.approx(mean, rel=1e-4)
     assert rows[training.BASE][2] == f"{curve['loss'][-1]:.4f}"
-    assert rows["0.99"][0] == f"{curve['ema_0.99'][-1]:.4f}"
+    assert rows["0.9"][0] == f"{curve['ema_0.9'][-1]:.4f}"
     picture = tmp_path / "pictures" / "training-mnist.png"
     assert picture.is_file()
     # Without --images, from what there is.
