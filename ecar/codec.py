@@ -120,18 +120,18 @@ class AutoencoderKLCodec:
         _check_images(images, self.vae.config.in_channels, self.downscale)
         posterior = self.vae.encode(images.to(self.device, self.dtype)).latent_dist
         z = posterior.sample(generator) if sample else posterior.mode()
-        shift, scale = self._statistics()
+        shift, scale = self.statistics()
         return ((z - shift) * scale).to(images.dtype)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, c, h, w] -> pictures [B, C, f h, f w] around [-1, 1], in the VAE's dtype."""
         _check_tensor("latents", latents, self.vae.config.latent_channels)
-        shift, scale = self._statistics()
+        shift, scale = self.statistics()
         z = latents.to(self.device, self.dtype) / scale + shift
         return self.vae.decode(z).sample
 
-    def _statistics(self) -> tuple[Tensor, Tensor]:
+    def statistics(self) -> tuple[Tensor, Tensor]:
         """Shift and scale, each [1, c or 1, 1, 1]."""
         config = self.vae.config
         values = config.latents_mean, config.latents_std

@@ -7,7 +7,6 @@ section 3.5). Sampling computes the first once per stage and the second once for
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,8 +50,11 @@ def sincos_positions(width: int, grid: int) -> Tensor:
 def time_frequencies(time: Tensor) -> Tensor:
     """Sinusoid of 1000 t, 256 channels, as in DiT: [R] -> [R, 256], float32."""
     half = TIME_CHANNELS // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=time.device) / half
-    angles = 1000 * time.float()[:, None] * torch.exp(-math.log(10000) * exponents)
+    # In float64, whose rounding to float32 is the same on every device and in every runtime: one
+    # unit in the last place of a frequency would turn 1000 t by as many as 1000 t are.
+    exponents = torch.arange(half, dtype=torch.float64, device=time.device) / half
+    frequencies = (10000**-exponents).float()
+    angles = 1000 * time.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 

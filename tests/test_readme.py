@@ -199,7 +199,7 @@ def test_options_that_pages_give_exist(capsys):
 
     calls = {
         call.partition("#")[0].strip()
-        for call in commands(r"^(?:\$ )?ecar ((?:sample|train|evaluate|steps|info|tune)\b.*)$")
+        for call in commands(r"^(?:\$ )?ecar ((?:sample|train|evaluate|steps|info|export|tune)\b.*)$")
     }
     assert len(calls) > 8
     for call in calls:

@@ -29,6 +29,7 @@ COMMANDS = {
     "steps": "find the solver and steps that draw a checkpoint's images best",
     "info": "count the tokens, parameters and multiply-adds of a preset or checkpoint",
     "gallery": "open a page on this machine, to draw by class, seed, calls and guidance",
+    "export": "write a checkpoint's networks for other runtimes: torch.export, ONNX, AOTInductor",
     "tune": "measure the launch settings of this machine's GPU",
 }
 OUR_PACKAGES = ("ecar", "ecar_kernels")

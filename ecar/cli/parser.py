@@ -228,7 +228,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: argparse.ArgumentParser, *, backends: bool = True) -> None:
     """Where to run, and on which kernels."""
     group = parser.add_argument_group("device")
     group.add_argument(
@@ -237,6 +237,8 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         metavar="DEVICE",
         help="cpu, cuda, cuda:1, .. (default: auto, CUDA where there is one)",
     )
+    if not backends:
+        return
     group.add_argument(
         "--backend",
         choices=("auto", "reference", "cpp", "cuda", "sdpa", "triton", "native"),
