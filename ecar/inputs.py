@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["ClassNames", "draw_seeds", "pair"]
+__all__ = ["ClassNames", "draw_seeds", "pair", "repeat"]
 
 
 class ClassNames:
@@ -113,10 +113,23 @@ def pair(
         seeds = seeds * len(labels)
     if len(seeds) != len(labels):
         raise ValueError(
-            f"argument 'seeds': expected {len(labels)} seeds, one for each class label, got "
-            f"{len(seeds)}"
+            f"argument 'seeds': expected {len(labels)} seeds, one for each image, got {len(seeds)}"
         )
     return labels, seeds
+
+
+def repeat(labels: list[int], times: Any) -> list[int]:
+    """Each label so many times, next to each other.
+
+    Raises:
+        TypeError, ValueError: no positive integer, naming the pipeline's argument.
+    """
+    count = _as_integer("num_images_per_prompt", times, "an integer")
+    if count < 1:
+        raise ValueError(
+            f"argument 'num_images_per_prompt': expected a positive integer, got {count}"
+        )
+    return [label for label in labels for _ in range(count)]
 
 
 def _is_lone(value: Any) -> bool:

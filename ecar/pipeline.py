@@ -17,15 +17,14 @@ from ecar.checkpoint import (
     complete_settings,
     merge_settings,
     read_settings,
-    write_settings,
 )
 from ecar.codec import CODECS, AutoencoderKLCodec, IdentityCodec, load_codec
-from ecar.files import atomic_folder
+from ecar.conventions import Conventions
 from ecar.hub import checkpoint_folder, chosen_dtype, require_hub_options
 from ecar.images import to_numpy, to_pil, to_unit
-from ecar.inputs import ClassNames, draw_seeds, pair
+from ecar.inputs import ClassNames, draw_seeds, pair, repeat
 from ecar.model import ECAR
-from ecar.sampling import StepInfo, release_graphs, sample
+from ecar.sampling import StepInfo, sample
 from ecar.sampling.guidance import Steps
 from ecar_kernels import accelerate, active_backend
 
@@ -47,6 +46,8 @@ class ECARPipelineOutput:
             form of ``images``. All but the last are smaller and still partly noise.
         served, why_not_graph: as in ``SampleOutput``: which backend served each op, and why no
             CUDA graph was replayed.
+        class_labels: the class of each image.
+        class_names: its name, where the classes have names.
     """
 
     images: Any
@@ -54,6 +55,8 @@ class ECARPipelineOutput:
     stage_images: list[Any] | None = None
     served: dict[str, str] = field(default_factory=dict)
     why_not_graph: str | None = None
+    class_labels: list[int] = field(default_factory=list)
+    class_names: list[str] | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
         """(images, seeds), and stage_images where they were asked for."""
@@ -61,7 +64,7 @@ class ECARPipelineOutput:
         return parts if self.stage_images is None else (*parts, self.stage_images)
 
 
-class ECARPipeline:
+class ECARPipeline(Conventions):
     """A model, the codec of its latents, and how it is best sampled.
 
     Args:
@@ -111,43 +114,9 @@ class ECARPipeline:
         self.codec = codec
         self.classes = ClassNames(class_names, model.config.num_classes)
         self.defaults = complete_settings(defaults or {}, model.config.num_stages)
+        self.class_names = self.classes.names
         self.graphs, self.tf32, self.accelerate = graphs, tf32, accelerate
-        self._accelerated_for: str | None = None  # the backend, once it is done
-
-    @property
-    def class_names(self) -> list[str] | None:
-        return self.classes.names
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
-
-    def to(
-        self,
-        *targets: Any,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> ECARPipeline:
-        """Move the model and the codec: ``pipe.to("cuda")``, ``pipe.to("cuda", torch.bfloat16)``.
-
-        A VAE that must not run in float16 stays in float32.
-        """
-        for target in targets:
-            if isinstance(target, torch.dtype):
-                dtype = target
-            else:
-                device = target
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"argument 'dtype': expected a floating-point dtype, got {dtype}")
-        release_graphs(self.model)  # they read the weights where they lie now
-        self.model.to(device=device, dtype=dtype)
-        self.codec.to(device, dtype)
-        self._accelerated_for = None
-        return self
+        self._progress_bar = {}
 
     @classmethod
     def from_pretrained(
@@ -186,16 +155,6 @@ class ECARPipeline:
             raise ValueError(f"{folder / PIPELINE_FILE}: {error}") from None
         return pipeline if dtype is None else pipeline.to(dtype)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write config.json, model.safetensors, pipeline.json and, if there is a VAE, vae/.
-
-        Raises:
-            OSError: naming the file that can't be written; all are then as they were.
-        """
-        with atomic_folder(save_directory, keep=("README.md",)) as folder:
-            self.model.save_pretrained(folder)
-            write_settings(folder, self.codec, self.class_names, self.defaults)
-
     @overload
     def __call__(
         self,
@@ -205,6 +164,7 @@ class ECARPipeline:
         *,
         guidance_schedule: str | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        num_images_per_prompt: int = 1,
         solver: str | None = None,
         grid: float | Sequence[Sequence[float]] | None = None,
         seeds: int | Sequence[int] | Tensor | None = None,
@@ -226,6 +186,7 @@ class ECARPipeline:
         *,
         guidance_schedule: str | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        num_images_per_prompt: int = 1,
         solver: str | None = None,
         grid: float | Sequence[Sequence[float]] | None = None,
         seeds: int | Sequence[int] | Tensor | None = None,
@@ -246,6 +207,7 @@ class ECARPipeline:
         *,
         guidance_schedule: str | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        num_images_per_prompt: int = 1,
         solver: str | None = None,
         grid: float | Sequence[Sequence[float]] | None = None,
         seeds: int | Sequence[int] | Tensor | None = None,
@@ -257,18 +219,20 @@ class ECARPipeline:
         progress: bool = True,
         return_dict: bool = True,
     ) -> ECARPipelineOutput | tuple[Any, ...]:
-        """Draw one picture for each class and seed.
+        """Draw pictures of classes, each from a seed of its own.
 
         A picture depends on its class, its seed and the settings alone, not on its batch.
 
         Args:
-            class_labels: class numbers or names. One alone goes with every seed.
+            class_labels: class numbers or names, or both mixed. One alone goes with every seed.
             num_inference_steps: of all stages together, a list with each stage's, or "paper",
                 the paper's protocol: 250 even Euler steps. Here and below None is the pipeline's
                 default.
             guidance_scale: w of classifier-free guidance; 1 is none.
             guidance_schedule: "constant", or "linear" over stages.
             guidance_interval: global times (low, high) outside which there is no guidance.
+            num_images_per_prompt: pictures of each class label, which follow each other; there are
+                as many ``seeds`` as pictures.
             solver: "euler", "heun" (order 2, two network calls a step) or "ab2" (order 2, one).
             grid: where a stage's steps lie: the exponent p of (i / N)^p, or each stage's times.
             seeds: int64 numbers. One alone goes with every class: the same noise.
@@ -282,7 +246,7 @@ class ECARPipeline:
                 before the final one, where another tensor is refused.
             callback_on_step_end_tensor_inputs: what ``kwargs`` holds; "latents" is all there is.
             return_stages: also return the end state of every stage.
-            progress: show a progress bar.
+            progress: show a progress bar, as ``set_progress_bar_config`` says.
             return_dict: False returns ``(images, seeds)``, or with ``return_stages``
                 ``(images, seeds, stage_images)``.
 
@@ -306,9 +270,10 @@ class ECARPipeline:
                 "argument 'callback_on_step_end_tensor_inputs': expected only 'latents', got "
                 f"{list(callback_on_step_end_tensor_inputs)}"
             )
-        labels = self.classes.numbers(class_labels)
+        labels = repeat(self.classes.numbers(class_labels), num_images_per_prompt)
         numbers = draw_seeds(seeds, generator, len(labels))
-        labels, numbers = pair(labels, numbers, class_labels, seeds)
+        given = (class_labels, seeds) if num_images_per_prompt == 1 else (labels, numbers)
+        labels, numbers = pair(labels, numbers, *given)
 
         call: Any = callback_on_step_end  # of None there is no callback
 
@@ -323,32 +288,32 @@ class ECARPipeline:
                 f"{type(returned).__name__}"
             )
 
-        self._accelerate()
-        drawn = sample(
-            self.model,
-            torch.tensor(labels, dtype=torch.int64),
-            seeds=torch.tensor(numbers, dtype=torch.int64),
-            steps=settings.pop("num_inference_steps"),
-            callback=None if callback_on_step_end is None else callback,
-            progress=progress,
-            return_stage_ends=return_stages,
-            graphs=self.graphs,
-            tf32=self.tf32,
-            **settings,
-        )
+        with self._working(self.model):
+            self._accelerate()
+            drawn = sample(
+                self.model,
+                torch.tensor(labels, dtype=torch.int64),
+                seeds=torch.tensor(numbers, dtype=torch.int64),
+                steps=settings.pop("num_inference_steps"),
+                callback=None if callback_on_step_end is None else callback,
+                progress=self._progress_bar if progress else False,
+                return_stage_ends=return_stages,
+                graphs=self.graphs if self._offload_device is None else self.graphs is True,
+                tf32=self.tf32,
+                **settings,
+            )
         if not torch.isfinite(drawn.latents).all():
             raise FloatingPointError(
                 f"sampling in {self.dtype} gave values that are not finite; use bfloat16 or float32"
             )
-        stage_images = None
-        if drawn.stage_ends is not None:
-            stage_images = [self._pictures(end, output_type) for end in drawn.stage_ends]
+        with self._working(self.codec):
+            images = self._pictures(drawn.latents, output_type)
+            stage_images = None
+            if drawn.stage_ends is not None:
+                stage_images = [self._pictures(end, output_type) for end in drawn.stage_ends]
+        names = self.class_names and [self.class_names[label] for label in labels]
         output = ECARPipelineOutput(
-            self._pictures(drawn.latents, output_type),
-            numbers,
-            stage_images,
-            drawn.served,
-            drawn.why_not_graph,
+            images, numbers, stage_images, drawn.served, drawn.why_not_graph, labels, names
         )
         return output if return_dict else output.to_tuple()
 

@@ -218,6 +218,7 @@ WRITERS = {
 # Our own, which write by those functions.
 ROUTED = {
     "codec.save", "model.save", "self.averaged.save_pretrained", "self.model.save_pretrained",
+    "self.save_pretrained",
 }  # fmt: skip
 # ecar_kernels can't import ecar: its one writer has a way of its own.
 MAY_WRITE = {"ecar/files.py", "ecar_kernels/tuning.py"}

@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from ecar_kernels import active_backend, inspection
 __all__ = ["SampleOutput", "run_eagerly", "sample", "why_not_graphs"]
 
 _log = logging.getLogger(__name__)
+_BAR = {"desc": "sampling", "unit": "step"}
 _said: set[str | tuple[str, str]] = set()  # reasons, each told once a process
 
 
@@ -65,7 +67,7 @@ def sample(
     guidance_schedule: str = "constant",
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     callback: Callable[[StepInfo], Tensor | None] | None = None,
-    progress: bool = False,
+    progress: bool | dict[str, Any] = False,
     return_stage_ends: bool = False,
     graphs: bool | str = "auto",
     tf32: bool | None = None,
@@ -98,7 +100,7 @@ def sample(
         guidance_scale, guidance_schedule, guidance_interval: see ``Guidance``.
         callback: called after each step; a returned tensor replaces the state. There is no graph
             then.
-        progress: show a progress bar; a graph's steps come all at once.
+        progress: show a progress bar, or options of tqdm for it; a graph's steps come all at once.
         return_stage_ends: keep the end state of every stage.
         graphs: "auto" uses a CUDA graph where one can be had, and says in
             ``SampleOutput.why_not_graph`` why not; True raises instead; False never does.
@@ -125,6 +127,7 @@ def sample(
     guided = tuple(tuple(scale != 1.0 for scale in values) for values in scales)
     shape = Shape(batch, tuple(counts), solver, guided)
     data = (class_labels, seeds, scales, placed)
+    options = progress if isinstance(progress, dict) else {"disable": not progress}
     _warn_of_missing_kernels(model.device)
 
     # Buffers that outlive the call must be normal tensors, also where the caller is in
@@ -133,11 +136,11 @@ def sample(
         torch.inference_mode(False),
         torch.no_grad(),
         _tf32(tf32),
-        tqdm(total=sum(counts), disable=not progress, desc="sampling", unit="step") as bar,
+        tqdm(total=sum(counts), **(_BAR | options)) as bar,
     ):
         drawn, reason = None, _why_not(model, callback, graphs)
         if reason is None:
-            done = _after_synchronizing(model.device, bar.update) if progress else None
+            done = None if bar.disable else _after_synchronizing(model.device, bar.update)
             try:
                 drawn = graph.graphs_of(model).draw(model, shape, *data, progress=done)
             except CaptureError as error:
