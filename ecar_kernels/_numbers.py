@@ -40,8 +40,10 @@ def opened(value: Any) -> Any:
     return torch.zeros((), dtype=torch.float64, device="cpu") + value
 
 
-def is_static(value: float) -> bool:
-    """In a graph that is traced: is the number a constant of it, and no symbol?"""
+def is_static(value: float | Tensor) -> bool:
+    """In a graph that is traced: is the number a constant of it, and no symbol or tensor?"""
+    if isinstance(value, Tensor):
+        return False
     # Imported where a graph is traced, by which it is loaded: it takes a second.
     from torch.fx.experimental.symbolic_shapes import has_static_value
 

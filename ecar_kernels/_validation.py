@@ -168,14 +168,14 @@ def check_inference(**tensors: Tensor | None) -> None:
             if value is not None and value.requires_grad:
                 raise ValueError(
                     f"argument '{name}': requires grad, but this op is for inference only; "
-                    "call it under torch.no_grad(), or use the unfused ops to train"
+                    "call it under torch.no_grad(), or use the ops that it is composed of"
                 )
     if _transforms.active():
         for name, value in tensors.items():
             if value is not None and _transforms.has_tangent(value):
                 raise ValueError(
                     f"argument '{name}': has a tangent, but this op is for inference only; "
-                    "use the unfused ops"
+                    "use the ops that it is composed of"
                 )
 
 

@@ -129,18 +129,18 @@ class Accelerated(_Mixin):
     def ops(self, x: Tensor, *like: Tensor | None) -> Ops:
         """The ops for x [.., C], bound: they neither validate their arguments nor look up.
 
-        like: modulations and other tokens that they will be given. Where a gradient may be asked
-        for, under torch.autocast (which the public ops obey), under torch.compile (for which they
-        cost nothing), under a transform of torch.func or forward-mode AD, on the meta device, and
-        where x or the others are not what the module takes (the public ops say why), they are the
-        public ones, `PUBLIC`: a forward that is for inference only then calls its parent's. To be
-        called before a weight is looked at.
+        like: modulations and other tokens that they will be given. Where the module is trained
+        (grad mode is on, and a parameter requires grad), under torch.autocast (which the public ops
+        obey), under torch.compile (for which they cost nothing), under a transform of torch.func or
+        forward-mode AD, on the meta device, and where x or the others are not what the module takes
+        (the public ops say why), they are the public ones, `PUBLIC`: a forward that trains in
+        another way then calls its parent's. To be called before a weight is looked at.
         """
         if torch.compiler.is_compiling():
             packing.unpack_all()
             return PUBLIC
         if (
-            torch.is_grad_enabled()
+            (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()))
             or not isinstance(x, Tensor)
             or x.is_meta
             or _transforms.active()

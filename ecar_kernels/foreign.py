@@ -70,8 +70,8 @@ class Foreign(Accelerated):
     def ready(self, x: Tensor, *others: Tensor) -> Ops | None:
         """The ops for the tokens x [B, N, C], or None for the block's own forward.
 
-        Where a gradient may be asked for they are the public ones. others: tokens that they will be
-        given besides, [B, M, C].
+        Where the block is trained they are the public ones. others: tokens that they will be given
+        besides, [B, M, C].
         """
         ops = self.ops(x)
         if (

@@ -1,7 +1,7 @@
 """Fused ops over layers: one launch where a layer is as written, else the layer is called.
 
 Each takes `ops`, a module's (`OpsModule.ops`), and computes what the composition in its docstring
-does. For inference: a gradient may be asked for only where the layer is called.
+does.
 """
 
 from typing import Any, TypeVar

@@ -69,8 +69,6 @@ class FastVARBlock(Accelerated, VARBlock):
     weights = ("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight")
 
     def forward(self, x, condition):
-        if torch.is_grad_enabled():
-            return super().forward(x, condition)
         ops = self.ops(x)
         gate1, gate2, scale1, scale2, shift1, shift2 = self.parts(condition)
         qkv = ops.adaln_linear(x, shift1, scale1, self.qkv.weight, self.qkv.bias)

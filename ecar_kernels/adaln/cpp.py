@@ -38,7 +38,7 @@ def _steps(wanted: Sequence[bool], shared: Sequence[bool], sums: Tensor) -> list
 # eps; as the backward takes them.
 
 
-def _adaln_gradients(saved, wanted, whole, shared):
+def adaln_gradients(saved, wanted, whole, shared):
     _, shift_, scale_, *steps_ = wanted
     whole_shift, whole_scale = whole
     grad_x, grad_scale, sums = _adaln_backward(
@@ -54,7 +54,7 @@ def _adaln_gradients(saved, wanted, whole, shared):
     )
 
 
-def _gated_residual_gradients(saved, wanted, whole, shared):
+def gated_residual_gradients(saved, wanted, whole, shared):
     _, gate_, step_ = wanted
     grad_branch, grad_gate, sums = _gated_residual_backward(
         *saved, gate_ and whole[0], step_ or (gate_ and not whole[0])
@@ -88,8 +88,9 @@ def _both_gradients(saved, wanted, whole, shared):
     )
 
 
-adaln = autograd.adaln(_native.op("adaln"), _adaln_gradients)
-gated_residual = autograd.gated_residual(_native.op("gated_residual"), _gated_residual_gradients)
+adaln_forward, gated_residual_forward = _native.op("adaln"), _native.op("gated_residual")
+adaln = autograd.adaln(adaln_forward, adaln_gradients)
+gated_residual = autograd.gated_residual(gated_residual_forward, gated_residual_gradients)
 gated_residual_adaln = autograd.gated_residual_adaln(
     _native.op("gated_residual_adaln"), _both_gradients
 )

@@ -55,7 +55,7 @@ def _modulation_gradients(
 # eps; as the backward takes them.
 
 
-def _adaln_gradients(saved, wanted, whole, shared):
+def adaln_gradients(saved, wanted, whole, shared):
     grad_y, x, *_ = saved
     x_wanted, *others = wanted
     asked = others[:2], whole, others[2:], shared
@@ -67,7 +67,7 @@ def _adaln_gradients(saved, wanted, whole, shared):
     return grad_x if x_wanted else None, *gradients
 
 
-def _gated_residual_gradients(saved, wanted, whole, shared):
+def gated_residual_gradients(saved, wanted, whole, shared):
     branch_wanted, gate_wanted, step_wanted = wanted
     asked = (gate_wanted,), whole, (step_wanted,), shared
     summed, images, total = _sums_asked(*asked)
@@ -337,7 +337,7 @@ def _fake_both_backward(grad_new_x, grad_y, new_x, *others):
 # that the op has); others come without elements. `summed`: of which of gate, shift and scale the
 # sums over tokens are asked for, for each of the `images`, in `total`, or both: the last result is
 # [sum(summed), images B + total, C].
-_adaln = _triton.register(
+adaln_forward = _triton.register(
     "adaln(Tensor x, Tensor shift, Tensor scale, Tensor? step_shift, Tensor? step_scale, "
     "float eps) -> Tensor",
     _run_adaln,
@@ -349,7 +349,7 @@ _adaln_backward = _triton.register(
     _run_adaln_backward,
     _fake_adaln_backward,
 )
-_gated_residual = _triton.register(
+gated_residual_forward = _triton.register(
     "gated_residual(Tensor x, Tensor branch, Tensor gate, Tensor? step_gate) -> Tensor",
     _run_gated_residual,
     _fake_gated_residual,
@@ -375,6 +375,6 @@ _both_backward = _triton.register(
     _fake_both_backward,
 )
 
-adaln = autograd.adaln(_adaln, _adaln_gradients)
-gated_residual = autograd.gated_residual(_gated_residual, _gated_residual_gradients)
+adaln = autograd.adaln(adaln_forward, adaln_gradients)
+gated_residual = autograd.gated_residual(gated_residual_forward, gated_residual_gradients)
 gated_residual_adaln = autograd.gated_residual_adaln(_both, _both_gradients)

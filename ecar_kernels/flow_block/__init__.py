@@ -1,1 +1,1 @@
-"""The fused GEMMs of a flow block, for inference."""
+"""The fused GEMMs of a flow block."""

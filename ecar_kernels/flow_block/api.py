@@ -1,12 +1,12 @@
-"""The GEMMs of a flow block with what surrounds them fused in; for inference.
+"""The GEMMs of a flow block with what surrounds them fused in.
 
 A block is adaln_linear (qkv), attention, linear_gated_residual, adaln_linear (fc1, GELU),
 linear_gated_residual: five calls and no elementwise kernel between them.
 
 Common to the family: tokens [B, N, C] in float32, bfloat16 or float16 (float64: by the reference);
 every tensor of one type on one device, the last dimension contiguous, other strides free.
-Statistics and accumulation are in float32, outputs in the input's type. There are no derivatives:
-ValueError where grad mode is on and an argument requires grad, or where one has a tangent. Under
+Statistics and accumulation are in float32, outputs in the input's type. Gradients flow to every
+tensor argument; autograd.py says which products a forward with gradients shares with them. Under
 torch.autocast, arguments are cast to its type. Raises ValueError for a shape, layout or value,
 TypeError for a type, naming the argument; BackendUnavailableError where the backend in force
 cannot serve.
@@ -17,7 +17,6 @@ from torch import Tensor
 from ecar_kernels import registry
 from ecar_kernels._validation import (
     autocast_low,
-    check_inference,
     check_leading,
     check_like,
     check_number,
@@ -63,15 +62,6 @@ def adaln_linear(
         raise ValueError(f"argument 'activation': expected None or 'gelu_tanh', got {activation!r}")
     check_positive("eps", eps)
     check_number("scale_offset", scale_offset)
-    check_inference(
-        x=x,
-        shift=shift,
-        scale=scale,
-        weight=weight,
-        bias=bias,
-        step_shift=step_shift,
-        step_scale=step_scale,
-    )
     run = registry.implementation("adaln_linear", x.device.type, x.dtype, x.shape[-1]).function
     return run(
         x,
@@ -110,9 +100,6 @@ def linear_gated_residual(
         raise shape_error("residual", residual, "[B, N, C]", B=batch, N=tokens, C=channels)
     check_spatial("gate", gate, "residual", residual)
     check_step("step_gate", step_gate, "residual", residual)
-    check_inference(
-        h=h, weight=weight, bias=bias, gate=gate, residual=residual, step_gate=step_gate
-    )
     run = registry.implementation(
         "linear_gated_residual", h.device.type, h.dtype, channels
     ).function

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from ecar_kernels import _native
+from ecar_kernels.adaln import cpp as unfused
+from ecar_kernels.flow_block import autograd
 from ecar_kernels.flow_block.packing import forget_packed, pack_weight, packed_size, packed_weight
 
 __all__ = [
@@ -42,49 +44,6 @@ flow_block_ = torch.ops.ecar.flow_block_.default
 # `StageBlock.forward` over a cache, likewise: keys and values [R, N, H, D] hold `begin` tokens of
 # each row and are given those of x; `wide` has R n max(2 C, hidden) elements or more.
 stage_block_ = torch.ops.ecar.stage_block_.default
-
-
-def adaln_linear(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    step_shift: Tensor | None = None,
-    step_scale: Tensor | None = None,
-    activation: str | None = None,
-    eps: float = 1e-6,
-    scale_offset: float = 1.0,
-) -> Tensor:
-    """act(adaln(x) weight^T + bias)."""
-    call = _adaln_linear if torch.compiler.is_compiling() else _run_adaln_linear
-    return call(
-        x,
-        shift,
-        scale,
-        weight,
-        bias,
-        step_shift,
-        step_scale,
-        activation == "gelu_tanh",
-        eps,
-        scale_offset,
-    )
-
-
-def linear_gated_residual(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gate: Tensor,
-    residual: Tensor,
-    *,
-    step_gate: Tensor | None = None,
-) -> Tensor:
-    """residual + (gate + step_gate) (h weight^T + bias)."""
-    call = _linear_gated_residual if torch.compiler.is_compiling() else _run_linear_gated_residual
-    return call(h, weight, bias, gate, residual, step_gate)
 
 
 def workspace_size(rows: int, depth: int) -> int:
@@ -148,6 +107,27 @@ _library.impl("adaln_linear", _run_adaln_linear, "CPU")
 _library.impl("linear_gated_residual", _run_linear_gated_residual, "CPU")
 _adaln_linear = _native.op("adaln_linear")
 _linear_gated_residual = _native.op("linear_gated_residual")
+
+
+def _forward_adaln_linear(*arguments):
+    call = _adaln_linear if torch.compiler.is_compiling() else _run_adaln_linear
+    return call(*arguments)
+
+
+def _forward_linear_gated_residual(*arguments):
+    call = _linear_gated_residual if torch.compiler.is_compiling() else _run_linear_gated_residual
+    return call(*arguments)
+
+
+adaln_linear = autograd.adaln_linear(
+    _forward_adaln_linear, unfused.adaln_forward, unfused.adaln_gradients, ours=True
+)
+linear_gated_residual = autograd.linear_gated_residual(
+    _forward_linear_gated_residual,
+    unfused.gated_residual_forward,
+    unfused.gated_residual_gradients,
+    ours=True,
+)
 
 
 @torch.library.register_fake("ecar::adaln_linear", lib=_library)

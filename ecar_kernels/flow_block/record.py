@@ -1,5 +1,8 @@
 """The fused GEMMs of a flow block, declared."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from ecar_kernels import _native, _triton
 from ecar_kernels.ops import (
     EPS,
@@ -8,6 +11,7 @@ from ecar_kernels.ops import (
     Implementation,
     Invalid,
     Op,
+    Sizes,
     modulation,
     number,
     tensor,
@@ -27,7 +31,10 @@ def _backends(op: str) -> dict[str, Implementation]:
     }
 
 
-_COST = Cost(lambda sizes, given: sizes["B"] * sizes["N"] * sizes["C"] * sizes["K"])
+def _products(sizes: Sizes, given: Mapping[str, Any]) -> int:
+    return sizes["B"] * sizes["N"] * sizes["C"] * sizes["K"]
+
+
 ACTIVATIONS = ("gelu_tanh", None)
 
 FAMILY = Family(
@@ -37,7 +44,7 @@ FAMILY = Family(
     ops=(
         Op(
             "adaln_linear",
-            "adaLN, linear layer and GELU; inference",
+            "adaLN, linear layer and GELU",
             (
                 tensor("x", "[B, N, C]"),
                 *modulation("shift", "scale"),
@@ -45,10 +52,9 @@ FAMILY = Family(
                 tensor("bias", "[K]", nullable=True),
                 value("activation", ACTIVATIONS, lambda name: name in ACTIVATIONS, nullable=True),
                 EPS,
-                number("scale_offset", 0.5, 1.0, 1, 0.0, -2.5, optional=True),
+                number("scale_offset", 1.0, 0.5, 1, 0.0, -2.5, optional=True),
             ),
             _backends("adaln_linear"),
-            gradients="refused",
             invalid=(
                 Invalid(
                     {"activation": "relu"},
@@ -56,11 +62,15 @@ FAMILY = Family(
                     "argument 'activation': expected None or 'gelu_tanh', got 'relu'",
                 ),
             ),
-            cost=_COST,
+            cost=Cost(
+                _products,
+                backward_reads=("x", "shift", "scale", "weight", "step_shift", "step_scale"),
+                backward_products=2.0,
+            ),
         ),
         Op(
             "linear_gated_residual",
-            "linear layer, gate and residual; inference",
+            "linear layer, gate and residual",
             (
                 tensor("h", "[B, N, K]"),
                 tensor("weight", "[C, K]", weight=True),
@@ -69,8 +79,12 @@ FAMILY = Family(
                 *modulation("gate"),
             ),
             _backends("linear_gated_residual"),
-            gradients="refused",
-            cost=_COST,
+            cost=Cost(
+                _products,
+                backward_reads=("h", "weight", "gate", "step_gate"),
+                free=("residual",),
+                backward_products=2.0,
+            ),
         ),
     ),
 )

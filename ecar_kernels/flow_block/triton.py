@@ -9,48 +9,9 @@ import torch
 from torch import Tensor
 
 from ecar_kernels import _triton, tuning
-from ecar_kernels.flow_block import kernels, launch
-
-
-def adaln_linear(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    step_shift: Tensor | None = None,
-    step_scale: Tensor | None = None,
-    activation: str | None = None,
-    eps: float = 1e-6,
-    scale_offset: float = 1.0,
-) -> Tensor:
-    """act(adaln(x) weight^T + bias)."""
-    return _adaln_linear(
-        x,
-        shift,
-        scale,
-        weight,
-        bias,
-        step_shift,
-        step_scale,
-        activation == "gelu_tanh",
-        eps,
-        scale_offset,
-    )
-
-
-def linear_gated_residual(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gate: Tensor,
-    residual: Tensor,
-    *,
-    step_gate: Tensor | None = None,
-) -> Tensor:
-    """residual + (gate + step_gate) (h weight^T + bias)."""
-    return _linear_gated_residual(h, weight, bias, gate, residual, step_gate)
+from ecar_kernels.adaln import triton as unfused
+from ecar_kernels.adaln.launch import MAX_WIDTH
+from ecar_kernels.flow_block import autograd, kernels, launch
 
 
 def _run_adaln_linear(
@@ -247,4 +208,15 @@ _linear_gated_residual = _triton.register(
     "Tensor? step_gate) -> Tensor",
     _run_linear_gated_residual,
     _fake_linear_gated_residual,
+)
+
+adaln_linear = autograd.adaln_linear(
+    _adaln_linear, unfused.adaln_forward, unfused.adaln_gradients, ours=False, widest=MAX_WIDTH
+)
+linear_gated_residual = autograd.linear_gated_residual(
+    _linear_gated_residual,
+    unfused.gated_residual_forward,
+    unfused.gated_residual_gradients,
+    ours=False,
+    widest=MAX_WIDTH,
 )

@@ -1,7 +1,7 @@
 """What integrations compute blocks with: the halves of an adaLN block, over layers.
 
-With bound ops they are the fused GEMMs. With the public ones a gradient may be asked for: then the
-layers are called, between ops that have a backward (`ecar_kernels.recompute`). x: [B, N, C].
+With bound ops they are the fused GEMMs. With the public ones the block is trained: then the layers
+are called, between the ops around them, and keep less (`ecar_kernels.recompute`). x: [B, N, C].
 parts: shift, scale and, of what is added, the gate, [B, 1, C] each. eps: the LayerNorm's.
 """
 

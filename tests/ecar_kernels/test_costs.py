@@ -40,6 +40,13 @@ BACKWARD = {
     "gated_residual": (5 * TOKENS + 2 * STEP, 0),
     # dx', dy, x', branch, gate, scale in; dx, dbranch, dgate, dscale out
     "gated_residual_adaln": (10 * TOKENS + 5 * STEP, 0),
+    # dy, x, shift, scale, weight, steps in; dx, dshift, dscale, dweight, dbias, dsteps out
+    "adaln_linear": (6 * TOKENS + 4 * (2 * K * C + K + B * N * K) + 4 * STEP, 2 * B * N * C * K),
+    # dx', h, weight, gate, step in; dh, dweight, dbias, dgate, dstep out (dresidual is dx')
+    "linear_gated_residual": (
+        3 * TOKENS + 4 * (2 * K * C + C + 2 * B * N * K) + 2 * STEP,
+        2 * B * N * C * K,
+    ),
     # d of x' and of the velocity in; those of the velocity of 2B rows and of that before out
     "euler_step": ((2 + 2 + 1) * IMAGE, 0),
     # dend, dstart, d of the velocity in; dx, dvelocity, dprevious, ddetails out
@@ -68,7 +75,7 @@ def test_every_op_with_a_backward_has_a_cost():
 
 
 @needs_native
-@pytest.mark.parametrize("op", FAMILIES["adaln"])
+@pytest.mark.parametrize("op", [*FAMILIES["adaln"], *FAMILIES["flow_block"]])
 def test_backward_reads_no_more_than_autograd_keeps(op):
     """The floor of a backward counts nothing that the cpp one does without."""
     given = arguments(op)
@@ -141,5 +148,5 @@ def test_published_rates():
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match=r"argument 'op': expected one of .*, got 'nothing'"):
         costs.cost("nothing", {}, ())
-    with pytest.raises(ValueError, match=r"argument 'op': .* backward, got 'adaln_linear'"):
-        costs.backward_cost("adaln_linear", *call("adaln_linear"))
+    with pytest.raises(ValueError, match=r"argument 'op': .* backward, got 'flow_boundary'"):
+        costs.backward_cost("flow_boundary", *call("flow_boundary"))

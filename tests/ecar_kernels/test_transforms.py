@@ -162,13 +162,13 @@ def test_bound_ops(op, backend):
 
 def test_an_open_level_is_no_ones_tangent():
     """Inference-only ops serve tensors without tangents, and say which one has one."""
-    call = arguments("adaln_linear")
-    expected = ecar_kernels.adaln_linear(**call)
+    call = arguments("flow_boundary")
+    expected = ecar_kernels.flow_boundary(**call)
     with forward_ad.dual_level():
-        torch.testing.assert_close(ecar_kernels.adaln_linear(**call), expected)
+        torch.testing.assert_close(ecar_kernels.flow_boundary(**call), expected)
         dual = forward_ad.make_dual(call["weight"], torch.ones_like(call["weight"]))
         with pytest.raises(ValueError, match="argument 'weight': has a tangent"):
-            ecar_kernels.adaln_linear(**call | {"weight": dual})
+            ecar_kernels.flow_boundary(**call | {"weight": dual})
 
 
 def test_torch_func_in_one_thread_leaves_the_others_their_backend():

@@ -157,15 +157,24 @@ def test_modules_by_triton(name, transform):
         assert_as_the_reference(transform, call, values)
 
 
-@pytest.mark.parametrize("way", ["plain", "accelerated"])
-@torch.no_grad()
-def test_the_inference_path_has_rows_and_no_tangents(way):
-    block = WAYS[way](FlowBlock(WIDTH, 2, 24))
+@pytest.mark.parametrize(
+    "transform",
+    [
+        transforms.forward_derivative,
+        transforms.dual_numbers_without_grad_mode,
+        transforms.rows,
+        *transforms.OF_BACKWARDS,
+    ],
+    ids=lambda transform: transform.__name__,
+)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("way", ["plain", "accelerated", "packed"])
+def test_the_inference_path(way, frozen, transform):
+    """Of fused ops, which differentiate and batch like the others."""
+    block = WAYS[way](FlowBlock(WIDTH, 2, 24).requires_grad_(not frozen))
     values = [torch.randn(X), torch.randn(SIX), torch.randn(6, 1, 1, WIDTH)]
 
     def infer(x, spatial, step):
         return block.infer(x, spatial.unbind(), step.unbind())
 
-    assert_as_the_reference(transforms.rows, infer, values)
-    with pytest.raises(ValueError, match="this op is for inference only"):
-        transforms.dual_numbers_without_grad_mode(infer, values)
+    assert_as_the_reference(transform, infer, values)

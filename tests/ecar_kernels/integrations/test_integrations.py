@@ -103,6 +103,20 @@ def test_gradients_are_as_right_as_the_plain_blocks(name, device):
         assert verdict.ok, str(verdict)
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_frozen_block_is_fused_and_gradients_flow_through_it(name):
+    block, arguments, call = made(name)
+    block.requires_grad_(False)
+    first = arguments[next(iter(arguments))].requires_grad_()
+
+    def gradient(block):
+        return torch.autograd.grad(sum(y.sin().sum() for y in flat(call(block, arguments))), first)
+
+    fast = accelerated(copy.deepcopy(block))
+    assert ops_of(lambda: call(fast, arguments)) == FUSED
+    assert agree(gradient(fast), gradient(block))
+
+
 def kept(block, arguments, call):
     """Bytes that wait for the backward, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
