@@ -2,24 +2,14 @@
 
 #include <type_traits>
 
+#include "cpu/stage_attention_gradients.h"
 #include "cpu/stage_attention_tile.h"
 
 namespace ecar {
 namespace ECAR_ISA {
 namespace {
 
-using stage_attention::Backward;
-using stage_attention::Block;
 using stage_attention::Forward;
-using stage_attention::Shape;
-
-constexpr float kLog2E = 1.44269504f;
-
-// A number of at least 0 to the nearest bfloat16, in the upper half; a NaN stays one.
-inline UVec round_to_bfloat16(Vec v) {
-  const UVec bits = (UVec)v;
-  return bits + 0x7fffu + ((bits >> 16) & 1u);
-}
 
 // The running softmax of a block of queries.
 struct Softmax {
@@ -171,209 +161,6 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
   }
 }
 
-// One head's gradients. A piece of keys at a time gets its own gradients complete, while each
-// block of queries that sees it adds to its own.
-template <class T>
-struct HeadGradients {
-  const Backward& a;
-  const Shape& s;
-  int64_t width;
-  // [block][width][kQueries]: queries in base 2, gradients of the output
-  float *queries, *grads;
-  float* outputs;  // [width][kQueries], of one block
-  // [block][kQueries][width]
-  float *query_rows, *grad_rows, *grad_queries;
-  // [block][kQueries]
-  float *lse, *delta;
-  // [kKeys][width]
-  float *key_rows, *value_rows, *grad_keys, *grad_values;
-  // [kKeys][kQueries]
-  float *weights, *grad_scores;
-
-  static int64_t floats(const Shape& s) {
-    const int64_t width = stage_attention::padded(s.head_dim);
-    return s.num_blocks * kQueries * (5 * width + 2) + kQueries * width +
-           kKeys * (4 * width + 2 * kQueries);
-  }
-
-  explicit HeadGradients(const Backward& arguments)
-      : a(arguments), s(arguments.shape), width(stage_attention::padded(s.head_dim)) {
-    float* next = stage_attention::workspace(floats(s));
-    const auto take = [&](int64_t count) {
-      float* taken = next;
-      next += count;
-      return taken;
-    };
-    const int64_t rows = s.num_blocks * kQueries;
-    queries = take(rows * width), grads = take(rows * width);
-    query_rows = take(rows * width), grad_rows = take(rows * width);
-    grad_queries = take(rows * width), outputs = take(kQueries * width);
-    key_rows = take(kKeys * width), value_rows = take(kKeys * width);
-    grad_keys = take(kKeys * width), grad_values = take(kKeys * width);
-    weights = take(kKeys * kQueries), grad_scores = take(kKeys * kQueries);
-    lse = take(rows), delta = take(rows);
-  }
-
-  void read_queries(int64_t image, int64_t head, int64_t begin, int64_t end) {
-    const T* q = head_of<const T>(a.q, image, head);
-    const T* grad = head_of<const T>(a.grad, image, head);
-    const T* out = head_of<const T>(a.out, image, head);
-    const float* its_lse = a.lse + (image * s.heads + head) * s.queries;
-    for (int64_t b = begin; b < end; ++b) {
-      const Block& block = s.blocks[b];
-      const int64_t at = b * kQueries, first = block.first;
-      widen_rows(q + first * a.q.row_stride, a.q.row_stride, block.count, s.head_dim, width,
-                 query_rows + at * width);
-      transpose_padded(query_rows + at * width, block.count, width, s.scale * kLog2E,
-                       queries + at * width);
-      widen_rows(grad + first * a.grad.row_stride, a.grad.row_stride, block.count, s.head_dim,
-                 width, grad_rows + at * width);
-      transpose_padded(grad_rows + at * width, block.count, width, 1.0f, grads + at * width);
-      // Summed as the gradients of the weights are, so that they round alike.
-      float* y = grad_queries + at * width;
-      if (block.keys > stage_attention::piece_of(s.keys)) {  // else `differentiate` has them all
-        widen_rows(out + first * a.out.row_stride, a.out.row_stride, block.count, s.head_dim, width,
-                   y);
-        transpose_padded(y, block.count, width, 1.0f, outputs);
-        for (int64_t v = 0; v < ceil_div(block.count, kWidth) * kWidth; v += kWidth) {
-          Vec sum{};
-          for (int64_t d = 0; d < s.head_dim; ++d) {
-            sum = fma(Full{}.load(outputs + d * kQueries + v),
-                      Full{}.load(grads + at * width + d * kQueries + v), sum);
-          }
-          Full{}.store(delta + at + v, sum);
-        }
-      }
-      __builtin_memset(lse + at, 0, kQueries * sizeof(float));
-      __builtin_memcpy(lse + at, its_lse + first, block.count * sizeof(float));
-      __builtin_memset(y, 0, kQueries * width * sizeof(float));
-    }
-  }
-
-  // The scores of a block of queries and `keys` keys become weights, and the weights' gradients
-  // the scores': p (g - delta), delta the sum of p g over all keys. Where these are `all` of them
-  // it is taken as that, and a rounding of g falls out of the difference; then what p (g - delta)
-  // sums to is added, which ought to be 0: where one key has nearly all the weight, what rounding
-  // left in delta would be all of its difference. Of more keys than a piece delta is the output
-  // times its gradient, whose own rounding is then one among many.
-  void differentiate(int64_t b, int64_t keys, int64_t vectors, bool all) {
-    for (int64_t v = 0; v < vectors * kWidth; v += kWidth) {
-      const Vec its_lse = Full{}.load(lse + b * kQueries + v);
-      Vec sum{};
-      ECAR_UNROLL for (int64_t i = 0; i < keys; ++i) {
-        float* weight = weights + i * kQueries + v;
-        const Vec p = exp2(Full{}.load(weight) - its_lse);
-        Full{}.store(weight, p);
-        if (all) sum = fma(p, Full{}.load(grad_scores + i * kQueries + v), sum);
-      }
-      Vec its_delta = all ? sum : Full{}.load(delta + b * kQueries + v);
-      if (all) {
-        Vec left{};
-        ECAR_UNROLL for (int64_t i = 0; i < keys; ++i) {
-          const int64_t at = i * kQueries + v;
-          left = fma(Full{}.load(weights + at), Full{}.load(grad_scores + at) - sum, left);
-        }
-        its_delta = sum + left;
-      }
-      ECAR_UNROLL for (int64_t i = 0; i < keys; ++i) {
-        float* grad = grad_scores + i * kQueries + v;
-        Full{}.store(grad,
-                     Full{}.load(weights + i * kQueries + v) * (Full{}.load(grad) - its_delta));
-      }
-    }
-  }
-
-  // Blocks [begin, end) of queries and `count` keys from `first` on.
-  void attend(int64_t begin, int64_t end, int64_t first, int64_t count, bool for_queries,
-              bool for_keys) {
-    for (int64_t b = begin; b < end; ++b) {
-      const Block& block = s.blocks[b];
-      const int64_t keys = smaller(count, block.keys - first);
-      if (keys <= 0) continue;
-      const int64_t vectors = ceil_div(block.count, kWidth), at = b * kQueries * width;
-      Factors product{key_rows,   width,   queries + at, kQueries,
-                      s.head_dim, weights, kQueries,     nullptr};
-      multiply<Into::replace, 0, 1>(product, keys, vectors);
-      product.a = value_rows, product.b = grads + at, product.c = grad_scores;
-      multiply<Into::replace, 0, 1>(product, keys, vectors);
-      differentiate(b, keys, vectors, first == 0 && keys == block.keys);
-      if (for_keys) {
-        product = {weights,     kQueries,    grad_rows + at, width,
-                   block.count, grad_values, width,          nullptr};
-        multiply<Into::add, kQueries, 1>(product, keys, width / kWidth);
-        product.a = grad_scores, product.b = query_rows + at, product.c = grad_keys;
-        multiply<Into::add, kQueries, 1>(product, keys, width / kWidth);
-      }
-      if (for_queries) {
-        product = {grad_scores, 1, key_rows, width, keys, grad_queries + at, width, nullptr};
-        multiply<Into::add, 1, kQueries>(product, block.count, width / kWidth);
-      }
-    }
-  }
-
-  // The gradients of keys [first, last), which start a piece, and those of blocks [begin, end),
-  // as far as each is complete with the others.
-  void run(int64_t image, int64_t head, int64_t begin, int64_t end, int64_t first, int64_t last,
-           bool for_queries, bool for_keys) {
-    read_queries(image, head, begin, end);
-    const T* k = head_of<const T>(a.k, image, head);
-    const T* v = head_of<const T>(a.v, image, head);
-    T* grad_k = head_of<T>(a.grad_k, image, head);
-    T* grad_v = head_of<T>(a.grad_v, image, head);
-    const int64_t piece = stage_attention::piece_of(s.keys);
-    for (; first < last; first += piece) {
-      const int64_t count = smaller(piece, last - first);
-      widen_rows(k + first * a.k.row_stride, a.k.row_stride, count, s.head_dim, width, key_rows);
-      widen_rows(v + first * a.v.row_stride, a.v.row_stride, count, s.head_dim, width, value_rows);
-      __builtin_memset(grad_keys, 0, count * width * sizeof(float));
-      __builtin_memset(grad_values, 0, count * width * sizeof(float));
-      attend(begin, end, first, count, for_queries, for_keys);
-      for (int64_t i = 0; for_keys && i < count; ++i) {
-        narrow_row(grad_keys + i * width, s.scale, s.head_dim,
-                   grad_k + (first + i) * a.grad_k.row_stride);
-        narrow_row(grad_values + i * width, 1.0f, s.head_dim,
-                   grad_v + (first + i) * a.grad_v.row_stride);
-      }
-    }
-    T* grad_q = head_of<T>(a.grad_q, image, head);
-    for (int64_t b = begin; for_queries && b < end; ++b) {
-      const Block& block = s.blocks[b];
-      for (int64_t i = 0; i < block.count; ++i) {
-        narrow_row(grad_queries + (b * kQueries + i) * width, s.scale, s.head_dim,
-                   grad_q + (block.first + i) * a.grad_q.row_stride);
-      }
-    }
-  }
-};
-
-template <class T>
-void backward(const Backward& a, int64_t begin, int64_t end) {
-  const Shape& s = a.shape;
-  HeadGradients<T> gradients(a);
-  for (int64_t i = begin; i < end; ++i) {
-    gradients.run(i / s.heads, i % s.heads, 0, s.num_blocks, 0, s.keys, true, true);
-  }
-}
-
-template <class T>
-void backward_parts(const Backward& a, int64_t begin, int64_t end) {
-  const Shape& s = a.shape;
-  const int64_t piece = stage_attention::piece_of(s.keys), parts = stage_attention::parts_of(s);
-  HeadGradients<T> gradients(a);
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t image = i / parts / s.heads, head = i / parts % s.heads, part = i % parts;
-    if (part < s.num_blocks) {
-      gradients.run(image, head, part, part + 1, 0, s.blocks[part].keys, true, false);
-      continue;
-    }
-    const int64_t first = (part - s.num_blocks) * piece;
-    int64_t seen_from = 0;
-    while (seen_from < s.num_blocks && s.blocks[seen_from].keys <= first) ++seen_from;
-    gradients.run(image, head, seen_from, s.num_blocks, first, smaller(first + piece, s.keys),
-                  false, true);
-  }
-}
-
 void forward_bfloat16(const Forward& a, int64_t begin, int64_t end) {
 #if defined(ECAR_ISA_avx512)
   if (multiplies_pairs<BFloat16>()) return forward<BFloat16, Pairs>(a, begin, end);
@@ -381,12 +168,26 @@ void forward_bfloat16(const Forward& a, int64_t begin, int64_t end) {
   forward<BFloat16, Floats>(a, begin, end);
 }
 
+void backward_bfloat16(const Backward& a, int64_t begin, int64_t end) {
+#if defined(ECAR_ISA_avx512)
+  if (multiplies_pairs<BFloat16>()) return backward<BFloat16, Pairs>(a, begin, end);
+#endif
+  backward<BFloat16, Floats>(a, begin, end);
+}
+
+void backward_parts_bfloat16(const Backward& a, int64_t begin, int64_t end) {
+#if defined(ECAR_ISA_avx512)
+  if (multiplies_pairs<BFloat16>()) return backward_parts<BFloat16, Pairs>(a, begin, end);
+#endif
+  backward_parts<BFloat16, Floats>(a, begin, end);
+}
+
 }  // namespace
 
 extern const stage_attention::Kernels stage_attention_kernels = {
     {forward<float, Floats>, forward_bfloat16, forward<Float16, Floats>},
-    {backward<float>, backward<BFloat16>, backward<Float16>},
-    {backward_parts<float>, backward_parts<BFloat16>, backward_parts<Float16>},
+    {backward<float, Floats>, backward_bfloat16, backward<Float16, Floats>},
+    {backward_parts<float, Floats>, backward_parts_bfloat16, backward_parts<Float16, Floats>},
 };
 
 }  // namespace ECAR_ISA

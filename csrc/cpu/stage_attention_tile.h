@@ -49,6 +49,19 @@ inline Vec exp2(Vec x) {
   return p * (Vec)((IVec)shifted << 23);
 }
 
+constexpr float kLog2E = 1.44269504f;
+
+// To the nearest bfloat16, in the upper half; a NaN that arithmetic makes stays one.
+inline UVec round_to_bfloat16(Vec v) {
+  const UVec bits = (UVec)v;
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+// Of two numbers, a word.
+inline Vec pair_of(Vec first, Vec second) {
+  return (Vec)(round_to_bfloat16(first) >> 16 | (round_to_bfloat16(second) & 0xffff0000u));
+}
+
 // --- rows of the tensors --------------------------------------------------------------------
 
 template <class T, class View>
@@ -144,7 +157,22 @@ struct Factors {
     } \
   }
 
-// The forward's products, and how the tensors' rows become factors: kPerWord elements a word.
+// sums[n] = sum over k < depth of a[k][n] b[k][n], rows of kQueries words, in the order of a
+// tile's.
+#define ECAR_SUM_PRODUCTS(TARGET, MULTIPLY_ADD) \
+  TARGET static void sum_products(const float* a, const float* b, int64_t depth, int64_t vectors, \
+                                  float* sums) { \
+    for (int64_t v = 0; v < vectors * kWidth; v += kWidth) { \
+      Vec sum{}; \
+      for (int64_t k = 0; k < depth; ++k) { \
+        sum = MULTIPLY_ADD(Full{}.load(a + k * kQueries + v), Full{}.load(b + k * kQueries + v), \
+                           sum); \
+      } \
+      Full{}.store(sums + v, sum); \
+    } \
+  }
+
+// The products, and how the tensors' rows become factors: kPerWord elements a word.
 struct Floats {
   static constexpr int64_t kPerWord = 1;
   template <class... Arguments>
@@ -156,6 +184,7 @@ struct Floats {
     widen_rows(arguments...);
   }
   ECAR_TILE(, fma)
+  ECAR_SUM_PRODUCTS(, fma)
 };
 #if defined(ECAR_ISA_avx512)
 struct Pairs {
@@ -169,9 +198,11 @@ struct Pairs {
     pair_rows(arguments...);
   }
   ECAR_TILE(ECAR_BF16, fma_pairs)
+  ECAR_SUM_PRODUCTS(ECAR_BF16, fma_pairs)
 };
 #endif
 #undef ECAR_TILE
+#undef ECAR_SUM_PRODUCTS
 
 template <class Product, Into kInto, int kRow, int kStep, int V>
 void tiles(const Factors& f, int64_t rows, int64_t column) {

@@ -280,6 +280,20 @@ def test_nothing_beyond_the_views_is_read(dtype):
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("first", [1, 5, 51])
+def test_a_later_stage_s_keys_do_not_reach_earlier_queries(first, dtype):
+    """Not even if they are no numbers. Odd stages end amid a pair of keys, and of queries."""
+    call = call_of((first, 20), head_dim=40, dtype=dtype)
+    clean = backward("cpp", call)[:2]
+    for name in "kv":
+        call[name] = call[name].clone()
+        call[name][:, first:] = math.nan
+    for found, expected in zip(backward("cpp", call)[:2], clean, strict=True):
+        assert found[:, :first].equal(expected[:, :first])
+
+
+@needs_native
 def test_what_training_keeps():
     """q, k and v themselves, the output, and one number for each query and head."""
     call = call_of(E_CAR, heads=4, head_dim=64)
