@@ -195,18 +195,19 @@ def test_modules_that_pages_run_exist():
 
 
 def test_options_that_pages_give_exist(capsys):
-    from ecar.cli import main
+    from ecar.cli import COMMANDS, main
 
+    launched = r"(?:(?:torchrun|accelerate launch) .* -m )?"
     calls = {
         call.partition("#")[0].strip()
-        for call in commands(r"^(?:\$ )?ecar ((?:sample|train|evaluate|steps|info|export|tune)\b.*)$")
+        for call in commands(rf"^(?:\$ )?{launched}ecar ((?:{'|'.join(COMMANDS)})\b.*)$")
     }
     assert len(calls) > 8
     for call in calls:
         command, *words = shlex.split(call)
         with pytest.raises(SystemExit):
             main([command, "--help"])
-        known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+        known = set(re.findall(r"--[\w-]+(?:\.\w+)?", capsys.readouterr().out))
         used = {word.split("=")[0] for word in words if word.startswith("--")}
         assert used <= known, f"ecar {call}: no {used - known}"
 

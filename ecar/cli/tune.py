@@ -66,8 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--list",
         action="store_true",
-        help="measure nothing: print the fused GEMMs' usual settings, and their time by the "
-        "model that chooses them; without a GPU, an H100's",
+        help="measure nothing: print the fused GEMMs' usual settings and expected times",
     )
     parser.add_argument(
         "--output",

@@ -59,10 +59,7 @@ def test_missing_checkpoint_is_one_line(folder, refused, command, name, message)
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (
-            "",
-            "a command is needed: sample, train, cache, evaluate, steps, info, gallery, export, tune",
-        ),
+        ("", f"a command is needed: {', '.join(COMMANDS)}"),
         ("draw", "no command 'draw'; commands are sample"),
         ("sampel", "no command 'sampel'; near it: sample"),
         ("--colour", "unrecognized arguments: --colour"),

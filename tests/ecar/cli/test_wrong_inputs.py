@@ -20,6 +20,7 @@ CACHE = "cache --dataset birds --image-size 16 --vae vae --output new --num-work
 EVALUATE = "evaluate --checkpoint model --dataset digits --samples 8 --steps 2 --no-progress"
 STEPS = "steps --checkpoint model --images 2 --calls 8 --no-progress"
 INFO = "info --checkpoint model"
+EXPORT = "export --checkpoint model --format torch --output new"
 GALLERY = "gallery --checkpoint model"
 TUNE = "tune --preset S"
 
@@ -98,6 +99,13 @@ WRONG = {
         ("--config empty", "empty: Is a directory"),
         ("--config notes.txt", "notes.txt: not valid JSON"),
         ("--preset M", "--preset: invalid choice: 'M'"),
+    ],
+    EXPORT: [
+        ("--checkpoint nowhere", "checkpoint 'nowhere': no such folder"),
+        ("--checkpoint cut", "cut/model.safetensors: not a safetensors file, or cut short"),
+        ("--format pickle", "--format: invalid choice: 'pickle'"),
+        ("--output notes.txt", "output folder notes.txt: is not a folder"),
+        ("--steps x", "--steps: expected a positive whole number"),
     ],
     GALLERY: [
         ("--checkpoint nowhere", "checkpoint 'nowhere': no such folder"),
