@@ -264,9 +264,7 @@ def describe(pipe: ECARPipeline, format: str, settings: dict[str, Any]) -> dict[
             "are more than one velocity"
         )
     counts = split_steps(settings["num_inference_steps"], count, name="num_inference_steps")
-    guidance = Guidance(
-        *(settings[f"guidance_{name}"] for name in ("scale", "schedule", "interval"))
-    )
+    guidance = Guidance(*(settings[f"guidance_{x}"] for x in ("scale", "schedule", "interval")))
     scales, rows = guidance.scales(counts, settings["grid"]), []
     suffix = "onnx" if format == "onnx" else "pt2"
     for stage in range(1, count + 1):
@@ -338,7 +336,8 @@ def _quiet() -> Iterator[None]:
 
 def _program(module: Begin | Step) -> torch.export.ExportedProgram:
     shapes = tuple(
-        shape and {axis: OPEN[name] for axis, name in shape.items()} for shape in module.shapes()
+        {axis: OPEN[name] for axis, name in shape.items()} if shape else None
+        for shape in module.shapes()
     )
     return torch.export.export(module, module.example(), dynamic_shapes=shapes)
 

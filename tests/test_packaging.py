@@ -207,6 +207,7 @@ def test_metadata(wheel):
         "eval",
         "gallery",
         "inception",
+        "onnx",
         "test",
         "train",
         "shards",
