@@ -5,6 +5,7 @@ stage_attention is the sampler's: a stage's queries over the keys of all stages 
 and where a case says `whole`, it is the training's: the queries of all stages up to that one.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,22 +17,20 @@ from torch import Tensor
 from benchmarks.results import last_level_cache
 from ecar import ECARConfig
 from ecar_kernels.costs import BACKWARD_READS
-from ecar_kernels.ops import Argument
-from ecar_kernels.registry import FAMILIES, OPS, RECORDS
+from ecar_kernels.ops import Argument, BoundOp
+from ecar_kernels.registry import BACKENDS, FAMILIES, OPS, RECORDS, BackendUnavailableError, resolve
 from ecar_kernels.testing import Draw, SampleSizes
 
 SIZES = ("S", "B", "L")
-STAGES = ECARConfig.preset("S").stage_tokens  # of S, B and L alike
-# Tokens of the stages of a larger image, side by pixels; 16 times as many tokens for 4 times 256.
-LARGE = {512: (64, 256, 1024), 1024: (64, 256, 1024, 4096), 2048: (64, 256, 1024, 4096, 16384)}
 VAR, LEAST = "VAR-d16", "one token"
 BATCHES = (1, 8, 32)
+ADALN = FAMILIES["adaln"]
 WIDTHLESS = tuple(op for op in OPS if not RECORDS[op].width)
+WIDE = tuple(op for op in OPS if op not in WIDTHLESS)
 CHANNELS, PATCH = 4, 2
 # Inputs used in turn hold this many times what the cache does, unless that takes too many sets.
 ROTATION = 4
 MAX_SETS = 512
-WEIGHT_SCALE = 0.03
 DTYPE = torch.float32
 ARENA_BYTES = 256 * 2**20
 
@@ -48,9 +47,11 @@ VAR_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 MODELS = {VAR: Model(1024, 16, tuple(n * n for n in VAR_SIDES)), LEAST: Model(8, 1, (1,))}
 for _size in SIZES:
     _config = ECARConfig.preset(_size)
-    MODELS[_size] = Model(_config.width, _config.heads, STAGES)
-    for _pixels, _stages in LARGE.items():
-        MODELS[f"{_size}-{_pixels}px"] = MODELS[_size]._replace(stages=_stages)
+    MODELS[_size] = Model(_config.width, _config.heads, _config.stage_tokens)
+    # Of a larger image, side by pixels: 4 times as many tokens in a further stage.
+    for _pixels, _stages in {512: 3, 1024: 4, 2048: 5}.items():
+        _tokens = tuple(4**stage for stage in range(3, 3 + _stages))
+        MODELS[f"{_size}-{_pixels}px"] = MODELS[_size]._replace(stages=_tokens)
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,23 @@ class Case:
     backward: bool = False
     whole: bool = False
     overhead: bool = False
+    dtype: str = "float32"
 
     @property
     def name(self) -> str:
+        numbers = "" if self.dtype == "float32" else f"-{self.dtype}"
         if self.overhead:
-            return f"{self.op}-overhead"
+            return f"{self.op}-overhead{numbers}"
         way = "backward" if self.backward else "whole" if self.whole else "forward"
-        return f"{self.op}-{way}-{self.size}-{self.tokens}tokens-batch{self.batch}"
+        return f"{self.op}-{way}-{self.size}-{self.tokens}tokens-batch{self.batch}{numbers}"
 
     @property
     def model(self) -> Model:
         return MODELS[self.size]
+
+    @property
+    def numbers(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
 
     @property
     def op_width(self) -> int:
@@ -94,44 +101,36 @@ def select(
     forward: Sequence[int] = (),
     backward: Sequence[int] = (),
     ops: Sequence[str] = OPS,
+    last: bool = False,
 ) -> list[Case]:
-    """These ops at the three stages, forward at these batches and backward, where they have one."""
+    """These ops at all stages of these sizes, which have the same, or at the last; forward at these
+    batches, and backward where an op has one."""
+    stages = MODELS[sizes[0]].stages[-1 if last else 0 :]
     return [
         Case(op, tokens, batch, size, way)
         for op in ops
         for way, batches in ((False, forward), (True, backward if op in BACKWARD_READS else ()))
         for size in (("-",) if op in WIDTHLESS else sizes)
         for batch in batches
-        for tokens in STAGES
+        for tokens in stages
     ]
 
 
-def attention(size: str) -> list[Case]:
+def attention(*sizes: str) -> list[Case]:
     """Training's: all stages of a size at once, forward and backward."""
-    tokens = MODELS[size].stages[-1]
     return [
-        Case("stage_attention", tokens, 1, size, backward, whole=not backward)
+        Case("stage_attention", MODELS[size].stages[-1], 1, size, backward, whole=not backward)
+        for size in sizes
         for backward in (False, True)
     ]
 
 
-def var(backward: bool = False) -> list[Case]:
-    """Every op that knows a width at each of VAR-d16's ten stages."""
-    return [
-        Case(op, tokens, 1, VAR, backward)
-        for op in OPS
-        if op not in WIDTHLESS and (op in BACKWARD_READS or not backward)
-        for tokens in MODELS[VAR].stages
-    ]
-
-
 def large(pixels: int) -> list[Case]:
-    """Every op at the last stage of a larger image of S and L; the others are another size's."""
+    """Every op at the last stage of a larger image of S and L, the adaLN family with backward."""
+    sizes = (f"S-{pixels}px", f"L-{pixels}px")
     return [
-        Case(op, LARGE[pixels][-1], 1, size, backward)
-        for op in OPS
-        for backward in ((False, True) if op in FAMILIES["adaln"] else (False,))
-        for size in (("-",) if op in WIDTHLESS else (f"S-{pixels}px", f"L-{pixels}px"))
+        *select(sizes, forward=(1,), last=True),
+        *select(sizes, backward=(1,), ops=ADALN, last=True),
     ]
 
 
@@ -139,9 +138,8 @@ def every() -> list[Case]:
     found = [
         *default(),
         *select(forward=BATCHES, backward=BATCHES),
-        *var(backward=True),
-        *attention("L-1024px"),
-        *attention("S-2048px"),
+        *select((VAR,), backward=(1,), ops=WIDE),
+        *attention("L-1024px", "S-2048px"),
         *large(2048),
     ]
     return list(dict.fromkeys(found))
@@ -152,22 +150,19 @@ def default() -> list[Case]:
 
     One image for all sizes, attention over all stages, larger images, VAR's stages, then batches.
     """
-    whole = (*SIZES, VAR, "S-512px", "L-512px", "S-1024px")
     found = [
         *select(forward=(1,)),
-        *(case for size in whole for case in attention(size)),
-        *(*large(512), *large(1024), *var()),
+        *attention(*SIZES, VAR, "S-512px", "L-512px", "S-1024px"),
+        *(*large(512), *large(1024), *select((VAR,), forward=(1,), ops=WIDE)),
         *select(("S",), forward=(8, 32), backward=(8,)),
-        *(case for case in select(("L",), backward=(8,)) if case.size == "L"),
+        *select(("L",), backward=(8,), ops=WIDE),
     ]
     return list(dict.fromkeys(found))
 
 
 def at_64_mib() -> list[Case]:
     """Tokens, or the larger image of a step, of 64 MiB: larger than the cache on its own."""
-    family = [
-        Case(op, 256, 64, "B", backward) for op in FAMILIES["adaln"] for backward in (False, True)
-    ]
+    family = [Case(op, 256, 64, "B", backward) for op in ADALN for backward in (False, True)]
     return [*family, Case("euler_step", 256, 4096), Case("upsample_renoise_euler", 256, 1024)]
 
 
@@ -176,19 +171,28 @@ def overheads() -> list[Case]:
     return [Case(op, 16, 1, "S", overhead=True) for op in OPS]
 
 
+def backends(case: Case, device: torch.device) -> dict[str, BoundOp]:
+    """The case's op by each backend that serves it there, the reference first."""
+    found = {}
+    for name in BACKENDS:
+        with contextlib.suppress(BackendUnavailableError):
+            how = {"device": device, "dtype": case.numbers, "width": case.op_width}
+            found[name] = resolve(case.op, backend=name, **how)
+    return found
+
+
 class Arena:
     """Random numbers, fresh in each run, that inputs are cut from one after another."""
 
-    def __init__(self, size: int, dtype: torch.dtype) -> None:
-        self.values = torch.randn(size // dtype.itemsize).to(dtype)
-        self.weights = self.values * WEIGHT_SCALE
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self.values = torch.randn(size // dtype.itemsize, device=device).to(dtype)
         self.place = 0
 
-    def take(self, *shape: int, weights: bool = False) -> Tensor:
+    def take(self, *shape: int) -> Tensor:
         """The next values, or from the start again; a tensor too large is drawn for itself."""
-        count, values = math.prod(shape), self.weights if weights else self.values
+        count, values = math.prod(shape), self.values
         if 4 * count > len(values):
-            return torch.randn(shape).to(values.dtype) * (WEIGHT_SCALE if weights else 1)
+            return torch.randn(shape, device=values.device).to(values.dtype)
         if self.place + count > len(values):
             self.place = 0
         taken = values[self.place : self.place + count]
@@ -200,8 +204,8 @@ class ArenaDraw(Draw):
     """Arguments cut from an arena: modulations and steps are each chunks of one projection."""
 
     def __init__(self, sizes: SampleSizes, arena: Arena) -> None:
-        super().__init__(sizes, arena.values.dtype, "cpu")
-        self.arena = arena
+        super().__init__(sizes, arena.values.dtype, str(arena.values.device))
+        self.normal = arena.take
 
     def one_of(self, names: tuple[str, ...]) -> str:
         return "seeds" if "seeds" in names else names[0]
@@ -210,16 +214,10 @@ class ArenaDraw(Draw):
         """Steps' parts; numbers have their defaults, and steps are Euler's."""
         return not argument.optional or (argument.is_tensor and argument.name != "previous")
 
-    def tensor(self, argument: Argument, shape: tuple[int, ...]) -> Tensor:
-        if argument.dtype is not None:
-            return super().tensor(argument, shape)
-        return self.arena.take(*shape, weights=argument.weight)
-
     def projection(self, arguments: Sequence[Argument], shape: tuple[int, ...]) -> list[Tensor]:
         if len(shape) == 4:  # heads: queries alone, over a cache of keys and values
-            return [self.arena.take(*shape) for _ in arguments]
-        whole = self.arena.take(*shape[:-1], len(arguments) * shape[-1])
-        return list(whole.chunk(len(arguments), -1))
+            return [self.normal(*shape) for _ in arguments]
+        return super().projection(arguments, shape)
 
 
 def inputs(case: Case, arena: Arena) -> dict[str, Any]:
@@ -241,5 +239,5 @@ def input_sets(case: Case, arena: Arena) -> list[dict[str, Any]]:
     first = inputs(case, arena)
     tensors = [value for value in first.values() if isinstance(value, Tensor)]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    count = min(math.ceil(ROTATION * last_level_cache() / size), MAX_SETS)
+    count = min(math.ceil(ROTATION * last_level_cache(arena.values.device) / size), MAX_SETS)
     return [first, *(inputs(case, arena) for _ in range(count - 1))]

@@ -31,9 +31,8 @@ AGAIN = 3  # times as long, the second time
 
 def selection() -> list[Case]:
     """Each op at 64 MiB, and at the last stage of an image of S and L."""
-    large = [case for case in cases.select(("S", "L"), forward=(1,)) if case.tokens == 256]
     training = [*cases.attention("S"), Case("stage_attention", 256, 8, "S", backward=True)]
-    return [*large, *cases.at_64_mib(), *training]
+    return [*cases.select(("S", "L"), forward=(1,), last=True), *cases.at_64_mib(), *training]
 
 
 def noise(before: Row, now: Row, way: str) -> float:
@@ -50,8 +49,8 @@ def allowed(before: Row, now: Row, way: str) -> float:
 
 def ratios(before: Row, now: Row) -> dict[str, tuple[float, float]]:
     """Eager's and torch.compile's time over ours, before and now; of ways that both rows have."""
-    ways = [way for way in micro.OWN[:2] if way in before["seconds"] and way in now["seconds"]]
     was, found = medians(before), medians(now)
+    ways = [way for way in micro.OWN[:2] if way in was and way in found]
     return {way: (was[way] / was["ours"], found[way] / found["ours"]) for way in ways}
 
 
@@ -77,7 +76,8 @@ def comparable(committed: dict[str, Any], here: dict[str, Any]) -> str | None:
 
 def measure(chosen: Iterable[Case], seconds: float, minutes: float) -> dict[Case, Row]:
     with tempfile.TemporaryDirectory() as folder:
-        rows = micro.run([*chosen], Path(folder) / "micro.json", seconds=seconds, minutes=minutes)
+        file = Path(folder) / "micro.json"
+        rows, _ = micro.run([*chosen], file, seconds=seconds, minutes=minutes)
     return {case_of(row): row for row in rows}
 
 
@@ -98,11 +98,8 @@ def check_ratios(file: Path, seconds: float, minutes: float) -> bool:
         return True
     rows = measure(chosen, seconds, minutes)
     for case, row in rows.items():
-        parts = [
-            f"vs {NAMES.get(way, way)} {was:.2f}x -> {found:.2f}x"
-            for way, (was, found) in ratios(committed[case], row).items()
-        ]
-        print(f"{case.name}: {', '.join(parts)}")
+        for way, (was, found) in ratios(committed[case], row).items():
+            print(f"{case.name}: vs {NAMES.get(way, way)} {was:.2f}x -> {found:.2f}x")
     lost = {case: row for case, row in rows.items() if judge(committed[case], row)}
     if lost:
         print(f"once more, for {AGAIN} times as long: {len(lost)} rows")
@@ -123,13 +120,10 @@ def check_instructions() -> bool:
 
 def check_busy() -> bool:
     """All threads next to one, as the ecar commands have them wait, where all cores are busy."""
-    row = busy.measure("ecar's", results.describe()["cores"], rounds=3)
-    well = busy.ratio(row) <= busy.LIMIT
-    print(
-        f"{'' if well else 'LOST: '}busy machine: all threads take {busy.ratio(row):.2f}x one "
-        f"thread's time, {busy.LIMIT}x allowed"
-    )
-    return well
+    found = busy.ratio(busy.measure("ecar's", results.describe()["cores"], rounds=3))
+    said = f"all threads take {found:.2f}x one thread's time, {busy.LIMIT}x allowed"
+    print(f"{'LOST: ' * (found > busy.LIMIT)}busy machine: {said}")
+    return found <= busy.LIMIT
 
 
 def main() -> int:

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 import ecar_kernels
-from benchmarks import models, roofline, timing
+from benchmarks import models, timing
 from benchmarks.models import TIMED_STEPS, StageTime, Way, image_seconds, time_image
 from benchmarks.paper import dit
 from benchmarks.paper.dit import PEERS
@@ -46,12 +46,11 @@ def measure(size: str, config: ECARConfig, seconds: float, *, compile: str | Non
     gemms = products(ways["ours"].model)
     runs = {name: lambda way=way: image_seconds(time_image(way)) for name, way in ways.items()}
     runs |= {name: lambda calls=calls: image_seconds(_time(calls)) for name, calls in gemms.items()}
-    work = roofline.Roofline(config, steps=PAPER, itemsize=4).total()
     return {
         "size": size,
         "seconds": timing.summaries(models.compare(runs, seconds)),
         "compile": compile,
-        "floor": {"seconds": roofline.floor(work, best).seconds},
+        "floor": {"seconds": max(models.floors(config, best).values())},
     }
 
 

@@ -7,13 +7,14 @@ multiply-adds over that of a GEMM. An "overhead" row is what a call costs beside
 """
 
 import argparse
+import functools
 import itertools
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,17 @@ from torch import Tensor
 import ecar_kernels
 from benchmarks import cases, peers, results, timing
 from benchmarks.cases import Case
-from benchmarks.results import duration, medians, table, times
-from benchmarks.timing import Call
+from benchmarks.results import CPU, duration, medians, table, times
+from benchmarks.timing import Call, Clock
 from ecar_kernels.costs import Cost, Rates, backward_cost, cost, floor_seconds
-from ecar_kernels.registry import FAMILIES, resolve
+from ecar_kernels.registry import BACKENDS, FAMILIES, resolve
 from ecar_kernels.testing import tensors
 
-DTYPE = cases.DTYPE
 MAX_ROUNDS = 2000
 CALLS = 100  # in a round of an overhead row
 NAMES = {"compiled": "torch.compile", "ours": "ecar_kernels"}
 OWN = ("eager", "compiled", "ours")
+COMPILED = ("compiled", "FlexAttention")
 # Ways that hold attention's scores, and how many times at once, as seen of the eager reference.
 HOLD_SCORES = ("eager", "compiled", "SDPA math")
 SCORES_HELD = {False: 3, True: 6}
@@ -41,30 +42,49 @@ MINUTES = 14.0
 Row = dict[str, Any]
 
 
-def choose(full: bool = False, words: Sequence[str] = ()) -> list[Case]:
-    """Those whose names contain all words, the most important first."""
-    rows = cases.every() if full else cases.default()
-    found = dict.fromkeys([*cases.overheads(), *cases.at_64_mib(), *rows])
+def choose(
+    full: bool = False,
+    words: Sequence[str] = (),
+    device: torch.device = CPU,
+    dtype: str = "float32",
+) -> list[Case]:
+    """Those whose names contain all words, the most important first; on CUDA with more batches, and
+    what fills it before what does not."""
+    rows = [*cases.at_64_mib(), *(cases.every() if full else cases.default())]
+    if device.type == "cuda":
+        rows += cases.select(forward=(8, 64), backward=(1, 8, 64))
+        rows.sort(key=lambda case: (case.tokens < 256, case.batch))
+    else:
+        rows = [*cases.overheads(), *rows]
+    found = dict.fromkeys(replace(case, dtype=dtype) for case in rows)
     return [case for case in found if all(word in case.name for word in words)]
 
 
 def run(
-    chosen: Sequence[Case], file: Path, *, seconds: float = 0.5, minutes: float | None = None
-) -> list[Row]:
-    """Measures rows and merges each into the file before the next is begun; returns them.
+    chosen: Sequence[Case],
+    file: Path,
+    *,
+    seconds: float = 0.5,
+    minutes: float | None = None,
+    device: torch.device = CPU,
+    compiling: bool = True,
+) -> tuple[list[Row], int]:
+    """Measures rows and merges each into the file before the next is begun; returns them, and how
+    many failed.
 
     The file is {"runs": [{environment, rates}], "rows": [{..., "run": its index}]}. Rows that would
-    begin after `minutes` are left out. An exception, KeyboardInterrupt among them, loses the row
-    that is being measured and no other.
+    begin after `minutes` are left out. KeyboardInterrupt loses the row that is being measured and
+    no other. compiling: with the ways of COMPILED, which take seconds to compile.
     """
     results.keep_memory()
     before = results.read(file) if file.exists() else {"kind": "micro", "runs": [], "rows": []}
     if before["kind"] != "micro":
         raise ValueError(f"{file}: expected a result of kind 'micro', got {before['kind']!r}")
-    facts, begin, rows = results.describe(), time.monotonic(), []
-    best, tried = timing.measure_rates(2 * seconds)
+    facts, begin, rows, failed = results.describe(device), time.monotonic(), [], 0
+    best, tried = timing.measure_rates(2 * seconds, device)
     this = {"environment": facts, "rates": vars(best) | {"tried": tried}}
-    arena, interrupted = cases.Arena(cases.ARENA_BYTES, DTYPE), False
+    dtype = chosen[0].numbers if chosen else torch.float32
+    arena, interrupted = cases.Arena(cases.ARENA_BYTES, dtype, device), False
 
     def interrupt(*_: object) -> None:
         nonlocal interrupted  # what is measured may swallow the exception
@@ -79,16 +99,24 @@ def run(
                 left = len(chosen) - index + 1
                 print(f"{minutes:g} minutes are over: {left} rows were left out")
                 break
-            rows.append((overhead if case.overhead else measure)(case, arena, best, seconds))
-            results.save(file, merged(before, this, rows))
-            said = duration(rows[-1]["seconds"]["ours"]["median"])
+            try:
+                one = (overhead if case.overhead else measure)(
+                    case, arena, best, seconds, compiling
+                )
+                said = duration(one["seconds"]["ours"]["median"])
+                rows.append(one)
+                results.save(file, merged(before, this, rows))
+                broken = set(BACKENDS) & one.get("failures", {}).keys()
+            except Exception as error:  # the others go on
+                said, broken = f"{type(error).__name__}: {error}", {"ours"}
+            failed += bool(broken)
             place = f"[{index}/{len(chosen)}, {taken / 60:.1f} min]"
-            print(f"{place} {case.name}: {said}", flush=True)
+            print(f"{place} {case.name}: {'FAILED: ' * bool(broken)}{said}", flush=True)
             if interrupted:
                 raise KeyboardInterrupt
     finally:
         signal.signal(signal.SIGINT, former)
-    return rows
+    return rows, failed
 
 
 def case_of(row: Row) -> Case:
@@ -109,51 +137,46 @@ def merged(record: dict[str, Any], this: dict[str, Any], rows: Sequence[Row]) ->
     }
 
 
-def identity(case: Case) -> Row:
-    """What a row is of."""
-    return {"op": case.op, "size": case.size, "tokens": case.tokens, "batch": case.batch}
-
-
 @torch.no_grad()
-def overhead(case: Case, arena: cases.Arena, best: Rates, seconds: float) -> Row:
+def overhead(case: Case, arena: cases.Arena, best: Rates, seconds: float, *_: bool) -> Row:
     """What a call costs: bound, through the public function, eager; and all with one token."""
-    functions = {
-        "ours": resolve(case.op, device="cpu", dtype=DTYPE),
-        "api": getattr(ecar_kernels, case.op),
-        "eager": resolve(case.op, device="cpu", dtype=DTYPE, backend="reference"),
-    }
+    bind = functools.partial(resolve, case.op, device=CPU, dtype=case.numbers)
+    api = getattr(ecar_kernels, case.op)
+    functions = {"ours": bind(), "api": api, "eager": bind(backend="reference")}
 
     def turns(function: Callable, given: dict) -> Iterator[Call]:
         while True:
             function(**given)  # the first call after another way's is not timed
             yield lambda: [function(**given) for _ in range(CALLS)]
 
-    variants = {}
+    clocks = {}
     for name, function in functions.items():
-        variants[name] = turns(function, cases.inputs(case, arena))
+        clocks[name] = Clock(turns(function, cases.inputs(case, arena)))
         small = "least" if name == "ours" else f"{name}, least"
-        variants[small] = turns(function, cases.inputs(Case(case.op, 1, 1, cases.LEAST), arena))
-    found = timing.interleave(variants, seconds, at_most=200, warm_up=True)
-    summaries = timing.summaries(found, CALLS)
-    return identity(case) | {"overhead": True, "calls": CALLS, "seconds": summaries}
+        clocks[small] = Clock(
+            turns(function, cases.inputs(Case(case.op, 1, 1, cases.LEAST), arena))
+        )
+    found = timing.rounds(clocks, seconds, at_most=200, warm_up=True)
+    return vars(case) | {"calls": CALLS, "seconds": timing.summaries(found, CALLS)}
 
 
-def measure(case: Case, arena: cases.Arena, best: Rates, seconds: float) -> Row:
+def measure(
+    case: Case, arena: cases.Arena, best: Rates, seconds: float, compiling: bool = True
+) -> Row:
     """One row: each way's median and quartiles, or why it could not be measured."""
-    sets = cases.input_sets(case, arena)
-    ways, failures, variants = functions(case), {}, {}
+    device, sets = arena.values.device, cases.input_sets(case, arena)
+    ways, failures, clocks = functions(case, device, compiling), {}, {}
     for name, function in ways.items():
         if (reason := why_not(case, name, function, sets)) is None:
-            variants[name] = calls(case, function, sets)
+            clocks[name] = Clock(calls(case, function, sets), len(sets), device)
         elif not reason.endswith("is not installed"):  # which the run's versions say
             failures[name] = reason
-    variants["ours"] = variants.pop("ours")  # the last of a round
-    found = timing.interleave(variants, seconds, at_most=MAX_ROUNDS, warm_up=True)
+    clocks["ours"] = clocks.pop("ours")  # the last of a round
+    found = timing.rounds(clocks, seconds, at_most=MAX_ROUNDS, warm_up=True)
     needed = case_cost(case, sets[0])
-    return identity(case) | {
-        "backward": case.backward,
-        "whole": case.whole,
+    return vars(case) | {
         "sets": len(sets),
+        "how": clocks["ours"].how,
         "backend": ways["ours"].backend,
         "bytes": needed.bytes,
         "multiply_adds": needed.multiply_adds,
@@ -163,13 +186,21 @@ def measure(case: Case, arena: cases.Arena, best: Rates, seconds: float) -> Row:
     }
 
 
-def functions(case: Case) -> dict[str, Callable]:
-    """Each way's function, with the op's signature; "ours" is ecar_kernels'."""
-    reference = resolve(case.op, device="cpu", dtype=DTYPE, backend="reference")
+def functions(
+    case: Case, device: torch.device = CPU, compiling: bool = True
+) -> dict[str, Callable]:
+    """Each way's function, with the op's signature; "ours" is ecar_kernels'. On CUDA its other
+    backends, too, and other libraries in a call for each stage."""
+    cuda = device.type == "cuda"
+    how = {"device": device, "dtype": case.numbers, "width": case.op_width}
+    reference, ours = resolve(case.op, backend="reference", **how), resolve(case.op, **how)
     torch._dynamo.reset()  # one function has a graph for each shape, and a limit of graphs
     compiled = torch.compile(reference, fullgraph=True, dynamic=False)
-    ours = resolve(case.op, device="cpu", dtype=DTYPE, width=case.op_width)
-    return {"eager": reference, "compiled": compiled, "ours": ours} | peers.functions(case.op)
+    found = {"eager": reference, "compiled": compiled, "ours": ours}
+    own = cases.backends(case, device) if cuda else {}
+    found |= {name: own[name] for name in own if name not in ("reference", ours.backend)}
+    found |= peers.functions(case.op, per_stage=cuda)
+    return {name: way for name, way in found.items() if compiling or name not in COMPILED}
 
 
 def calls(case: Case, function: Callable, sets: Sequence[dict[str, Any]]) -> Iterator[Call]:
@@ -193,8 +224,10 @@ def _backward(function: Callable, arguments: dict[str, Any]) -> Call:
     with torch.enable_grad():
         outputs = tensors(function(**given))
     gradients = [torch.randn_like(output) for output in outputs]
-    # A peer may not know all arguments.
-    return lambda: torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
+    # A peer may not know all arguments; on CUDA a call is repeated.
+    return lambda: torch.autograd.grad(
+        outputs, leaves, gradients, allow_unused=True, retain_graph=leaves[0].is_cuda
+    )
 
 
 def why_not(
@@ -206,8 +239,8 @@ def why_not(
     """
     if name in HOLD_SCORES and case.op == "stage_attention":
         queries, keys = (sets[0][side].shape[1] for side in ("q", "k"))
-        scores = case.batch * case.model.heads * queries * keys * DTYPE.itemsize
-        if (size := SCORES_HELD[case.backward] * scores) > _memory() / 2:
+        scores = case.batch * case.model.heads * queries * keys * case.numbers.itemsize
+        if (size := SCORES_HELD[case.backward] * scores) > memory(sets[0]["q"].device) / 2:
             return f"its scores would take {size / 1e9:.0f} GB"
     count = len(sets) if name == "ours" and case.op in FAMILIES["flow_block"] else 1
 
@@ -221,8 +254,10 @@ def why_not(
     return None
 
 
-def _memory() -> int:
-    """Bytes of the machine."""
+def memory(device: torch.device) -> int:
+    """Bytes of the machine, or of the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -285,16 +320,18 @@ def _reached(row: Row, seconds: float) -> dict[str, str]:
 def overview(record: dict[str, Any], op: str, backward_batch: int = 8) -> str:
     """An op at the stages of E-CAR-S: forward of one image, backward of a batch."""
     of_op = {case_of(row): row for row in record["rows"] if row["op"] == op}
-    size = "-" if op in cases.WIDTHLESS else "S"
+    dtypes = dict.fromkeys(case.dtype for case in of_op)
     cells, said, note = [], {}, ""
-    for case in cases.select((size,), forward=(1,), backward=(backward_batch,), ops=(op,)):
-        if case in of_op:
-            row, way = of_op[case], "backward" if case.backward else "forward"
+    chosen = cases.select(("S",), forward=(1,), backward=(backward_batch,), ops=(op,))
+    for case, dtype in itertools.product(chosen, dtypes):
+        if (row := of_op.get(replace(case, dtype=dtype))) is not None:
+            way = "backward" if case.backward else "forward"
             note = f"; backward: a batch of {backward_batch}" if case.backward else ""
             seconds = {NAMES.get(name, name): duration(medians(row).get(name)) for name in OWN}
-            cells.append({"E-CAR-S": f"{way}, {case.tokens} tokens"} | seconds | _ratios(row))
+            name = f"{way}, {case.tokens} tokens{f', {dtype}' * (len(dtypes) > 1)}"
+            cells.append({"E-CAR-S": name} | seconds | _ratios(row))
             facts = record["runs"][row["run"]]["environment"]
-            said[results.briefly(facts, "float32, ")] = True
+            said[results.briefly(facts, f"{dtype}, ")] = True
     return f"{table(cells)}\n\n{'; '.join(said)}. Forward: one image{note}." if cells else ""
 
 
@@ -310,22 +347,32 @@ def main() -> int:
     add("--list", action="store_true", help="print the rows' names and exit")
     add("--full", action="store_true",
         help="every size, stage and batch, forward and backward (about an hour)")  # fmt: skip
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--dtype", choices=("float32", "bfloat16", "float16"),
+        help="default: float32, bfloat16 on CUDA")  # fmt: skip
+    add("--no-compile", action="store_false", dest="compiling",
+        help="without torch.compile and FlexAttention, which take seconds a row")  # fmt: skip
     add("--seconds", type=float, default=0.5, help="of measuring for each row (default: 0.5)")
     add("--minutes", type=float,
         help="start no row later (default: 14, no limit with --full)")  # fmt: skip
     add("--results", type=Path, metavar="FOLDER", default=results.FOLDER,
         help="merge into FOLDER/<device>/micro.json (default: benchmarks/results)")  # fmt: skip
     options = parser.parse_args()
-    chosen = choose(options.full, options.words)
+    device = torch.device(options.device)
+    dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    chosen = choose(options.full, options.words, device, dtype)
     if not chosen:
         parser.error(f"argument -k: no row's name contains all of {', '.join(options.words)}")
     if options.list:
         print("\n".join(case.name for case in chosen))
         return 0
-    file = results.path("micro", options.results)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"argument --device: torch {torch.__version__} sees no CUDA GPU here")
+    file = results.path("micro", options.results, device)
     minutes = options.minutes or (None if options.full else MINUTES)
+    how = {"minutes": minutes, "device": device, "compiling": options.compiling}
     try:
-        rows = run(chosen, file, seconds=options.seconds, minutes=minutes)
+        rows, failed = run(chosen, file, seconds=options.seconds, **how)
     except KeyboardInterrupt:
         print(f"interrupted; rows measured before are in {file}", file=sys.stderr)
         return 130
@@ -337,4 +384,4 @@ def main() -> int:
         return 1
     this = results.read(file)["runs"][-1:]
     print(f"\n{render({'rows': rows, 'runs': this})}\n\nmerged into {file}")
-    return 0
+    return int(failed > 0)

@@ -15,9 +15,11 @@ from torch import nn
 import ecar_kernels
 from benchmarks import results, timing
 from ecar import ECAR, ECARConfig, split_steps
+from ecar.info import count_multiply_adds, count_parameters
 from ecar.sampling.guidance import PAPER, Steps, plan_steps
 from ecar.sampling.sampler import run_eagerly
 from ecar.sampling.stage import Shape
+from ecar_kernels.costs import Rates
 from ecar_kernels.flow_block import packing
 
 TIMED_STEPS = 4  # of each stage, where not all are run
@@ -137,6 +139,34 @@ def _modulation_seconds(head: nn.Module, steps: int) -> float:
 def image_seconds(stages: Sequence[StageTime], steps: Steps = PAPER) -> float:
     counts = split_steps(steps, len(stages))
     return sum(stage.once + count * stage.step for stage, count in zip(stages, counts, strict=True))
+
+
+def floors(
+    config: ECARConfig,
+    rates: Rates,
+    *,
+    steps: Steps = PAPER,
+    batch: int = 1,
+    itemsize: int = 4,
+    launch_seconds: float = 0.0,
+) -> dict[str, float]:
+    """What the rates imply for an image, each taken alone; it takes at least the longest.
+
+    memory: weights are read once a stage, and those of the flow blocks at each step. arithmetic: of
+    the matrix products. launches: five of a block and one of the boundary, at each step.
+    """
+    counts, sizes = split_steps(steps, config.num_stages), count_parameters(config)
+    weights = sum(
+        sizes[f"flow_head_{stage}"] + sizes["ar_layers"] for stage in range(1, len(counts) + 1)
+    )
+    again = sum(counts) - len(counts)  # 12 width^2: the linear layers of a block
+    weights += again * config.flow_blocks * 12 * config.width**2
+    products = sum(stage.total for stage in count_multiply_adds(config, steps=steps))
+    return {
+        "memory": itemsize * weights / rates.bytes_per_second,
+        "arithmetic": batch * products / rates.multiply_adds_per_second,
+        "launches": sum(counts) * (5 * config.flow_blocks + 1) * launch_seconds,
+    }
 
 
 def forget() -> None:

@@ -5,7 +5,6 @@ Nothing is measured. `--images` draws the pictures of docs/images/ instead.
 
 import importlib
 import json
-import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,30 +12,33 @@ from typing import Any
 
 from benchmarks import instructions, launches, results
 
-# Kinds of results in the order of the page: heading, and the module that renders a record.
+# Kinds of results in the order of the page, and the module that renders a record.
 KINDS = {
-    "end_to_end": ("One image, end to end", "benchmarks.end_to_end"),
-    "table3": ("Table 3: E-CAR, DiT and MAR", "benchmarks.paper.table3"),
-    "table2": ("Table 2: parameters and multiply-adds", "benchmarks.paper.table2"),
-    "complexity": ("A.2: attention token by token and in stages", "benchmarks.paper.complexity"),
-    "ablation": ("What each design choice is worth", "benchmarks.paper.ablation"),
-    "training": ("What each choice in training is worth", "benchmarks.paper.training"),
-    "memory": ("Memory", "benchmarks.memory"),
-    "busy": ("Threads on a busy machine", "benchmarks.busy"),
-    "example": ("Other models, accelerated", "examples.compare"),
-    "gpu": ("On this GPU", "benchmarks.gpu.report"),
-    "quality": ("Quality by solver and calls", "benchmarks.quality"),
-    "micro": ("Every op", "benchmarks.micro"),
+    "end_to_end": "benchmarks.end_to_end",
+    "table3": "benchmarks.paper.table3",
+    "table2": "benchmarks.paper.table2",
+    "complexity": "benchmarks.paper.complexity",
+    "ablation": "benchmarks.paper.ablation",
+    "training": "benchmarks.paper.training",
+    "memory": "benchmarks.memory",
+    "busy": "benchmarks.busy",
+    "example": "examples.compare",
+    "gpu": "benchmarks.gpu.work",
+    "quality": "benchmarks.quality",
+    "micro": "benchmarks.micro",
 }
-COUNTS = {"Instructions of the C++ kernels": instructions, "Launches of a sampling step": launches}
+
+
+def module_of(record: dict[str, Any]) -> ModuleType:
+    """Raises ValueError for an unknown kind."""
+    if (kind := record["kind"]) not in KINDS:
+        raise ValueError(f"record 'kind': expected one of {', '.join(KINDS)}, got {kind!r}")
+    return importlib.import_module(KINDS[kind])
 
 
 def render(record: dict[str, Any]) -> str:
     """A record's tables, with its environment; ValueError for an unknown kind."""
-    kind = record["kind"]
-    if kind not in KINDS:
-        raise ValueError(f"record 'kind': expected one of {', '.join(KINDS)}, got {kind!r}")
-    text = importlib.import_module(KINDS[kind][1]).render(record)
+    text = module_of(record).render(record)
     return f"{text}\n\n{results.where(record['environment'])}" if "environment" in record else text
 
 
@@ -55,39 +57,21 @@ def page(folder: Path, output: Path) -> str:
         records = {file: results.read(file) for file in sorted(device.glob("*.json"))}
         parts += [f"## {device.name}"] if records else []
         kinds = [*KINDS, *(record["kind"] for record in records.values())]
-        for file in sorted(records, key=lambda file: kinds.index(records[file]["kind"])):
-            kind = records[file]["kind"]
-            heading, module = KINDS.get(kind, (kind, None))
-            parts.append(f"### {heading} ({file.name})")
-            if module is None:
-                parts.append(f"There is no table for results of kind {kind!r}.")
+        for file, record in sorted(records.items(), key=lambda its: kinds.index(its[1]["kind"])):
+            parts.append(f"### {file.stem}")
+            if record["kind"] not in KINDS:
+                parts.append(f"There is no table for results of kind {record['kind']!r}.")
                 continue
             drawn = pictures.draw(file, output / "pictures")
-            parts += [f"![{heading}]({picture.relative_to(output)})" for picture in drawn]
-            parts += [below(render(records[file]), 3), note(importlib.import_module(module))]
-    for heading, module in COUNTS.items():
-        counts = folder / module.RESULTS.name
-        if counts.is_file():
-            table = module.render(json.loads(counts.read_text("utf-8")))
-            parts += [f"## {heading}", table, note(module)]
+            parts += [f"![{file.stem}]({picture.relative_to(output)})" for picture in drawn]
+            parts += [render(record), module_of(record).__doc__.strip()]
+    for module in (instructions, launches):
+        if (file := folder / module.RESULTS.name).is_file():
+            table = module.render(json.loads(file.read_text("utf-8")))
+            parts += [f"## {file.stem}", table, module.__doc__.strip()]
     if len(parts) == 2:
         parts.append(f"There are none in {folder}.")
-    return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def note(module: ModuleType) -> str:
-    """What a module's tables mean: its docstring without the first paragraph."""
-    return module.__doc__.partition("\n\n")[2].strip()
-
-
-def below(text: str, level: int) -> str:
-    """The headings of a text put below those of a level; fenced blocks are left alone."""
-    return re.sub(
-        r"^```.*?^```$|^#",
-        lambda found: "#" * (level + 1) if found[0] == "#" else found[0],
-        text,
-        flags=re.MULTILINE | re.DOTALL,
-    )
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> int:

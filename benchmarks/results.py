@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,13 +20,16 @@ from ecar.evaluation.provenance import cpu_name
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "results"
+CPU = torch.device("cpu")
 PACKAGES = ("torch", "triton", "numpy", "diffusers", "flash-attn", "xformers")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
-def last_level_cache() -> int:
+def last_level_cache(device: torch.device = CPU) -> int:
     """Bytes of the largest cache; 32 MiB if the system does not report one."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [int(file.read_text().rstrip("K\n")) for file in CACHES.glob("index*/size")]
     return 1024 * max(sizes, default=32 * 1024)
 
@@ -49,14 +53,28 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def describe() -> dict[str, Any]:
+def device_name(device: torch.device = CPU) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def describe(device: torch.device = CPU) -> dict[str, Any]:
     """What is recorded with every timing; no host names."""
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-    return {
-        "device": cpu_name(),
+    facts = {}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        driver = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+        facts = {
+            "multiprocessors": properties.multi_processor_count,
+            "memory": properties.total_memory,
+            "cuda": torch.version.cuda,
+            "driver": subprocess.getoutput(driver),
+        }
+    return facts | {
+        "device": device_name(device),
         "cores": len(cores),
         "threads": torch.get_num_threads(),
-        "last_level_cache": last_level_cache(),
+        "last_level_cache": last_level_cache(device),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -90,9 +108,9 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
 
-def path(name: str, folder: Path = FOLDER) -> Path:
+def path(name: str, folder: Path = FOLDER, device: torch.device = CPU) -> Path:
     """The file of a result on this machine: FOLDER/<device>/<name>.json."""
-    return folder / slug(cpu_name()) / f"{name}.json"
+    return folder / slug(device_name(device)) / f"{name}.json"
 
 
 def write(file: Path, kind: str, facts: dict[str, Any], **content: Any) -> None:

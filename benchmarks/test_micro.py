@@ -25,7 +25,7 @@ def test_op(benchmark, case: Case, way: str):
     if (reason := micro.why_not(case, way, function, sets)) is not None:
         pytest.skip(reason)
     turns = micro.calls(case, function, sets)
-    benchmark.extra_info.update(micro.identity(case))
+    benchmark.extra_info.update(vars(case))
     # The next call comes with its forward done, where a backward is timed.
     benchmark.pedantic(
         lambda call: call(), setup=lambda: ((next(turns),), {}), rounds=30, warmup_rounds=3

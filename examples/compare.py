@@ -58,11 +58,11 @@ def compare(
     unit = torch.finfo(outputs["plain"].dtype).eps * exact.abs().max().item()
     allowed = 2 * errors["plain"] + unit
 
-    calls = {
-        key: itertools.repeat(lambda model=each: call(model, **inputs))
+    clocks = {
+        key: timing.Clock(itertools.repeat(lambda model=each: call(model, **inputs)))
         for key, each in (("plain", plain), ("accelerated", fast))
     }
-    seconds = timing.summaries(timing.interleave(calls, chosen.seconds))
+    seconds = timing.summaries(timing.rounds(clocks, chosen.seconds))
     speedup = seconds["plain"]["median"] / seconds["accelerated"]["median"]
 
     print(f"{name}, batch {chosen.batch}, on {facts['device']}, {facts['threads']} threads")

@@ -75,8 +75,7 @@ def measured(name: str, root: Path = ROOT) -> str:
     if name in OPS:
         texts = [micro.overview(record, name) for record in records]
     else:
-        # A GPU's record has headings of its own, one level below the page's.
-        texts = [report.below(report.render(record), 2) for record in records]
+        texts = [report.render(record) for record in records]
     return "\n\n".join(filter(None, texts)) or NOT_MEASURED
 
 

@@ -5,16 +5,19 @@
 
 `pack` builds the library, with its CUDA half for one architecture, and compiles the kernels of all
 commands under a GPU that is not there (`tools.fake_gpu`): library/, kernels.tar.xz and
-manifest.json, which says what machine they fit. Run it by the Python, torch and Triton of the
-machine they are for. There `--carried` uses what fits; why something does not is a row, and it is
-made there. A command's name compiles the kernels of its rows.
+manifest.json. Run it by the Python, torch and Triton of the machine they are for. There `--carried`
+uses the library if it is of these sources and that chip, and loads; else it is built there. Triton
+finds of the kernels those that are what it would compile. A command's name compiles the kernels of
+its rows.
 """
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -22,47 +25,45 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.torch_version import TorchVersion
 
 from benchmarks.gpu.work import Work
 from benchmarks.results import ROOT
 from ecar_kernels import _native
-from ecar_kernels.registry import OPS
+from ecar_kernels.registry import OPS, resolve
 
 FOLDER = ROOT / "build" / "gpu-carry"
 LIBRARY = ("libecar_cpu.so", "libecar_cuda.so")
 KERNELS, MANIFEST = "kernels.tar.xz", "manifest.json"
-SOURCES = {"library": ("csrc/**/*", "CMakeLists.txt"), "kernels": ("ecar_kernels/**/*.py",)}
-OLDEST_TORCH = "2.10"  # of the stable ABI that the library keeps to
-AT_LEAST = ("glibc", "torch")  # the other facts must be equal
 PROCESSES = 12  # that compile at once
+COMPILE = (sys.executable, "-m", "benchmarks.gpu.build")
+LOADS = "from ecar_kernels import _native; print(_native.why_not_cuda() or 'loads')"
+
+
+class StoppedError(RuntimeError):
+    """There is no library for this GPU, without which nothing can be shown."""
 
 
 def build(work: Work) -> None:
     """The library for this device, whose CUDA half must load; then the command's kernels."""
     major, minor = (9, 0) if work.dry else torch.cuda.get_device_capability()
-    chip, reason = 10 * major + minor, None
-    if not install("library", work, chip):
+    if not install(work, 10 * major + minor):
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        code, output = work.run(command, _variables(chip))
-        if code != 0:  # a library of an earlier build may load all the same
-            reason = f"the build failed: {(output.strip().splitlines() or [str(code)])[-1]}"
-        work.ran("build", code, output)
-    # This process has loaded nothing yet: what it finds is what the next parts will.
-    reason = reason or (_native.why_not() if work.dry else _native.why_not_cuda())
-    name = "C++ library" if work.dry else "CUDA half"
-    work.add(name, reason or "loaded", ok=reason is None, stop=reason)
-    if reason is None:
-        served = {op: work.backends(op)["auto"].backend for op in OPS}
-        said = ", ".join(f"{op}: {backend}" for op, backend in served.items())
-        work.add("backends", said, served=served)
-        if not install("kernels", work, chip):
-            compile_kernels(work)
+        # A library of an earlier build may load all the same.
+        if reason := work.run("build", command, **_variables(10 * major + minor)):
+            raise StoppedError(f"the build failed: {reason}")
+    # This process has loaded nothing yet.
+    if reason := _native.why_not() if work.dry else _native.why_not_cuda():
+        raise StoppedError(reason)
+    how = {"device": work.device, "dtype": torch.bfloat16}
+    served = {op: resolve(op, **how).backend for op in OPS}
+    work.add("library", f"loaded; {served}", served=served)
+    count = min(PROCESSES, os.cpu_count() or 1)
+    work.run("kernels", [*COMPILE, work.command, f"--processes={count}"])
 
 
 def _variables(chip: int) -> dict[str, str]:
@@ -70,87 +71,36 @@ def _variables(chip: int) -> dict[str, str]:
     return {"ECAR_REQUIRE_NATIVE": "cuda", "TORCH_CUDA_ARCH_LIST": f"{chip // 10}.{chip % 10}"}
 
 
-def compile_kernels(work: Work, more: dict[str, str] | None = None, *how: str) -> None:
-    """Triton's kernels of the command's rows into its cache, by all cores."""
-    count = 1 if work.dry else min(PROCESSES, os.cpu_count() or 1)
-    argv = [sys.executable, "-m", "benchmarks.gpu.build", work.command, *how, "--share"]
-    with ThreadPoolExecutor(count) as pool:
-        done = pool.map(lambda i: work.run([*argv, f"{i}/{count}"], more), range(count))
-        for i, (code, output) in enumerate(done, 1):
-            work.ran(f"kernels compiled, {i} of {count}", code, output)
-
-
-def warm(options: argparse.Namespace) -> None:
-    """Runs what has the command's kernels compiled; prints how many were."""
-    from triton import knobs
-
-    work, counted = Work(options.action, "warm", words=options.words), Counter(compiled=0, found=0)
-    knobs.compilation.listener = lambda *, cache_hit, **more: counted.update(
-        ["found" if cache_hit else "compiled"]
-    )
-    index, processes = map(int, options.share.split("/"))
-    with contextlib.ExitStack() as stack:
-        if options.architecture is not None:
-            from tools import fake_gpu
-
-            chip = fake_gpu.chip_of(options.architecture)
-            work.place = stack.enter_context(fake_gpu.FakeGPU(chip)).place
-        items = importlib.import_module(f"benchmarks.gpu.{work.command}").warm_items(work)
-        for name, item in [its for its in items if work.chosen(its[0])][index::processes]:
-            item()
-            said = f"{counted['compiled']} kernels compiled, {counted['found']} found"
-            print(f"{name}: {said}", flush=True)
-
-
-def facts(kind: str, chip: int) -> dict[str, Any]:
-    """What decides whether the "library" or the "kernels" fit a machine."""
+def facts(chip: int) -> dict[str, Any]:
+    """What the library is for and of."""
     sources = hashlib.sha256()
-    for file in sorted(file for pattern in SOURCES[kind] for file in ROOT.glob(pattern)):
-        if file.is_file():
-            sources.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
+    for file in sorted([*ROOT.glob("csrc/**/*.*"), ROOT / "CMakeLists.txt"]):
+        sources.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
     system = f"{platform.system()} {platform.machine()}"
-    found = {"system": system, "architecture": chip, "sources": sources.hexdigest()[:16]}
-    if kind == "library":
-        return found | {"glibc": platform.libc_ver()[1], "torch": torch.__version__}
-    import triton
-    from triton.runtime.cache import triton_key
-
-    return found | {
-        "triton": triton.__version__,
-        "python": platform.python_version().rpartition(".")[0],
-        "compiler": hashlib.sha256(triton_key().encode()).hexdigest()[:16],
-    }
+    return {"system": system, "architecture": chip, "sources": sources.hexdigest()[:16]}
 
 
-def misfit(needs: dict[str, Any], here: dict[str, Any]) -> str | None:
-    """None where it fits, else the first reason."""
-    for name, needed in needs.items():
-        newer = name in AT_LEAST
-        if here[name] != needed and not (newer and TorchVersion(here[name]) >= needed):
-            return f"it is for {name} {needed}{' or newer' * newer}, here is {here[name]}"
-    return None
-
-
-def install(kind: str, work: Work, chip: int) -> bool:
-    """Was the carried "library", or were the "kernels", put in their place? A row says why not."""
+def install(work: Work, chip: int) -> bool:
+    """Were the carried library and kernels put in their place? If not, a row says why."""
     if work.carried is None:
         return False
-    file = work.carried / MANIFEST
     try:
-        reason = misfit(json.loads(file.read_text("utf-8"))[kind], facts(kind, chip))
-        if reason is None and not work.dry:
-            (_install_library if kind == "library" else unpack)(work.carried)
+        needs, here = json.loads((work.carried / MANIFEST).read_text("utf-8")), facts(chip)
+        differ = [
+            f"it is for {k} {needs[k]}, here is {here[k]}" for k in here if needs[k] != here[k]
+        ]
+        if not differ and not work.dry:
+            for name in LIBRARY:
+                shutil.copyfile(work.carried / "library" / name, _native.FOLDER / name)
+            for name in (_native.WHY_NOT_BUILT, _native.WHY_NOT_CUDA):
+                (_native.FOLDER / name).unlink(missing_ok=True)
+            unpack(work.carried)
+            said = subprocess.run([sys.executable, "-c", LOADS], capture_output=True, text=True)
+            differ = [said.stdout + said.stderr] * (said.stdout.strip() != "loads")
     except (OSError, ValueError, LookupError, TypeError, ImportError, shutil.ReadError) as error:
-        reason = f"{file}: {type(error).__name__}: {error}"
-    work.add(f"carried {kind}", reason or "used", why_not=reason)
-    return reason is None
-
-
-def _install_library(folder: Path) -> None:
-    for name in LIBRARY:
-        shutil.copyfile(folder / "library" / name, _native.FOLDER / name)
-    for name in (_native.WHY_NOT_BUILT, _native.WHY_NOT_CUDA):
-        (_native.FOLDER / name).unlink(missing_ok=True)
+        differ = [f"{work.carried}: {type(error).__name__}: {error}"]
+    work.add("carried", *differ[:1] or ["used"], why_not="; ".join(differ) or None)
+    return not differ
 
 
 def archive(cache: Path, folder: Path) -> None:
@@ -175,23 +125,41 @@ def pack(output: Path, chip: int) -> None:
     """Library and kernels for a machine as this one, with a GPU of that architecture."""
     (output / "library").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", scratch]
-        command += ["--build-temp", f"{scratch}/temp"]
-        subprocess.run(command, cwd=ROOT, check=True, env=os.environ | _variables(chip))
+        build = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={scratch}"]
+        environment = os.environ | _variables(chip)
+        environment |= {"TRITON_CACHE_DIR": f"{scratch}/cache", "TRITON_INTERPRET": "0"}
+        how = [f"--processes={min(PROCESSES, os.cpu_count() or 1)}", f"--architecture={chip}"]
+        compilations = [[*COMPILE, command, *how] for command in ("check", "image", "ops")]
+        for command in ([*build, f"--build-temp={scratch}/temp"], *compilations):
+            subprocess.run(command, cwd=ROOT, check=True, env=environment)
         for name in LIBRARY:
             shutil.copyfile(Path(scratch, "ecar_kernels", name), output / "library" / name)
-        more = {"TRITON_CACHE_DIR": f"{scratch}/cache", "TRITON_INTERPRET": "0"}
-        for name in ("check", "image", "ops"):
-            work = Work(name, name)
-            compile_kernels(work, more, "--architecture", str(chip))
-            if not all(row["ok"] for row in work.rows):
-                raise SystemExit(f"error: the kernels of {name} could not be compiled")
         archive(Path(scratch, "cache"), output)
-    manifest = {kind: facts(kind, chip) for kind in SOURCES}
-    manifest["library"]["torch"] = OLDEST_TORCH
-    (output / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+    (output / MANIFEST).write_text(json.dumps(facts(chip), indent=1) + "\n", "utf-8")
     for file in sorted(file for file in output.rglob("*") if file.is_file()):
         print(f"{file.relative_to(output)}: {file.stat().st_size / 2**20:.1f} MiB")
+
+
+def warm(options: argparse.Namespace, index: int) -> None:
+    """Runs what has the command's kernels compiled, a process's share; prints how many were."""
+    from triton import knobs
+
+    work, counted = Work(options.action, "warm", words=options.words), Counter(compiled=0, found=0)
+    knobs.compilation.listener = lambda *, cache_hit, **more: counted.update(
+        ["found" if cache_hit else "compiled"]
+    )
+    with contextlib.ExitStack() as stack:
+        if options.architecture is not None:
+            from tools import fake_gpu
+
+            chip = fake_gpu.chip_of(options.architecture)
+            work.place = stack.enter_context(fake_gpu.FakeGPU(chip)).place
+        items = importlib.import_module(f"benchmarks.gpu.{work.command}").warm_items(work)
+        chosen = [its for its in items if work.begins(its[0], 0)]
+        for name, item in chosen[index :: options.processes]:
+            item()
+            said = f"{counted['compiled']} kernels compiled, {counted['found']} found"
+            print(f"{name}: {said}", flush=True)
 
 
 def main() -> None:
@@ -204,13 +172,17 @@ def main() -> None:
     add("action", choices=("pack", "check", "image", "ops"))
     add("--output", type=Path, default=FOLDER)
     add("--architecture", type=int, help="of a GPU that is not here; pack's is 90 if not given")
-    add("--share", default="0/1", metavar="I/N", help="each N-th row, from the I-th")
+    add("--processes", type=int, default=1, metavar="N", help="that compile at once (default: 1)")
     add("-k", nargs="+", default=[], metavar="WORD", dest="words", help="rows with all of these")
     options = parser.parse_args()
     if options.action == "pack":
         pack(options.output, options.architecture or 90)
+    elif options.processes == 1:  # watched by compute-sanitizer, say
+        warm(options, 0)
     else:
-        warm(options)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(options.processes, context) as pool:
+            list(pool.map(functools.partial(warm, options), range(options.processes)))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
 import copy
 import functools
 import importlib.util
-import re
+import itertools
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -22,9 +21,8 @@ from ecar_kernels import registry, testing, use_backend
 # Views with all optional arguments; contiguous and without them; a model's sizes: E-CAR-L's, whose
 # width is no power of two and whose heads are 72 wide.
 LAYOUTS = ("small views", "small plain", "E-CAR-L")
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+DTYPES = ("bfloat16", "float32", "float16")
 KERNELS = tuple(name for name in registry.BACKENDS if name != "reference")
-OUTCOME = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)")
 
 
 class Call(NamedTuple):
@@ -45,22 +43,22 @@ class Call(NamedTuple):
 
 def calls(work: Work) -> Iterator[Call]:
     """Every op by every backend that serves it here; bfloat16 first, the model's sizes last."""
-    for layout in LAYOUTS[:2] if work.dry else LAYOUTS:
-        for numbers, dtype in DTYPES.items():
-            for op in registry.OPS:
-                case = cases.Case(op, 256, 2, "-" if op in cases.WIDTHLESS else "L", whole=True)
-                given = functools.partial(_given, work, case, dtype, layout)
-                reference, *kernels, _ = work.backends(op, dtype, case.op_width).values()
-                for run in kernels:
-                    name = f"{op} {run.backend} {numbers} {layout}"
-                    yield Call(name, run, reference, given)
+    for layout, dtype, op in itertools.product(
+        LAYOUTS[:2] if work.dry else LAYOUTS, DTYPES, registry.OPS
+    ):
+        size = "-" if op in cases.WIDTHLESS else "L"
+        case = cases.Case(op, 256, 2, size, whole=True, dtype=dtype)
+        given = functools.partial(_given, work, case, layout)
+        reference, *kernels = cases.backends(case, work.device).values()
+        for run in kernels:
+            yield Call(f"{op} {run.backend} {dtype} {layout}", run, reference, given)
 
 
-def _given(work: Work, case: cases.Case, dtype: torch.dtype, layout: str) -> dict[str, Any]:
+def _given(work: Work, case: cases.Case, layout: str) -> dict[str, Any]:
+    if layout == "E-CAR-L":
+        return cases.inputs(case, cases.Arena(2**26, case.numbers, work.device))
     with work.device:  # made there: a view's copy would be contiguous
-        if layout == "E-CAR-L":
-            return work.placed(cases.inputs(case, cases.Arena(2**26, dtype)))
-        found = testing.arguments(case.op, dtype=dtype, optional=layout == "small views")
+        found = testing.arguments(case.op, dtype=case.numbers, optional=layout == "small views")
     if layout == "small views":
         return found
     return {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in found.items()}
@@ -104,10 +102,12 @@ def images(work: Work) -> None:
         with use_backend("reference"):
             exact = draw(copy.deepcopy(model).cpu().double()).latents
         work.add(name, "float64, references")
-        for numbers in ("bfloat16", "float32"):
+        for numbers in DTYPES[:2]:
             name, row = f"E-CAR-{size} {numbers}", {}
             if work.begins(name, 5):
-                pipe = ECARPipeline(copy.deepcopy(model).to(DTYPES[numbers]), accelerate=True)
+                pipe = ECARPipeline(
+                    copy.deepcopy(model).to(getattr(torch, numbers)), accelerate=True
+                )
                 _judge(work, name, functools.partial(_drawn, work, pipe, draw, exact, row), row)
 
 
@@ -124,10 +124,15 @@ def _drawn(
 
 
 def tests(work: Work) -> None:
-    workers = ["-n", "8"] if importlib.util.find_spec("xdist") and not work.dry else []
+    """A row for each suite; what pytest prints names each test as it ends."""
+    names = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
+    pytest = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    pytest += ["-n", "8"] if importlib.util.find_spec("xdist") else []
     for suite, chosen in suites().items():
-        if work.begins(suite, 10):
-            run_tests(work, suite, [*workers, *chosen])
+        if names:
+            work.add(suite, skipped=f"not installed here: {', '.join(names)}")
+        elif work.begins(suite, 10):
+            work.run(suite, [*pytest, *chosen], PYTEST_ADDOPTS="")
 
 
 def suites() -> dict[str, list[str]]:
@@ -135,9 +140,7 @@ def suites() -> dict[str, list[str]]:
     is not here. The kernels first, but for the sampler as it is used, in case a run is cut off."""
 
     def files(folder: str, mark: str) -> list[str]:
-        found = [
-            file for file in ROOT.glob(f"{folder}/test_*.py") if mark in file.read_text("utf-8")
-        ]
+        found = [f for f in ROOT.glob(f"{folder}/test_*.py") if mark in f.read_text("utf-8")]
         names = [str(file.relative_to(ROOT)) for file in found]
         return sorted(
             names, key=lambda name: ("graph_gpu" not in name, "kernels" not in name, name)
@@ -148,29 +151,3 @@ def suites() -> dict[str, list[str]]:
         "marked gpu": ["-m", "gpu", *files("tests/**", "mark.gpu")],
         "Triton's kernels, compiled": ["-k", "triton", "tests/ecar_kernels/triton", *every_kernel],
     }
-
-
-def run_tests(work: Work, suite: str, chosen: list[str]) -> None:
-    """A row for each test that does not pass, as it ends, and one of the counts."""
-    missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
-    if missing:
-        work.add(suite, skipped=f"not installed here: {', '.join(missing)}")
-        return
-    counts: Counter[str] = Counter()
-
-    def line(text: str) -> None:
-        # "tests/a.py::test_b PASSED [ 3%]", or of xdist's workers "[gw0] [ 3%] PASSED a::test_b"
-        outcome = OUTCOME.search(text)
-        name = next((word for word in text.split() if "::" in word), None)
-        if outcome is None or name is None or text.startswith(("FAILED", "ERROR", "SKIPPED")):
-            return  # the summary at the end repeats them
-        counts[outcome[1].lower()] += 1
-        if outcome[1] in ("FAILED", "ERROR"):
-            work.add(name, ok=False)
-        else:
-            print(f"{work.part}: {name}: {outcome[1].lower()}", flush=True)
-
-    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
-    code, output = work.run([*command, *chosen], {"PYTEST_ADDOPTS": ""}, line)
-    said = ", ".join(f"{count} {name}" for name, count in counts.items())
-    work.ran(suite, code, output, said, counts=counts)

@@ -54,11 +54,8 @@ def _seconds(attention: Callable, queries: int, keys: int, seconds: float) -> fl
     k, v = torch.randn(2, 1, keys, HEADS, HEAD_DIM)
     # Without a cache all tokens are queries, and one square, as the paper counts them.
     lengths = (keys,) if queries == keys else (keys - queries, queries)
-
-    def call() -> float:
-        return timing.seconds_of(lambda: attention(q, k, v, lengths))
-
-    return statistics.median(timing.rounds({"": call}, seconds, at_least=3, warm_up=True)[""])
+    clock = timing.Clock(itertools.repeat(lambda: attention(q, k, v, lengths)))
+    return statistics.median(timing.rounds({"": clock}, seconds, at_least=3, warm_up=True)[""])
 
 
 def exponent(rows: Sequence[dict[str, Any]]) -> float:
@@ -69,7 +66,7 @@ def exponent(rows: Sequence[dict[str, Any]]) -> float:
 
 def render(record: dict[str, Any]) -> str:
     cells = []
-    for way in dict.fromkeys(row["way"] for row in record["rows"]):
+    for way in WAYS:
         rows = [row for row in record["rows"] if row["way"] == way]
         lengths = {f"{row['tokens']} tokens": duration(row["seconds"]) for row in rows}
         grows = {"grows as": f"n^{figures(exponent(rows))}"}
@@ -77,13 +74,9 @@ def render(record: dict[str, Any]) -> str:
     return table(cells)
 
 
-def main() -> None:
+if __name__ == "__main__":
     parser = results.parser("paper.complexity", __doc__)
     parser.add_argument("--minutes", type=float, default=1.0, help="of measuring (default: 1)")
     options, facts = parser.parse_args(), results.describe()
     file = results.path("complexity", options.results)
     results.finish(file, "complexity", facts, render, rows=measure(60 * options.minutes))
-
-
-if __name__ == "__main__":
-    main()

@@ -33,7 +33,7 @@ def test_cases_at_64_mib_hold_that_much():
 
 @pytest.mark.parametrize("op", ["adaln", "euler_step", "linear_gated_residual"])
 def test_sets_of_inputs_are_larger_than_the_cache_or_many(op, monkeypatch):
-    monkeypatch.setattr(cases, "last_level_cache", lambda: 2**20)
+    monkeypatch.setattr(cases, "last_level_cache", lambda device: 2**20)
     case = cases.Case(op, 16, 2, "-" if op in cases.WIDTHLESS else "S")
     sets = cases.input_sets(case, cases.Arena(2**20, cases.DTYPE))
     held = sum(

@@ -2,9 +2,8 @@
 
 import pytest
 
-from benchmarks import end_to_end, timing
+from benchmarks import end_to_end, models, timing
 from benchmarks.paper import dit
-from benchmarks.roofline import Roofline
 from ecar import ECARConfig, split_steps
 from ecar.info import count_multiply_adds
 from ecar_kernels.costs import Rates
@@ -13,14 +12,15 @@ from tests.support.native import needs_native
 TINY = ECARConfig(
     stage_sides=(4, 8), channels=1, num_classes=3, width=16, heads=2, ar_layers=1, flow_blocks=1
 )
+RATES = Rates(1e9, 1e9)
 
 
 @needs_native
 def test_a_row_has_every_way_the_gemms_and_the_floor(monkeypatch):
-    monkeypatch.setattr(timing, "measure_rates", lambda: (Rates(1e9, 1e9), {}))
+    monkeypatch.setattr(timing, "measure_rates", lambda: (RATES, {}))
     row = end_to_end.measure("S", TINY, 0, compile=None)
-    work = Roofline(TINY, steps="paper", itemsize=4).total()
-    assert row["floor"]["seconds"] == max(work.bytes, work.multiply_adds) / 1e9
+    products = sum(stage.total for stage in count_multiply_adds(TINY, steps="paper"))
+    assert row["floor"]["seconds"] == max(products / 1e9, models.floors(TINY, RATES)["memory"])
     assert row["seconds"].keys() == {"eager", "ours", "linears", "attention"}
     medians = {name: found["median"] for name, found in row["seconds"].items()}
     assert all(value > 0 for value in medians.values())

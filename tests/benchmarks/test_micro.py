@@ -56,7 +56,7 @@ def test_costs_are_those_of_the_sizes():
 
 
 def test_scores_that_memory_does_not_hold_are_a_reason(monkeypatch):
-    monkeypatch.setattr(micro, "_memory", lambda: 1000)
+    monkeypatch.setattr(micro, "memory", lambda device: 1000)
     case = cases.Case("stage_attention", 16, 1, "S")
     given = [cases.inputs(case, SMALL)]
     assert "its scores would take" in micro.why_not(case, "eager", None, given)

@@ -8,8 +8,10 @@ import torch
 
 from benchmarks import models, results
 from benchmarks.models import StageTime
-from ecar import ECARConfig, sample
+from ecar import ECAR, ECARConfig, sample
+from ecar.info import count_multiply_adds
 from ecar_kernels import use_backend
+from ecar_kernels.costs import Rates
 
 TINY = ECARConfig(
     stage_sides=(4, 8), channels=1, num_classes=3, width=16, heads=2, ar_layers=1, flow_blocks=1
@@ -19,6 +21,23 @@ TINY = ECARConfig(
 def test_an_image_is_its_stages_and_their_steps():
     stages = [StageTime(1.0, 0.1), StageTime(2.0, 0.2)]
     assert models.image_seconds(stages, 5) == pytest.approx(1 + 3 * 0.1 + 2 + 2 * 0.2)
+
+
+def test_floors_are_of_weights_products_and_launches():
+    config, rates = ECARConfig.preset("S"), Rates(1e9, 1e12)
+    one, two, eight = (
+        models.floors(config, rates, steps=steps, batch=batch, itemsize=2, launch_seconds=1e-6)
+        for steps, batch in (([1, 1, 1], 1), ([2, 1, 1], 1), ([1, 1, 1], 8))
+    )
+    model = ECAR(config)
+    parts = (*model.heads, *[model.ar.blocks, model.ar.norm] * 3)
+    weights = sum(p.numel() for part in parts for p in part.parameters())
+    assert one["memory"] == eight["memory"] == pytest.approx(2 * weights / 1e9)
+    step = sum(p.numel() for p in model.heads[0].blocks.parameters() if p.ndim == 2)
+    assert two["memory"] - one["memory"] == pytest.approx(2 * step / 1e9)
+    assert one["launches"] == pytest.approx(3 * 11e-6)
+    products = sum(stage.total for stage in count_multiply_adds(config, steps=[1, 1, 1]))
+    assert eight["arithmetic"] == 8 * one["arithmetic"] == pytest.approx(8 * products / 1e12)
 
 
 def test_a_twin_has_the_same_parameters_and_modules_of_its_own():

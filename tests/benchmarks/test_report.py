@@ -21,9 +21,10 @@ def folder(tmp_path):
     found = tmp_path / "results"
     results.save(found / "a-cpu" / "micro.json", test_micro.record(test_micro.row()))
     results.write(found / "a-cpu" / "soup.json", "soup", FACTS)
-    part = {"status": "cut off after 2 s", "seconds": 2.0, "rows": [], "output": "# a log"}
-    facts = FACTS | {"gpu": {"name": "NVIDIA H100"}, "dry_run": False}
-    results.write(found / "b-gpu" / "gpu-check.json", "gpu", facts, parts={"build": part})
+    rows = [{"part": "build", "name": "build", "ok": False, "output": "# a log"}]
+    facts = FACTS | {"dry_run": False}
+    file = found / "b-gpu" / "gpu-check.json"
+    results.write(file, "gpu", facts, command="check", rows=rows)
     (found / "c-empty").mkdir()
     counts = {"avx2": {"adaln": 12345}, "baseline": {"adaln": 1, "pack": 2}}
     facts = {"machine": "x86_64", "compiler": "g++: 12", "valgrind": "3.19", "counts": counts}
@@ -38,17 +39,15 @@ def test_a_page_has_all_that_there_is(folder, tmp_path):
     assert headings == [
         "# Results",
         "## a-cpu",
-        "### Every op (micro.json)",
-        "### soup (soup.json)",
+        "### micro",
+        "### soup",
         "## b-gpu",
-        "### On this GPU (gpu-check.json)",
-        "#### GPU results",
-        "##### build",
-        "## Instructions of the C++ kernels",
+        "### gpu-check",
+        "## instructions",
     ]
     assert "no table for results of kind 'soup'" in text
-    assert "A count depends on the compiler" in text.partition("## Instructions")[2]
-    assert "12,345" in text and "cut off after 2 s" in text
+    assert "A count depends on the compiler" in text.partition("## instructions")[2]
+    assert "12,345" in text and "**build**" in text
     assert "# a log" in text  # in its fence, as it was
     links = re.findall(r"\]\((pictures/[^)]+)\)", text)
     assert links == ["pictures/a-cpu/micro.png"]

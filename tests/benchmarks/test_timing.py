@@ -14,10 +14,11 @@ def test_variants_take_turns():
     def turns(name):
         return itertools.repeat(lambda: order.append(name))
 
-    times = timing.interleave({"a": turns("a"), "b": turns("b")}, 0, at_least=3)
+    clocks = {name: timing.Clock(turns(name)) for name in "ab"}
+    times = timing.rounds(clocks, 0, at_least=3)
     assert order == ["a", "b"] * 3
     assert [len(values) for values in times.values()] == [3, 3]
-    times = timing.interleave({"a": turns("a")}, 60, at_most=7)
+    times = timing.rounds({"a": timing.Clock(turns("a"))}, 60, at_most=7)
     assert len(times["a"]) == 7
 
 

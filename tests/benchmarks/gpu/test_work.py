@@ -8,5 +8,6 @@ from benchmarks.gpu import work
 def test_no_row_is_begun_that_cannot_end(capsys):
     late = work.Work("image", "images", deadline=time.time() + 5)
     assert late.begins("a", 1) and not late.begins("b", 10)
-    assert late.rows == [{"name": "b", "skipped": "no time left: it takes about 10 s"}]
+    skipped = "no time left: it takes about 10 s"
+    assert late.rows == [{"part": "images", "name": "b", "skipped": skipped}]
     assert "images: b: no time left" in capsys.readouterr().out

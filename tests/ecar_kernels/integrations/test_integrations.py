@@ -113,7 +113,7 @@ def test_a_frozen_block_is_fused_and_gradients_flow_through_it(name):
         return torch.autograd.grad(sum(y.sin().sum() for y in flat(call(block, arguments))), first)
 
     fast = accelerated(copy.deepcopy(block))
-    assert ops_of(lambda: call(fast, arguments)) == FUSED
+    assert ops_of(lambda: call(fast, arguments)) == set(uses(name))
     assert agree(gradient(fast), gradient(block))
 
 
