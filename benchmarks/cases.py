@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.results import last_level_cache
+from benchmarks.results import CPU, last_level_cache
 from ecar import ECARConfig
 from ecar_kernels.costs import BACKWARD_READS
 from ecar_kernels.ops import Argument, BoundOp
@@ -31,8 +31,6 @@ CHANNELS, PATCH = 4, 2
 # Inputs used in turn hold this many times what the cache does, unless that takes too many sets.
 ROTATION = 4
 MAX_SETS = 512
-DTYPE = torch.float32
-ARENA_BYTES = 256 * 2**20
 
 
 class Model(NamedTuple):
@@ -181,31 +179,8 @@ def backends(case: Case, device: torch.device) -> dict[str, BoundOp]:
     return found
 
 
-class Arena:
-    """Random numbers, fresh in each run, that inputs are cut from one after another."""
-
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-        self.values = torch.randn(size // dtype.itemsize, device=device).to(dtype)
-        self.place = 0
-
-    def take(self, *shape: int) -> Tensor:
-        """The next values, or from the start again; a tensor too large is drawn for itself."""
-        count, values = math.prod(shape), self.values
-        if 4 * count > len(values):
-            return torch.randn(shape, device=values.device).to(values.dtype)
-        if self.place + count > len(values):
-            self.place = 0
-        taken = values[self.place : self.place + count]
-        self.place += -(-count // 16) * 16  # aligned for any vector
-        return taken.view(shape)
-
-
-class ArenaDraw(Draw):
-    """Arguments cut from an arena: modulations and steps are each chunks of one projection."""
-
-    def __init__(self, sizes: SampleSizes, arena: Arena) -> None:
-        super().__init__(sizes, arena.values.dtype, str(arena.values.device))
-        self.normal = arena.take
+class RowDraw(Draw):
+    """Random arguments: modulations and steps are each chunks of one projection."""
 
     def one_of(self, names: tuple[str, ...]) -> str:
         return "seeds" if "seeds" in names else names[0]
@@ -220,7 +195,7 @@ class ArenaDraw(Draw):
         return super().projection(arguments, shape)
 
 
-def inputs(case: Case, arena: Arena) -> dict[str, Any]:
+def inputs(case: Case, device: torch.device = CPU) -> dict[str, Any]:
     """One set of arguments by name; modulations are chunks of one projection, as in a model."""
     side = PATCH * math.isqrt(case.tokens)
     sizes: dict[str, Any] = {"stages": (case.tokens,), "image": (CHANNELS, side, side)}
@@ -231,13 +206,14 @@ def inputs(case: Case, arena: Arena) -> dict[str, Any]:
     if case.op in FAMILIES["stage_attention"]:
         sizes |= {"stages": stages[: stages.index(case.tokens) + 1]}
         sizes |= {"queries": None if case.backward or case.whole else case.tokens}
-    return ArenaDraw(SampleSizes(batch=case.batch, guided=False, **sizes), arena)(RECORDS[case.op])
+    drawn = SampleSizes(batch=case.batch, guided=False, **sizes)
+    return RowDraw(drawn, case.numbers, str(device))(RECORDS[case.op])
 
 
-def input_sets(case: Case, arena: Arena) -> list[dict[str, Any]]:
+def input_sets(case: Case, device: torch.device = CPU) -> list[dict[str, Any]]:
     """Sets of inputs that together are larger than the cache; at least one."""
-    first = inputs(case, arena)
+    first = inputs(case, device)
     tensors = [value for value in first.values() if isinstance(value, Tensor)]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    count = min(math.ceil(ROTATION * last_level_cache(arena.values.device) / size), MAX_SETS)
-    return [first, *(inputs(case, arena) for _ in range(count - 1))]
+    count = min(math.ceil(ROTATION * last_level_cache(device) / size), MAX_SETS)
+    return [first, *(inputs(case, device) for _ in range(count - 1))]

@@ -83,8 +83,7 @@ def run(
     facts, begin, rows, failed = results.describe(device), time.monotonic(), [], 0
     best, tried = timing.measure_rates(2 * seconds, device)
     this = {"environment": facts, "rates": vars(best) | {"tried": tried}}
-    dtype = chosen[0].numbers if chosen else torch.float32
-    arena, interrupted = cases.Arena(cases.ARENA_BYTES, dtype, device), False
+    interrupted = False
 
     def interrupt(*_: object) -> None:
         nonlocal interrupted  # what is measured may swallow the exception
@@ -101,7 +100,7 @@ def run(
                 break
             try:
                 one = (overhead if case.overhead else measure)(
-                    case, arena, best, seconds, compiling
+                    case, best, seconds, device, compiling
                 )
                 said = duration(one["seconds"]["ours"]["median"])
                 rows.append(one)
@@ -138,7 +137,7 @@ def merged(record: dict[str, Any], this: dict[str, Any], rows: Sequence[Row]) ->
 
 
 @torch.no_grad()
-def overhead(case: Case, arena: cases.Arena, best: Rates, seconds: float, *_: bool) -> Row:
+def overhead(case: Case, best: Rates, seconds: float, *_: Any) -> Row:
     """What a call costs: bound, through the public function, eager; and all with one token."""
     bind = functools.partial(resolve, case.op, device=CPU, dtype=case.numbers)
     api = getattr(ecar_kernels, case.op)
@@ -151,20 +150,19 @@ def overhead(case: Case, arena: cases.Arena, best: Rates, seconds: float, *_: bo
 
     clocks = {}
     for name, function in functions.items():
-        clocks[name] = Clock(turns(function, cases.inputs(case, arena)))
+        clocks[name] = Clock(turns(function, cases.inputs(case)))
+        least = replace(case, tokens=1, size=cases.LEAST)
         small = "least" if name == "ours" else f"{name}, least"
-        clocks[small] = Clock(
-            turns(function, cases.inputs(Case(case.op, 1, 1, cases.LEAST), arena))
-        )
+        clocks[small] = Clock(turns(function, cases.inputs(least)))
     found = timing.rounds(clocks, seconds, at_most=200, warm_up=True)
     return vars(case) | {"calls": CALLS, "seconds": timing.summaries(found, CALLS)}
 
 
 def measure(
-    case: Case, arena: cases.Arena, best: Rates, seconds: float, compiling: bool = True
+    case: Case, best: Rates, seconds: float, device: torch.device = CPU, compiling: bool = True
 ) -> Row:
     """One row: each way's median and quartiles, or why it could not be measured."""
-    device, sets = arena.values.device, cases.input_sets(case, arena)
+    sets = cases.input_sets(case, device)
     ways, failures, clocks = functions(case, device, compiling), {}, {}
     for name, function in ways.items():
         if (reason := why_not(case, name, function, sets)) is None:

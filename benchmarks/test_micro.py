@@ -3,8 +3,6 @@
 One test for each row and way to compute it; where there is no pytest-benchmark, none.
 """
 
-from functools import cache
-
 import pytest
 
 from benchmarks import cases, micro
@@ -13,15 +11,10 @@ from benchmarks.cases import Case
 pytest.importorskip("pytest_benchmark")
 
 
-@cache
-def arena() -> cases.Arena:
-    return cases.Arena(cases.ARENA_BYTES, cases.DTYPE)
-
-
 @pytest.mark.parametrize("way", micro.OWN)
 @pytest.mark.parametrize("case", cases.default(), ids=lambda case: case.name)
 def test_op(benchmark, case: Case, way: str):
-    function, sets = micro.functions(case)[way], cases.input_sets(case, arena())
+    function, sets = micro.functions(case)[way], cases.input_sets(case)
     if (reason := micro.why_not(case, way, function, sets)) is not None:
         pytest.skip(reason)
     turns = micro.calls(case, function, sets)

@@ -22,7 +22,6 @@ COPIED = ("csrc", "ecar_kernels", "tests", "tools")
 FILES = ("CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py")
 DERIVED = """
 import sys
-import torch
 import ecar_kernels
 from benchmarks import cases
 from ecar_kernels import costs, registry
@@ -32,7 +31,7 @@ from tools.update_docs import ROOT, ops, updated
 assert "blend" in ecar_kernels.__all__ and "blend" in registry.OPS
 smoke.every_op(sys.argv[1] == "compiled", ["blend"])
 case = cases.Case("blend", 16, 2, "S", backward=True)
-given = cases.inputs(case, cases.Arena(2**22, torch.float32))
+given = cases.inputs(case)
 assert given["x"].shape == (2, 16, 768)
 assert costs.cost("blend", given, given["x"]).bytes == 3 * 4 * given["x"].numel()
 assert any(case.op == "blend" for case in cases.default())

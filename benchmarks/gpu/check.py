@@ -56,7 +56,7 @@ def calls(work: Work) -> Iterator[Call]:
 
 def _given(work: Work, case: cases.Case, layout: str) -> dict[str, Any]:
     if layout == "E-CAR-L":
-        return cases.inputs(case, cases.Arena(2**26, case.numbers, work.device))
+        return cases.inputs(case, work.device)
     with work.device:  # made there: a view's copy would be contiguous
         found = testing.arguments(case.op, dtype=case.numbers, optional=layout == "small views")
     if layout == "small views":

@@ -51,5 +51,4 @@ def warm_items(work: Work) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _once(work: Work, case: cases.Case, run: Callable) -> None:
-    arena = cases.Arena(2**24, case.numbers, work.device)
-    next(micro.calls(case, run, [cases.inputs(case, arena)]))()
+    next(micro.calls(case, run, [cases.inputs(case, work.device)]))()

@@ -35,7 +35,7 @@ def test_cases_at_64_mib_hold_that_much():
 def test_sets_of_inputs_are_larger_than_the_cache_or_many(op, monkeypatch):
     monkeypatch.setattr(cases, "last_level_cache", lambda device: 2**20)
     case = cases.Case(op, 16, 2, "-" if op in cases.WIDTHLESS else "S")
-    sets = cases.input_sets(case, cases.Arena(2**20, cases.DTYPE))
+    sets = cases.input_sets(case)
     held = sum(
         value.numel() * value.element_size()
         for given in sets

@@ -15,7 +15,6 @@ from ecar_kernels.costs import BACKWARD_READS, Rates, floor_seconds
 from ecar_kernels.registry import OPS
 from tests.benchmarks.support import ROOT, environment, python
 
-SMALL = cases.Arena(2**20, cases.DTYPE)
 NOISE = "euler_step-forward---16tokens-batch1"
 
 
@@ -34,7 +33,7 @@ WAYS = [
 @pytest.mark.parametrize("case", WAYS, ids=lambda case: case.name)
 def test_every_op_runs_forward_and_backward_as_the_reference_does(case):
     functions = micro.functions(case)
-    sets = [cases.inputs(case, SMALL) for _ in range(2)]
+    sets = [cases.inputs(case) for _ in range(2)]
     for name in ("eager", "ours"):
         turns = micro.calls(case, functions[name], sets)
         for call in itertools.islice(turns, 3):
@@ -44,13 +43,13 @@ def test_every_op_runs_forward_and_backward_as_the_reference_does(case):
 
 def test_costs_are_those_of_the_sizes():
     n, c, b = 16, 768, 2
-    cost = micro.case_cost(some("adaln"), cases.inputs(some("adaln"), SMALL))
+    cost = micro.case_cost(some("adaln"), cases.inputs(some("adaln")))
     assert cost.bytes == 4 * (4 * b * n * c + 2 * c)  # x, shift, scale, y; two step parts
     assert cost.multiply_adds == 0
     case = some("adaln_linear")
-    assert micro.case_cost(case, cases.inputs(case, SMALL)).multiply_adds == b * n * c * 4 * c
+    assert micro.case_cost(case, cases.inputs(case)).multiply_adds == b * n * c * 4 * c
     case = cases.Case("stage_attention", 64, 1, "S")  # 64 queries see 16 + 64 keys
-    assert micro.case_cost(case, cases.inputs(case, SMALL)).multiply_adds == 2 * 64 * 80 * c
+    assert micro.case_cost(case, cases.inputs(case)).multiply_adds == 2 * 64 * 80 * c
     rates = Rates(bytes_per_second=1e9, multiply_adds_per_second=1e12)
     assert floor_seconds(cost, rates) == cost.bytes / 1e9
 
@@ -58,7 +57,7 @@ def test_costs_are_those_of_the_sizes():
 def test_scores_that_memory_does_not_hold_are_a_reason(monkeypatch):
     monkeypatch.setattr(micro, "memory", lambda device: 1000)
     case = cases.Case("stage_attention", 16, 1, "S")
-    given = [cases.inputs(case, SMALL)]
+    given = [cases.inputs(case)]
     assert "its scores would take" in micro.why_not(case, "eager", None, given)
     ours = micro.functions(case)["ours"]
     assert micro.why_not(case, "ours", ours, given) is None
@@ -67,7 +66,7 @@ def test_scores_that_memory_does_not_hold_are_a_reason(monkeypatch):
             some("adaln"),
             "eager",
             micro.functions(some("adaln"))["eager"],
-            [cases.inputs(some("adaln"), SMALL)],
+            [cases.inputs(some("adaln"))],
         )
         is None
     )

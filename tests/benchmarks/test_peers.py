@@ -9,8 +9,6 @@ import torch
 from benchmarks import cases, micro, peers
 from tests.support.accuracy import assert_accurate
 
-SMALL = cases.Arena(2**20, cases.DTYPE)
-
 
 @pytest.mark.parametrize(
     "case",
@@ -22,7 +20,7 @@ SMALL = cases.Arena(2**20, cases.DTYPE)
     ids=lambda case: case.name,
 )
 def test_attentions_peers_compute_the_same_or_say_why_not(case):
-    given = cases.inputs(case, SMALL)
+    given = cases.inputs(case)
     functions = micro.functions(case)
     reasons, right = {}, 0
     for name in peers.functions(case.op):
@@ -47,7 +45,7 @@ def test_attentions_peers_compute_the_same_or_say_why_not(case):
 def test_a_call_by_stage_is_the_masked_one():
     """As flash-attn and xformers are asked for all stages."""
     case = cases.Case("stage_attention", 25, 2, cases.VAR, whole=True)
-    given = cases.inputs(case, SMALL)
+    given = cases.inputs(case)
     reference = micro.functions(case)["eager"]
 
     def dense(q, k, v):
