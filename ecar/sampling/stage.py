@@ -115,9 +115,13 @@ class Inputs:
         config, device, dtype = model.config, model.device, model.dtype
         self.config, self.shape, self.dtype = config, shape, dtype
         batch, counts = shape.batch, shape.counts
-        # Where any step is guided, unconditional rows follow the conditional ones everywhere
-        # in the AR: a stage's map needs the cache of all stages before it.
-        self.rows = 2 * batch if any(map(any, shape.guided)) else batch
+        # Where a step is guided, unconditional rows follow the conditional ones in the AR: of its
+        # stage, and of all before it, whose cache its map needs.
+        last = max((s for s, steps in enumerate(shape.guided, start=1) if any(steps)), default=0)
+        self.stage_rows = [
+            2 * batch if stage <= last else batch for stage in range(1, len(counts) + 1)
+        ]
+        self.rows = self.stage_rows[0]
         self.labels = torch.full((self.rows,), config.null_class, device=device)
         self.seeds = torch.zeros(batch, dtype=torch.int64, device=device)
         self.scales: list[list[float | Tensor]] = [[1.0] * count for count in counts]
@@ -207,11 +211,11 @@ class Inputs:
         )
 
     def _token_map(self, model: ECAR, number: int, end_before: Tensor | None) -> Tensor:
-        ar = model.ar
+        ar, rows = model.ar, self.stage_rows[number - 1]
         if end_before is None:
             self.cache.stages = 0
             return ar.stage(ar.embed_class(self.labels), self.cache)
         tokens = ar.embed_end(end_before.to(self.dtype), number)
-        if self.rows > self.shape.batch:
+        if rows > self.shape.batch:
             tokens = tokens.repeat(2, 1, 1)
-        return ar.stage(ar.with_class(tokens, self.labels), self.cache)
+        return ar.stage(ar.with_class(tokens, self.labels[:rows]), self.cache)

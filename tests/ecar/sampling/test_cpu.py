@@ -102,6 +102,35 @@ def test_16_bit_models_keep_their_state_in_float32(model, dtype, solver):
     assert bound <= 2 * op_by_op
 
 
+@pytest.mark.parametrize(
+    ("options", "guided"),
+    [
+        ({}, [False, False]),
+        ({"guidance_interval": (0.1, 0.4)}, [True, False]),
+        ({"guidance_interval": (0.6, 0.9)}, [True, True]),
+        ({"guidance_schedule": "linear"}, [True, True]),
+    ],
+)
+def test_the_ar_has_unconditional_rows_up_to_the_last_guided_stage(
+    model, monkeypatch, options, guided
+):
+    """Bit for bit what it draws with all of them at every stage."""
+    options = {"guidance_scale": 2.5 if any(guided) else 1.0, **options}
+    seen, own = [], model.ar.stage
+    monkeypatch.setattr(model.ar, "stage", lambda x, cache: seen.append(len(x)) or own(x, cache))
+    found = draw(model, **options).latents
+    assert seen == [3 * (1 + stage) for stage in guided]
+    load = Inputs.load
+
+    def with_all_rows(inputs, *data):
+        inputs.stage_rows = [inputs.rows] * len(guided)
+        load(inputs, *data)
+
+    monkeypatch.setattr(Inputs, "load", with_all_rows)
+    assert draw(model, **options).latents.equal(found)
+    assert seen[2:] == [3 * (1 + any(guided))] * 2
+
+
 def test_an_image_has_the_same_bits_beside_others_of_the_same_batch_size(model):
     first = draw(model, (3, 7), (5, 6)).latents
     assert first[1].equal(draw(model, (2, 7), (-9, 6)).latents[1])
