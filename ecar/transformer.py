@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ecar.config import ECARConfig
-from ecar_kernels import BoundStageBlocks, Linear, StageBlock, recompute
-from ecar_kernels.inspection import why_not_as_written
+from ecar_kernels import BoundStageBlocks, StageBlock, recompute
+from ecar_kernels.inspection import as_written, why_not_as_written
 
 __all__ = ["ARTransformer", "KVCache", "patchify", "unpatchify"]
 
@@ -29,6 +29,17 @@ def unpatchify(tokens: Tensor, patch: int, shape: tuple[int, int, int]) -> Tenso
     b, (c, h, w) = tokens.shape[0], shape
     x = tokens.reshape(b, h // patch, w // patch, c, patch, patch)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+
+
+def embedded(layer: nn.Module, values: Tensor, positions: Tensor) -> Tensor:
+    """layer(values) + positions, in the type of the positions; computed in that of the values
+    where the layer is as written."""
+    if values.dtype == positions.dtype:
+        return layer(values) + positions
+    if not as_written(layer, nn.Linear):
+        return layer(values.to(positions.dtype)) + positions
+    weight, bias = (parameter.to(values.dtype) for parameter in (layer.weight, layer.bias))
+    return (F.linear(values, weight, bias) + positions).to(positions.dtype)
 
 
 class KVCache:
@@ -84,7 +95,7 @@ class ARTransformer(nn.Module):
         patch_values = config.channels * self.input_patch**2
         self.class_embedding = nn.Embedding(config.num_classes + 1, config.width)
         self.inputs = nn.ModuleList(
-            Linear(patch_values, config.width) for _ in range(config.num_stages - 1)
+            nn.Linear(patch_values, config.width) for _ in range(config.num_stages - 1)
         )
         self.positions = nn.Parameter(torch.empty(config.num_tokens, config.width))
         self.blocks = nn.ModuleList(
@@ -114,12 +125,14 @@ class ARTransformer(nn.Module):
         return self.class_embedding(labels).unsqueeze(1) + self.positions[:count]
 
     def embed_end(self, end: Tensor, stage: int) -> Tensor:
-        """Stage s > 1's input tokens [B, N_s, width], from stage s - 1's end state [B, C, h, w]."""
+        """Stage s > 1's input tokens [B, N_s, width], from stage s - 1's end state [B, C, h, w]; in
+        float32 where the state is and the layer is of 16 bits, whose rounding of the state alone
+        would move an image by more than the solver errs."""
         if self.config.patch_size == 1:
             end = F.interpolate(end, scale_factor=2, mode="nearest")
         begin = sum(self.config.stage_tokens[: stage - 1])
         positions = self.positions[begin : begin + self.config.stage_tokens[stage - 1]]
-        return self.inputs[stage - 2](patchify(end, self.input_patch)) + positions
+        return embedded(self.inputs[stage - 2], patchify(end, self.input_patch), positions)
 
     def with_class(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """The input tokens of a stage s > 1 [B, N_s, width], told the class if no layer does."""

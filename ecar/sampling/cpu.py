@@ -15,6 +15,7 @@ from ecar.flow import NORM_EPS, FlowHead
 from ecar.model import ECAR
 from ecar.sampling.solver import Solver, solver_class
 from ecar.sampling.stage import Inputs, Stage
+from ecar.transformer import embedded
 from ecar_kernels import BoundFlowStep
 
 __all__ = ["CpuEngine"]
@@ -86,8 +87,10 @@ class CpuEngine:
             self._end.copy_(x)
             return
         self._state_patches.copy_(_patches(x, run.head.patch_size))
-        tokens = run.head.embed_tokens(run.network_input(x, step))
-        self.bound.stream[: len(tokens)].copy_(tokens)
+        head, stream = run.head, self.bound.stream[: run.rows(step)]
+        # As the boundary does, of the state in float32.
+        tokens = embedded(head.embed, self.bound.state, head.positions)
+        stream.view(1 + run.guided[step], *tokens.shape).copy_(tokens)
 
     def step(self, step: int) -> int:
         self.bound.run(step, restart=self._restart)

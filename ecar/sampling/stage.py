@@ -215,7 +215,7 @@ class Inputs:
         if end_before is None:
             self.cache.stages = 0
             return ar.stage(ar.embed_class(self.labels), self.cache)
-        tokens = ar.embed_end(end_before.to(self.dtype), number)
+        tokens = ar.embed_end(end_before, number)
         if rows > self.shape.batch:
             tokens = tokens.repeat(2, 1, 1)
         return ar.stage(ar.with_class(tokens, self.labels[:rows]), self.cache)

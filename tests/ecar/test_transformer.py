@@ -71,3 +71,20 @@ def test_with_patch_one_a_token_stands_on_its_nearest_pixel(make_model):
     tokens = model.ar.embed_end(end, 2) - model.ar.positions[16:]
     grid = tokens.unflatten(1, (8, 8))
     assert torch.allclose(grid[:, 2, 4], grid[:, 3, 5], atol=1e-6)
+
+
+def test_a_model_of_16_bits_embeds_the_end_of_a_stage_unrounded(make_model):
+    model = make_model().to(torch.bfloat16)
+    end = torch.randn(2, *model.config.stage_shape(1))
+    with torch.no_grad():
+        found = model.ar.embed_end(end, 2)
+        rounded = model.ar.embed_end(end.bfloat16(), 2)
+        hook = model.ar.inputs[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+        called = model.ar.embed_end(end, 2)  # what is hooked is called
+        assert called.equal(model.ar.embed_end(end.bfloat16(), 2))
+        hook.remove()
+        exact = model.double().ar.embed_end(end.double(), 2)
+    assert found.dtype == torch.bfloat16
+    assert ((found - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()
+    assert (rounded - exact).norm() > 1.5 * (found - exact).norm()
+    assert not called.equal(rounded)
