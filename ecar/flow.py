@@ -96,9 +96,7 @@ class FlowHead(OpsModule):
         # Six modulations a block, and the final layer's shift and scale, in one projection.
         self.parts = 6 * config.flow_blocks + 2
         self.condition = MLP(width, 4 * width)
-        self.time = nn.Sequential(
-            nn.Linear(TIME_CHANNELS, width), nn.SiLU(), nn.Linear(width, width)
-        )
+        self.time = nn.Sequential(Linear(TIME_CHANNELS, width), nn.SiLU(), Linear(width, width))
         self.modulation = Linear(width, self.parts * width)
         self.embed = nn.Linear(patch_values, width)
         self.register_buffer(
