@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ecar.config import PRESETS as PRESETS
     from ecar.config import ECARConfig as ECARConfig
+    from ecar.hub import recommended_dtype as recommended_dtype
     from ecar.model import ECAR as ECAR
     from ecar.pipeline import ECARPipeline as ECARPipeline
     from ecar.sampling import release_graphs as release_graphs
@@ -25,6 +26,7 @@ _HOMES = {
     "ECARPipeline": "ecar.pipeline",
     "PRESETS": "ecar.config",
     "__version__": "ecar_kernels.version",
+    "recommended_dtype": "ecar.hub",
     "release_graphs": "ecar.sampling",
     "sample": "ecar.sampling",
     "split_steps": "ecar.sampling",

@@ -14,8 +14,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from ecar.files import WEIGHT_DTYPES
+from ecar_kernels.inspection import why_not_bfloat16
 
-__all__ = ["checkpoint_folder", "chosen_dtype", "require_hub_options"]
+__all__ = ["checkpoint_folder", "chosen_dtype", "recommended_dtype", "require_hub_options"]
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
@@ -36,24 +37,36 @@ def require_hub_options(options: dict[str, Any], *others: str) -> None:
         )
 
 
-def chosen_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> torch.dtype | None:
-    """The dtype that one of from_pretrained's two arguments gives; None where neither does.
+def recommended_dtype(device: torch.device | str = "cpu") -> torch.dtype:
+    """What ``dtype="auto"`` is: bfloat16 on a CPU whose kernels multiply it at twice float32's
+    rate, else float32. ``ecar_kernels.inspection.why_not_bfloat16()`` says why not."""
+    fast = torch.device(device).type == "cpu" and why_not_bfloat16() is None
+    return torch.bfloat16 if fast else torch.float32
+
+
+def chosen_dtype(
+    dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None
+) -> torch.dtype | None:
+    """The dtype that one of from_pretrained's two arguments gives, "auto" being the one for the
+    CPU, where weights are loaded; None where neither does.
 
     Raises:
         TypeError: no floating-point dtype. ValueError: two different ones.
     """
     for name, value in (("dtype", dtype), ("torch_dtype", torch_dtype)):
-        if value is not None and not (isinstance(value, torch.dtype) and value in WEIGHT_DTYPES):
+        plain = isinstance(value, torch.dtype) and value in WEIGHT_DTYPES
+        if value not in (None, "auto") and not plain:
             raise TypeError(
-                f"argument {name!r}: expected torch.float32, bfloat16, float16 or float64, got "
-                f"{value!r}"
+                f"argument {name!r}: expected torch.float32, bfloat16, float16, float64 or 'auto', "
+                f"got {value!r}"
             )
     if None not in (dtype, torch_dtype) and dtype != torch_dtype:
         raise ValueError(
             f"argument 'torch_dtype': expected the same as 'dtype', {dtype}, got {torch_dtype}; "
             "one of the two is enough"
         )
-    return torch_dtype if dtype is None else dtype
+    chosen = torch_dtype if dtype is None else dtype
+    return recommended_dtype() if isinstance(chosen, str) else chosen
 
 
 def checkpoint_folder(

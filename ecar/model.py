@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -228,15 +228,15 @@ class ECAR(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | Literal["auto"] | None = None,
+        torch_dtype: torch.dtype | Literal["auto"] | None = None,
         **hub_options: Any,
     ) -> ECAR:
         """Load a folder that ``save_pretrained`` wrote, or a hub repository 'owner/name'.
 
         Args:
             pretrained_model_name_or_path: the folder, or the repository.
-            dtype: of the weights; None is float32.
+            dtype: of the weights; None is float32, "auto" is ``recommended_dtype()``.
             torch_dtype: another name for ``dtype``.
             hub_options: revision, token, cache_dir, force_download, local_files_only.
 
@@ -249,7 +249,7 @@ class ECAR(
             ValueError: weights cut short, of another configuration, not safetensors, quantized
                 (integers or 8-bit floats), or not finite; two dtypes that differ.
         """
-        dtype = chosen_dtype(dtype, torch_dtype)
+        chosen = chosen_dtype(dtype, torch_dtype)
         require_hub_options(hub_options, "dtype", "torch_dtype")
         files = (CONFIG_NAME, SAFETENSORS_SINGLE_FILE)
         folder = checkpoint_folder(pretrained_model_name_or_path, files, **hub_options)
@@ -259,7 +259,7 @@ class ECAR(
                 raise FileNotFoundError(f"checkpoint {name!r}: no file {file}")
         model = cls(ECARConfig.from_json(folder / CONFIG_NAME))
         load_weights(model, folder / SAFETENSORS_SINGLE_FILE)
-        return model.eval().to(dtype=dtype)
+        return model.eval().to(dtype=chosen)
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:

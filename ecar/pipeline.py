@@ -123,8 +123,8 @@ class ECARPipeline(Conventions):
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | Literal["auto"] | None = None,
+        torch_dtype: torch.dtype | Literal["auto"] | None = None,
         accelerate: bool = True,
         **hub_options: Any,
     ) -> ECARPipeline:
@@ -133,7 +133,9 @@ class ECARPipeline(Conventions):
         A folder without pipeline.json has the identity codec and no class names.
 
         Args:
-            dtype: of the weights; None is float32.
+            dtype: of the weights. None is float32; "auto" is bfloat16 where this CPU multiplies it
+                (``recommended_dtype``), in about half of the time, else float32. An image is
+                another in detail then (docs/steps.md).
             torch_dtype: another name for ``dtype``.
             accelerate: as for the class; the model is the pipeline's own here.
             hub_options: revision, token, cache_dir, force_download, local_files_only.
@@ -143,7 +145,7 @@ class ECARPipeline(Conventions):
             TypeError: naming an option that is none of these.
             ValueError: naming the file that holds something else, or for two dtypes that differ.
         """
-        dtype = chosen_dtype(dtype, torch_dtype)
+        chosen = chosen_dtype(dtype, torch_dtype)
         require_hub_options(hub_options, "dtype", "torch_dtype", "accelerate")
         folder = checkpoint_folder(pretrained_model_name_or_path, CHECKPOINT_FILES, **hub_options)
         settings = read_settings(folder)
@@ -153,7 +155,7 @@ class ECARPipeline(Conventions):
             pipeline = cls(model, codec, **settings, accelerate=accelerate)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder / PIPELINE_FILE}: {error}") from None
-        return pipeline if dtype is None else pipeline.to(dtype)
+        return pipeline if chosen is None else pipeline.to(chosen)
 
     @overload
     def __call__(

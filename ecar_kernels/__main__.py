@@ -8,7 +8,15 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ecar_kernels import _native
-from ecar_kernels.registry import BACKENDS, OPS, RECORDS, Availability, active_backend, backends
+from ecar_kernels.registry import (
+    BACKENDS,
+    OPS,
+    RECORDS,
+    Availability,
+    active_backend,
+    backends,
+    why_not_bfloat16,
+)
 from ecar_kernels.version import __version__
 
 WIDTH = 100
@@ -26,7 +34,8 @@ def main() -> int:
     rows = [row for row in backends() if row.backend in RECORDS[row.op].backends]
     named = [name for name in BACKENDS if any(row.backend == name for row in rows)]
     print(table(rows, named))
-    print("", *notes(rows), sep="\n")
+    bfloat16 = why_not_bfloat16() or "multiplied at twice the rate of float32"
+    print("", *notes(rows), f"bfloat16 on the CPU: {bfloat16}", sep="\n")
     return 0
 
 

@@ -91,3 +91,9 @@ def instruction_set() -> str:
     """What the CPU kernels use on this machine: avx512, avx2 or baseline."""
     require()
     return torch.ops.ecar.cpu_instruction_set()
+
+
+def multiplies_bfloat16() -> bool:
+    """Do they multiply bfloat16, at twice the rate of float32? Else it is widened."""
+    require()
+    return torch.ops.ecar.cpu_multiplies_bfloat16()

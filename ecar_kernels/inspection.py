@@ -7,6 +7,7 @@ Code that reads a layer's parameters in the place of calling it asks `why_not_as
 from ecar_kernels import _native, _transforms, _triton
 from ecar_kernels._written import address, as_written, is_plain
 from ecar_kernels._written import why_not as why_not_as_written
+from ecar_kernels.registry import why_not_bfloat16
 
 __all__ = [
     "address",
@@ -14,6 +15,7 @@ __all__ = [
     "in_transform",
     "is_plain",
     "why_not_as_written",
+    "why_not_bfloat16",
     "why_not_cuda",
     "why_not_triton",
 ]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ecar_kernels import _transforms
+from ecar_kernels import _native, _transforms
 from ecar_kernels.ops import KERNEL_DTYPES as KERNEL_DTYPES
 from ecar_kernels.ops import BoundOp, Family, Implementation, Op
 
@@ -285,6 +285,21 @@ def _unless_transformed(found: BoundOp) -> Callable:
         return compiled(*args, **kwargs) if compiling() else function(*args, **kwargs)
 
     return bound
+
+
+def why_not_bfloat16() -> str | None:
+    """None where the backend in force multiplies bfloat16 on the CPU at twice float32's rate (the
+    C++ kernels, by AVX512_BF16), else why it does not."""
+    try:
+        served = resolve("adaln_linear", device="cpu", dtype=torch.bfloat16).backend
+    except BackendUnavailableError as error:
+        return str(error)
+    if served != "cpp":
+        missing = _native.why_not() if active_backend() == "auto" else None
+        return f"products are served by {served}" + ("" if missing is None else f": {missing}")
+    if _native.multiplies_bfloat16():
+        return None
+    return f"the C++ kernels use {_native.instruction_set()} without AVX512_BF16, and widen it"
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,15 @@ Isa isa() {
   return chosen;
 }
 
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  static const bool found = isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+  return found;
+#else
+  return false;
+#endif
+}
+
 const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::avx512:

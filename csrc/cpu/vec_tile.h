@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "cpu/isa.h"
 #include "cpu/vec.h"
 
 namespace ecar {
@@ -20,15 +21,11 @@ constexpr int kTileRows = 4;
 #endif
 constexpr int kTileVectors = 3;
 
-// Whether bfloat16 is multiplied as pairs, two elements in a word, by AVX512_BF16's instruction
-// with twice the rate of floats. Elsewhere it is widened.
+// Whether elements are multiplied as pairs, two in a word.
 template <class T>
 bool multiplies_pairs() {
 #if defined(ECAR_ISA_avx512)
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    static const bool supported = __builtin_cpu_supports("avx512bf16");
-    return supported;
-  }
+  if constexpr (std::is_same_v<T, BFloat16>) return multiplies_bfloat16();
 #endif
   return false;
 }

@@ -14,6 +14,7 @@ __all__ = [
     "UsageError",
     "add_checkpoint",
     "add_device",
+    "add_dtype",
     "add_guidance",
     "add_sampling",
     "class_list",
@@ -225,6 +226,17 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="DIR|OWNER/NAME",
         help="a folder, or a repository of the Hugging Face hub",
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser, default: str, more: str = "") -> None:
+    """In which format of numbers to sample."""
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default=default,
+        help="of the weights and the network calls, the state is always float32; auto is bfloat16 "
+        f"on a CPU that multiplies it, else float32{more} (default: {default})",
     )
 
 

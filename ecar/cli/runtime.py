@@ -13,6 +13,7 @@ import torch
 from ecar.cli.parser import UsageError
 from ecar.config import ECARConfig
 from ecar.data.load import find_dataset
+from ecar.hub import recommended_dtype
 from ecar.info import backends_in_use
 from ecar_kernels import use_backend
 
@@ -21,6 +22,7 @@ __all__ = [
     "chosen_backend",
     "chosen_data",
     "chosen_device",
+    "chosen_dtype",
     "chosen_settings",
     "describe_backends",
     "own_device",
@@ -79,6 +81,11 @@ def own_device(name: str) -> torch.device:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         return torch.device("cuda", local % torch.cuda.device_count())
     return device
+
+
+def chosen_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Of --dtype; auto by the backend in force."""
+    return recommended_dtype(device) if name == "auto" else getattr(torch, name)
 
 
 def chosen_backend(name: str | None) -> AbstractContextManager[Any]:

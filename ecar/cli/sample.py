@@ -25,6 +25,7 @@ from ecar.cli.parser import (
     UsageError,
     add_checkpoint,
     add_device,
+    add_dtype,
     add_sampling,
     class_list,
     positive,
@@ -35,6 +36,7 @@ from ecar.cli.pictures import Cell, Grid, ImageFolder, write_sheets, write_strip
 from ecar.cli.runtime import (
     SETTINGS,
     chosen_backend,
+    chosen_dtype,
     chosen_settings,
     describe_backends,
     own_device,
@@ -131,12 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="enlarge each image K times, nearest neighbour (default: 1)",
     )
     add_device(parser)
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of weights and network calls; the state is float32 (default: float32)",
-    )
+    add_dtype(parser, "float32")
     parser.add_argument(
         "--batch-size",
         type=positive,
@@ -159,8 +156,10 @@ def run(arguments: argparse.Namespace) -> None:
     pipe = ECARPipeline.from_pretrained(arguments.checkpoint)
     stages = pipe.model.config.num_stages
     settings = merge_settings(pipe.defaults, chosen_settings(arguments), stages)
-    grid = choose_grid(arguments, pipe, settings)
-    pipe.to(device, getattr(torch, arguments.dtype))
+    with chosen_backend(arguments.backend):
+        dtype = chosen_dtype(arguments.dtype, device)
+    grid = choose_grid(arguments, pipe, settings, dtype)
+    pipe.to(device, dtype)
     folder = ImageFolder(output, grid, arguments.scale, stages if arguments.stages else 1)
     cells, there = grid.cells, 0
     with chosen_backend(arguments.backend):
@@ -192,7 +191,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(output)
         print(
             f"{seconds / max(len(cells), 1):.3g} s per image ({len(cells)} images in "
-            f"{seconds:.3g} s on {describe_device(pipe.device)}{share_of}"
+            f"{seconds:.3g} s on {describe_device(pipe.device)}{share_of}, in "
+            f"{str(dtype).removeprefix('torch.')}"
             + (f"; {there} were there already)" if there else ")")
         )
         print(f"backends: {backends}")
@@ -216,7 +216,7 @@ def chosen_share(arguments: argparse.Namespace, to_folder: bool) -> tuple[int, i
 
 
 def choose_grid(
-    arguments: argparse.Namespace, pipe: ECARPipeline, settings: dict[str, Any]
+    arguments: argparse.Namespace, pipe: ECARPipeline, settings: dict[str, Any], dtype: torch.dtype
 ) -> Grid:
     """Classes and seeds from --classes, --per-class, --seed, --seeds and --sheet."""
     count = pipe.model.config.num_classes
@@ -251,18 +251,18 @@ def choose_grid(
     for row in seeds:
         draw_seeds(row, None, len(row))  # are they int64?
     names = pipe.class_names or [str(number) for number in range(count)]
-    return Grid(classes, seeds, list(names), describe(arguments, pipe, settings))
+    return Grid(classes, seeds, list(names), describe(arguments, pipe, settings, dtype))
 
 
 def describe(
-    arguments: argparse.Namespace, pipe: ECARPipeline, settings: dict[str, Any]
+    arguments: argparse.Namespace, pipe: ECARPipeline, settings: dict[str, Any], dtype: torch.dtype
 ) -> dict[str, str]:
     """What all images are drawn with, for the text of their PNGs."""
     text = {
         "Software": f"ecar {__version__}",
         "checkpoint": arguments.checkpoint,
         "weights": weights_sha256(pipe.model),
-        "dtype": arguments.dtype,
+        "dtype": str(dtype).removeprefix("torch."),
     }
     if isinstance(pipe.codec, AutoencoderKLCodec):
         text["vae"] = weights_sha256(pipe.codec.vae)

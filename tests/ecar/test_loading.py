@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from ecar import ECAR, ECARPipeline
 from ecar.codec import AutoencoderKLCodec, load_codec
 from ecar.evaluation.classifier import Classifier, ClassifierConfig
+from ecar.hub import recommended_dtype
 from ecar.training import TrainConfig, Trainer
 from ecar.training.state import state_path
 
@@ -133,3 +134,14 @@ def test_both_names_of_the_dtype_serve(cls, names, where, tmp_path, monkeypatch)
     assert loaded.dtype == torch.bfloat16
     assert {name: seen[name] for name in hub} == hub
     assert json.loads((tmp_path / "config.json").read_text())["width"] == MODEL.config.width
+
+
+@pytest.mark.parametrize("cls", [ECAR, ECARPipeline])
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_auto_is_the_recommended_dtype(cls, name, tmp_path, monkeypatch):
+    MODEL.save_pretrained(tmp_path)
+    for reason, chosen in ((None, torch.bfloat16), ("it widens it", torch.float32)):
+        monkeypatch.setattr("ecar.hub.why_not_bfloat16", lambda reason=reason: reason)
+        assert recommended_dtype() == chosen
+        assert recommended_dtype("cuda") == torch.float32
+        assert cls.from_pretrained(tmp_path, **{name: "auto"}).dtype == chosen

@@ -142,6 +142,19 @@ def test_where_and_how_it_runs(folder, run, options):
     assert code == 0
     if "reference" in options:
         assert "backends: reference (stage_attention, " in output
+        assert ", in float32)" in output
+
+
+@pytest.mark.parametrize("reason", [None, "it widens it"])
+def test_auto_is_the_format_that_this_cpu_multiplies(folder, run, monkeypatch, reason):
+    monkeypatch.setattr("ecar.hub.why_not_bfloat16", lambda: reason)
+    chosen = "bfloat16" if reason is None else "float32"
+    line = "sample --checkpoint model --sheet 1x1 --device cpu"
+    for dtype, name in (("auto", "a.png"), (chosen, "b.png")):
+        _, output, _ = run(f"{line} --dtype {dtype} --output {name}")
+        assert f", in {chosen})" in output
+    found, expected = (np.asarray(Image.open(folder / name)) for name in ("a.png", "b.png"))
+    assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize(
