@@ -12,8 +12,21 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ecar.cli.parser import UsageError, add_checkpoint, add_device, add_sampling, positive
-from ecar.cli.runtime import chosen_backend, chosen_data, chosen_device, chosen_settings
+from ecar.cli.parser import (
+    UsageError,
+    add_checkpoint,
+    add_device,
+    add_dtype,
+    add_sampling,
+    positive,
+)
+from ecar.cli.runtime import (
+    chosen_backend,
+    chosen_data,
+    chosen_device,
+    chosen_dtype,
+    chosen_settings,
+)
 from ecar.evaluation import Classifier, InceptionExtractor, evaluate, summary
 from ecar.evaluation.provenance import describe_device
 from ecar.files import read_json
@@ -118,6 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_sampling(parser)
     add_device(parser)
+    add_dtype(parser, "float32", "; in another format than float32, also what it changes")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
 
@@ -142,6 +156,7 @@ def run(arguments: argparse.Namespace) -> None:
             batch_size=arguments.batch_size,
             extractor=extractor,
             device=device,
+            dtype=chosen_dtype(arguments.dtype, device),
             report=arguments.output,
             samples=arguments.npz,
             classifier=arguments.save_classifier,

@@ -20,6 +20,7 @@ from ecar.pipeline import ECARPipeline
 from ecar.sampling import split_steps
 
 from .classifier import train_and_test
+from .dtypes import cast_and_compare
 from .export import save_npz
 from .extractors import Extractor, NoExtractorError, default_extractor
 from .measure import NEIGHBOURS, RealSets, checked_samples, now, pixels
@@ -28,6 +29,8 @@ from .provenance import device_name, versions
 from .sampling import as_pipeline, draw_labels, generate, require_positive
 
 __all__ = ["evaluate", "summary"]
+
+LATENTS = 64  # compared before and after a cast
 
 
 def evaluate(
@@ -41,6 +44,7 @@ def evaluate(
     extractor: Extractor | str | None = None,
     classifier: str | os.PathLike[str] | None = None,
     device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
     report: str | os.PathLike[str] | None = None,
     samples: str | os.PathLike[str] | None = None,
     neighbours: str | os.PathLike[str] | None = None,
@@ -66,6 +70,9 @@ def evaluate(
             trains one on the training split first.
         classifier: safetensors file to write what "train" trained.
         device: where to sample and to extract features; None leaves the source where it is.
+        dtype: to sample in, and to leave the source in; None is the source's own. Where it is
+            another, the images are drawn and measured in both, and the report gets
+            "before_cast": {"dtype", "metrics", "latents" (see ``cast_and_compare``)}.
         report: JSON file to write.
         samples: .npz file to write, in the ADM evaluator's format.
         neighbours: picture to write: samples, below each the nearest training picture. The report
@@ -142,9 +149,24 @@ def evaluate(
 
         labels, how = _labels(train, num_images, first_seed, config.num_classes)
         seeds = torch.arange(first_seed, first_seed + num_images)
-        images = generate(
-            pipeline, labels, seeds, batch_size=batch_size, progress=progress, **settings
-        )
+        drawing = {"batch_size": batch_size, "progress": progress, **settings}
+        before = None
+        if real is not None and dtype not in (None, pipeline.dtype):
+            drawn = checked_samples(
+                generate(pipeline, labels, seeds, **drawing), labels, real.train
+            )
+            before = {"dtype": str(pipeline.dtype), "metrics": real.report(*drawn, None)["metrics"]}
+            before["latents"] = cast_and_compare(
+                pipeline,
+                dtype,
+                images=min(LATENTS, num_images),
+                first_seed=first_seed,
+                progress=progress,
+                **settings,
+            )
+        elif dtype is not None:
+            pipeline.to(dtype)
+        images = generate(pipeline, labels, seeds, **drawing)
         if samples is not None:
             save_npz(samples, images.permute(0, 2, 3, 1), labels)
         sampling = {
@@ -167,6 +189,8 @@ def evaluate(
             }  # fmt: skip
             return {"metrics": None, "real": None, "protocol": protocol}
         result = real.report(*checked_samples(images, labels, real.train), sampling)
+        if before is not None:
+            result["before_cast"] = before
     if neighbours is not None:
         held_out = pixels(test, torch.arange(len(test)), progress)
         result["nearest_training"], index = memorising(
@@ -198,18 +222,27 @@ def summary(report: dict[str, Any]) -> str:
         ("precision", "precision", "{:.4f}"),
         ("recall", "recall", "{:.4f}"),
     ]
-    protocol, columns = report["protocol"], (report["metrics"], report["real"])
+    protocol, before = report["protocol"], report.get("before_cast")
     if report["metrics"] is None:
         return f"{protocol['generated_images']:,} images, not measured"
-    lines = [f"{'':30}{'generated':>12}{'real':>12}"]
-    counts = (protocol["generated_images"], protocol["real_train_images"])
-    lines.append(f"{'images':30}{counts[0]:>12,}{counts[1]:>12,}")
+    columns, titles = [report["metrics"], report["real"]], ["generated", "real"]
+    counts = [protocol["generated_images"], protocol["real_train_images"]]
+    if before is not None:
+        columns.insert(1, before["metrics"])
+        titles.insert(1, f"in {before['dtype'].removeprefix('torch.')}")
+        counts.insert(1, counts[0])
+    lines = [f"{'':30}" + "".join(f"{title:>12}" for title in titles)]
+    lines.append(f"{'images':30}" + "".join(f"{count:>12,}" for count in counts))
     for title, key, form in rows:
         values = ("-" if column[key] is None else form.format(column[key]) for column in columns)
         lines.append(f"{title:30}" + "".join(f"{value:>12}" for value in values))
-    ratio = report["metrics"]["frechet_ratio"]
-    ratio = "-" if ratio is None else f"{ratio:.3f}"
-    lines.append(f"{'ratio of Fréchet distances':30}{ratio:>12}")
+    ratios = (column["frechet_ratio"] for column in columns[:-1])
+    cells = ("-" if ratio is None else f"{ratio:.3f}" for ratio in ratios)
+    lines.append(f"{'ratio of Fréchet distances':30}" + "".join(f"{cell:>12}" for cell in cells))
+    if before is not None:
+        latents = before["latents"]
+        errors = "".join(f"{latents[name]:>12.4f}" for name in ("error", "error_before"))
+        lines.append(f"{'error of the latents':30}{errors}  ({latents['distance']:.4f} apart)")
     if nearest := report.get("nearest_training"):
         medians = (nearest[kind]["median"] for kind in ("generated", "held_out"))
         line = "".join(f"{median:>12.2f}" for median in medians)

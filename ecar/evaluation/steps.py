@@ -39,6 +39,7 @@ from ecar.sampling.guidance import (
     geometric_split,
     split_steps,
 )
+from ecar.sampling.solver import Grid
 
 from .provenance import device_name, versions
 from .sampling import as_pipeline, require_positive
@@ -61,7 +62,7 @@ class Setting(NamedTuple):
     """What is measured."""
 
     solver: str
-    grid: float
+    grid: Grid
     steps: tuple[int, ...]  # of each stage
 
     @property
@@ -128,7 +129,7 @@ def sweep_steps(
             )
         settings = merge_settings(pipeline.defaults, guidance, config.num_stages)
         guidance = {name: settings[name] for name in settings if name.startswith("guidance_")}
-        sweep = _Sweep(pipeline, images, first_seed, batch_size, guidance, progress)
+        sweep = Sweep(pipeline, images, first_seed, batch_size, guidance, progress)
         paper = Setting(PAPER_SOLVER, PAPER_GRID, tuple(split_steps("paper", config.num_stages)))
         chosen = candidates(config.num_stages, calls)
         paper_row, *rows = sweep.measure([paper, *chosen])
@@ -241,7 +242,7 @@ def _shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     )
 
 
-class _Sweep:
+class Sweep:
     """The images, drawn with one setting after another."""
 
     def __init__(
@@ -291,7 +292,7 @@ class _Sweep:
                 bar.set_postfix_str(f"{steps} Heun steps a stage")
                 found = self.draw(Setting("heun", DEFAULT_GRID, (steps,) * stages))
                 if before is not None:
-                    moved = (_square(found - before).mean() / _square(found).mean()).sqrt().item()
+                    moved = relative_distance(before, found)
                     if moved <= CONVERGED:
                         facts = {"solver": "heun", "grid": DEFAULT_GRID, "steps_of_a_stage": steps}
                         return found, {**facts, "moved_by_the_last_doubling": moved}
@@ -356,6 +357,12 @@ class _Sweep:
         if total is not None:
             form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         return tqdm(total=total, desc=title, bar_format=form, disable=not self.progress)
+
+
+def relative_distance(latents: Tensor, exact: Tensor) -> float:
+    """Root mean square distance of latents [N, C, H, W], over the root mean square of the exact
+    ones."""
+    return (_square(latents - exact).mean() / _square(exact).mean()).sqrt().item()
 
 
 def _square(x: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def test_ctrl_c_leaves_everything_as_it_was(folder, run, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ecar.evaluation.steps._Sweep.time", interrupt)
+    monkeypatch.setattr("ecar.evaluation.steps.Sweep.time", interrupt)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     code, output, errors = run(f"{LINE} --output x.json --picture x.svg --write")
     assert (code, output, errors) == (130, "", "ecar: interrupted\n")

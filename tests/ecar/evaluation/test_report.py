@@ -156,6 +156,33 @@ def test_evaluate_writes_report_and_samples(model, digits, tmp_path):
     assert np.abs(images[:5, ..., 0].astype(int) - again[:, 0].int().numpy()).max() <= 1
 
 
+def test_another_dtype_is_measured_next_to_the_sources_own(model, tmp_path, monkeypatch):
+    """The same classes and seeds in both; the source is left in the new one."""
+    monkeypatch.setattr("ecar.evaluation.report.LATENTS", 3)
+    ECARPipeline(model, defaults=SETTINGS).save_pretrained(tmp_path)
+
+    def measured(pipeline, **options):
+        return evaluate(pipeline, "digits", num_images=40, first_seed=9, progress=False, **options)
+
+    pipeline = ECARPipeline.from_pretrained(tmp_path)
+    own, same = measured(pipeline), measured(pipeline, dtype=torch.float32)
+    assert own["metrics"] == same["metrics"] and "before_cast" not in same
+    cast = measured(pipeline, dtype=torch.bfloat16, report=tmp_path / "report.json")
+    assert pipeline.dtype == torch.bfloat16
+    assert json.loads((tmp_path / "report.json").read_text()) == cast
+    before = cast["before_cast"]
+    assert (before["dtype"], before["metrics"]) == ("torch.float32", own["metrics"])
+    assert cast["protocol"]["sampling"]["dtype"] == "torch.bfloat16"
+    assert cast["metrics"] == measured(pipeline)["metrics"] != own["metrics"]
+    latents = before["latents"]
+    assert latents["seeds"] == [9, 11] and latents["images"] == 3
+    assert 0 < latents["distance"] < latents["error_before"]
+    table = summary(cast).splitlines()
+    assert table[0].split() == ["generated", "in", "float32", "real"]
+    (line,) = [line for line in table if line.startswith("error of the latents")]
+    assert f"{latents['error']:.4f}" in line and f"{latents['distance']:.4f} apart" in line
+
+
 def test_bad_arguments_are_named_before_sampling(model, tmp_path, monkeypatch):
     monkeypatch.setattr("ecar.evaluation.report.generate", None)
     (tmp_path / "file").touch()

@@ -10,6 +10,7 @@ import torch
 
 from ecar.evaluation import best_row, steps, sweep_steps, write_best
 from ecar.evaluation.chart import _Axis, draw_steps
+from ecar.evaluation.dtypes import cast_and_compare
 from ecar.evaluation.steps import CALLS_A_STEP, candidates, frontier
 from ecar.pipeline import ECARPipeline
 from ecar.sampling import sample
@@ -36,6 +37,28 @@ def pipe(model):
 @pytest.fixture
 def report(pipe):
     return sweep_steps(pipe, calls=[4, 6, 9], images=3, first_seed=5, progress=False)
+
+
+def test_a_cast_is_measured_by_the_same_latents(pipe):
+    labels, seeds = torch.tensor([0, 4, 9]), torch.arange(5, 8)
+
+    def latents(**settings):
+        settings = {"guidance_scale": 1.5, **settings}
+        return sample(pipe.model, labels, seeds=seeds, **settings).latents.double()
+
+    def distance(one, other):
+        return ((one - other).square().mean() / other.square().mean()).sqrt().item()
+
+    own = latents(steps=5)
+    found = cast_and_compare(
+        pipe, torch.bfloat16, images=3, first_seed=5, progress=False, **pipe.defaults
+    )
+    assert pipe.dtype == torch.bfloat16
+    assert found["distance"] == pytest.approx(distance(latents(steps=5), own), rel=1e-3)
+    pipe.to(torch.float32)  # the weights are rounded now, the exact latents are not
+    exact = latents(steps=[found["converged"]["steps_of_a_stage"]] * 2, solver="heun")
+    assert 0 < found["distance"] < 0.05 and found["error"] != found["error_before"]
+    assert found["error_before"] == pytest.approx(distance(own, exact), rel=0.3)
 
 
 def test_every_solver_grid_split_and_number_is_tried_once():
