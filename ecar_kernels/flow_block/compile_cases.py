@@ -1,17 +1,17 @@
 """Every kernel of the fused GEMMs under every launch setting, for the compile gate."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from ecar_kernels._triton import CompileCase
 from ecar_kernels.flow_block import kernels, launch
 
 _TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_FLOAT32 = ("sums",)
-_INTEGERS = ("rows", "tokens", "channels", "inputs", "outputs")
+_FLOAT32 = ("statistics", "sums")
+_INTEGERS = ("rows", "tokens", "channels", "inputs", "outputs", "parts", "width")
 _FLOATS = ("eps", "scale_offset")
-_UNALIGNED = (*kernels.COUNTS, *_FLOATS)
+_UNALIGNED = (*kernels.COUNTS, *kernels.PARTS, *_FLOATS)
+_PARTS = 32  # of a row: 18 of 64 outputs are L's
 _MODULATION = (
     "shift",
     "shift_image",
@@ -41,15 +41,15 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         for precision in ("ieee", "tf32") if dtype == "fp32" else ("ieee",):
             for prologue in (False, True):
                 for tile in launch.tiles(itemsize, precision, arch, prologue=prologue):
-                    for splits in launch.SPLITS if tile.splittable else (1,):
-                        yield from _products(dtype, precision, replace(tile, splits=splits))
+                    for split in (False, True) if tile.splittable else (False,):
+                        yield from _products(dtype, precision, tile, split=split)
             if dtype != "fp16":  # as bfloat16
                 for tile in launch.odd_tiles():
                     yield from _products(dtype, precision, tile, odd=True)
 
 
 def _products(
-    dtype: str, precision: str, tile: launch.Settings, *, odd: bool = False
+    dtype: str, precision: str, tile: launch.Settings, *, split: bool = False, odd: bool = False
 ) -> Iterator[CompileCase]:
     """odd: neither addresses nor sizes are multiples of 16, so that values are read singly."""
     constants = {
@@ -57,19 +57,19 @@ def _products(
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "PRECISION": precision,
-        "SPLITS": tile.splits,
+        "SPLIT": split,
     }
     how: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "odd": odd}
     name = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
-    split = tile.splits > 1
-    words = (("tf32", precision == "tf32"), (f"splits={tile.splits}", split), ("odd", odd))
-    for word, said in words:
+    for word, said in (("tf32", precision == "tf32"), ("split", split), ("odd", odd)):
         name += f" {word}" if said else ""
     if not split:
         constants |= dict.fromkeys(("sums", "arrived"))
-    gelu = constants | {"GELU": True, "CHANNELS": launch.statistics_block(tile)}
+    left = constants | {"GELU": True, "STATISTICS": _PARTS}
+    gelu = left | {"statistics": None, "STATISTICS": launch.statistics_block(tile)}
     if tile.prologue:
         yield _case(kernels.adaln_linear, dtype, f"{name} prologue", gelu, **how)
+        yield _case(kernels.adaln_linear, dtype, f"{name} prologue, statistics left", left, **how)
         return
     plain = gelu | dict.fromkeys(_MODULATION)
     yield _case(kernels.adaln_linear, dtype, name, plain, **how)

@@ -20,6 +20,7 @@ from ecar_kernels import _triton
 _INTERPRETED = tl.constexpr(_triton.interpreting())
 # Of no use to the compiler, so no reason to compile anew.
 COUNTS = ["rows", "tokens"]
+PARTS = ["parts", "width"]
 _GELU_SLOPE = tl.constexpr(-2 * 0.7978845608028654 * 1.4426950408889634)  # -2 sqrt(2/pi) log2(e)
 
 
@@ -74,6 +75,26 @@ def _row_statistics(x, channels, eps, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr
     return pivot, mean, 1.0 / tl.sqrt_rn(square / channels + eps)
 
 
+@triton.jit
+def _given_statistics(statistics, row, channels, eps, PARTS: tl.constexpr):
+    """The same for rows [BLOCK_M] from the moments of their parts, [rows, 3, parts]: each part
+    has as many channels but the last. PARTS: a power of two, not fewer than there are."""
+    pointer, parts, width = statistics
+    part = tl.arange(0, PARTS)[None, :]
+    inside = part < parts
+    pointer += row.to(tl.int64)[:, None] * (3 * parts)
+    pivot = tl.load(pointer)
+    mean = tl.load(pointer + part, mask=inside, other=0.0)
+    rest = tl.load(pointer + (parts + part), mask=inside, other=0.0)
+    square = tl.load(pointer + (2 * parts + part), mask=inside, other=0.0)
+    count = tl.where(inside, tl.minimum(channels - part * width, width), 0).to(tl.float32)
+    change = tl.where(inside, mean - pivot + rest, 0.0)
+    mean = tl.sum(count * change, 1, keep_dims=True) / channels
+    square += count * (change - mean) * (change - mean)
+    square = tl.sum(square, 1, keep_dims=True)
+    return pivot, mean, 1.0 / tl.sqrt_rn(square / channels + eps)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def normalise_rows(
     x, x_image, x_token,
@@ -101,11 +122,19 @@ def normalise_rows(
 
 
 @triton.jit
-def _multiply(a, weight, inside, total, PRECISION: tl.constexpr):
-    """total + a [BLOCK_M, BLOCK_K] times the weight's tile, which `weight` points to."""
+def _multiply(a, weight, inside, total, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """total + a [BLOCK_M, BLOCK_K] times the weight's tile, which `weight` points to.
+
+    TRANSPOSED: by the product of the transposes. A warp group's first factor may lie in registers,
+    where Triton 3.6 leaves what is computed there; ptxas then lets no two of its products overlap.
+    """
     w = tl.load(weight, mask=inside[:, None], other=0.0)
     if _INTERPRETED:
         a, w = a.to(tl.float32), w.to(tl.float32)
+    if TRANSPOSED:
+        return tl.trans(
+            tl.dot(tl.trans(w), tl.trans(a), tl.trans(total), input_precision=PRECISION)
+        )
     return tl.dot(a, w, total, input_precision=PRECISION)
 
 
@@ -167,6 +196,7 @@ def _weight_columns(weight_view, output, outputs):
 @triton.jit
 def _normalised_product(
     view,
+    statistics,
     shift_view,
     scale_view,
     steps,
@@ -177,13 +207,14 @@ def _normalised_product(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """adaln(x) weight^T, the normalised x made in registers and rounded to x's type.
 
-    steps: step_shift and step_scale, each with its stride; numbers: eps and scale_offset;
-    CHANNELS: read at once for the statistics. The rest as in `_product`.
+    statistics: of `_given_statistics`, and STATISTICS the parts; or no pointer, and the channels
+    to read at once. steps: step_shift and step_scale, each with its stride; numbers: eps and
+    scale_offset. The rest as in `_product`.
     """
     rows, tokens, outputs, inputs = sizes
     row, output = tile
@@ -191,7 +222,11 @@ def _normalised_product(
     eps, scale_offset = numbers
     row = tl.minimum(row, rows - 1)
     x = _rows_of(view, row, tokens)[:, None]
-    pivot, mean, rstd = _row_statistics(x, inputs, eps, BLOCK_M, CHANNELS)
+    left, _, _ = statistics
+    if left is None:
+        pivot, mean, rstd = _row_statistics(x, inputs, eps, BLOCK_M, STATISTICS)
+    else:
+        pivot, mean, rstd = _given_statistics(statistics, row, inputs, eps, STATISTICS)
     shift = _rows_of(shift_view, row, tokens)[:, None]
     scale = _rows_of(scale_view, row, tokens)[:, None]
     weight = _weight_columns(weight_view, output, outputs)
@@ -210,12 +245,12 @@ def _normalised_product(
         a = (value.to(tl.float32) - pivot - mean) * rstd * factor + offset
         # Past the last input the mean remains, and in float16 it may overflow.
         a = tl.where(mask, a, 0.0).to(value.dtype)
-        total = _multiply(a, weight + channel[:, None], inside, total, PRECISION)
+        total = _multiply(a, weight + channel[:, None], inside, total, PRECISION, BLOCK_M >= 64)
     return total
 
 
 @triton.jit
-def _is_last(total, sums, arrived, rows, outputs, tile, SPLITS: tl.constexpr):
+def _is_last(total, sums, arrived, rows, outputs, tile):
     """Stores a split's sums; is this the last of the tile's programs to do so?
 
     arrived: zeros, one for each tile, and zeros again once its last program was here.
@@ -225,22 +260,24 @@ def _is_last(total, sums, arrived, rows, outputs, tile, SPLITS: tl.constexpr):
     tl.store(sums + place, total, mask=(row < rows)[:, None] & (output < outputs)[None, :])
     arrived += tl.program_id(0)
     tl.debug_barrier()  # one thread counts, after the stores of all
-    last = tl.atomic_add(arrived, 1, sem="acq_rel") == SPLITS - 1
+    last = tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(1) - 1
     if last:
         tl.store(arrived, 0)
     return last
 
 
 @triton.jit
-def _add_splits(sums, rows, outputs, tile, SPLITS: tl.constexpr):
-    """The splits' sums in their order; unrolled, so that all loads are under way at once."""
+def _add_splits(sums, rows, outputs, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The splits' sums in their order; loads of four are under way at once."""
     row, output = tile
-    mask = (row < rows)[:, None] & (output < outputs)[None, :]
     place = row.to(tl.int64)[:, None] * outputs + output[None, :]
-    y = tl.load(sums + place, mask=mask, other=0.0)
-    for _ in tl.static_range(1, SPLITS):
-        sums += rows.to(tl.int64) * outputs
-        y += tl.load(sums + place, mask=mask, other=0.0)
+    splits, y = tl.num_programs(1), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, splits, 4):
+        for split in tl.static_range(4):
+            there = rows * tl.minimum(splits - first - split, 1)  # none past the last split
+            mask = (row < there)[:, None] & (output < outputs)[None, :]
+            y += tl.load(sums + place, mask=mask, other=0.0)
+            sums += rows.to(tl.int64) * outputs
     return y
 
 
@@ -260,9 +297,11 @@ def _finish_adaln_linear(y, bias, out, rows, outputs, tile, GELU: tl.constexpr):
 
 @triton.jit
 def _finish_gated_residual(
-    y, bias, gate_view, step_gate, step_gate_image, residual_view, out, rows, tokens, outputs, tile
-):
-    """Stores residual + (gate + step_gate) (y + bias): the epilogue of linear_gated_residual."""
+    y, bias, gate_view, step_gate, step_gate_image, residual_view, out, statistics, rows, tokens,
+    outputs, tile, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Stores residual + (gate + step_gate) (y + bias): the epilogue of linear_gated_residual. A
+    row's moments of these outputs, as they are rounded, go to statistics, if not None."""
     row, output = tile
     column = output[None, :]
     mask = (row < rows)[:, None] & (column < outputs)
@@ -273,21 +312,31 @@ def _finish_gated_residual(
     factor = tl.load(gate + column, mask=mask, other=0.0).to(tl.float32)
     factor = _add_step(factor, step_gate, row[:, None], tokens, step_gate_image, column, mask)
     y = tl.load(residual + column, mask=mask, other=0.0).to(tl.float32) + factor * y
-    place = row.to(tl.int64)[:, None] * outputs + column
-    tl.store(out + place, y.to(out.dtype.element_ty), mask=mask)
+    y = y.to(out.dtype.element_ty)
+    row = row.to(tl.int64)[:, None]
+    tl.store(out + (row * outputs + column), y, mask=mask)
+    if statistics is not None:
+        part = tl.program_id(0) % tl.cdiv(outputs, BLOCK_N)
+        count = tl.minimum(outputs - part * BLOCK_N, BLOCK_N).to(tl.float32)
+        mean, rest, square = _moments(y.to(tl.float32), column < outputs, count, 1)
+        parts = tl.cdiv(outputs, BLOCK_N)
+        statistics += row * (3 * parts) + part
+        tl.store(statistics, mean, mask=row < rows)
+        tl.store(statistics + parts, rest, mask=row < rows)
+        tl.store(statistics + 2 * parts, square, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, *PARTS])
 def adaln_linear(
-    x, x_image, x_token,
+    x, x_image, x_token, statistics, parts, width,
     shift, shift_image, shift_token, scale, scale_image, scale_token,
     step_shift, step_shift_image, step_scale, step_scale_image,
     weight, weight_row, bias, out, sums, arrived, rows, tokens, outputs, inputs, eps, scale_offset,
-    GELU: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+    GELU: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STATISTICS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """act(adaln(x) weight^T + bias). Where shift and scale are None, x is normalised already;
-    sums and arrived are None without splits."""
+    statistics are None where none were left; sums and arrived without splits."""
     view, weight_view = (x, x_image, x_token), (weight, weight_row)
     sizes = rows, tokens, outputs, inputs
     tile = _tile(rows, outputs, BLOCK_M, BLOCK_N)
@@ -296,6 +345,7 @@ def adaln_linear(
     else:
         y = _normalised_product(
             view,
+            (statistics, parts, width),
             (shift, shift_image, shift_token),
             (scale, scale_image, scale_token),
             (step_shift, step_shift_image, step_scale, step_scale_image),
@@ -306,15 +356,15 @@ def adaln_linear(
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
-            CHANNELS,
+            STATISTICS,
             PRECISION,
         )
     last = True
-    if SPLITS > 1:
-        last = _is_last(y, sums, arrived, rows, outputs, tile, SPLITS)
+    if SPLIT:
+        last = _is_last(y, sums, arrived, rows, outputs, tile)
     if last:
-        if SPLITS > 1:
-            y = _add_splits(sums, rows, outputs, tile, SPLITS)
+        if SPLIT:
+            y = _add_splits(sums, rows, outputs, tile, BLOCK_M, BLOCK_N)
         _finish_adaln_linear(y, bias, out, rows, outputs, tile, GELU)
 
 
@@ -322,8 +372,9 @@ def adaln_linear(
 def linear_gated_residual(
     h, h_image, h_token, weight, weight_row, bias,
     gate, gate_image, gate_token, step_gate, step_gate_image,
-    residual, residual_image, residual_token, out, sums, arrived, rows, tokens, outputs, inputs,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    residual, residual_image, residual_token, out, statistics, sums, arrived,
+    rows, tokens, outputs, inputs,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """residual + (gate + step_gate) (h weight^T + bias)."""
@@ -332,14 +383,14 @@ def linear_gated_residual(
     tile = _tile(rows, outputs, BLOCK_M, BLOCK_N)
     y = _product(view, weight_view, sizes, tile, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     last = True
-    if SPLITS > 1:
-        last = _is_last(y, sums, arrived, rows, outputs, tile, SPLITS)
+    if SPLIT:
+        last = _is_last(y, sums, arrived, rows, outputs, tile)
     if last:
-        if SPLITS > 1:
-            y = _add_splits(sums, rows, outputs, tile, SPLITS)
+        if SPLIT:
+            y = _add_splits(sums, rows, outputs, tile, BLOCK_M, BLOCK_N)
         gate_view = gate, gate_image, gate_token
         residual_view = residual, residual_image, residual_token
         _finish_gated_residual(
-            y, bias, gate_view, step_gate, step_gate_image, residual_view, out, rows, tokens,
-            outputs, tile,
+            y, bias, gate_view, step_gate, step_gate_image, residual_view, out, statistics, rows,
+            tokens, outputs, tile, BLOCK_N,
         )  # fmt: skip

@@ -40,8 +40,9 @@ class Settings:
 
     @property
     def splittable(self) -> bool:
-        """Larger tiles are for rows enough to fill the chip."""
-        return self.block_m <= 64
+        """Larger tiles are for rows enough to fill the chip, and with splits ptxas has too few
+        registers for them."""
+        return self.block_m * self.block_n <= 4096
 
 
 def row_block(channels: int) -> int:
@@ -67,7 +68,7 @@ def tiles(
         # thread has 8 (up to 16 rows), 16 (up to 32) or 32 sums. With 8 of 32 rows, Triton 3.6
         # spills on sm_90.
         few = (Settings(16, 64, 32, 4, 4), Settings(32, 64, 16, 4, 3), Settings(64, 64, 16, 4, 3))
-        many = (Settings(128, 64, 16, 8, 3),)
+        many = () if prologue else (Settings(128, 64, 16, 8, 3),)
     else:
         depth = 128 // itemsize  # a cache line of each row
         # 112 KiB in flight hide memory's latency on one multiprocessor; sm_120 has 99 KiB.
@@ -95,9 +96,7 @@ def tiles(
                 Settings(64, 128, depth, 8, stages - 1),
                 Settings(64, 256, depth, 8, stages - 1),
             )
-    if not prologue:
-        return (*few, *many)
-    return tuple(replace(its, prologue=True) for its in (*few, *many) if its.splittable)
+    return tuple(replace(its, prologue=prologue) for its in (*few, *many))
 
 
 def odd_tiles() -> tuple[Settings, ...]:

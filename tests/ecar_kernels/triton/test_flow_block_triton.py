@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ecar_kernels import StageBlock, _triton
+from ecar_kernels import FlowBlock, StageBlock, _triton
 from ecar_kernels.flow_block import launch, reference
 from ecar_kernels.registry import KERNEL_DTYPES
 from tests.support.accuracy import assert_accurate
@@ -44,7 +44,12 @@ def call(op, *shape, **kinds):
 def under(op, its):
     """The op under settings of the test's."""
     launcher = getattr(triton, f"launch_{op}")
-    return lambda **arguments: launcher(its, *positional(op, arguments))
+
+    def run(**arguments):
+        made = launcher(its, *positional(op, arguments))
+        return made[0] if op == "linear_gated_residual" else made
+
+    return run
 
 
 def check(op, arguments, its=None):
@@ -80,7 +85,7 @@ def test_an_accelerated_block_is_five_calls():
         "aten::copy_",
         "aten::copy_",
         "ecar_triton::stage_attention",
-        "ecar_triton::linear_gated_residual",
+        "ecar_triton::linear_gated_residual_statistics",
         "ecar_triton::adaln_linear",
         "ecar_triton::linear_gated_residual",
     ]
@@ -146,6 +151,61 @@ def test_a_mean_far_from_zero(prologue, dtype):
     arguments = call("adaln_linear", 1, 5, 200, 30, dtype=dtype)
     arguments["x"] = (torch.randn(1, 5, 200, device=DEVICE) + 3000).to(dtype)
     check("adaln_linear", arguments, replace(SMALL, prologue=prologue))
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("mean", [0, 1000])
+@pytest.mark.parametrize(
+    ("its", "width"),
+    [
+        (replace(SMALL, block_n=32), 16),
+        (replace(SMALL, block_n=32, splits=2), 100),
+        (SMALL, 64),
+        (MEDIUM, 203),
+        (replace(SMALL, block_n=128), 300),
+    ],
+    ids=str,
+)
+def test_statistics_that_the_product_before_leaves(its, width, mean, dtype, programs_in_any_order):
+    """Also where the stream's mean is a thousand deviations."""
+    before = call("linear_gated_residual", 2, 21, 70, width, dtype=dtype)
+    before["residual"] += mean * (torch.rand(2, 21, 1, device=DEVICE) + 0.5).to(dtype)
+    x, statistics = triton.launch_linear_gated_residual(
+        its, *positional("linear_gated_residual", before), leave=True
+    )
+    assert x.equal(under("linear_gated_residual", its)(**before))
+    assert statistics.shape == (42, 3, -(-width // its.block_n))
+    arguments = call("adaln_linear", 2, 21, width, 53, dtype=dtype) | {"x": x}
+    for after in (replace(SMALL, prologue=True), replace(MEDIUM, prologue=True, splits=2)):
+        assert_accurate(
+            lambda after=after, **given: triton.launch_adaln_linear(
+                after, *positional("adaln_linear", given), statistics
+            ),
+            reference.adaln_linear,
+            arguments,
+        )
+
+
+@torch.no_grad()
+def test_an_accelerated_block_hands_statistics_on():
+    """From its attention half to its MLP, and from block to block; and not past a change of x."""
+    block = accelerated(FlowBlock(64, 4).to(DEVICE), backend="triton")
+    x, parts = torch.randn(2, 9, 64, device=DEVICE), torch.randn(6, 2, 9, 64, device=DEVICE)
+    step, left = torch.zeros(6, 1, 1, 64, device=DEVICE), {}
+    first = block.infer(x, parts, step, left)
+    (statistics,) = left.values()
+    mean = first.double().mean(-1).flatten()
+    torch.testing.assert_close(statistics[:, 0].double().mean(-1), mean, rtol=0, atol=1e-5)
+    second = block.infer(first, parts, step, left)
+    alone = block.infer(first, parts, step)
+    assert (second - alone).abs().max() <= 1e-5 * alone.abs().max()
+    left["statistics"] = left["statistics"] + 1  # that they are read
+    assert not torch.allclose(
+        block.infer(second, parts, step, left), block.infer(second, parts, step)
+    )
+    block.mlp = torch.nn.Identity()  # another branch
+    block.infer(x, parts, step, left)
+    assert not left
 
 
 def test_inputs_past_the_end_stay_out_of_float16s_range():
@@ -260,7 +320,7 @@ def test_odd_sizes_have_tiles_of_their_own():
 
 def test_few_rows_of_a_long_product_have_many_programs():
     its = launch.default(16, 768, 3072, **H100)
-    assert (its.block_m, its.splits) == (16, 8)
+    assert its.block_m == 16 and its.splits > 1
 
 
 @pytest.mark.gpu
