@@ -5,6 +5,7 @@
 | diffusers | BasicTransformerBlock with ada_norm_zero or ada_norm_single | DiT, PixArt, Latte |
 | diffusers | JointTransformerBlock | Stable Diffusion 3 and 3.5 |
 | diffusers | FluxTransformerBlock, FluxSingleTransformerBlock | Flux |
+| diffusers | QwenImageTransformerBlock | Qwen-Image |
 | DiT's and SiT's own code | DiTBlock, SiTBlock, over timm's Attention and Mlp | DiT, SiT |
 | VAR's own code | AdaLNSelfAttn | VAR |
 | MAR's own code | SimpleMLPAdaLN | MAR and others with its diffusion loss |
@@ -13,6 +14,6 @@ Each file says when a block is one that it knows (`why_not`) and how it is compu
 that is not is left alone, and reported with the reason. Nothing of a library is imported.
 """
 
-from ecar_kernels.integrations import basic, dit, flux, joint, mar, var
+from ecar_kernels.integrations import basic, dit, flux, joint, mar, qwen, var
 
-__all__ = ["basic", "dit", "flux", "joint", "mar", "var"]
+__all__ = ["basic", "dit", "flux", "joint", "mar", "qwen", "var"]

@@ -7,6 +7,7 @@ from ecar_kernels.fused import rows
 from ecar_kernels.integrations.branches import add, attend
 from ecar_kernels.integrations.checks import differs, has_parameters
 from ecar_kernels.integrations.diffusers import (
+    PROCESSORS,
     DiffusersBlock,
     adaptive_norm,
     attention,
@@ -41,7 +42,7 @@ class BasicTransformerBlock(DiffusersBlock):
         return (
             _norms(block)
             or differs(block, pos_embed=None, _chunk_size=None, only_cross_attention=False)
-            or attention(block, "attn1", "AttnProcessor2_0")
+            or attention(block, "attn1", f"{PROCESSORS}.AttnProcessor2_0")
             or differs(block.attn1, "attn1", norm_q=None, norm_k=None)
             or feed_forward(block, "ff")
         )

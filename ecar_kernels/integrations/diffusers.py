@@ -5,6 +5,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ecar_kernels.acceleration import Ops
@@ -15,10 +16,8 @@ from ecar_kernels.integrations.checks import differs, drops, has_parameters, par
 
 NORMS = "diffusers.models.normalization"
 PROCESSORS = "diffusers.models.attention_processor"
-# Of a block with layers for the image and for the text, and one attention over both.
-JOINT_WEIGHTS = (
-    "norm1.linear.weight",
-    "norm1_context.linear.weight",
+# Of an attention over image and text, and of a block with layers for each.
+JOINT_LAYERS = (
     "attn.to_q.weight",
     "attn.to_k.weight",
     "attn.to_v.weight",
@@ -27,6 +26,11 @@ JOINT_WEIGHTS = (
     "attn.add_k_proj.weight",
     "attn.add_v_proj.weight",
     "attn.to_add_out.weight",
+)
+JOINT_WEIGHTS = (
+    "norm1.linear.weight",
+    "norm1_context.linear.weight",
+    *JOINT_LAYERS,
     "ff.net.0.proj.weight",
     "ff.net.2.weight",
     "ff_context.net.0.proj.weight",
@@ -52,7 +56,7 @@ def adaptive_norm(block: nn.Module, name: str, kind: str) -> str | None:
 
 
 def attention(block: nn.Module, name: str, processor: str) -> str | None:
-    """None where it is diffusers' Attention of tokens, served by this processor."""
+    """None where it is diffusers' Attention of tokens, served by this processor (its full name)."""
     return (
         unlike(block, name, f"{PROCESSORS}.Attention")
         or differs(
@@ -63,7 +67,7 @@ def attention(block: nn.Module, name: str, processor: str) -> str | None:
             residual_connection=False,
             rescale_output_factor=1.0,
         )
-        or processed(part(block, name), name, f"{PROCESSORS}.{processor}")
+        or processed(part(block, name), name, processor)
         or drops(block, f"{name}.to_out.1")
     )
 
@@ -79,6 +83,13 @@ def processed(module: Any, name: str, kind: str) -> str | None:
         if (value := getattr(found, attribute, None)) is not None:
             return f"{name}: its processor's {attribute} is {value!r}"
     return None
+
+
+def backend() -> str | None:
+    """None where diffusers is to attend by PyTorch's own attention, as without being asked."""
+    backends = loaded("diffusers.models.attention_dispatch._AttentionBackendRegistry")
+    active = getattr(backends, "_active_backend", None)
+    return None if active == "native" else f"diffusers' attention backend is {active!r}"
 
 
 def head_norms(block: nn.Module, name: str, *norms: str) -> str | None:
@@ -133,3 +144,7 @@ def queries_keys_values(
 def mlp(ops: Ops, module: Any, x: Tensor, parts: Sequence[Tensor], eps: float) -> Tensor:
     """x + gate module(LN(x) (1 + scale) + shift), of a FeedForward; parts: shift, scale, gate."""
     return add_mlp(ops, module.net[0].proj, module.net[2], x, parts, eps)
+
+
+def clipped(x: Tensor) -> Tensor:
+    return x.clip(-65504, 65504) if x.dtype is torch.float16 else x

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecar_kernels.foreign import loaded, serves
+from ecar_kernels.foreign import serves
 from ecar_kernels.fused import rows
 from ecar_kernels.integrations.branches import add, attend, project
 from ecar_kernels.integrations.checks import differs, drops, has_parameters, unlike
@@ -14,6 +14,8 @@ from ecar_kernels.integrations.diffusers import (
     JOINT_WEIGHTS,
     DiffusersBlock,
     adaptive_norm,
+    backend,
+    clipped,
     feed_forward,
     mlp,
     modulations,
@@ -78,7 +80,7 @@ class FluxTransformerBlock(DiffusersBlock):
         x = mlp(ops, self.ff, x, parts[3:], self.norm2.eps)
         context = add(ops, attn.to_add_out, attended_text, context_parts[2], context)
         context = mlp(ops, self.ff_context, context, context_parts[3:], self.norm2_context.eps)
-        return _clipped(context), x
+        return clipped(context), x
 
 
 @serves(f"{FLUX}.FluxSingleTransformerBlock")
@@ -129,7 +131,7 @@ class FluxSingleTransformerBlock(DiffusersBlock):
         attended = attend(ops, _rotated(q, image_rotary_emb), _rotated(k, image_rotary_emb), v)
         hidden = project(ops, x, parts[:2], eps, self.proj_mlp, gelu=True)
         x = add(ops, self.proj_out, torch.cat([attended, *hidden], dim=2), parts[2], x)
-        return _clipped(x).split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
+        return clipped(x).split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
 
 
 def _attention(block: Any) -> str | None:
@@ -137,21 +139,10 @@ def _attention(block: Any) -> str | None:
         unlike(block, "attn", f"{FLUX}.FluxAttention")
         or differs(block.attn, "attn", fused_projections=False)
         or processed(block.attn, "attn", f"{FLUX}.FluxAttnProcessor")
-        or _backend()
+        or backend()
     )
-
-
-def _backend() -> str | None:
-    """None where diffusers is to attend by PyTorch's own attention, as without being asked."""
-    backends = loaded("diffusers.models.attention_dispatch._AttentionBackendRegistry")
-    active = getattr(backends, "_active_backend", None)
-    return None if active == "native" else f"diffusers' attention backend is {active!r}"
 
 
 def _rotated(x: Tensor, rotary: Any) -> Tensor:
     """By diffusers' own function."""
     return x if rotary is None else sys.modules[FLUX].apply_rotary_emb(x, rotary, sequence_dim=1)
-
-
-def _clipped(x: Tensor) -> Tensor:
-    return x.clip(-65504, 65504) if x.dtype is torch.float16 else x

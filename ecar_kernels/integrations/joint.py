@@ -10,6 +10,7 @@ from ecar_kernels.integrations.branches import add, attend
 from ecar_kernels.integrations.checks import differs, has_parameters
 from ecar_kernels.integrations.diffusers import (
     JOINT_WEIGHTS,
+    PROCESSORS,
     DiffusersBlock,
     adaptive_norm,
     attention,
@@ -47,7 +48,7 @@ class JointTransformerBlock(DiffusersBlock):
             differs(block, _chunk_size=None)
             or adaptive_norm(block, "norm1", "SD35AdaLayerNormZeroX" if dual else ZERO)
             or adaptive_norm(block, "norm1_context", CONTINUOUS if last else ZERO)
-            or attention(block, "attn", "JointAttnProcessor2_0")
+            or attention(block, "attn", f"{PROCESSORS}.JointAttnProcessor2_0")
             or head_norms(block, "attn", "norm_q", "norm_k", "norm_added_q", "norm_added_k")
             or has_parameters(block, "norm2")
             or feed_forward(block, "ff")
@@ -91,6 +92,6 @@ class JointTransformerBlock(DiffusersBlock):
 
 
 def _second_attention(block: Any) -> str | None:
-    return attention(block, "attn2", "JointAttnProcessor2_0") or head_norms(
+    return attention(block, "attn2", f"{PROCESSORS}.JointAttnProcessor2_0") or head_norms(
         block, "attn2", "norm_q", "norm_k"
     )

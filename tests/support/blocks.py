@@ -9,6 +9,7 @@ from diffusers.models.transformers.transformer_flux import (
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
 )
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from torch import Tensor, nn
 
 from benchmarks.copied import AdaLNSelfAttn, DiTBlock, SimpleMLPAdaLN
@@ -49,6 +50,12 @@ def rotary() -> tuple[Tensor, Tensor]:
 
 def flux_streams(batch: int) -> dict[str, Any]:
     return streams(batch) | {"image_rotary_emb": rotary()}
+
+
+def qwen_arguments(batch: int) -> dict[str, Any]:
+    angles = torch.randn(TOKENS + TEXT, HEAD_DIM // 2)
+    turns = torch.polar(torch.ones_like(angles), angles).split([TOKENS, TEXT])
+    return streams(batch) | {"encoder_hidden_states_mask": None, "image_rotary_emb": turns}
 
 
 def dit(**options: Any) -> BasicTransformerBlock:
@@ -148,6 +155,7 @@ BLOCKS = {
     "SD3 last": Block(lambda: joint(context_pre_only=True), streams, image_alone),
     "Flux": Block(lambda: FluxTransformerBlock(WIDTH, HEADS, HEAD_DIM), flux_streams),
     "Flux single": Block(lambda: FluxSingleTransformerBlock(WIDTH, HEADS, HEAD_DIM), flux_streams),
+    "Qwen": Block(lambda: QwenImageTransformerBlock(WIDTH, HEADS, HEAD_DIM), qwen_arguments),
     "DiT's own": Block(
         lambda: DiTBlock(WIDTH, HEADS),
         lambda batch: {"x": tokens(batch), "c": torch.randn(batch, WIDTH)},

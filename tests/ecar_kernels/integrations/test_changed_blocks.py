@@ -90,7 +90,7 @@ def hooked(result):
 
 
 WHOLE = {"attn", "attn1", "ff", "ffn", "mlp", "norm1", "norm", "ln_wo_grad", "drop_path"}
-WHOLE |= {"final_layer", "res_blocks.0"}
+WHOLE |= {"final_layer", "res_blocks.0", "img_mlp", "img_norm1"}
 
 
 def whole_parts(block):
@@ -348,7 +348,7 @@ def each_dropout_off(block):
 def widened(value):
     if isinstance(value, tuple):
         return tuple(map(widened, value))
-    return value.double() if value.is_floating_point() else value
+    return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
 
 
 @pytest.fixture

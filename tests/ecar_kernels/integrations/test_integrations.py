@@ -45,7 +45,7 @@ def uses(name):
 def moved(value, device):
     if isinstance(value, tuple):
         return tuple(moved(part, device) for part in value)
-    return value.to(device)
+    return value if value is None else value.to(device)
 
 
 def case(name, dtype, device="cpu", batch=2, std=0.2):
