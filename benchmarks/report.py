@@ -22,6 +22,7 @@ KINDS = {
     "training": "benchmarks.paper.training",
     "memory": "benchmarks.memory",
     "busy": "benchmarks.busy",
+    "integrations": "benchmarks.integrations",
     "example": "examples.compare",
     "gpu": "benchmarks.gpu.work",
     "quality": "benchmarks.quality",
