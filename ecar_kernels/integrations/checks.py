@@ -32,17 +32,17 @@ def unlike(block: nn.Module, name: str, *kinds: str | type[nn.Module]) -> str | 
 
     kinds: classes, or the full names of other libraries'.
     """
-    module = part(block, name)
-    known = [
-        found
-        for kind in kinds
-        if (found := loaded(kind) if isinstance(kind, str) else kind) is not None
-    ]
-    # What is wrong with it, if it is of one of them, rather than which class it is not of.
-    known.sort(key=lambda kind: not isinstance(module, kind))
+    module, known = part(block, name), None
+    for kind in kinds:
+        found = loaded(kind) if isinstance(kind, str) else kind
+        if found is not None:
+            known = found if known is None else known
+            if isinstance(module, found):  # else what is said is of the first
+                known = found
+                break
     reason: str | None = f"a {type(module).__name__}"
-    if known:
-        reason = _written.why_not(module, known[0]) or why_patched(known[0])
+    if known is not None:
+        reason = _written.why_not(module, known) or why_patched(known)
     return None if reason is None else f"{name}: {reason}"
 
 

@@ -23,8 +23,8 @@ _VIEWS |= {"detach", "getattr", "squeeze", "unflatten", "view"}
 class _Tracer(fx.proxy.GraphAppendingTracer):
     """Records what is done with its proxies."""
 
-    def create_proxy(self, kind: str, target: Any, args: tuple, kwargs: dict, **more: Any) -> Any:
-        made = super().create_proxy(kind, target, args, kwargs, **more)
+    def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
+        made: Any = super().create_proxy(kind, target, *args, **kwargs)
         if "chunk" in (target, getattr(target, "__name__", None)):
             return tuple(made[index] for index in range(made.node.args[1]))
         return made
@@ -155,7 +155,7 @@ def _name(node: fx.Node) -> str:
 
 
 def _in_place(node: fx.Node) -> bool:
-    name = getattr(node.target, "__name__", node.target)
+    name: Any = getattr(node.target, "__name__", node.target)
     return node.op in ("call_method", "call_function") and name.endswith("_")
 
 

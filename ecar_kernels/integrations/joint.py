@@ -81,8 +81,8 @@ class JointTransformerBlock(DiffusersBlock):
         attended, attended_text = attend(ops, q, k, v).split([x.shape[1], context.shape[1]], dim=1)
         added = add(ops, attn.to_out[0], attended, parts[2], x)
         if self.use_dual_attention:  # also of the x before the first
-            second = queries_keys_values(ops, self.attn2, x, parts[6:8], norm.norm.eps)
-            added = add(ops, self.attn2.to_out[0], attend(ops, *second), parts[8], added)
+            q, k, v = queries_keys_values(ops, self.attn2, x, parts[6:8], norm.norm.eps)
+            added = add(ops, self.attn2.to_out[0], attend(ops, q, k, v), parts[8], added)
         x = mlp(ops, self.ff, added, parts[3:6], self.norm2.eps)
         if self.context_pre_only:
             return None, x
