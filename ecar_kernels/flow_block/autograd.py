@@ -13,6 +13,7 @@ than `widest`, is PyTorch's ops from end to end.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -178,7 +179,7 @@ def linear_gated_residual(
             h, weight, _, gate, step_gate, branch = ctx.saved_tensors
             of_h, of_weight, of_bias, of_gate, of_residual, of_step = ctx.needs_input_grad
             of_branch = of_h or of_weight or of_bias
-            found = None, None, None
+            found: Any = (None,) * 3
             if of_branch or of_gate or of_step:
                 given = rows_of(grad)
                 # That of the branch alone does not depend on its values.
