@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import warnings
 from collections.abc import Callable
@@ -28,6 +30,7 @@ __all__ = [
     "describe",
     "held_out_data",
     "initial_model",
+    "keep_freed_memory",
     "make_accelerator",
     "make_balance",
     "make_optimizer",
@@ -36,6 +39,8 @@ __all__ = [
 
 _KEPT = 1 << 30  # bytes: images in files that take less as pixels are decoded once
 _CLASSES = "ar.class_embedding.weight"
+# glibc's mallopt: what is asked of the kernel block by block, and what is given back to it.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _NEVER = -1, -3, 2**31 - 1
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -68,6 +73,19 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what a step frees for the next one, where it is glibc.
+
+    It would give large blocks back to the kernel, which fills them with zeros when they are asked
+    for again: in a step of the MNIST preset 9,000 pages, a fifteenth of its time. The peak is the
+    same.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+            mallopt(option, _NEVER)
 
 
 def training_data(

@@ -21,6 +21,7 @@ from ecar.training.build import (
     describe,
     held_out_data,
     initial_model,
+    keep_freed_memory,
     make_accelerator,
     make_balance,
     make_optimizer,
@@ -103,6 +104,8 @@ class Trainer:
             )
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.batches = Batches(
             training_data(config, dataset, decode),
             seed=config.seed,
