@@ -145,7 +145,7 @@ class AutoencoderKLCodec:
 
     def describe(self) -> dict[str, Any]:
         """What its latents depend on, as JSON: the weights' digest, shift and scale."""
-        shift, scale = (statistic.flatten().tolist() for statistic in self._statistics())
+        shift, scale = (statistic.flatten().tolist() for statistic in self.statistics())
         weights = weights_sha256(self.vae)
         return {"kind": self.kind, "weights": weights, "shift": shift, "scale": scale}
 
