@@ -15,6 +15,7 @@ from benchmarks import instructions, launches, results
 # Kinds of results in the order of the page, and the module that renders a record.
 KINDS = {
     "end_to_end": "benchmarks.end_to_end",
+    "runtimes": "benchmarks.runtimes",
     "table3": "benchmarks.paper.table3",
     "table2": "benchmarks.paper.table2",
     "complexity": "benchmarks.paper.complexity",

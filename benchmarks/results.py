@@ -21,7 +21,17 @@ from ecar.evaluation.provenance import cpu_name
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
-PACKAGES = ("torch", "triton", "numpy", "diffusers", "flash-attn", "xformers")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "diffusers",
+    "flash-attn",
+    "xformers",
+    "openvino",
+    "onnxruntime",
+    "nncf",
+)
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 

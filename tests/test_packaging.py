@@ -208,6 +208,7 @@ def test_metadata(wheel):
         "gallery",
         "inception",
         "onnx",
+        "runtimes",
         "test",
         "train",
         "shards",

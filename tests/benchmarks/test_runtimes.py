@@ -1,0 +1,74 @@
+"""Rows of tiny models by every runtime that is installed; what is not says why."""
+
+import sys
+
+import pytest
+
+from benchmarks import results, runtimes
+from benchmarks.paper.dit import DiTSize
+from ecar import ECARConfig
+
+TINY = ECARConfig(
+    stage_sides=(4, 8, 16), channels=1, num_classes=3, width=16, heads=2, ar_layers=1, flow_blocks=1
+)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setattr(runtimes, "FILES", tmp_path / "files")
+    monkeypatch.setattr(runtimes.ECARConfig, "preset", lambda name: TINY)
+    monkeypatch.setitem(runtimes.dit.SIZES, runtimes.PEER, DiTSize(1, 16, 2, latent_side=8))
+    monkeypatch.setattr(runtimes, "TURN", 0.0)
+    # Which takes minutes to compile.
+    monkeypatch.setitem(runtimes.RUNTIMES, "torch.compile", runtimes.eager)
+
+
+@pytest.mark.parametrize("case", ["block-16", "step-64", "image", "DiT-B-call"])
+def test_every_way_has_the_same_result(case):
+    row = runtimes.measure(f"{case}-float32", 0.0)
+    ways = {"eager", "torch.compile", "OpenVINO", "ONNX Runtime", runtimes.OURS}
+    assert row["seconds"].keys() | row["absent"].keys() == ways
+    assert {"eager", "torch.compile"} <= row["seconds"].keys()
+    assert all(error < 1e-5 for error in row["errors"].values()), row["errors"]
+    assert (runtimes.OURS in row["seconds"]) == (case != "DiT-B-call")
+
+
+def test_sixteen_bits_are_compared_with_float32():
+    errors = runtimes.measure("step-16-bfloat16", 0.0)["errors"]
+    assert {"eager", runtimes.OURS} <= errors.keys()
+    assert all(0 < error < 0.1 for error in errors.values())
+
+
+def test_what_is_not_installed_says_so(monkeypatch):
+    for package in ("openvino", "onnxruntime", "onnxscript"):
+        monkeypatch.setitem(sys.modules, package, None)
+    row = runtimes.measure("block-16-int8", 0.0)
+    assert row["seconds"] == {}
+    assert "openvino" in row["absent"]["OpenVINO"]
+    text = runtimes.render({"rows": [row]})
+    assert "- OpenVINO: ModuleNotFoundError: import of openvino" in text
+    assert "| block-16-int8 |            - |" in text
+
+
+def test_rows_are_merged(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["runtimes", "--list", "-k", "step", "int8"])
+    assert runtimes.main() == 0
+    assert capsys.readouterr().out.splitlines() == [f"step-{n}-int8" for n in (16, 64, 256)]
+    monkeypatch.setattr(
+        runtimes, "measure", lambda name, seconds: {
+            "name": name, "seconds": {"eager": {"median": seconds}}, "errors": {}, "absent": {},
+        },
+    )  # fmt: skip
+    for words in (["step-64-float32"], ["step-16-float32"], ["step-64-float32"]):
+        command = ["runtimes", "-k", *words, "--seconds", "2", "--results", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", command)
+        assert runtimes.main() == 0
+    record = results.read(results.path("runtimes", tmp_path))
+    assert [row["name"] for row in record["rows"]] == ["step-16-float32", "step-64-float32"]
+
+
+def test_a_wrong_selection_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["runtimes", "-k", "nothing"])
+    with pytest.raises(SystemExit):
+        runtimes.main()
+    assert "no row's name contains all of nothing" in capsys.readouterr().err
