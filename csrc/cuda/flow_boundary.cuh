@@ -4,6 +4,9 @@
 // Euler update, and the next step's embedding with positions. A block takes `group` tokens of one
 // image, with guidance both of their rows, so that a weight read once serves them all. Sums are
 // in float, each in an order that neither the batch nor the group changes.
+//
+// Where there are few tokens, several blocks do the same token and embed a slice of the channels
+// each, and what is read after the first sums is asked for before them.
 
 #include "cuda/flow_step.cuh"
 
@@ -13,6 +16,7 @@ namespace cuda {
 constexpr int kBoundaryThreads = 256;
 constexpr int kGroup = 4;                      // tokens of a block, at most
 constexpr std::int64_t kBoundaryShared = 96 << 10;  // sm_120 gives a block 99 KiB
+constexpr std::int64_t kBoundaryBlocks = 128;       // about one for each multiprocessor
 
 // In floats: normalised rows, their velocities, the new states, warps' sums.
 ECAR_HOST_DEVICE std::int64_t boundary_shared(const FlowBoundary& a, int group) {
@@ -24,6 +28,14 @@ ECAR_HOST_DEVICE std::int64_t boundary_shared(const FlowBoundary& a, int group) 
 ECAR_HOST_DEVICE int boundary_group(const FlowBoundary& a) {
   const bool fits = boundary_shared(a, kGroup) * 4 <= kBoundaryShared;
   return fits && a.images * a.tokens >= 1024 ? kGroup : 1;
+}
+
+// Blocks of a group, each with its slice of the channels to embed: of no fewer than its threads.
+ECAR_HOST_DEVICE std::int64_t boundary_slices(const FlowBoundary& a, int group) {
+  const std::int64_t groups = a.images * ((a.tokens + group - 1) / group);
+  const std::int64_t slices = (a.channels + kBoundaryThreads - 1) / kBoundaryThreads;
+  const std::int64_t wanted = groups > 0 ? kBoundaryBlocks / groups : 1;
+  return wanted < 1 ? 1 : wanted < slices ? wanted : slices;
 }
 
 __device__ inline float warp_sum(float value) {
@@ -61,9 +73,46 @@ __device__ inline bool whole_vectors(const void* data, int row) {
   return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && row % kVector<T> == 0;
 }
 
+template <class T>
+__device__ inline bool whole_vectors(const Rows& rows, int row) {
+  return whole_vectors<T>(rows.data, row) && rows.image_stride % kVector<T> == 0 &&
+         rows.token_stride % kVector<T> == 0;
+}
+
 __device__ inline void load_shared(const float* from, float (&to)[4]) {
   const float4 read = *reinterpret_cast<const float4*>(from);
   to[0] = read.x, to[1] = read.y, to[2] = read.z, to[3] = read.w;
+}
+
+// `count` floats of shared memory, in 16 bytes where `whole`.
+template <int kCount>
+__device__ inline void load_row(const float* from, int count, bool whole, float (&to)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    float four[4] = {};
+    if (whole) {
+      load_shared(from + i, four);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) four[j] = i + j < count ? from[i + j] : 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) to[i + j] = four[j];
+  }
+}
+
+template <int kCount>
+__device__ inline void store_row(float* to, int count, bool whole, const float (&from)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) store(to + i, count - i, whole, from + i);
+}
+
+// Asks for `count` elements, 128 bytes a thread; nothing where there is no tensor.
+template <class T>
+__device__ inline void ask_for(const T* from, std::int64_t count) {
+  if (from == nullptr) return;
+  constexpr int kLine = 128 / sizeof(T);
+  for (std::int64_t i = threadIdx.x * kLine; i < count; i += blockDim.x * kLine) prefetch(from + i);
 }
 
 // A lane's part of one output's sums: of its 16 bytes of every 512 where the rows allow it.
@@ -103,7 +152,12 @@ __device__ inline void flow_boundary_block(const FlowBoundary& a, float* shared)
   constexpr int kRows = kTokens * kGuided;
   const int channels = static_cast<int>(a.channels), outputs = static_cast<int>(a.outputs);
   const std::int64_t groups = (a.tokens + kTokens - 1) / kTokens;
-  const std::int64_t image = blockIdx.x / groups, first = blockIdx.x % groups * kTokens;
+  const int slices = static_cast<int>(boundary_slices(a, kTokens));
+  const int slice = static_cast<int>(blockIdx.x % slices);
+  const std::int64_t group = blockIdx.x / slices;
+  const std::int64_t image = group / groups, first = group % groups * kTokens;
+  const int band = (channels + slices - 1) / slices;  // of channels that this block embeds
+  const int begin = slice * band, end = begin + band < channels ? begin + band : channels;
   float* y = shared;                       // [row][channel]
   float* velocity = y + kRows * channels;  // [row][output]
   float* state = velocity + kRows * outputs;
@@ -117,27 +171,65 @@ __device__ inline void flow_boundary_block(const FlowBoundary& a, float* shared)
     images[r] = image + (r / kTokens) * a.images;
   }
 
+  constexpr int kWidth = kVector<T>;  // channels of a thread at once
+  const int step = blockDim.x * kWidth;
+  const bool whole_x = whole_vectors<T>(a.x, channels);
+  const bool whole_y = channels % kWidth == 0;
   float total[kRows] = {};
-  for (int c = threadIdx.x; c < channels; c += blockDim.x) {
+  for (int c = threadIdx.x * kWidth; c < channels; c += step) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const float value = to_float(row_at<T>(a.x, images[r], tokens[r])[c]);
-      y[r * channels + c] = value;
-      total[r] += value;
+      float value[kWidth];
+      load(row_at<T>(a.x, images[r], tokens[r]) + c, channels - c, whole_x, value);
+      store_row(y + r * channels + c, channels - c, whole_y, value);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) total[r] += value[i];  // 0 past the row
     }
+  }
+  if (kTokens == 1) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      ask_for(row_at<T>(a.scale, images[r], tokens[r]), channels);
+      ask_for(row_at<T>(a.shift, images[r], tokens[r]), channels);
+      if (a.step_scale.data) ask_for(row_at<T>(a.step_scale, images[r], 0), channels);
+      if (a.step_shift.data) ask_for(row_at<T>(a.step_shift, images[r], 0), channels);
+    }
+    ask_for(static_cast<const T*>(a.weight), std::int64_t{outputs} * channels);
+    ask_for(static_cast<const T*>(a.bias), outputs);
+    ask_for(static_cast<const S*>(a.state) + image * a.state_image_stride +
+                first * a.state_token_stride,
+            outputs);
+    if (a.previous != nullptr) {
+      ask_for(static_cast<const S*>(a.previous) + image * a.previous_image_stride +
+                  first * a.previous_token_stride,
+              outputs);
+    }
+    ask_for(static_cast<const T*>(a.embed_weight) + std::int64_t{begin} * outputs,
+            std::int64_t{end - begin} * outputs);
+    ask_for(static_cast<const T*>(a.embed_bias) + begin, end - begin);
+    ask_for(static_cast<const T*>(a.positions) + first * channels + begin, end - begin);
   }
   block_sums(total, sums);
   float mean[kRows], square[kRows] = {};
 #pragma unroll
   for (int r = 0; r < kRows; ++r) mean[r] = total[r] / static_cast<float>(channels);
-  for (int c = threadIdx.x; c < channels; c += blockDim.x) {
+  for (int c = threadIdx.x * kWidth; c < channels; c += step) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const float deviation = y[r * channels + c] - mean[r];
-      square[r] = fmaf(deviation, deviation, square[r]);
+      float value[kWidth];
+      load_row(y + r * channels + c, channels - c, whole_y, value);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        const float deviation = i < channels - c ? value[i] - mean[r] : 0.0f;
+        square[r] = fmaf(deviation, deviation, square[r]);
+      }
     }
   }
   block_sums(square, sums);
+  const bool whole_token =
+      whole_vectors<T>(a.scale, channels) && whole_vectors<T>(a.shift, channels);
+  const bool whole_scale = whole_vectors<T>(a.step_scale, channels);
+  const bool whole_shift = whole_vectors<T>(a.step_shift, channels);
 #pragma unroll  // else mean and square need an address, so a stack
   for (int r = 0; r < kRows; ++r) {
     const float deviation = 1.0f / sqrtf(square[r] / static_cast<float>(channels) + a.eps);
@@ -145,11 +237,20 @@ __device__ inline void flow_boundary_block(const FlowBoundary& a, float* shared)
     const T* scale = row_at<T>(a.scale, images[r], tokens[r]);
     const T* step_shift = row_at<T>(a.step_shift, images[r], 0);
     const T* step_scale = row_at<T>(a.step_scale, images[r], 0);
-    for (int c = threadIdx.x; c < channels; c += blockDim.x) {
-      float by = 1.0f + to_float(scale[c]), plus = to_float(shift[c]);
-      if (a.step_scale.data != nullptr) by += to_float(step_scale[c]);
-      if (a.step_shift.data != nullptr) plus += to_float(step_shift[c]);
-      y[r * channels + c] = fmaf((y[r * channels + c] - mean[r]) * deviation, by, plus);
+    for (int c = threadIdx.x * kWidth; c < channels; c += step) {
+      const int count = channels - c;
+      float by[kWidth], plus[kWidth], step_by[kWidth] = {}, step_plus[kWidth] = {}, value[kWidth];
+      load(scale + c, count, whole_token, by);
+      load(shift + c, count, whole_token, plus);
+      if (a.step_scale.data != nullptr) load(step_scale + c, count, whole_scale, step_by);
+      if (a.step_shift.data != nullptr) load(step_shift + c, count, whole_shift, step_plus);
+      load_row(y + r * channels + c, count, whole_y, value);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        value[i] = fmaf((value[i] - mean[r]) * deviation, (1.0f + by[i]) + step_by[i],
+                        plus[i] + step_plus[i]);
+      }
+      store_row(y + r * channels + c, count, whole_y, value);
     }
   }
   __syncthreads();
@@ -186,21 +287,21 @@ __device__ inline void flow_boundary_block(const FlowBoundary& a, float* shared)
     const S* old = static_cast<const S*>(a.state) + image * a.state_image_stride +
                    token * a.state_token_stride;
     const std::int64_t place = (image * a.tokens + token) * outputs + output;
-    S* to = static_cast<S*>(a.new_state) + place;
-    if (a.kept != nullptr) from_float(v, static_cast<S*>(a.kept)[place]);
+    if (a.kept != nullptr && slice == 0) from_float(v, static_cast<S*>(a.kept)[place]);
     if (a.previous != nullptr) {
       const S* previous = static_cast<const S*>(a.previous) + image * a.previous_image_stride +
                           token * a.previous_token_stride;
       v = v + half_ratio * (v - to_float(previous[output]));
     }
-    const float value = to_float(old[output]) + dt * v;
-    from_float(value, *to);
-    state[i] = to_float(*to);  // what the next step reads
+    S value;
+    from_float(to_float(old[output]) + dt * v, value);
+    if (slice == 0) static_cast<S*>(a.new_state)[place] = value;
+    state[i] = to_float(value);  // what the next step reads
   }
   __syncthreads();
 
   const bool whole_embed = whole_vectors<T>(a.embed_weight, outputs);
-  for (int c = threadIdx.x; c < channels; c += blockDim.x) {
+  for (int c = begin + threadIdx.x; c < end; c += blockDim.x) {
     const T* weight = static_cast<const T*>(a.embed_weight) + std::int64_t{c} * outputs;
     float sum[kTokens] = {};
     for (int first_output = 0; first_output < outputs; first_output += kVector<T>) {

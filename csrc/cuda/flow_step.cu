@@ -70,8 +70,8 @@ int launch_units(void (*wide_kernel)(Arguments, std::int64_t),
 template <class T, class S, int kTokens, int kGuided>
 int launch_boundary(const FlowBoundary& a, void* stream) {
   return launch(flow_boundary_kernel<T, S, kTokens, kGuided>,
-                a.images * ceil_div(a.tokens, kTokens), kBoundaryThreads,
-                boundary_shared(a, kTokens) * 4, stream, a);
+                a.images * ceil_div(a.tokens, kTokens) * boundary_slices(a, kTokens),
+                kBoundaryThreads, boundary_shared(a, kTokens) * 4, stream, a);
 }
 
 template <class T, class S>

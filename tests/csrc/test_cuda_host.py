@@ -202,7 +202,9 @@ def test_flow_boundary(host, group, history, guided, dtype, wide_state):
         (launch,) = host.launched
         state = "float" if wide_state else KINDS[dtype]
         assert launch.kernel == f"flow_boundary {KINDS[dtype]} {state} {group} {1 + guided}"
-        assert launch.blocks == batch * -(-case["tokens"] // group) and launch.threads == 256
+        groups = batch * -(-case["tokens"] // group)
+        slices = max(1, min(128 // groups, -(-case["channels"] // 256)))
+        assert launch.blocks == groups * slices and launch.threads == 256
         # The order of a sum depends on neither the batch nor the group.
         one = {
             name: value[1::batch]
@@ -288,7 +290,11 @@ EDGES = [
     (BOUNDARY, (1, 1024, 6081, 16, False), 1024, 256, 4 * (6081 + 48) + 64),
     (BOUNDARY, (1, 1024, 3016, 16, True), 256, 256, 96 << 10),
     (BOUNDARY, (1, 1024, 3017, 16, True), 1024, 256, 8 * (3017 + 48) + 64),
-    (BOUNDARY, (1, 16, 8192, 64, True), 16, 256, 8 * (8192 + 96) + 256),
+    # About 128 blocks of few tokens, each with 256 channels or more to embed.
+    (BOUNDARY, (1, 16, 8192, 64, True), 128, 256, 8 * (8192 + 96) + 256),
+    (BOUNDARY, (1, 16, 768, 16, False), 48, 256, 4 * (768 + 48) + 64),
+    (BOUNDARY, (2, 64, 768, 16, False), 128, 256, 4 * (768 + 48) + 64),
+    (BOUNDARY, (1, 64, 768, 16, False), 128, 256, 4 * (768 + 48) + 64),
     (BOUNDARY, (MOST_BLOCKS, 4, 8, 4, False), MOST_BLOCKS, 256, 16 * (8 + 36) + 64),
     (BOUNDARY, (MOST_BLOCKS + 1, 4, 8, 4, False), None, 256, 0),
     (BOUNDARY, (2**32 + 1, 4, 8, 4, False), None, 256, 0),
