@@ -17,6 +17,7 @@ import torch
 from ecar_kernels import _numbers
 
 OLDEST_CAPABILITY = (8, 0)
+DEPENDENT_VARIABLE = "ECAR_DEPENDENT_LAUNCH"
 NAMESPACE = "ecar_triton"
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -83,6 +84,24 @@ def multiprocessors(device_index: int | None = None) -> int:
     if interpreting():
         return 4
     return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+@functools.cache
+def launch_options(device_index: int | None = None) -> dict[str, bool]:
+    """Of kernels with an argument DEPENDENT, which begin before the kernel before them on the
+    stream has ended, and then wait for it (programmatic dependent launch).
+
+    On GPUs of compute capability 9.0 and newer; not where ECAR_DEPENDENT_LAUNCH=0.
+    """
+    from triton.language.extra import cuda
+
+    dependent = (
+        not interpreting()
+        and os.environ.get(DEPENDENT_VARIABLE) != "0"
+        and architecture(device_index) >= 90
+        and hasattr(cuda, "gdc_wait")  # of Triton 3.5 and newer
+    )
+    return {"DEPENDENT": True, "launch_pdl": True} if dependent else {"DEPENDENT": False}
 
 
 def product_precision(dtype: torch.dtype) -> str:

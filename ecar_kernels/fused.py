@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ecar_kernels._written import as_written, has_affine
 from ecar_kernels.acceleration import PUBLIC, Ops, unit_gate
+from ecar_kernels.ops import BoundOp
 
 T = TypeVar("T", Tensor, Tensor | None)
 Left = dict[str, Tensor | None]
@@ -193,8 +194,9 @@ def norm_mlp_residual(
 
 
 def _knows_statistics(op: Callable) -> bool:
-    """Does it leave them, or take them? See `BoundOp`."""
-    return getattr(op, "statistics", False)
+    """Does linear_gated_residual return its rows' moments, too, with return_statistics=True; or
+    does adaln_linear take those of x as `statistics`?"""
+    return isinstance(op, BoundOp) and op.implementation.statistics
 
 
 def _act(y: Tensor, gelu: bool) -> Tensor:

@@ -314,40 +314,18 @@ class FlowBlock(_Attention):
         Returns:
             The residual stream [B, N, C].
         """
-        left = {} if left is None else left
-        x = rows(x)
+        x, left = rows(x), {} if left is None else left
         parts = [rows(part) for part in (*spatial, *step)]
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts[:6]
-        t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = parts[6:]
         ops = self.ops(x, *parts)
+        more: dict[str, Any] = {"eps": self.eps, "left": left}
         qkv = fused.adaln_linear(
-            ops,
-            self.qkv,
-            x,
-            shift,
-            scale,
-            step_shift=t_shift,
-            step_scale=t_scale,
-            eps=self.eps,
-            left=left,
+            ops, self.qkv, x, *parts[:2], step_shift=parts[6], step_scale=parts[7], **more
         )
         x = fused.linear_gated_residual(
-            ops, self.proj, self.attend(qkv), gate, x, step_gate=t_gate, left=left
+            ops, self.proj, self.attend(qkv), parts[2], x, step_gate=parts[8], left=left
         )
-        return fused.mlp_gated_residual(
-            ops,
-            self.mlp,
-            MLP,
-            x,
-            mlp_shift,
-            mlp_scale,
-            mlp_gate,
-            step_gate=t_mlp_gate,
-            step_shift=t_mlp_shift,
-            step_scale=t_mlp_scale,
-            eps=self.eps,
-            left=left,
-        )
+        more |= zip(("step_shift", "step_scale", "step_gate"), parts[9:], strict=True)
+        return fused.mlp_gated_residual(ops, self.mlp, MLP, x, *parts[3:6], **more)
 
 
 @accelerates(AdaLN)

@@ -47,8 +47,7 @@ class Implementation:
     width_step: int = 1  # the last dimension is a multiple of it
     named_only: tuple[str, ...] = ()  # devices that it serves only where asked for by name
     missing: Callable[[], str | None] = _always_available  # what this machine lacks
-    # what this machine lacks for one of the devices
-    missing_on: dict[str, Callable[[], str | None]] = field(default_factory=dict)
+    missing_on: dict[str, Callable[[], str | None]] = field(default_factory=dict)  # on a device
     prepare: str = ""  # "module:function" of (weight, keep), where it packs weights
     statistics: bool = False  # it leaves its rows' statistics, or takes them (fused.py)
     op: str = ""  # the op's name and the backend's, which its family fills in
@@ -114,8 +113,7 @@ class BoundOp:
     op, backend: their names. function: what a call runs. limits: what the backend serves, in
     words. prepare_weight: a function of (weight, keep) that packs a weight ahead of its first use,
     next to the plain one or, with keep False, in its place; None where weights are used as they
-    are. statistics: linear_gated_residual takes return_statistics=True and then returns the
-    moments of its rows, too, and adaln_linear takes those of x as `statistics`.
+    are.
     """
 
     __slots__ = ("backend", "function", "implementation", "op", "prepare_weight")
@@ -131,10 +129,6 @@ class BoundOp:
     @property
     def limits(self) -> str:
         return self.implementation.limits()
-
-    @property
-    def statistics(self) -> bool:
-        return self.implementation.statistics
 
     def __repr__(self) -> str:
         return f"<{self.op} by {self.backend}>"

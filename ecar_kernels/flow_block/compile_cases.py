@@ -30,7 +30,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
     """What `launch` can choose on `arch`, with every argument that may be None given."""
     for dtype, itemsize in _TYPES.items():
         for channels in (1024, 2048):
-            block = {"BLOCK": launch.row_block(channels)}
+            block = {"BLOCK": launch.row_block(channels), "DEPENDENT": arch >= 90}
             yield _case(
                 kernels.normalise_rows,
                 dtype,
@@ -42,14 +42,20 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
             for prologue in (False, True):
                 for tile in launch.tiles(itemsize, precision, arch, prologue=prologue):
                     for split in (False, True) if tile.splittable else (False,):
-                        yield from _products(dtype, precision, tile, split=split)
+                        yield from _products(dtype, precision, tile, arch, split=split)
             if dtype != "fp16":  # as bfloat16
                 for tile in launch.odd_tiles():
-                    yield from _products(dtype, precision, tile, odd=True)
+                    yield from _products(dtype, precision, tile, arch, odd=True)
 
 
 def _products(
-    dtype: str, precision: str, tile: launch.Settings, *, split: bool = False, odd: bool = False
+    dtype: str,
+    precision: str,
+    tile: launch.Settings,
+    arch: int,
+    *,
+    split: bool = False,
+    odd: bool = False,
 ) -> Iterator[CompileCase]:
     """odd: neither addresses nor sizes are multiples of 16, so that values are read singly."""
     constants = {
@@ -58,6 +64,7 @@ def _products(
         "BLOCK_K": tile.block_k,
         "PRECISION": precision,
         "SPLIT": split,
+        "DEPENDENT": arch >= 90,
     }
     how: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "odd": odd}
     name = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"

@@ -25,6 +25,14 @@ _GELU_SLOPE = tl.constexpr(-2 * 0.7978845608028654 * 1.4426950408889634)  # -2 s
 
 
 @triton.jit
+def _begin():
+    """The kernel before this one on the stream may still run: what it writes is there after this,
+    and what it reads may be written to. The kernel after this one may start, and wait likewise."""
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def _rows_of(view, row, tokens):
     """Where rows of a view [B, N, C] begin: (tensor, strides of B and N)."""
     tensor, image_stride, token_stride = view
@@ -100,9 +108,11 @@ def normalise_rows(
     x, x_image, x_token,
     shift, shift_image, shift_token, scale, scale_image, scale_token,
     step_shift, step_shift_image, step_scale, step_scale_image,
-    out, tokens, channels, eps, scale_offset, BLOCK: tl.constexpr,
+    out, tokens, channels, eps, scale_offset, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """adaln(x) of one row a program, into out [rows, channels]."""
+    if DEPENDENT:
+        _begin()
     row = tl.program_id(0)
     x = _rows_of((x, x_image, x_token), row, tokens)
     shift = _rows_of((shift, shift_image, shift_token), row, tokens)
@@ -122,7 +132,7 @@ def normalise_rows(
 
 
 @triton.jit
-def _multiply(a, weight, inside, total, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+def _multiply(a, weight, inside, total, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr):
     """total + a [BLOCK_M, BLOCK_K] times the weight's tile, which `weight` points to.
 
     TRANSPOSED: by the product of the transposes. A warp group's first factor may lie in registers,
@@ -132,9 +142,8 @@ def _multiply(a, weight, inside, total, PRECISION: tl.constexpr, TRANSPOSED: tl.
     if _INTERPRETED:
         a, w = a.to(tl.float32), w.to(tl.float32)
     if TRANSPOSED:
-        return tl.trans(
-            tl.dot(tl.trans(w), tl.trans(a), tl.trans(total), input_precision=PRECISION)
-        )
+        y = tl.dot(tl.trans(w), tl.trans(a), tl.trans(total), input_precision=PRECISION)
+        return tl.trans(y)
     return tl.dot(a, w, total, input_precision=PRECISION)
 
 
@@ -159,15 +168,9 @@ def _share(inputs, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _product(
-    view,
-    weight_view,
-    sizes,
-    tile,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    view, weight_view, sizes, tile,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """x weight^T of this program's rows, outputs and share of the inputs.
 
     weight_view: (weight, stride of its rows). sizes: rows, tokens, outputs, inputs. tile: rows and
@@ -183,7 +186,7 @@ def _product(
         channel = first + tl.arange(0, BLOCK_K)
         inside = channel < inputs
         a = tl.load(x + channel[None, :], mask=inside[None, :], other=0.0)
-        total = _multiply(a, weight + channel[:, None], inside, total, PRECISION)
+        total = _multiply(a, weight + channel[:, None], inside, total, PRECISION, False)
     return total
 
 
@@ -194,22 +197,25 @@ def _weight_columns(weight_view, output, outputs):
 
 
 @triton.jit
+def _ask_for_weight(weight_view, outputs, inputs, output, BLOCK_K: tl.constexpr):
+    """Its lines of 128 bytes, into the L2 cache: also where the kernel before has not ended, for
+    nothing is read yet."""
+    weight = _weight_columns(weight_view, output, outputs)
+    begin, end = _share(inputs, BLOCK_K)
+    for first in range(begin, end, 4 * BLOCK_K):
+        channel = tl.minimum(first + tl.arange(0, 4) * BLOCK_K, inputs - 1)
+        line = (weight + channel[:, None]).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // $0", "=r,l", [line], tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def _normalised_product(
-    view,
-    statistics,
-    shift_view,
-    scale_view,
-    steps,
-    numbers,
-    weight_view,
-    sizes,
-    tile,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STATISTICS: tl.constexpr,
+    view, statistics, shift_view, scale_view, steps, numbers, weight_view, sizes, tile,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """adaln(x) weight^T, the normalised x made in registers and rounded to x's type.
 
     statistics: of `_given_statistics`, and STATISTICS the parts; or no pointer, and the channels
@@ -232,6 +238,7 @@ def _normalised_product(
     weight = _weight_columns(weight_view, output, outputs)
     begin, end = _share(inputs, BLOCK_K)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    TRANSPOSED: tl.constexpr = BLOCK_M * BLOCK_N > 4096
     row = row[:, None]
     for first in range(begin, end, BLOCK_K):
         channel = first + tl.arange(0, BLOCK_K)
@@ -245,7 +252,7 @@ def _normalised_product(
         a = (value.to(tl.float32) - pivot - mean) * rstd * factor + offset
         # Past the last input the mean remains, and in float16 it may overflow.
         a = tl.where(mask, a, 0.0).to(value.dtype)
-        total = _multiply(a, weight + channel[:, None], inside, total, PRECISION, BLOCK_M >= 64)
+        total = _multiply(a, weight + channel[:, None], inside, total, PRECISION, TRANSPOSED)
     return total
 
 
@@ -334,31 +341,26 @@ def adaln_linear(
     weight, weight_row, bias, out, sums, arrived, rows, tokens, outputs, inputs, eps, scale_offset,
     GELU: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, STATISTICS: tl.constexpr, PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """act(adaln(x) weight^T + bias). Where shift and scale are None, x is normalised already;
     statistics are None where none were left; sums and arrived without splits."""
     view, weight_view = (x, x_image, x_token), (weight, weight_row)
     sizes = rows, tokens, outputs, inputs
     tile = _tile(rows, outputs, BLOCK_M, BLOCK_N)
+    if DEPENDENT:
+        _ask_for_weight(weight_view, outputs, inputs, tile[1], BLOCK_K)
+        _begin()
     if shift is None:
         y = _product(view, weight_view, sizes, tile, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     else:
+        shift_view = shift, shift_image, shift_token
+        scale_view = scale, scale_image, scale_token
+        steps = step_shift, step_shift_image, step_scale, step_scale_image
         y = _normalised_product(
-            view,
-            (statistics, parts, width),
-            (shift, shift_image, shift_token),
-            (scale, scale_image, scale_token),
-            (step_shift, step_shift_image, step_scale, step_scale_image),
-            (eps, scale_offset),
-            weight_view,
-            sizes,
-            tile,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            STATISTICS,
-            PRECISION,
-        )
+            view, (statistics, parts, width), shift_view, scale_view, steps, (eps, scale_offset),
+            weight_view, sizes, tile, BLOCK_M, BLOCK_N, BLOCK_K, STATISTICS, PRECISION,
+        )  # fmt: skip
     last = True
     if SPLIT:
         last = _is_last(y, sums, arrived, rows, outputs, tile)
@@ -372,15 +374,17 @@ def adaln_linear(
 def linear_gated_residual(
     h, h_image, h_token, weight, weight_row, bias,
     gate, gate_image, gate_token, step_gate, step_gate_image,
-    residual, residual_image, residual_token, out, statistics, sums, arrived,
-    rows, tokens, outputs, inputs,
-    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    residual, residual_image, residual_token, out, statistics, sums, arrived, rows, tokens,
+    outputs, inputs, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """residual + (gate + step_gate) (h weight^T + bias)."""
     view, weight_view = (h, h_image, h_token), (weight, weight_row)
     sizes = rows, tokens, outputs, inputs
     tile = _tile(rows, outputs, BLOCK_M, BLOCK_N)
+    if DEPENDENT:
+        _ask_for_weight(weight_view, outputs, inputs, tile[1], BLOCK_K)
+        _begin()
     y = _product(view, weight_view, sizes, tile, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     last = True
     if SPLIT:

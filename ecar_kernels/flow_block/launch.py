@@ -63,6 +63,8 @@ def tiles(
 
     `precision` as _triton.product_precision has it.
     """
+    few: tuple[Settings, ...]
+    many: tuple[Settings, ...]
     if itemsize == 4 and precision == "ieee":
         # No matrix unit: operands go through registers, 16 inputs of them at a time, and each
         # thread has 8 (up to 16 rows), 16 (up to 32) or 32 sums. With 8 of 32 rows, Triton 3.6

@@ -116,6 +116,7 @@ def launch_adaln_linear(
             scale_offset,
             BLOCK=launch.row_block(channels),
             num_warps=launch.ROW_WARPS,
+            **_triton.launch_options(x.device.index),
         )
         x, modulation = normalised, (None, 0, 0, None, 0, 0, None, 0, None, 0)
         statistics = None
@@ -212,6 +213,7 @@ def _tile(its: launch.Settings, x: Tensor) -> dict:
         "PRECISION": _triton.product_precision(x.dtype),
         "num_warps": its.num_warps,
         "num_stages": its.num_stages,
+        **_triton.launch_options(x.device.index),
     }
 
 

@@ -42,11 +42,13 @@ def listed(shape: Shape, dtype: torch.dtype, sms: int, arch: int) -> Iterator[st
             launch.nanoseconds(replace(its, splits=splits), *problem) / 1000
             for splits in (its.splits, 1)
         )
-        yield (
-            f"{shape.rows:>6} rows, {inputs:>4} -> {outputs:>4} ({layer}): "
-            f"{its.block_m}x{its.block_n}x{its.block_k}, {its.splits} splits"
-            f"{', prologue' if its.prologue else ''}: {time:.1f} us, not split {whole:.1f} us"
-        )
+        line = f"{shape.rows:>6} rows, {inputs:>4} -> {outputs:>4} ({layer}): "
+        line += f"{its.block_m}x{its.block_n}x{its.block_k}{', prologue' if its.prologue else ''}"
+        if its.splits > 1:
+            line += f", {its.splits} splits: {time:.1f} us, not split {whole:.1f} us"
+        else:
+            line += f": {time:.1f} us"
+        yield line
 
 
 def runs(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Run]:
