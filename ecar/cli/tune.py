@@ -82,7 +82,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.width is not None and arguments.preset is not None:
         raise UsageError("--preset: not allowed with --width and --rows")
     if arguments.list:
-        return _list(arguments)
+        _list(arguments)
+        return
     if (reason := tune.why_not()) is not None:
         raise UsageError(f"nothing can be measured here: {reason}")
     device = chosen_device(arguments.device)
