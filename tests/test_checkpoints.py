@@ -38,6 +38,7 @@ def test_it_is_complete_and_small(folder):
     names = {path.name for path in folder.iterdir()}
     assert names >= {
         "README.md",
+        "bfloat16.json",
         "config.json",
         "evaluation.json",
         "log.csv",
@@ -110,3 +111,22 @@ def test_its_sweep_is_of_these_weights_and_has_its_default(folder):
         defaults[name] for name in ("num_inference_steps", "solver", "grid")
     ]
     assert best["error"] <= report["paper"]["error"]
+
+
+def test_what_bfloat16_changes_is_of_these_weights(folder):
+    report = json.loads((folder / "bfloat16.json").read_text("utf-8"))
+    pipeline, sampling = ECARPipeline.from_pretrained(folder), report["protocol"]["sampling"]
+    for name in ("num_inference_steps", "guidance_scale", "solver", "grid"):
+        assert sampling[name] == pipeline.defaults[name]
+    labels, seeds = torch.arange(8) % pipeline.model.config.num_classes, range(8)
+
+    def drawn():
+        return pipeline(labels, seeds=seeds, output_type="latent", progress=False).images
+
+    own = drawn()
+    pipeline.to(torch.bfloat16)
+    moved = drawn() - own
+    distance = (moved.square().mean() / own.square().mean()).sqrt().item()
+    assert sampling["weights_sha256"] == weights_sha256(pipeline.model)
+    said = report["before_cast"]["latents"]["distance"]
+    assert said / 4 < distance < 4 * said  # of 8 images, not of 64

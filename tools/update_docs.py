@@ -9,8 +9,9 @@ A page has places for them:
     <!-- contract: OP -->       an op's signature and docstring
     <!-- end of contract -->
 
-NAME is an op (one small table), a kind of `benchmarks.report.KINDS`, or "steps": the checkpoints'
-sweeps by `ecar steps`, which draws their pictures, too. The other pictures of docs/images/ are
+NAME is an op (one small table), a kind of `benchmarks.report.KINDS`, "steps": the checkpoints'
+sweeps by `ecar steps`, which draws their pictures, too, or "bfloat16": what `ecar evaluate --dtype
+bfloat16` has measured of them. The other pictures of docs/images/ are
 drawn by `python -m benchmarks.report --images`.
 """
 
@@ -103,6 +104,26 @@ def steps(root: Path = ROOT) -> str:
     return results.markdown(head, lines) if lines else NOT_MEASURED
 
 
+def bfloat16(root: Path = ROOT) -> str:
+    """What each checkpoint's images are in float32 and in bfloat16."""
+    lines = []
+    for file in sorted(root.glob("checkpoints/*/bfloat16.json")):
+        report = json.loads(file.read_text("utf-8"))
+        before, after, latents = (
+            report["before_cast"]["metrics"],
+            report["metrics"],
+            report["before_cast"]["latents"],
+        )
+        pairs = [
+            (f"{latents[name]:.4f}" for name in ("error_before", "error")),
+            (f"{column['label_accuracy']:.2%}" for column in (before, after)),
+            (f"{column['frechet_distance']:.3f}" for column in (before, after)),
+        ]
+        lines.append((file.parent.name, f"{latents['distance']:.4f}", *map(", ".join, pairs)))
+    head = ("checkpoint", "apart", "error", "read as asked", "Fréchet distance")
+    return results.markdown(head, lines) if lines else NOT_MEASURED
+
+
 def updated(text: str, root: Path = ROOT) -> str:
     """A page with everything in its places. Raises KeyError for an unknown name."""
 
@@ -112,8 +133,8 @@ def updated(text: str, root: Path = ROOT) -> str:
             made = contract(name)
         elif name == "ops":
             made = ops()
-        elif name == "steps":
-            made = steps(root)
+        elif name in ("steps", "bfloat16"):
+            made = {"steps": steps, "bfloat16": bfloat16}[name](root)
         elif name in OPS or name in report.KINDS:
             made = measured(name, root)
         else:
