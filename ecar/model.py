@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from ecar.files import atomic_folder, read_tensors, require_weights, write_tenso
 from ecar.flow import FlowHead
 from ecar.hub import checkpoint_folder, chosen_dtype, require_hub_options
 from ecar.transformer import ARTransformer
+from ecar_kernels import recompute
 
 __all__ = ["ECAR", "SharedLayer", "load_weights"]
 
@@ -43,13 +43,11 @@ class SharedLayer:
         if self.output.grad is None:
             raise ValueError("stage_gradients: expected to be called after the losses' backward")
         gradients = self.output.grad.split(self.stage_tokens, dim=1)
-        hiddens = self.hidden.detach().split(self.stage_tokens, dim=1)
+        z = recompute.gelu(self.hidden, recompute.gelu_is_ours(self.hidden))
         return torch.stack(
             [
-                (
-                    gradient.flatten(0, 1).T @ F.gelu(hidden.flatten(0, 1), approximate="tanh")
-                ).float()
-                for gradient, hidden in zip(gradients, hiddens, strict=True)
+                (gradient.flatten(0, 1).T @ part.flatten(0, 1)).float()
+                for gradient, part in zip(gradients, z.split(self.stage_tokens, dim=1), strict=True)
             ]
         )
 

@@ -187,18 +187,20 @@ class _GELULinear(torch.autograd.Function):
             torch.is_grad_enabled() or _transforms.active() or _transforms.is_batched_gradient(grad)
         )
         with torch.autocast(**ctx.autocast):
-            if weight_wanted:
-                grad_weight = weight_gradient(grad, gelu(x, ctx.ours and plain))
+            z = None
             if x_wanted:
                 grad_x = (grad @ weight).to(x.dtype)
                 if not plain:
                     grad_x = torch.ops.aten.gelu_backward.default(grad_x, x, approximate="tanh")
                 elif ctx.ours and grad_x.is_contiguous():
-                    torch.ops.ecar.gelu_backward_.default(grad_x, x)
+                    z = torch.ops.ecar.gelu_backward_.default(grad_x, x)  # both in one pass
                 else:
                     torch.ops.aten.gelu_backward.grad_input(
                         grad_x, x, approximate="tanh", grad_input=grad_x
                     )
+            if weight_wanted:
+                z = gelu(x, ctx.ours and plain) if z is None else z
+                grad_weight = weight_gradient(grad, z)
             return grad_x, grad_weight, bias_gradient(grad) if bias_wanted else None
 
 

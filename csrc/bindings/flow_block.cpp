@@ -102,7 +102,7 @@ Tensor gelu(const Tensor& x) {
   return y;
 }
 
-void gelu_backward_(const Tensor& grad, const Tensor& x) {
+Tensor gelu_backward_(const Tensor& grad, const Tensor& x) {
   const Dtype dtype = check_leading("x", x, x.dim());
   check_contiguous("x", x);
   if (grad.numel() != x.numel() || dtype_code(grad) != dtype_code(x)) {
@@ -110,10 +110,12 @@ void gelu_backward_(const Tensor& grad, const Tensor& x) {
   }
   check_contiguous("grad", grad);
   check_apart("grad", grad, x);
-  const flow_block::Gelu kernel = ECAR_CHOOSE(flow_block_kernels).gelu_backward[dtype];
+  const Tensor y = empty_as(x);
+  const flow_block::GeluBackward kernel = ECAR_CHOOSE(flow_block_kernels).gelu_backward[dtype];
   parallel(x.numel(), kGeluElements, [&](int64_t begin, int64_t end) {
-    kernel(x.const_data_ptr(), grad.mutable_data_ptr(), begin, end);
+    kernel(x.const_data_ptr(), grad.mutable_data_ptr(), y.mutable_data_ptr(), begin, end);
   });
+  return y;
 }
 
 // Floats that a call's workspace has at least.
@@ -135,7 +137,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
       "Tensor residual, Tensor? step_gate) -> Tensor");
   library.def("packed_workspace_size(int rows, int depth) -> int");
   library.def("gelu(Tensor x) -> Tensor");
-  library.def("gelu_backward_(Tensor(a!) grad, Tensor x) -> ()");
+  library.def("gelu_backward_(Tensor(a!) grad, Tensor x) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ecar, CPU, library) {

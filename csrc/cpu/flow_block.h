@@ -97,15 +97,17 @@ using Prepare = void (*)(const Input&, std::int64_t first, std::int64_t rows, st
 using Multiply = void (*)(const Output&, std::int64_t first, std::int64_t rows, std::int64_t begin,
                           std::int64_t end);
 
-// Elements [begin, end): y = gelu(x), or y *= gelu'(x).
+// Elements [begin, end): y = gelu(x); in the backward, grad *= gelu'(x), too.
 using Gelu = void (*)(const void* x, void* y, std::int64_t begin, std::int64_t end);
+using GeluBackward = void (*)(const void* x, void* grad, void* y, std::int64_t begin,
+                              std::int64_t end);
 
 struct Kernels {
   Pack pack[kDtypes];
   Prepare prepare[kDtypes];
   Multiply multiply[kDtypes];
   Gelu gelu[kDtypes];
-  Gelu gelu_backward[kDtypes];
+  GeluBackward gelu_backward[kDtypes];
 };
 
 }  // namespace flow_block

@@ -35,15 +35,19 @@ inline Vec gelu_tanh(Vec x) {
   return x / (1.0f + exp(minus_2u));
 }
 
-// Its derivative: s + x s (1 - s) (2u)' with s = 1 / (1 + e^-2u), and 1 - s = s e^-2u.
-inline Vec gelu_tanh_derivative(Vec x) {
-  x = x > 30.0f ? splat(30.0f) : x;  // 1 from there on, and 0 below the other; a NaN stays one
+// x s and its derivative s + x s (1 - s) (2u)' with s = 1 / (1 + e^-2u), and 1 - s = s e^-2u.
+struct GeluAndDerivative {
+  Vec value, derivative;
+};
+inline GeluAndDerivative gelu_tanh_and_derivative(Vec of) {
+  // The derivative is 1 from there on, and 0 below the other; a NaN stays one.
+  Vec x = of > 30.0f ? splat(30.0f) : of;
   x = x < -30.0f ? splat(-30.0f) : x;
   const Vec square = x * x;
   const Vec e = exp(x * fma(square, splat(-0.0713548163f), splat(-1.59576912f)));
   const Vec s = 1.0f / (1.0f + e);
   const Vec slope = x * fma(square, splat(3 * 0.0713548163f), splat(1.59576912f));
-  return fma(slope * (s * e), s, s);
+  return {of * s, fma(slope * (s * e), s, s)};
 }
 
 }  // namespace

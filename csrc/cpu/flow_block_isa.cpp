@@ -266,11 +266,13 @@ void gelu(const void* x, void* y, int64_t begin, int64_t end) {
 }
 
 template <class T>
-void gelu_backward(const void* x, void* grad, int64_t begin, int64_t end) {
+void gelu_backward(const void* x, void* grad, void* y, int64_t begin, int64_t end) {
   const T* from = static_cast<const T*>(x) + begin;
-  T* to = static_cast<T*>(grad) + begin;
+  T *its_grad = static_cast<T*>(grad) + begin, *to = static_cast<T*>(y) + begin;
   for_each(end - begin, [&](auto io, int64_t at) {
-    io.store(to + at, io.load(to + at) * gelu_tanh_derivative(io.load(from + at)));
+    const GeluAndDerivative its = gelu_tanh_and_derivative(io.load(from + at));
+    io.store(its_grad + at, io.load(its_grad + at) * its.derivative);
+    io.store(to + at, its.value);
   });
 }
 
