@@ -59,6 +59,7 @@ class _ExplicitCache(KVCache):
         self, config: ECARConfig, stage: int, keys: Tensor | None, values: Tensor | None
     ) -> None:
         self.stage_tokens, self.stages = config.stage_tokens, stage - 1
+        self.bound = None
         self._before = None if keys is None or values is None else (keys, values)
         self.written: list[tuple[Tensor, Tensor]] = []
 

@@ -79,6 +79,9 @@ def gradients_of(
     `grads` where grad mode is on.
     """
 
+    # vjp takes a parameter's memory as it finds it: a packed weight has to be read as a tensor is.
+    inputs = [x if x is None or type(x) is Tensor else x.view_as(x) for x in inputs]
+
     def of_tensors(*tensors):
         given = iter(tensors)
         return function(*(None if x is None else next(given) for x in inputs))

@@ -131,7 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_sampling(parser)
     add_device(parser)
-    add_dtype(parser, "float32", "; in another format than float32, also what it changes")
+    add_dtype(parser, "float32")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
 

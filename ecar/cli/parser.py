@@ -229,14 +229,13 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_dtype(parser: argparse.ArgumentParser, default: str, more: str = "") -> None:
+def add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
     """In which format of numbers to sample."""
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default=default,
-        help="of the weights and the network calls, the state is always float32; auto is bfloat16 "
-        f"on a CPU that multiplies it, else float32{more} (default: {default})",
+        help=f"of weights and calls; auto: bfloat16 where it is fast (default: {default})",
     )
 
 

@@ -43,8 +43,10 @@ class BackwardSettings(ForwardSettings):
 
     @property
     def max_registers(self) -> int:
-        """Where shared memory holds what comes next: those of two programs of 8 warps."""
-        return min(super().max_registers, 128 if self.prefetch else 255)
+        """Where shared memory holds what comes next: those of two programs of 8 warps. Of several
+        rows at once, which have 4 warps, some were spilled: those of three such programs."""
+        shared = 168 if self.rows > 1 else 128
+        return min(super().max_registers, shared if self.prefetch else 255)
 
     @property
     def loads(self) -> dict[str, int]:

@@ -41,8 +41,9 @@ class Settings:
     @property
     def splittable(self) -> bool:
         """Larger tiles are for rows enough to fill the chip, and with splits ptxas has too few
-        registers for them."""
-        return self.block_m * self.block_n <= 4096
+        registers for them, as for float32's (less than 64 inputs at a time) with a prologue."""
+        most = 2048 if self.prologue and self.block_k < 64 else 4096
+        return self.block_m * self.block_n <= most
 
 
 def row_block(channels: int) -> int:
@@ -80,7 +81,8 @@ def tiles(
         few = (
             Settings(16, 32, depth, 4, 6),
             Settings(16, 64, depth, 4, 6),
-            Settings(32, 32, depth, 4, stages + 1),
+            # ptxas spills 8 bytes of TF32's on sm_90, where the tile is split.
+            *((Settings(32, 32, depth, 4, stages + 1),) if itemsize == 2 or prologue else ()),
             Settings(32, 128, depth, 4, stages),
         )
         many = (

@@ -15,7 +15,7 @@ from ecar_kernels.flow_block import autograd, kernels, launch
 
 
 def _run_adaln_linear(
-    x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps, scale_offset, statistics
+    x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps, scale_offset, statistics=None
 ):
     return launch_adaln_linear(
         _settings("adaln_linear", x, weight),
@@ -216,7 +216,7 @@ def _tile(its: launch.Settings, x: Tensor) -> dict:
 
 
 def _fake_adaln_linear(
-    x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps, scale_offset, statistics
+    x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps, scale_offset, statistics=None
 ):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -234,7 +234,7 @@ def _fake_linear_gated_residual_statistics(h, weight, bias, gate, residual, step
 _adaln_linear = _triton.register(
     "adaln_linear(Tensor x, Tensor shift, Tensor scale, Tensor weight, Tensor? bias, "
     "Tensor? step_shift, Tensor? step_scale, bool gelu, float eps, float scale_offset, "
-    "Tensor? statistics) -> Tensor",
+    "Tensor? statistics=None) -> Tensor",
     _run_adaln_linear,
     _fake_adaln_linear,
 )

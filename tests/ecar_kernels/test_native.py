@@ -22,7 +22,9 @@ ROOT = Path(__file__).parent.parent.parent
 ELEMENTWISE = tuple(
     op
     for op in OPS
-    if "cpp" in registry.RECORDS[op].backends and op not in ("stage_attention", *INFERENCE_ONLY)
+    if (its := registry.RECORDS[op].backends.get("cpp")) is not None
+    and not its.prepare  # no product
+    and op not in ("stage_attention", *INFERENCE_ONLY)
 )
 SETS = ("avx512", "avx2", "baseline")
 

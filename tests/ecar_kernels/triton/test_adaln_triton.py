@@ -163,8 +163,8 @@ def test_opcheck(op, optional):
     whole = (not optional, True, optional)
     arguments = call(op, 2, 3, 24, layouts=CHUNK, whole=whole, steps=steps)
     forward = {
-        "adaln": triton._adaln,
-        "gated_residual": triton._gated_residual,
+        "adaln": triton.adaln_forward,
+        "gated_residual": triton.gated_residual_forward,
         "gated_residual_adaln": triton._both,
     }[op]
     backward = {
