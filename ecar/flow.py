@@ -216,15 +216,12 @@ class FlowHead(OpsModule):
     ) -> tuple[Tensor, Tensor | None]:
         """And, where the last block was called, what it gives to the final layer."""
         y = None
-        left: fused.Left = {}
         block: Any  # FlowBlocks, or what took their place
         for index, block in enumerate(self.blocks):
             own = slice(6 * index, 6 * index + 6)
             if not _called(block):
-                more = () if replaced(block, "infer") else (left,)
-                x, y = block.infer(x, spatial[own], step[own], *more), None
+                x, y = block.infer(x, spatial[own], step[own]), None
                 continue
-            left.clear()
             # The path of training, where a block is given its y.
             if y is None:
                 y = self._begin(x, spatial[own], step[own])

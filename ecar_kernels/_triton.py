@@ -4,7 +4,6 @@ On CUDA tensors they are compiled; on CPU tensors they run only in Triton's inte
 TRITON_INTERPRET=1 was set before Triton was first imported.
 """
 
-import ctypes
 import functools
 import importlib.util
 import os
@@ -17,7 +16,6 @@ import torch
 from ecar_kernels import _numbers
 
 OLDEST_CAPABILITY = (8, 0)
-DEPENDENT_VARIABLE = "ECAR_DEPENDENT_LAUNCH"
 NAMESPACE = "ecar_triton"
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -86,68 +84,11 @@ def multiprocessors(device_index: int | None = None) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
-@functools.cache
-def launch_options(device_index: int | None = None) -> dict[str, bool]:
-    """Of kernels with an argument DEPENDENT, which begin before the kernel before them on the
-    stream has ended, and then wait for it (programmatic dependent launch).
-
-    On GPUs of compute capability 9.0 and newer; not where ECAR_DEPENDENT_LAUNCH=0.
-    """
-    from triton.language.extra import cuda
-
-    dependent = (
-        not interpreting()
-        and os.environ.get(DEPENDENT_VARIABLE) != "0"
-        and architecture(device_index) >= 90
-        and hasattr(cuda, "gdc_wait")  # of Triton 3.5 and newer
-    )
-    return {"DEPENDENT": True, "launch_pdl": True} if dependent else {"DEPENDENT": False}
-
-
 def product_precision(dtype: torch.dtype) -> str:
     """`input_precision` of tl.dot: TF32 only where torch's own setting allows it."""
     # Not `allow_tf32`: reading it raises where the setting was made by its newer name, this one.
     allowed = dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
-
-
-_COUNTERS = 1024  # zeroed at once; a split product has fewer tiles than twice the multiprocessors
-_counters: dict[tuple, tuple[int, torch.Tensor]] = {}
-
-
-def counters(device: torch.device, count: int) -> torch.Tensor:
-    """At least `count` zeros, int32, for a kernel that leaves them as zeros when it ends.
-
-    The kernels of a stream run one after another and share them. A CUDA graph has its own, which
-    it zeroes when its replay begins, for it may be replayed next to what its stream runs.
-    """
-    stream, capture = _stream(device)
-    key = device, stream, bool(capture)
-    found, zeros = _counters.get(key, (0, None))
-    if zeros is None or found != capture or len(zeros) < count:
-        with torch.inference_mode(False):
-            zeros = torch.zeros(max(count, _COUNTERS), dtype=torch.int32, device=device)
-        _counters[key] = capture, zeros
-    return zeros
-
-
-def _stream(device: torch.device) -> tuple[int, int]:
-    """The current stream, and the number of the capture under way on it, or 0."""
-    if device.type != "cuda":
-        return 0, 0
-    stream = torch.cuda.current_stream(device).cuda_stream
-    return stream, capture_number(stream) if torch.cuda.is_current_stream_capturing() else 0
-
-
-def capture_number(stream: int) -> int:
-    """Of the capture under way on a stream: another one for each graph. torch does not tell it."""
-    status, number = ctypes.c_int(), ctypes.c_uint64()
-    error = ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2(
-        ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None
-    )
-    if error:
-        raise RuntimeError(f"CUDA error {error}: cuStreamGetCaptureInfo")
-    return number.value
 
 
 def register(schema: str, function: Callable, fake: Callable) -> Callable:

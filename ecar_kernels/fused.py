@@ -2,13 +2,8 @@
 
 Each takes `ops`, a module's (`OpsModule.ops`), and computes what the composition in its docstring
 does.
-
-Some backends know the statistics of the rows that they write. `left` is a dictionary that goes
-with a residual stream: what writes the stream leaves them there, or nothing, and what normalises
-it next need not read it twice.
 """
 
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.nn.functional as F
@@ -16,10 +11,8 @@ from torch import Tensor, nn
 
 from ecar_kernels._written import as_written, has_affine
 from ecar_kernels.acceleration import PUBLIC, Ops, unit_gate
-from ecar_kernels.ops import BoundOp
 
 T = TypeVar("T", Tensor, Tensor | None)
-Left = dict[str, Tensor | None]
 
 __all__ = [
     "adaln_linear",
@@ -80,7 +73,6 @@ def adaln_linear(
     scale: Tensor,
     *,
     gelu: bool = False,
-    left: Left | None = None,
     **options: object,
 ) -> Tensor:
     """act(layer(adaln(x, shift, scale, **options)))."""
@@ -93,25 +85,17 @@ def adaln_linear(
             layer.bias,
             activation="gelu_tanh" if gelu else None,
             **options,
-            **(left if left and _knows_statistics(ops.adaln_linear) else {}),
         )
     return _act(layer(ops.adaln(x, shift, scale, **options)), gelu)
 
 
 def norm_linear(
-    ops: Ops,
-    norm: nn.Module,
-    layer: nn.Module,
-    x: Tensor,
-    *,
-    gelu: bool = False,
-    left: Left | None = None,
+    ops: Ops, norm: nn.Module, layer: nn.Module, x: Tensor, *, gelu: bool = False
 ) -> Tensor:
     """act(layer(norm(x))): LayerNorm's bias is the shift and its weight all of the factor."""
     if has_affine(norm) and as_written(layer, nn.Linear) and norm.bias.shape == x.shape[-1:]:
         shift, scale = (p.expand(len(x), 1, -1) for p in (norm.bias, norm.weight))
-        options = {"eps": norm.eps, "scale_offset": 0.0}
-        return adaln_linear(ops, layer, x, shift, scale, gelu=gelu, left=left, **options)
+        return adaln_linear(ops, layer, x, shift, scale, gelu=gelu, eps=norm.eps, scale_offset=0.0)
     return _act(layer(norm(x)), gelu)
 
 
@@ -123,31 +107,21 @@ def linear_gated_residual(
     residual: Tensor,
     *,
     step_gate: Tensor | None = None,
-    left: Left | None = None,
 ) -> Tensor:
     """residual + (gate + step_gate) layer(h)."""
-    if left is not None:
-        left.clear()
     if as_written(layer, nn.Linear):
-        arguments = h, layer.weight, layer.bias, gate, residual
-        if left is None or not _knows_statistics(ops.linear_gated_residual):
-            return ops.linear_gated_residual(*arguments, step_gate=step_gate)
-        x, left["statistics"] = ops.linear_gated_residual(
-            *arguments, step_gate=step_gate, return_statistics=True
+        return ops.linear_gated_residual(
+            h, layer.weight, layer.bias, gate, residual, step_gate=step_gate
         )
-        return x
     return _gated_residual(ops, residual, layer(h), gate, step_gate)
 
 
-def linear_residual(
-    ops: Ops, layer: nn.Module, h: Tensor, residual: Tensor, *, left: Left | None = None
-) -> Tensor:
+def linear_residual(ops: Ops, layer: nn.Module, h: Tensor, residual: Tensor) -> Tensor:
     """residual + layer(h)."""
     if as_written(layer, nn.Linear):
-        gate = unit_gate(residual, residual.shape[-1])
-        return linear_gated_residual(ops, layer, h, gate, residual, left=left)
-    if left is not None:
-        left.clear()
+        return linear_gated_residual(
+            ops, layer, h, unit_gate(residual, residual.shape[-1]), residual
+        )
     return residual + layer(h)
 
 
@@ -161,42 +135,24 @@ def mlp_gated_residual(
     gate: Tensor,
     *,
     step_gate: Tensor | None,
-    left: Left | None = None,
     **options: object,
 ) -> Tensor:
     """x + (gate + step_gate) mlp(adaln(x, shift, scale, **options)), for an MLP of class `kind`
     with the layers fc1 and fc2 and a GELU between them."""
     if not as_written(mlp, kind):
-        if left is not None:
-            left.clear()
         branch = mlp(ops.adaln(x, shift, scale, **options))
         return _gated_residual(ops, x, branch, gate, step_gate)
-    hidden = adaln_linear(ops, mlp.fc1, x, shift, scale, gelu=True, left=left, **options)
-    return linear_gated_residual(
-        ops, mlp.fc2, rows(hidden), gate, x, step_gate=step_gate, left=left
-    )
+    hidden = adaln_linear(ops, mlp.fc1, x, shift, scale, gelu=True, **options)
+    return linear_gated_residual(ops, mlp.fc2, rows(hidden), gate, x, step_gate=step_gate)
 
 
 def norm_mlp_residual(
-    ops: Ops,
-    norm: nn.Module,
-    mlp: nn.Module,
-    kind: type[Any],
-    x: Tensor,
-    *,
-    left: Left | None = None,
+    ops: Ops, norm: nn.Module, mlp: nn.Module, kind: type[Any], x: Tensor
 ) -> Tensor:
     """x + mlp(norm(x)), likewise."""
     if not as_written(mlp, kind):
         return x + mlp(norm(x))
-    hidden = norm_linear(ops, norm, mlp.fc1, x, gelu=True, left=left)
-    return linear_residual(ops, mlp.fc2, rows(hidden), x)
-
-
-def _knows_statistics(op: Callable) -> bool:
-    """Does linear_gated_residual return its rows' moments, too, with return_statistics=True; or
-    does adaln_linear take those of x as `statistics`?"""
-    return isinstance(op, BoundOp) and op.implementation.statistics
+    return linear_residual(ops, mlp.fc2, rows(norm_linear(ops, norm, mlp.fc1, x, gelu=True)), x)
 
 
 def _act(y: Tensor, gelu: bool) -> Tensor:

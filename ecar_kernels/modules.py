@@ -295,37 +295,39 @@ class FlowBlock(_Attention):
             eps=self.eps,
         )
 
-    def infer(
-        self,
-        x: Tensor,
-        spatial: Sequence[Tensor],
-        step: Sequence[Tensor],
-        left: fused.Left | None = None,
-    ) -> Tensor:
-        """The inference path: five launches, up to 512 rows without an elementwise kernel.
+    def infer(self, x: Tensor, spatial: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
+        """The inference path: five launches, the normalised stream never reaches memory.
 
         Args:
             x: residual stream [B, N, C].
             spatial, step: six parts each, [B, N, C] and [1, 1, C] or [B, 1, C]: shift, scale
                 and gate of the attention, then of the MLP.
-            left: a dictionary with what the block before left of x for this one, which leaves
-                there what the next block may use; empty where x is no block's.
 
         Returns:
             The residual stream [B, N, C].
         """
-        x, left = rows(x), {} if left is None else left
+        x = rows(x)
         parts = [rows(part) for part in (*spatial, *step)]
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts[:6]
+        t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = parts[6:]
         ops = self.ops(x, *parts)
-        more: dict[str, Any] = {"eps": self.eps, "left": left}
         qkv = fused.adaln_linear(
-            ops, self.qkv, x, *parts[:2], step_shift=parts[6], step_scale=parts[7], **more
+            ops, self.qkv, x, shift, scale, step_shift=t_shift, step_scale=t_scale, eps=self.eps
         )
-        x = fused.linear_gated_residual(
-            ops, self.proj, self.attend(qkv), parts[2], x, step_gate=parts[8], left=left
+        x = fused.linear_gated_residual(ops, self.proj, self.attend(qkv), gate, x, step_gate=t_gate)
+        return fused.mlp_gated_residual(
+            ops,
+            self.mlp,
+            MLP,
+            x,
+            mlp_shift,
+            mlp_scale,
+            mlp_gate,
+            step_gate=t_mlp_gate,
+            step_shift=t_mlp_shift,
+            step_scale=t_mlp_scale,
+            eps=self.eps,
         )
-        more |= zip(("step_shift", "step_scale", "step_gate"), parts[9:], strict=True)
-        return fused.mlp_gated_residual(ops, self.mlp, MLP, x, *parts[3:6], **more)
 
 
 @accelerates(AdaLN)
@@ -384,10 +386,8 @@ class AcceleratedStageBlock(Accelerated, StageBlock):
         if ops is PUBLIC or not isinstance(self, Accelerated):  # restored, and still called
             return StageBlock.forward(self, x, stage_lengths, cache, layer)
         qkv = fused.norm_linear(ops, self.norm1, self.qkv, x)
-        left: fused.Left = {}
-        branch = self.attend(qkv, stage_lengths, cache, layer)
-        x = fused.linear_residual(ops, self.proj, branch, x, left=left)
-        return fused.norm_mlp_residual(ops, self.norm2, self.mlp, MLP, x, left=left)
+        x = fused.linear_residual(ops, self.proj, self.attend(qkv, stage_lengths, cache, layer), x)
+        return fused.norm_mlp_residual(ops, self.norm2, self.mlp, MLP, x)
 
 
 remember(AdaLN, GatedResidual, Linear, MLP, StageAttention, StageBlock, FlowBlock)

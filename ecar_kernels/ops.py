@@ -47,9 +47,9 @@ class Implementation:
     width_step: int = 1  # the last dimension is a multiple of it
     named_only: tuple[str, ...] = ()  # devices that it serves only where asked for by name
     missing: Callable[[], str | None] = _always_available  # what this machine lacks
-    missing_on: dict[str, Callable[[], str | None]] = field(default_factory=dict)  # on a device
+    # what this machine lacks for one of the devices
+    missing_on: dict[str, Callable[[], str | None]] = field(default_factory=dict)
     prepare: str = ""  # "module:function" of (weight, keep), where it packs weights
-    statistics: bool = False  # it leaves its rows' statistics, or takes them (fused.py)
     op: str = ""  # the op's name and the backend's, which its family fills in
     backend: str = ""
 

@@ -152,10 +152,9 @@ class FakeGPU(TorchDispatchMode):
         if self._depth == 0:
             self._stack = ExitStack()
             guard_devices()
-            for known in (_triton.architecture, _triton.multiprocessors, _triton.launch_options):
+            for known in (_triton.architecture, _triton.multiprocessors):
                 known.cache_clear()
                 self._stack.callback(known.cache_clear)
-            self._stack.enter_context(mock.patch.dict(_triton._counters, clear=True))
             self._stack.enter_context(self.runtime.patched())
             self._stack.enter_context(
                 installed(self._driver, self.specialised, compile_kernels=self.compile_kernels)
@@ -188,7 +187,6 @@ class FakeGPU(TorchDispatchMode):
                 run(thread)
 
         found = [
-            (_triton, "capture_number", self.runtime.capture_number),
             (torch.autograd, "grad", gradients),
             (threading.Thread, "run", with_gpu),
             (torch, "tensor", on_device),

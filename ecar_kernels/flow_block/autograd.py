@@ -54,10 +54,6 @@ def _linear_gated_residual_again(ctx, grad: Tensor) -> tuple[Tensor | None, ...]
     return *found[:4], grad, found[4]
 
 
-def needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any_requires_grad(*tensors)
-
-
 def _in_its_type(x: Tensor) -> torch.autocast:
     """For products: an op computes in its arguments' type, whatever autocast is in force."""
     return torch.autocast(x.device.type, enabled=False)
@@ -124,7 +120,7 @@ def adaln_linear(
         """act(adaln(x) weight^T + bias)."""
         given = x, shift, scale, weight, bias, step_shift, step_scale
         run = forward
-        if needs_gradient(*given):
+        if torch.is_grad_enabled() and any_requires_grad(*given):
             # One that a graph of torch.compile leaves open is a tensor.
             if isinstance(scale_offset, Tensor) or scale_offset != 1 or x.shape[-1] > widest:
                 return reference.adaln_linear(
@@ -212,7 +208,7 @@ def linear_gated_residual(
     ) -> Tensor:
         """residual + (gate + step_gate) (h weight^T + bias)."""
         given = h, weight, bias, gate, residual, step_gate
-        if needs_gradient(*given):
+        if torch.is_grad_enabled() and any_requires_grad(*given):
             if residual.shape[-1] > widest:
                 return reference.linear_gated_residual(*given[:5], step_gate=step_gate)
             return LinearGatedResidual.apply(*given)

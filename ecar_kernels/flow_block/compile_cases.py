@@ -8,10 +8,9 @@ from ecar_kernels.flow_block import kernels, launch
 
 _TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _FLOAT32 = ("statistics", "sums")
-_INTEGERS = ("rows", "tokens", "channels", "inputs", "outputs", "parts", "width")
+_INTEGERS = ("rows", "tokens", "channels", "inputs", "outputs")
 _FLOATS = ("eps", "scale_offset")
-_UNALIGNED = (*kernels.COUNTS, *kernels.PARTS, *_FLOATS)
-_PARTS = 32  # of a row: 18 of 64 outputs are L's
+_UNALIGNED = (*kernels.COUNTS, *_FLOATS)
 _MODULATION = (
     "shift",
     "shift_image",
@@ -30,7 +29,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
     """What `launch` can choose on `arch`, with every argument that may be None given."""
     for dtype, itemsize in _TYPES.items():
         for channels in (1024, 2048):
-            block = {"BLOCK": launch.row_block(channels), "DEPENDENT": arch >= 90}
+            block = {"BLOCK": launch.row_block(channels)}
             yield _case(
                 kernels.normalise_rows,
                 dtype,
@@ -38,24 +37,42 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
                 block,
                 num_warps=launch.ROW_WARPS,
             )
+            yield _case(
+                kernels.normalise_rows,
+                dtype,
+                f"statistics C={channels}",
+                block | dict.fromkeys(_MODULATION),
+                float32=("out",),
+                num_warps=launch.ROW_WARPS,
+            )
+        for splits in launch.SPLITS[1:]:
+            block = {"BLOCK_N": launch.SUM_OUTPUTS, "SPLITS": splits}
+            yield _case(
+                kernels.reduce_adaln_linear,
+                dtype,
+                f"splits={splits}",
+                block | {"GELU": True},
+                num_warps=launch.SUM_WARPS,
+            )
+            yield _case(
+                kernels.reduce_gated_residual,
+                dtype,
+                f"splits={splits}",
+                block,
+                num_warps=launch.SUM_WARPS,
+            )
         for precision in ("ieee", "tf32") if dtype == "fp32" else ("ieee",):
-            for prologue in (False, True):
-                for tile in launch.tiles(itemsize, precision, arch, prologue=prologue):
-                    for split in (False, True) if tile.splittable else (False,):
-                        yield from _products(dtype, precision, tile, arch, split=split)
+            for tile in launch.tiles(itemsize, precision, arch):
+                yield from _products(dtype, precision, tile)
+                if tile.splittable:
+                    yield from _products(dtype, precision, tile, split=True)
             if dtype != "fp16":  # as bfloat16
                 for tile in launch.odd_tiles():
-                    yield from _products(dtype, precision, tile, arch, odd=True)
+                    yield from _products(dtype, precision, tile, odd=True)
 
 
 def _products(
-    dtype: str,
-    precision: str,
-    tile: launch.Settings,
-    arch: int,
-    *,
-    split: bool = False,
-    odd: bool = False,
+    dtype: str, precision: str, tile: launch.Settings, *, split: bool = False, odd: bool = False
 ) -> Iterator[CompileCase]:
     """odd: neither addresses nor sizes are multiples of 16, so that values are read singly."""
     constants = {
@@ -64,22 +81,22 @@ def _products(
         "BLOCK_K": tile.block_k,
         "PRECISION": precision,
         "SPLIT": split,
-        "DEPENDENT": arch >= 90,
     }
-    how: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "odd": odd}
+    how: dict[str, Any] = {
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "float32": ("out",) if split else (),
+        "odd": odd,
+    }
     name = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
     for word, said in (("tf32", precision == "tf32"), ("split", split), ("odd", odd)):
         name += f" {word}" if said else ""
-    if not split:
-        constants |= dict.fromkeys(("sums", "arrived"))
-    left = constants | {"GELU": True, "STATISTICS": _PARTS}
-    gelu = left | {"statistics": None, "STATISTICS": launch.statistics_block(tile)}
+    plain = constants | dict.fromkeys(("statistics", *_MODULATION))
     if tile.prologue:
-        yield _case(kernels.adaln_linear, dtype, f"{name} prologue", gelu, **how)
-        yield _case(kernels.adaln_linear, dtype, f"{name} prologue, statistics left", left, **how)
-        return
-    plain = gelu | dict.fromkeys(_MODULATION)
-    yield _case(kernels.adaln_linear, dtype, name, plain, **how)
+        yield _case(
+            kernels.adaln_linear, dtype, f"{name} prologue", constants | {"GELU": True}, **how
+        )
+    yield _case(kernels.adaln_linear, dtype, name, plain | {"GELU": True}, **how)
     yield _case(kernels.linear_gated_residual, dtype, name, constants, **how)
 
 
@@ -89,6 +106,7 @@ def _case(
     name: str,
     constants: dict,
     *,
+    float32: tuple[str, ...] = (),
     odd: bool = False,
     num_warps: int,
     num_stages: int = 3,
@@ -100,9 +118,7 @@ def _case(
             return "fp32"
         if argument in _INTEGERS or argument.endswith(("_image", "_token", "_row")):
             return "i32"
-        if argument == "arrived":
-            return "*i32"
-        return "*fp32" if argument in _FLOAT32 else f"*{dtype}"
+        return "*fp32" if argument in (*_FLOAT32, *float32) else f"*{dtype}"
 
     signature = {argument: kind(argument) for argument in kernel.arg_names}
     aligned = tuple(

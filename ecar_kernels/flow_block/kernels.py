@@ -3,8 +3,7 @@
 A row is a token, counted over all images; it is found in a view [B, N, C] by the strides of B
 and N, so that views cost no copy. A product's program computes BLOCK_M rows of BLOCK_N outputs.
 With several splits it adds up only its share of the inputs and stores the bare sums in float32,
-[splits, rows, outputs]. The last of a tile's programs to arrive, whichever that is, adds these in
-their order and does the epilogue: the same bits each time.
+[splits, rows, outputs]; a second kernel adds these in their order and does the epilogue.
 
 Rows past the last, of the tokens or of the weight, are read as the last one, and only stores
 need their bounds; inputs past the end are masked. An argument that is None is None to the
@@ -20,16 +19,7 @@ from ecar_kernels import _triton
 _INTERPRETED = tl.constexpr(_triton.interpreting())
 # Of no use to the compiler, so no reason to compile anew.
 COUNTS = ["rows", "tokens"]
-PARTS = ["parts", "width"]
 _GELU_SLOPE = tl.constexpr(-2 * 0.7978845608028654 * 1.4426950408889634)  # -2 sqrt(2/pi) log2(e)
-
-
-@triton.jit
-def _begin():
-    """The kernel before this one on the stream may still run: what it writes is there after this,
-    and what it reads may be written to. The kernel after this one may start, and wait likewise."""
-    tl.extra.cuda.gdc_launch_dependents()
-    tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -49,101 +39,63 @@ def _add_step(value, step, row, tokens, image_stride, column, mask):
     return value
 
 
-@triton.jit
-def _moments(value, inside, count, AXIS: tl.constexpr):
-    """Along an axis, of the `count` values that are inside: the mean, what its rounding left of
-    it, and the sum of squared deviations. Beside a large mean the variance is small, and the
-    mean's rounding would show."""
-    mean = tl.sum(tl.where(inside, value, 0.0), AXIS, keep_dims=True) / count
-    deviation = tl.where(inside, value - mean, 0.0)
-    rest = tl.sum(deviation, AXIS, keep_dims=True) / count
-    square = tl.sum(deviation * deviation, AXIS, keep_dims=True) - count * rest * rest
-    return mean, rest, square
-
-
-@triton.jit
-def _row_statistics(x, channels, eps, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
-    """Of rows that begin at x [BLOCK_M, 1]: the mean of their first BLOCK channels, the mean less
-    that, and 1 / sqrt(variance + eps). Blocks are combined as by Chan, Golub and LeVeque (1983).
-    """
-    pivot = tl.zeros((BLOCK_M, 1), tl.float32)
-    mean = tl.zeros((BLOCK_M, 1), tl.float32)
-    square = tl.zeros((BLOCK_M, 1), tl.float32)
-    for begin in range(0, channels, BLOCK):
-        column = begin + tl.arange(0, BLOCK)[None, :]
-        inside = column < channels
-        value = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-        count = tl.minimum(channels - begin, BLOCK).to(tl.float32)
-        block_mean, rest, block_square = _moments(value, inside, count, 1)
-        pivot = tl.where(begin == 0, block_mean, pivot)
-        before = begin * 1.0
-        change = block_mean - pivot + rest - mean
-        mean += change * (count / (before + count))
-        square += block_square + change * change * (before * count / (before + count))
-    return pivot, mean, 1.0 / tl.sqrt_rn(square / channels + eps)
-
-
-@triton.jit
-def _given_statistics(statistics, row, channels, eps, PARTS: tl.constexpr):
-    """The same for rows [BLOCK_M] from the moments of their parts, [rows, 3, parts]: each part
-    has as many channels but the last. PARTS: a power of two, not fewer than there are."""
-    pointer, parts, width = statistics
-    part = tl.arange(0, PARTS)[None, :]
-    inside = part < parts
-    pointer += row.to(tl.int64)[:, None] * (3 * parts)
-    pivot = tl.load(pointer)
-    mean = tl.load(pointer + part, mask=inside, other=0.0)
-    rest = tl.load(pointer + (parts + part), mask=inside, other=0.0)
-    square = tl.load(pointer + (2 * parts + part), mask=inside, other=0.0)
-    count = tl.where(inside, tl.minimum(channels - part * width, width), 0).to(tl.float32)
-    change = tl.where(inside, mean - pivot + rest, 0.0)
-    mean = tl.sum(count * change, 1, keep_dims=True) / channels
-    square += count * (change - mean) * (change - mean)
-    square = tl.sum(square, 1, keep_dims=True)
-    return pivot, mean, 1.0 / tl.sqrt_rn(square / channels + eps)
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def normalise_rows(
     x, x_image, x_token,
     shift, shift_image, shift_token, scale, scale_image, scale_token,
     step_shift, step_shift_image, step_scale, step_scale_image,
-    out, tokens, channels, eps, scale_offset, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+    out, tokens, channels, eps, scale_offset, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """adaln(x) of one row a program, into out [rows, channels]."""
-    if DEPENDENT:
-        _begin()
+    """adaln(x) of one row a program, into out [rows, channels].
+
+    Where `shift` is None, only the statistics, into out [rows, 3], float32: the mean, what its
+    rounding left of it, and 1 / sqrt(variance + eps).
+    """
     row = tl.program_id(0)
     x = _rows_of((x, x_image, x_token), row, tokens)
-    shift = _rows_of((shift, shift_image, shift_token), row, tokens)
-    scale = _rows_of((scale, scale_image, scale_token), row, tokens)
-    pivot, mean, rstd = _row_statistics(x + tl.zeros((1, 1), tl.int32), channels, eps, 1, BLOCK)
-    out += row.to(tl.int64) * channels
+    total = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, channels, BLOCK):
-        column = begin + tl.arange(0, BLOCK)[None, :]
-        mask = column < channels
-        value = tl.load(x + column, mask=mask, other=0.0).to(tl.float32)
-        factor = scale_offset + tl.load(scale + column, mask=mask, other=0.0).to(tl.float32)
-        offset = tl.load(shift + column, mask=mask, other=0.0).to(tl.float32)
-        factor = _add_step(factor, step_scale, row, tokens, step_scale_image, column, mask)
-        offset = _add_step(offset, step_shift, row, tokens, step_shift_image, column, mask)
-        y = (value - pivot - mean) * rstd * factor + offset
-        tl.store(out + column, y.to(out.dtype.element_ty), mask=mask)
+        column = begin + tl.arange(0, BLOCK)
+        total += tl.load(x + column, mask=column < channels, other=0.0).to(tl.float32)
+    mean = tl.sum(total) / channels
+    # Beside a large mean the variance is small, and the mean's rounding would show.
+    first = tl.zeros((BLOCK,), tl.float32)
+    second = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, channels, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        value = tl.load(x + column, mask=column < channels, other=0.0).to(tl.float32)
+        deviation = tl.where(column < channels, value - mean, 0.0)
+        first += deviation
+        second += deviation * deviation
+    rest = tl.sum(first) / channels
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(second) / channels - rest * rest + eps)
+    if shift is None:
+        out += row.to(tl.int64) * 3
+        tl.store(out, mean)
+        tl.store(out + 1, rest)
+        tl.store(out + 2, rstd)
+    else:
+        shift = _rows_of((shift, shift_image, shift_token), row, tokens)
+        scale = _rows_of((scale, scale_image, scale_token), row, tokens)
+        out += row.to(tl.int64) * channels
+        for begin in range(0, channels, BLOCK):
+            column = begin + tl.arange(0, BLOCK)
+            mask = column < channels
+            value = tl.load(x + column, mask=mask, other=0.0).to(tl.float32)
+            factor = scale_offset + tl.load(scale + column, mask=mask, other=0.0).to(tl.float32)
+            offset = tl.load(shift + column, mask=mask, other=0.0).to(tl.float32)
+            factor = _add_step(factor, step_scale, row, tokens, step_scale_image, column, mask)
+            offset = _add_step(offset, step_shift, row, tokens, step_shift_image, column, mask)
+            y = (value - mean - rest) * rstd * factor + offset
+            tl.store(out + column, y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _multiply(a, weight, inside, total, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """total + a [BLOCK_M, BLOCK_K] times the weight's tile, which `weight` points to.
-
-    TRANSPOSED: by the product of the transposes. A warp group's first factor may lie in registers,
-    where Triton 3.6 leaves what is computed there; ptxas then lets no two of its products overlap.
-    """
+def _multiply(a, weight, inside, total, PRECISION: tl.constexpr):
+    """total + a [BLOCK_M, BLOCK_K] times the weight's tile, which `weight` points to."""
     w = tl.load(weight, mask=inside[:, None], other=0.0)
     if _INTERPRETED:
         a, w = a.to(tl.float32), w.to(tl.float32)
-    if TRANSPOSED:
-        y = tl.dot(tl.trans(w), tl.trans(a), tl.trans(total), input_precision=PRECISION)
-        return tl.trans(y)
     return tl.dot(a, w, total, input_precision=PRECISION)
 
 
@@ -168,9 +120,15 @@ def _share(inputs, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _product(
-    view, weight_view, sizes, tile,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    view,
+    weight_view,
+    sizes,
+    tile,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """x weight^T of this program's rows, outputs and share of the inputs.
 
     weight_view: (weight, stride of its rows). sizes: rows, tokens, outputs, inputs. tile: rows and
@@ -186,7 +144,7 @@ def _product(
         channel = first + tl.arange(0, BLOCK_K)
         inside = channel < inputs
         a = tl.load(x + channel[None, :], mask=inside[None, :], other=0.0)
-        total = _multiply(a, weight + channel[:, None], inside, total, PRECISION, False)
+        total = _multiply(a, weight + channel[:, None], inside, total, PRECISION)
     return total
 
 
@@ -197,48 +155,39 @@ def _weight_columns(weight_view, output, outputs):
 
 
 @triton.jit
-def _ask_for_weight(weight_view, outputs, inputs, output, BLOCK_K: tl.constexpr):
-    """Its lines of 128 bytes, into the L2 cache: also where the kernel before has not ended, for
-    nothing is read yet."""
-    weight = _weight_columns(weight_view, output, outputs)
-    begin, end = _share(inputs, BLOCK_K)
-    for first in range(begin, end, 4 * BLOCK_K):
-        channel = tl.minimum(first + tl.arange(0, 4) * BLOCK_K, inputs - 1)
-        line = (weight + channel[:, None]).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; // $0", "=r,l", [line], tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
 def _normalised_product(
-    view, statistics, shift_view, scale_view, steps, numbers, weight_view, sizes, tile,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STATISTICS: tl.constexpr,
+    view,
+    statistics,
+    shift_view,
+    scale_view,
+    steps,
+    scale_offset,
+    weight_view,
+    sizes,
+    tile,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """adaln(x) weight^T, the normalised x made in registers and rounded to x's type.
 
-    statistics: of `_given_statistics`, and STATISTICS the parts; or no pointer, and the channels
-    to read at once. steps: step_shift and step_scale, each with its stride; numbers: eps and
-    scale_offset. The rest as in `_product`.
+    steps: step_shift and step_scale, each with its stride; the rest as in `_product`.
     """
     rows, tokens, outputs, inputs = sizes
     row, output = tile
     step_shift, step_shift_image, step_scale, step_scale_image = steps
-    eps, scale_offset = numbers
     row = tl.minimum(row, rows - 1)
+    statistics += row.to(tl.int64) * 3
+    mean = tl.load(statistics)[:, None]
+    rest = tl.load(statistics + 1)[:, None]
+    rstd = tl.load(statistics + 2)[:, None]
     x = _rows_of(view, row, tokens)[:, None]
-    left, _, _ = statistics
-    if left is None:
-        pivot, mean, rstd = _row_statistics(x, inputs, eps, BLOCK_M, STATISTICS)
-    else:
-        pivot, mean, rstd = _given_statistics(statistics, row, inputs, eps, STATISTICS)
     shift = _rows_of(shift_view, row, tokens)[:, None]
     scale = _rows_of(scale_view, row, tokens)[:, None]
     weight = _weight_columns(weight_view, output, outputs)
     begin, end = _share(inputs, BLOCK_K)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    TRANSPOSED: tl.constexpr = BLOCK_M * BLOCK_N > 4096
     row = row[:, None]
     for first in range(begin, end, BLOCK_K):
         channel = first + tl.arange(0, BLOCK_K)
@@ -249,43 +198,18 @@ def _normalised_product(
         offset = tl.load(shift + column, mask=mask, other=0.0).to(tl.float32)
         factor = _add_step(factor, step_scale, row, tokens, step_scale_image, column, mask)
         offset = _add_step(offset, step_shift, row, tokens, step_shift_image, column, mask)
-        a = (value.to(tl.float32) - pivot - mean) * rstd * factor + offset
+        a = (value.to(tl.float32) - mean - rest) * rstd * factor + offset
         # Past the last input the mean remains, and in float16 it may overflow.
         a = tl.where(mask, a, 0.0).to(value.dtype)
-        total = _multiply(a, weight + channel[:, None], inside, total, PRECISION, TRANSPOSED)
+        total = _multiply(a, weight + channel[:, None], inside, total, PRECISION)
     return total
 
 
 @triton.jit
-def _is_last(total, sums, arrived, rows, outputs, tile):
-    """Stores a split's sums; is this the last of the tile's programs to do so?
-
-    arrived: zeros, one for each tile, and zeros again once its last program was here.
-    """
+def _store_split(total, out, rows, outputs, tile):
     row, output = tile
     place = (tl.program_id(1).to(tl.int64) * rows + row)[:, None] * outputs + output[None, :]
-    tl.store(sums + place, total, mask=(row < rows)[:, None] & (output < outputs)[None, :])
-    arrived += tl.program_id(0)
-    tl.debug_barrier()  # one thread counts, after the stores of all
-    last = tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(1) - 1
-    if last:
-        tl.store(arrived, 0)
-    return last
-
-
-@triton.jit
-def _add_splits(sums, rows, outputs, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The splits' sums in their order; loads of four are under way at once."""
-    row, output = tile
-    place = row.to(tl.int64)[:, None] * outputs + output[None, :]
-    splits, y = tl.num_programs(1), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, splits, 4):
-        for split in tl.static_range(4):
-            there = rows * tl.minimum(splits - first - split, 1)  # none past the last split
-            mask = (row < there)[:, None] & (output < outputs)[None, :]
-            y += tl.load(sums + place, mask=mask, other=0.0)
-            sums += rows.to(tl.int64) * outputs
-    return y
+    tl.store(out + place, total, mask=(row < rows)[:, None] & (output < outputs)[None, :])
 
 
 @triton.jit
@@ -304,11 +228,9 @@ def _finish_adaln_linear(y, bias, out, rows, outputs, tile, GELU: tl.constexpr):
 
 @triton.jit
 def _finish_gated_residual(
-    y, bias, gate_view, step_gate, step_gate_image, residual_view, out, statistics, rows, tokens,
-    outputs, tile, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Stores residual + (gate + step_gate) (y + bias): the epilogue of linear_gated_residual. A
-    row's moments of these outputs, as they are rounded, go to statistics, if not None."""
+    y, bias, gate_view, step_gate, step_gate_image, residual_view, out, rows, tokens, outputs, tile
+):
+    """Stores residual + (gate + step_gate) (y + bias): the epilogue of linear_gated_residual."""
     row, output = tile
     column = output[None, :]
     mask = (row < rows)[:, None] & (column < outputs)
@@ -319,54 +241,45 @@ def _finish_gated_residual(
     factor = tl.load(gate + column, mask=mask, other=0.0).to(tl.float32)
     factor = _add_step(factor, step_gate, row[:, None], tokens, step_gate_image, column, mask)
     y = tl.load(residual + column, mask=mask, other=0.0).to(tl.float32) + factor * y
-    y = y.to(out.dtype.element_ty)
-    row = row.to(tl.int64)[:, None]
-    tl.store(out + (row * outputs + column), y, mask=mask)
-    if statistics is not None:
-        part = tl.program_id(0) % tl.cdiv(outputs, BLOCK_N)
-        count = tl.minimum(outputs - part * BLOCK_N, BLOCK_N).to(tl.float32)
-        mean, rest, square = _moments(y.to(tl.float32), column < outputs, count, 1)
-        parts = tl.cdiv(outputs, BLOCK_N)
-        statistics += row * (3 * parts) + part
-        tl.store(statistics, mean, mask=row < rows)
-        tl.store(statistics + parts, rest, mask=row < rows)
-        tl.store(statistics + 2 * parts, square, mask=row < rows)
+    place = row.to(tl.int64)[:, None] * outputs + column
+    tl.store(out + place, y.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=[*COUNTS, *PARTS])
+@triton.jit(do_not_specialize=COUNTS)
 def adaln_linear(
-    x, x_image, x_token, statistics, parts, width,
+    x, x_image, x_token, statistics,
     shift, shift_image, shift_token, scale, scale_image, scale_token,
     step_shift, step_shift_image, step_scale, step_scale_image,
-    weight, weight_row, bias, out, sums, arrived, rows, tokens, outputs, inputs, eps, scale_offset,
+    weight, weight_row, bias, out, rows, tokens, outputs, inputs, scale_offset,
     GELU: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, STATISTICS: tl.constexpr, PRECISION: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """act(adaln(x) weight^T + bias). Where shift and scale are None, x is normalised already;
-    statistics are None where none were left; sums and arrived without splits."""
+    """act(adaln(x) weight^T + bias), or a split's sums. x is already normalised where
+    `statistics` is None, and then shift and scale are too."""
     view, weight_view = (x, x_image, x_token), (weight, weight_row)
     sizes = rows, tokens, outputs, inputs
     tile = _tile(rows, outputs, BLOCK_M, BLOCK_N)
-    if DEPENDENT:
-        _ask_for_weight(weight_view, outputs, inputs, tile[1], BLOCK_K)
-        _begin()
-    if shift is None:
+    if statistics is None:
         y = _product(view, weight_view, sizes, tile, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     else:
-        shift_view = shift, shift_image, shift_token
-        scale_view = scale, scale_image, scale_token
-        steps = step_shift, step_shift_image, step_scale, step_scale_image
         y = _normalised_product(
-            view, (statistics, parts, width), shift_view, scale_view, steps, (eps, scale_offset),
-            weight_view, sizes, tile, BLOCK_M, BLOCK_N, BLOCK_K, STATISTICS, PRECISION,
-        )  # fmt: skip
-    last = True
+            view,
+            statistics,
+            (shift, shift_image, shift_token),
+            (scale, scale_image, scale_token),
+            (step_shift, step_shift_image, step_scale, step_scale_image),
+            scale_offset,
+            weight_view,
+            sizes,
+            tile,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            PRECISION,
+        )
     if SPLIT:
-        last = _is_last(y, sums, arrived, rows, outputs, tile)
-    if last:
-        if SPLIT:
-            y = _add_splits(sums, rows, outputs, tile, BLOCK_M, BLOCK_N)
+        _store_split(y, out, rows, outputs, tile)
+    else:
         _finish_adaln_linear(y, bias, out, rows, outputs, tile, GELU)
 
 
@@ -374,27 +287,61 @@ def adaln_linear(
 def linear_gated_residual(
     h, h_image, h_token, weight, weight_row, bias,
     gate, gate_image, gate_token, step_gate, step_gate_image,
-    residual, residual_image, residual_token, out, statistics, sums, arrived, rows, tokens,
-    outputs, inputs, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
+    residual, residual_image, residual_token, out, rows, tokens, outputs, inputs,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """residual + (gate + step_gate) (h weight^T + bias)."""
+    """residual + (gate + step_gate) (h weight^T + bias), or a split's sums."""
     view, weight_view = (h, h_image, h_token), (weight, weight_row)
     sizes = rows, tokens, outputs, inputs
     tile = _tile(rows, outputs, BLOCK_M, BLOCK_N)
-    if DEPENDENT:
-        _ask_for_weight(weight_view, outputs, inputs, tile[1], BLOCK_K)
-        _begin()
     y = _product(view, weight_view, sizes, tile, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-    last = True
     if SPLIT:
-        last = _is_last(y, sums, arrived, rows, outputs, tile)
-    if last:
-        if SPLIT:
-            y = _add_splits(sums, rows, outputs, tile, BLOCK_M, BLOCK_N)
+        _store_split(y, out, rows, outputs, tile)
+    else:
         gate_view = gate, gate_image, gate_token
         residual_view = residual, residual_image, residual_token
         _finish_gated_residual(
-            y, bias, gate_view, step_gate, step_gate_image, residual_view, out, statistics, rows,
-            tokens, outputs, tile, BLOCK_N,
+            y, bias, gate_view, step_gate, step_gate_image, residual_view, out, rows, tokens,
+            outputs, tile,
         )  # fmt: skip
+
+
+@triton.jit
+def _add_splits(sums, rows, outputs, tile, SPLITS: tl.constexpr):
+    """The splits' sums in their order; unrolled, so that all loads are under way at once."""
+    row, output = tile
+    column = output[None, :]
+    mask = column < outputs
+    row = row.to(tl.int64)[:, None]
+    y = tl.load(sums + (row * outputs + column), mask=mask, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        y += tl.load(sums + ((row + split * rows) * outputs + column), mask=mask, other=0.0)
+    return y
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def reduce_adaln_linear(
+    sums, bias, out, rows, outputs, GELU: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """act(the splits' sums, added up, + bias) of BLOCK_N outputs of one row."""
+    tile = _tile(rows, outputs, 1, BLOCK_N)
+    y = _add_splits(sums, rows, outputs, tile, SPLITS)
+    _finish_adaln_linear(y, bias, out, rows, outputs, tile, GELU)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def reduce_gated_residual(
+    sums, bias, gate, gate_image, gate_token, step_gate, step_gate_image,
+    residual, residual_image, residual_token, out, rows, tokens, outputs,
+    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """residual + (gate + step_gate) (the splits' sums, added up, + bias), likewise."""
+    tile = _tile(rows, outputs, 1, BLOCK_N)
+    y = _add_splits(sums, rows, outputs, tile, SPLITS)
+    gate_view = gate, gate_image, gate_token
+    residual_view = residual, residual_image, residual_token
+    _finish_gated_residual(
+        y, bias, gate_view, step_gate, step_gate_image, residual_view, out, rows, tokens,
+        outputs, tile,
+    )  # fmt: skip

@@ -2,23 +2,17 @@
 
 The rules are arithmetic about bytes, registers and the chip's size; none was measured. That no
 tile below spills a register or asks for more shared memory than a chip has was seen by compiling
-it (compile_cases.py). `ecar tune --list` prints what the rules choose, `ecar tune` measures.
+it (compile_cases.py).
 """
 
 import functools
 from dataclasses import dataclass, replace
 
 SPLITS = (1, 2, 4, 8, 16)
+# The sum of splits: a program adds up 4 values a thread, 16 bytes of each split, and the programs
+# are small, so that at batch 1 there are many.
+SUM_OUTPUTS, SUM_WARPS = 256, 2
 ROW_WARPS = 4
-# Rates of an H100, a nanosecond. A multiprocessor's: bytes from the L2 cache while all are busy and
-# at most, multiply-adds where there is no matrix unit. Bytes of memory.
-SHARE, MOST, EXACT, MEMORY = 45.0, 100.0, 250.0, 3000.0
-# Nanoseconds: until a load arrives, and until the last program of a tile knows that it is.
-LATENCY, MEETING = 700.0, 1500.0
-# Up to as many rows a product normalises in its loop. It reads x, shift and scale again for every
-# column of tiles, which costs about what a launch does that writes the normalised x; with more
-# rows it costs more.
-PROLOGUE_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -26,8 +20,8 @@ class Settings:
     """One product's tile and how the product is divided.
 
     splits: programs that share a tile, each with a part of the inputs. prologue: normalise in the
-    product's loop; else in a pass of its own, which writes the normalised x. It means nothing to
-    linear_gated_residual.
+    product's loop, from statistics computed before it; else in a pass of its own, which writes
+    the normalised x. It means nothing to linear_gated_residual.
     """
 
     block_m: int
@@ -40,10 +34,8 @@ class Settings:
 
     @property
     def splittable(self) -> bool:
-        """Larger tiles are for rows enough to fill the chip, and with splits ptxas has too few
-        registers for them, as for float32's (less than 64 inputs at a time) with a prologue."""
-        most = 2048 if self.prologue and self.block_k < 64 else 4096
-        return self.block_m * self.block_n <= most
+        """Larger tiles are for rows enough to fill the chip."""
+        return self.block_m <= 64
 
 
 def row_block(channels: int) -> int:
@@ -51,56 +43,39 @@ def row_block(channels: int) -> int:
     return 1024 if channels <= 1024 else 2048
 
 
-def statistics_block(its: Settings) -> int:
-    """Channels that a prologue reads at once for its rows' statistics: 64 values a thread of 4
-    warps, all under way at the same time."""
-    return 8192 // its.block_m
-
-
-def tiles(
-    itemsize: int, precision: str, arch: int, *, prologue: bool = False
-) -> tuple[Settings, ...]:
-    """What `default` chooses from, without a prologue or with one.
+def tiles(itemsize: int, precision: str, arch: int) -> tuple[Settings, ...]:
+    """What `default` chooses from, by rows: up to 16, up to 32, and then from small to large.
 
     `precision` as _triton.product_precision has it.
     """
-    few: tuple[Settings, ...]
-    many: tuple[Settings, ...]
     if itemsize == 4 and precision == "ieee":
         # No matrix unit: operands go through registers, 16 inputs of them at a time, and each
         # thread has 8 (up to 16 rows), 16 (up to 32) or 32 sums. With 8 of 32 rows, Triton 3.6
         # spills on sm_90.
-        few = (Settings(16, 64, 32, 4, 4), Settings(32, 64, 16, 4, 3), Settings(64, 64, 16, 4, 3))
-        many = () if prologue else (Settings(128, 64, 16, 8, 3),)
-    else:
-        depth = 128 // itemsize  # a cache line of each row
-        # 112 KiB in flight hide memory's latency on one multiprocessor; sm_120 has 99 KiB.
-        stages = 3 if arch >= 120 else 4
+        return (
+            Settings(16, 64, 32, 4, 4, prologue=True),
+            Settings(32, 64, 16, 4, 3),
+            Settings(64, 64, 16, 4, 3),
+            Settings(128, 64, 16, 8, 3),
+        )
+    depth = 128 // itemsize  # a cache line of each row
+    # 112 KiB in flight hide memory's latency on one multiprocessor; sm_120 has 99 KiB.
+    stages = 3 if arch >= 120 else 4
+    return (
         # Few rows: the weight's bytes are the time, so 5 of its tiles are under way; 16 rows are
-        # the matrix unit's least. 32 outputs make programs enough without splits.
-        few = (
-            Settings(16, 32, depth, 4, 6),
-            Settings(16, 64, depth, 4, 6),
-            # ptxas spills 8 bytes of TF32's on sm_90, where the tile is split.
-            *((Settings(32, 32, depth, 4, stages + 1),) if itemsize == 2 or prologue else ()),
-            Settings(32, 128, depth, 4, stages),
-        )
-        many = (
-            # One warp group's least on sm_90 and sm_100 (64 rows).
-            Settings(64, 64, depth, 4, 4),
-            # Two warp groups, which share the weight's tile: three quarters of the bytes.
-            Settings(128, 64, depth, 8, 3),
-            # Half of the bytes. With a float32 gate and residual the epilogue has no registers
-            # for it.
-            *((Settings(128, 128, depth, 8, 3),) if itemsize == 2 else ()),
-        )
-        if prologue:
-            # Of 64 outputs, x, shift and scale would be three times the weight's bytes.
-            many = (
-                Settings(64, 128, depth, 8, stages - 1),
-                Settings(64, 256, depth, 8, stages - 1),
-            )
-    return tuple(replace(its, prologue=prologue) for its in (*few, *many))
+        # the matrix unit's least.
+        Settings(16, 64, depth, 4, 6, prologue=True),
+        # The modulation is read again for every column of tiles: with 32 rows and 64 outputs
+        # x, shift and scale would be 1.5 times the weight's bytes, with 128 they are 0.75.
+        Settings(32, 128, depth, 4, stages, prologue=True),
+        # One warp group's least on sm_90 and sm_100 (64 rows). It has the most bytes for each
+        # multiply-add of those that fill the chip, and only they hold it back.
+        Settings(64, 64, depth, 4, 4),
+        # Two warp groups, which share the weight's tile: three quarters of the bytes.
+        Settings(128, 64, depth, 8, 3),
+        # Half of the bytes. With a float32 gate and residual the epilogue has no registers for it.
+        *((Settings(128, 128, depth, 8, 3),) if itemsize == 2 else ()),
+    )
 
 
 def odd_tiles() -> tuple[Settings, ...]:
@@ -110,11 +85,9 @@ def odd_tiles() -> tuple[Settings, ...]:
 
 
 def _choices(
-    outputs: int, inputs: int, itemsize: int, precision: str, arch: int, prologue: bool
+    outputs: int, inputs: int, itemsize: int, precision: str, arch: int
 ) -> tuple[Settings, ...]:
-    if outputs % 16 or inputs % 16:
-        return odd_tiles()
-    return tiles(itemsize, precision, arch, prologue=prologue)
+    return odd_tiles() if outputs % 16 or inputs % 16 else tiles(itemsize, precision, arch)
 
 
 def _count(size: int, block: int) -> int:
@@ -125,87 +98,63 @@ def _programs(tile: Settings, rows: int, outputs: int) -> int:
     return _count(rows, tile.block_m) * _count(outputs, tile.block_n)
 
 
-def nanoseconds(
-    its: Settings, rows: int, outputs: int, inputs: int, itemsize: int, precision: str, sms: int
-) -> float:
-    """What a product takes by the model: waves of programs, and the bytes of each.
+def _tile(rows: int, outputs: int, found: tuple[Settings, ...], sms: int) -> Settings:
+    if rows <= 16:
+        return found[0]
+    if rows <= 32:
+        return found[1]
+    # The larger a tile, the less is read for each multiply-add, if every multiprocessor has one.
+    for tile in reversed(found[3:]):
+        if 2 * rows > tile.block_m and _programs(tile, rows, outputs) >= sms:
+            return tile
+    return found[2]
 
-    The weight comes from memory once. Each program reads its rows and columns from the L2 cache,
-    with a prologue shift and scale, too, and has all stages but one under way. Where a tile is
-    split, its last program has the sums of all to read.
-    """
-    programs = _programs(its, rows, outputs) * its.splits
-    waves, part = _count(programs, sms), inputs / its.splits
-    read = ((3 if its.prologue else 1) * its.block_m + its.block_n) * part * itemsize
-    busy = max(waves * read / MOST, programs * read / (sms * SHARE))
-    busy = max(busy, part / its.block_k * LATENCY / (its.num_stages - 1))
-    if itemsize == 4 and precision == "ieee":
-        busy = max(busy, waves * its.block_m * its.block_n * part / EXACT)
-    memory = outputs * inputs * itemsize / MEMORY
-    meeting = MEETING + 4 * its.splits * its.block_m * its.block_n / MOST
-    return max(busy, memory) + meeting * (its.splits > 1)
+
+def _most_splits(tile: Settings, inputs: int, itemsize: int) -> int:
+    """A split's sums, written and read again in float32, may be as many bytes as it reads."""
+    sums = 8 * tile.block_m * tile.block_n
+    block = (tile.block_m + tile.block_n) * tile.block_k * itemsize
+    return _count(inputs, tile.block_k) // _count(sums, block)
 
 
 @functools.lru_cache(1024)
 def default(
-    rows: int,
-    outputs: int,
-    inputs: int,
-    itemsize: int,
-    precision: str,
-    sms: int,
-    arch: int,
-    normalised: bool = False,
+    rows: int, outputs: int, inputs: int, itemsize: int, precision: str, sms: int, arch: int
 ) -> Settings:
-    """For [rows, inputs] times [inputs, outputs]; normalised: of adaln_linear.
+    """For [rows, inputs] times [inputs, outputs], either op.
 
-    What is fastest by the model, with no more splits than bring a twentieth.
+    Splits double until three quarters of the `sms` multiprocessors have a program (another
+    doubling would help the rest less than it costs to sum up), within `_most_splits`.
+
+    The prologue is for the products of up to 32 rows alone, in one row of tiles. There the
+    weight comes from memory once, while x, shift and scale, no more bytes than it for each tile,
+    come again for each column of tiles from the L2 cache, which is at least twice as fast. With
+    more rows the weight too comes from L2, and re-reading the modulation would cost more than
+    a pass that writes the normalised x: with T columns of tiles and R bytes of x, R + 3 R T
+    against 4 R + R T. A float32 tile of 32 rows has only 64 outputs, hence no prologue.
     """
-    problem = rows, outputs, inputs, itemsize, precision, sms
-    found = _worth_trying(*problem, arch, normalised and rows <= PROLOGUE_ROWS)
-    times = {its: nanoseconds(its, *problem) for its in found}
-    good = [its for its in found if times[its] <= 1.05 * min(times.values())]
-    return min(good, key=lambda its: (its.splits, times[its]))
+    tile = _tile(rows, outputs, _choices(outputs, inputs, itemsize, precision, arch), sms)
+    splits, programs = 1, _programs(tile, rows, outputs)
+    most = min(SPLITS[-1], _most_splits(tile, inputs, itemsize)) if tile.splittable else 1
+    while 4 * splits * programs < 3 * sms and 2 * splits <= most:
+        splits *= 2
+    return replace(tile, splits=splits)
 
 
 def candidates(
-    rows: int,
-    outputs: int,
-    inputs: int,
-    itemsize: int,
-    precision: str,
-    sms: int,
-    arch: int,
-    normalised: bool = False,
+    rows: int, outputs: int, inputs: int, itemsize: int, precision: str, sms: int, arch: int
 ) -> list[Settings]:
-    """What is worth measuring: both ways to normalise where there are both."""
-    problem = rows, outputs, inputs, itemsize, precision, sms, arch
-    found = _worth_trying(*problem, False)
-    if normalised:
-        found += _worth_trying(*problem, True)
-    return list(dict.fromkeys(found))
-
-
-def _worth_trying(
-    rows: int,
-    outputs: int,
-    inputs: int,
-    itemsize: int,
-    precision: str,
-    sms: int,
-    arch: int,
-    prologue: bool,
-) -> list[Settings]:
-    """Tiles that are not mostly empty, under numbers of splits with which the sums, written and
-    read again in float32, are at most as many bytes as the weight, and no program idles."""
+    """What is worth measuring: tiles that are not mostly empty, their splits, both ways to
+    normalise where there are both."""
     found = []
-    for tile in _choices(outputs, inputs, itemsize, precision, arch, prologue):
+    for tile in _choices(outputs, inputs, itemsize, precision, arch):
         if tile.block_m >= 2 * max(rows, 16):
             continue
-        most = min(
-            _count(inputs, tile.block_k),
-            inputs * itemsize // (8 * max(rows, 1)),
-            4 * sms // max(_programs(tile, rows, outputs), 1) if tile.splittable else 1,
-        )
-        found += [replace(tile, splits=splits) for splits in SPLITS if splits <= max(most, 1)]
+        most = min(_count(inputs, tile.block_k), 4 * sms // _programs(tile, rows, outputs))
+        for splits in SPLITS if tile.splittable else SPLITS[:1]:
+            if splits <= max(1, most):
+                found += [
+                    replace(tile, splits=splits, prologue=prologue)
+                    for prologue in sorted({tile.prologue, False})
+                ]
     return found

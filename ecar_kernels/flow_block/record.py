@@ -27,9 +27,7 @@ def _backends(op: str) -> dict[str, Implementation]:
             missing=_native.why_not,
             prepare="ecar_kernels.flow_block.cpp:prepare_weight",
         ),
-        "triton": Implementation(
-            f"ecar_kernels.flow_block.triton:{op}", statistics=True, **_triton.serves()
-        ),
+        "triton": Implementation(f"ecar_kernels.flow_block.triton:{op}", **_triton.serves()),
     }
 
 

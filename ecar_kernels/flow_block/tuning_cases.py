@@ -1,13 +1,11 @@
 """What `ecar tune` runs of the family, and the launch settings that it tries."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ecar_kernels._triton import product_precision
 from ecar_kernels.flow_block import launch
 from ecar_kernels.flow_block.record import FAMILY
 from ecar_kernels.ops import BoundOp
@@ -20,35 +18,7 @@ Run = Callable[[], Sequence[Tensor]]
 
 def candidates(op: str, key: tuple, rows: int, sms: int, arch: int) -> Sequence:
     outputs, inputs, itemsize, precision = key
-    normalised = op == "adaln_linear"
-    return launch.candidates(rows, outputs, inputs, itemsize, precision, sms, arch, normalised)
-
-
-def products(width: int, hidden: int) -> Iterator[tuple[str, str, int, int]]:
-    """Those of a flow block: layer, op, outputs, inputs."""
-    yield "qkv", "adaln_linear", 3 * width, width
-    yield "proj", "linear_gated_residual", width, width
-    yield "fc1", "adaln_linear", hidden, width
-    yield "fc2", "linear_gated_residual", width, hidden
-
-
-def listed(shape: Shape, dtype: torch.dtype, sms: int, arch: int) -> Iterator[str]:
-    """What `launch` chooses for each product, a line each, with its time by the model."""
-    itemsize, precision = dtype.itemsize, product_precision(dtype)
-    for layer, op, outputs, inputs in products(shape.width, shape.hidden):
-        problem = shape.rows, outputs, inputs, itemsize, precision, sms
-        its = launch.default(*problem, arch, op == "adaln_linear")
-        time, whole = (
-            launch.nanoseconds(replace(its, splits=splits), *problem) / 1000
-            for splits in (its.splits, 1)
-        )
-        line = f"{shape.rows:>6} rows, {inputs:>4} -> {outputs:>4} ({layer}): "
-        line += f"{its.block_m}x{its.block_n}x{its.block_k}{', prologue' if its.prologue else ''}"
-        if its.splits > 1:
-            line += f", {its.splits} splits: {time:.1f} us, not split {whole:.1f} us"
-        else:
-            line += f": {time:.1f} us"
-        yield line
+    return launch.candidates(rows, outputs, inputs, itemsize, precision, sms, arch)
 
 
 def runs(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Run]:
@@ -62,15 +32,22 @@ def runs(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Run]:
         op.name: resolve(op.name, device=device, dtype=dtype, width=channels, backend="triton")
         for op in FAMILY.ops
     }
-    for _, op, outputs, inputs in products(channels, hidden):
-        weight, bias = normal(outputs, inputs) * inputs**-0.5, normal(outputs)
-        if op == "adaln_linear":
-            args = (*(normal(1, rows, channels) for _ in range(3)), weight, bias)
-            yield partial(_call, bound[op], *args, activation="gelu_tanh")
-        else:
-            gate, residual = normal(1, rows, channels), normal(1, rows, channels)
-            args = (normal(1, rows, inputs), weight, bias, gate, residual)
-            yield partial(_call, bound[op], *args)
+    for outputs in (3 * channels, hidden):
+        args = (
+            *(normal(1, rows, channels) for _ in range(3)),
+            normal(outputs, channels) * channels**-0.5,
+            normal(outputs),
+        )
+        yield partial(_call, bound["adaln_linear"], *args, activation="gelu_tanh")
+    for inputs in (channels, hidden):
+        args = (
+            normal(1, rows, inputs),
+            normal(channels, inputs) * inputs**-0.5,
+            normal(channels),
+            normal(1, rows, channels),
+            normal(1, rows, channels),
+        )
+        yield partial(_call, bound["linear_gated_residual"], *args)
 
 
 def _call(op: BoundOp, *args: Tensor, **options: str) -> Sequence[Tensor]:

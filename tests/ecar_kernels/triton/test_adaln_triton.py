@@ -244,23 +244,6 @@ def test_settings_fill_the_chip_and_fit_a_program():
                     assert its.rows * launch.padded(channels) <= max(1024, launch.padded(channels))
 
 
-@pytest.mark.parametrize("channels, programs", [(768, 4), (1152, 2), (2048, 2), (4096, 1)])
-@pytest.mark.parametrize("op", MODULATION)
-def test_programs_that_read_ahead_share_a_multiprocessor(op, channels, programs):
-    for arch in (80, 90, 100, 120):
-        its = launch.default(f"{op}_backward", channels, 2**14, arch)
-        assert its.prefetch and its.loads == {"EARLY": False, "STAGES": 2}
-        assert programs * 32 * its.num_warps * its.max_registers <= 65536
-        alone = its.unsummed()
-        assert not alone.prefetch and alone.program_rows == its.rows
-        for odd in (
-            launch.default(f"{op}_backward", channels, 2**14, arch, False),
-            launch.default(f"{op}_backward", channels + 1, 2**14, arch),
-            launch.default(f"{op}_backward", 8192, 2**14, arch),
-        ):
-            assert not odd.prefetch and odd.loads["STAGES"] == 1
-
-
 def test_a_backward_that_reads_rows_at_odd_addresses_has_more_registers():
     rows = torch.zeros(2, 3, 4112)
     for other in (rows[..., 1:4097], torch.zeros(2, 3, 4097)[..., :4096], rows[..., :4096]):
