@@ -1,6 +1,7 @@
 """The CPU's engine: the same images as the plain one's, no allocation, and when it serves."""
 
 import contextlib
+import statistics
 
 import pytest
 import torch
@@ -87,19 +88,22 @@ def test_other_sizes(changes):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("solver", ["euler", "ab2"])
-def test_16_bit_models_keep_their_state_in_float32(model, dtype, solver):
-    """By the accuracy rule's measure: no further from float32's image than twice the plain loop."""
-    model.to(dtype)
-    assert serves(model)
+def test_16_bit_models_keep_their_state_in_float32(dtype, solver):
+    """No further from float32's image than the plain loop, by the median of 9 models: of one, the
+    two roundings' distances have differed by up to 2.7 either way."""
     options = {"steps": [4, 5], "guidance_scale": 2.0, "solver": solver}
-    images = []
-    for loop in (contextlib.nullcontext(), plain_engine()):
-        with loop:
-            images.append(draw(model, **options).latents)
-    exact = draw(model.float(), **options).latents
-    bound, op_by_op = ((image - exact).norm() for image in images)
-    assert images[0].dtype == torch.float32
-    assert bound <= 2 * op_by_op
+    ratios = []
+    for _ in range(9):
+        model, images = tiny_model().to(dtype), []
+        assert serves(model)
+        for loop in (contextlib.nullcontext(), plain_engine()):
+            with loop:
+                images.append(draw(model, **options).latents)
+        assert images[0].dtype == torch.float32
+        exact = draw(model.float(), **options).latents
+        bound, op_by_op = ((image - exact).norm().item() for image in images)
+        ratios.append(bound / op_by_op)
+    assert statistics.median(ratios) <= 1.5, ratios
 
 
 @pytest.mark.parametrize(
