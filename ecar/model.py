@@ -43,7 +43,7 @@ class SharedLayer:
         if self.output.grad is None:
             raise ValueError("stage_gradients: expected to be called after the losses' backward")
         gradients = self.output.grad.split(self.stage_tokens, dim=1)
-        z = recompute.gelu(self.hidden, recompute.gelu_is_ours(self.hidden))
+        z = recompute.gelu(self.hidden, recompute.gelu_by_cpp(self.hidden))
         return torch.stack(
             [
                 (gradient.flatten(0, 1).T @ part.flatten(0, 1)).float()

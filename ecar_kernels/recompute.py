@@ -68,21 +68,21 @@ def gelu_linear(layer: nn.Module, x: Tensor) -> Tensor:
     return _GELULinear.apply(x, layer.weight, layer.bias)
 
 
-def gelu(x: Tensor, ours: bool = False) -> Tensor:
-    """tanh's approximation; `ours`: by the C++ library."""
-    return torch.ops.ecar.gelu.default(x) if ours else F.gelu(x, approximate="tanh")
+def gelu(x: Tensor, by_cpp: bool = False) -> Tensor:
+    """tanh's approximation; `by_cpp`: by the C++ library."""
+    return torch.ops.ecar.gelu.default(x) if by_cpp else F.gelu(x, approximate="tanh")
 
 
-def gelu_gradient(grad: Tensor, x: Tensor, ours: bool) -> Tensor:
+def gelu_gradient(grad: Tensor, x: Tensor, by_cpp: bool) -> Tensor:
     """That of x, given that of gelu(x), which is left as it is."""
-    if ours and (torch.compiler.is_compiling() or not _transforms.is_batched_gradient(grad)):
+    if by_cpp and (torch.compiler.is_compiling() or not _transforms.is_batched_gradient(grad)):
         grad = grad.clone(memory_format=torch.contiguous_format)
         torch.ops.ecar.gelu_backward_.default(grad, x)
         return grad
     return torch.ops.aten.gelu_backward.default(grad, x, approximate="tanh")
 
 
-def gelu_is_ours(x: Tensor) -> bool:
+def gelu_by_cpp(x: Tensor) -> bool:
     """Where PyTorch's takes five times as long: of contiguous tensors on a CPU."""
     return (
         registry.active_backend() in ("auto", "cpp")
@@ -172,8 +172,8 @@ class _GELULinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.ours = gelu_is_ours(x)
-        y = F.linear(gelu(x, ctx.ours), weight, bias)
+        ctx.by_cpp = gelu_by_cpp(x)
+        y = F.linear(gelu(x, ctx.by_cpp), weight, bias)
         ctx.save_for_backward(x, weight)
         ctx.autocast = _autocast_state(x)
         return y
@@ -192,14 +192,14 @@ class _GELULinear(torch.autograd.Function):
                 grad_x = (grad @ weight).to(x.dtype)
                 if not plain:
                     grad_x = torch.ops.aten.gelu_backward.default(grad_x, x, approximate="tanh")
-                elif ctx.ours and grad_x.is_contiguous():
+                elif ctx.by_cpp and grad_x.is_contiguous():
                     z = torch.ops.ecar.gelu_backward_.default(grad_x, x)  # both in one pass
                 else:
                     torch.ops.aten.gelu_backward.grad_input(
                         grad_x, x, approximate="tanh", grad_input=grad_x
                     )
             if weight_wanted:
-                z = gelu(x, ctx.ours and plain) if z is None else z
+                z = gelu(x, ctx.by_cpp and plain) if z is None else z
                 grad_weight = weight_gradient(grad, z)
             return grad_x, grad_weight, bias_gradient(grad) if bias_wanted else None
 

@@ -4,7 +4,7 @@ import functools
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks import cases, micro
 from benchmarks.gpu.work import Work
@@ -20,7 +20,7 @@ def compiled(work: Work) -> None:
     _rows(work, words=["L-256tokens-batch1"])
 
 
-def _rows(work: Work, *how: str, words: list[str] = []) -> None:  # noqa: B006 (read)
+def _rows(work: Work, *how: str, words: Sequence[str] = ()) -> None:
     words = [*words, *work.words]
     if work.dry:
         words = ["euler_step-forward---16tokens-batch1"]

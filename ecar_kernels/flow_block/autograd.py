@@ -60,12 +60,12 @@ def _in_its_type(x: Tensor) -> torch.autocast:
 
 
 def adaln_linear(
-    forward: Callable, adaln: Callable, gradients: Callable, *, ours: bool, widest: int = _ANY
+    forward: Callable, adaln: Callable, gradients: Callable, *, by_cpp: bool, widest: int = _ANY
 ) -> Callable:
     """The op, from a backend's.
 
     forward: (x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps, scale_offset) -> y.
-    adaln, gradients: as `ecar_kernels.adaln.autograd.adaln` takes them. ours: is it the C++
+    adaln, gradients: as `ecar_kernels.adaln.autograd.adaln` takes them. by_cpp: is it the C++
     library's, which packs weights and has a GELU?
     """
 
@@ -74,14 +74,14 @@ def adaln_linear(
         def forward(ctx, x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps, offset):
             given = x, shift, scale, weight, bias, step_shift, step_scale
             ctx.gelu, ctx.eps = gelu, eps
-            if ours and ctx.needs_input_grad[3]:
+            if by_cpp and ctx.needs_input_grad[3]:
                 with _in_its_type(x):
                     z = adaln(x, shift, scale, step_shift, step_scale, eps)
                     y = F.linear(z, weight, bias)
             else:
                 y = forward(*given, False, eps, offset)
             ctx.save_for_backward(*given, y if gelu else None)
-            return recompute.gelu(y, ours) if gelu else y
+            return recompute.gelu(y, by_cpp) if gelu else y
 
         @staticmethod
         @_transforms.differentiable_again(_adaln_linear_again)
@@ -92,7 +92,7 @@ def adaln_linear(
             found, grad_weight = (None,) * 5, None
             with _in_its_type(x):
                 if ctx.gelu:
-                    grad = recompute.gelu_gradient(grad, before, ours)
+                    grad = recompute.gelu_gradient(grad, before, by_cpp)
                 if of_weight:
                     z = adaln(x, shift, scale, step_shift, step_scale, ctx.eps)
                     grad_weight = recompute.weight_gradient(grad, z)
@@ -142,13 +142,13 @@ def linear_gated_residual(
     gated_residual: Callable,
     gradients: Callable,
     *,
-    ours: bool,
+    by_cpp: bool,
     widest: int = _ANY,
 ) -> Callable:
     """The op, from a backend's.
 
     forward: (h, weight, bias, gate, residual, step_gate) -> x. gated_residual, gradients: as
-    `ecar_kernels.adaln.autograd.gated_residual` takes them. ours: as above.
+    `ecar_kernels.adaln.autograd.gated_residual` takes them. by_cpp: as above.
     """
 
     class LinearGatedResidual(torch.autograd.Function):
@@ -156,7 +156,7 @@ def linear_gated_residual(
         def forward(ctx, h, weight, bias, gate, residual, step_gate):
             _, of_weight, _, of_gate, _, of_step = ctx.needs_input_grad
             branch = None
-            if of_gate or of_step or (ours and of_weight):
+            if of_gate or of_step or (by_cpp and of_weight):
                 with _in_its_type(h):
                     branch = F.linear(h, weight, bias)
                 x = gated_residual(residual, branch, gate, step_gate)

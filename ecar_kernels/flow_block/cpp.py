@@ -1,9 +1,9 @@
 """The fused GEMMs in C++, for CPU tensors: csrc/cpu/flow_block_isa.cpp.
 
-One rule for every size, `ours`, measured in November 2026 (EPYC of Zen 4, one
+One rule for every size, `by_cpp`, measured in November 2026 (EPYC of Zen 4, one
 thread, weights from memory; of the best library's own rate at 512 rows, which oneDNN has):
 
-    rows      nn.Linear   oneDNN packed   ours, all fused   therefore
+    rows      nn.Linear   oneDNN packed   C++, all fused  therefore
     16        31-51 %     49-75 %         82-100 %          no library comes near 85 %
     64        55-76 %     79-94 %         87-101 %          oneDNN reaches it, without the fusion
     256, 512  72-93 %     96-100 %        90-98 %           what oneDNN gains is less than the
@@ -120,13 +120,13 @@ def _forward_linear_gated_residual(*arguments):
 
 
 adaln_linear = autograd.adaln_linear(
-    _forward_adaln_linear, unfused.adaln_forward, unfused.adaln_gradients, ours=True
+    _forward_adaln_linear, unfused.adaln_forward, unfused.adaln_gradients, by_cpp=True
 )
 linear_gated_residual = autograd.linear_gated_residual(
     _forward_linear_gated_residual,
     unfused.gated_residual_forward,
     unfused.gated_residual_gradients,
-    ours=True,
+    by_cpp=True,
 )
 
 

@@ -233,12 +233,12 @@ _linear_gated_residual = _triton.register(
 )
 
 adaln_linear = autograd.adaln_linear(
-    _adaln_linear, unfused.adaln_forward, unfused.adaln_gradients, ours=False, widest=MAX_WIDTH
+    _adaln_linear, unfused.adaln_forward, unfused.adaln_gradients, by_cpp=False, widest=MAX_WIDTH
 )
 linear_gated_residual = autograd.linear_gated_residual(
     _linear_gated_residual,
     unfused.gated_residual_forward,
     unfused.gated_residual_gradients,
-    ours=False,
+    by_cpp=False,
     widest=MAX_WIDTH,
 )

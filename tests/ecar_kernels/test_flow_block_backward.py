@@ -201,7 +201,7 @@ def test_wider_tokens_than_the_adaln_family_s():
         ("linear_gated_residual", autograd.linear_gated_residual),
     ):
         call = call_of(op, 1, 3, 40, 40, gelu=False)
-        run = make(None, None, None, ours=False, widest=32)
+        run = make(None, None, None, by_cpp=False, widest=32)
         result = run(**call | {"weight": call["weight"].requires_grad_()})
         assert result.equal(getattr(reference, op)(**call))
 

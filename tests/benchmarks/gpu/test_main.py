@@ -42,7 +42,9 @@ class TestDryRuns:
         assert list(parts) == ["build", "accuracy", "images", "tests"]
         judged = parts["accuracy"]
         assert {row["op"] for row in judged} == set(OPS)
-        assert len(judged) == len(OPS) * 2 * 3  # layouts, dtypes; the CPU has C++ alone
+        # Triton's, too, where another test of this process has interpreted them.
+        found = [row for row in judged if row["served"] == "cpp"]
+        assert len(found) == len(OPS) * 2 * 3  # layouts, dtypes
         assert all(
             row["found"] <= row["allowed"] and row["served"] in check.KERNELS for row in judged
         )
