@@ -205,30 +205,6 @@ def measure(case: Case, seconds: float) -> Row:
     }
 
 
-def merged(record: dict[str, Any], facts: dict[str, Any], row: Row) -> dict[str, Any]:
-    """The record with a row of a run: in the place of that of the same case, or at the end.
-
-    Runs that differ in their time and load alone are one.
-    """
-    runs = list(record["runs"])
-    known = [_environment(run) for run in runs]
-    if _environment(facts) not in known:
-        runs.append(facts)
-        known.append(_environment(facts))
-    rows = {_case(each): each for each in record["rows"]}
-    rows[_case(row)] = row | {"run": known.index(_environment(facts))}
-    used = sorted({each["run"] for each in rows.values()})
-    return {
-        "kind": "integrations",
-        "runs": [runs[index] for index in used],
-        "rows": [each | {"run": used.index(each["run"])} for each in rows.values()],
-    }
-
-
-def _environment(facts: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in facts.items() if key not in ("date", "load_before")}
-
-
 def _case(row: Row) -> Case:
     return Case(**{field: row[field] for field in Case._fields})
 
@@ -270,7 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     empty = {"kind": "integrations", "runs": [], "rows": []}
     for case in chosen:
         row = measure(case, options.seconds)
-        record = merged(results.read(file) if file.exists() else empty, facts, row)
+        before = results.read(file) if file.exists() else empty
+        record = results.merged(before, facts, [row], _case)
         results.save(file, record)
         seconds = medians(row)
         print(f"{case.name}: {times(seconds['plain'], seconds['accelerated'])}", flush=True)

@@ -104,7 +104,7 @@ def run(
                 )
                 said = duration(one["seconds"]["ours"]["median"])
                 rows.append(one)
-                results.save(file, merged(before, this, rows))
+                results.save(file, results.merged(before, this, rows, case_of))
                 broken = set(BACKENDS) & one.get("failures", {}).keys()
             except Exception as error:  # the others go on
                 said, broken = f"{type(error).__name__}: {error}", {"ours"}
@@ -121,19 +121,6 @@ def run(
 def case_of(row: Row) -> Case:
     """What a row times; two rows of one case are measurements of the same."""
     return Case(**{field.name: row[field.name] for field in fields(Case) if field.name in row})
-
-
-def merged(record: dict[str, Any], this: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
-    """The record with the rows of a run: in the place of those of the same case, or at the end."""
-    runs = [*record["runs"], this]
-    found = {case_of(row): row for row in record["rows"]}
-    found |= {case_of(row): {**row, "run": len(runs) - 1} for row in rows}
-    used = sorted({row["run"] for row in found.values()})
-    return {
-        "kind": "micro",
-        "runs": [runs[index] for index in used],
-        "rows": [{**row, "run": used.index(row["run"])} for row in found.values()],
-    }
 
 
 @torch.no_grad()

@@ -128,6 +128,35 @@ def write(file: Path, kind: str, facts: dict[str, Any], **content: Any) -> None:
     save(file, {"kind": kind, "environment": facts, **content})
 
 
+def merged(
+    record: dict[str, Any],
+    this: dict[str, Any],
+    rows: Iterable[dict[str, Any]],
+    case_of: Callable[[dict[str, Any]], Any],
+) -> dict[str, Any]:
+    """The record with the rows of a run: in the place of those of the same case, or at the end.
+
+    this: `describe()` of the run. Runs that differ in their time and load alone are one.
+    """
+
+    def environment(run: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in run.items() if key not in ("date", "load_before")}
+
+    runs = list(record["runs"])
+    known = [environment(run) for run in runs]
+    if environment(this) not in known:
+        runs.append(this)
+        known.append(environment(this))
+    found = {case_of(row): row for row in record["rows"]}
+    found |= {case_of(row): row | {"run": known.index(environment(this))} for row in rows}
+    used = sorted({row["run"] for row in found.values()})
+    return {
+        "kind": record["kind"],
+        "runs": [runs[index] for index in used],
+        "rows": [row | {"run": used.index(row["run"])} for row in found.values()],
+    }
+
+
 def save(file: Path, record: dict[str, Any]) -> None:
     """Writes a record, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -20,9 +20,9 @@ __all__ = [
     "linear_gated_residual",
     "linear_residual",
     "mlp_gated_residual",
+    "multiplies",
     "norm_linear",
     "norm_mlp_residual",
-    "packs",
     "product",
     "rows",
 ]
@@ -36,31 +36,31 @@ def rows(x: T) -> T:
     return x.contiguous()
 
 
-def packs(ops: Ops) -> bool:
-    """Do its GEMMs read packed weights? Elsewhere the libraries' own GEMM is the one to take."""
-    return (
-        ops is not PUBLIC and getattr(ops.linear_gated_residual, "prepare_weight", None) is not None
-    )
-
-
 def product(ops: Ops, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """x W^T + b, x [.., N, C], by ops of which `packs` is true."""
+    """x W^T + b, x [.., N, C], where `multiplies` is true."""
     tokens, outputs = rows(x.reshape(-1, *x.shape[-2:])), len(weight)
     nothing = x.new_zeros(1, 1, outputs).expand(*tokens.shape[:2], -1)
     gate = unit_gate(tokens, outputs)
     return ops.linear_gated_residual(tokens, weight, bias, gate, nothing).view(*x.shape[:-1], -1)
 
 
-def linear(ops: Ops, layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x), x [.., N, C]."""
-    if (
-        packs(ops)
+def multiplies(ops: Ops, layer: Any, x: Tensor) -> bool:
+    """Can `product` do what the layer does to x? Only where the ops' GEMMs read packed weights:
+    elsewhere the libraries' own GEMM is the one to take."""
+    return (
+        ops is not PUBLIC
+        and getattr(ops.linear_gated_residual, "prepare_weight", None) is not None
         and x.ndim >= 2
-        and x.numel()
+        and x.numel() > 0
         and as_written(layer, nn.Linear)
         and x.dtype is layer.weight.dtype
         and x.shape[-1] == layer.weight.shape[1]
-    ):
+    )
+
+
+def linear(ops: Ops, layer: Any, x: Tensor) -> Tensor:
+    """layer(x), x [.., N, C]."""
+    if multiplies(ops, layer, x):
         return product(ops, layer.weight, layer.bias, x)
     return layer(x)
 

@@ -367,7 +367,7 @@ class AcceleratedLinear(Accelerated, Linear):
 
 def _multiply(layer: Linear, x: Tensor, bias: Tensor | None, plain: Callable) -> Tensor:
     ops = layer.ops(x) if isinstance(layer, Accelerated) else PUBLIC  # restored, and still called
-    if not fused.packs(ops) or x.ndim < 2 or not x.numel() or not as_written(layer, nn.Linear):
+    if not fused.multiplies(ops, layer, x):
         return plain(layer, x)
     return fused.product(ops, layer.weight, bias, x)
 

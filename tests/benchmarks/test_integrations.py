@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import integrations, report, results
-from benchmarks.integrations import MODELS, Case, cases, merged
+from benchmarks.integrations import MODELS, Case, _case, cases
 from ecar_kernels import foreign
 
 
@@ -22,6 +22,10 @@ def test_every_integration_has_a_row():
 def row(case, plain=2.0):
     seconds = {"plain": {"median": plain}, "accelerated": {"median": 1.0}}
     return case._asdict() | {"class": MODELS[case.model].kind, "served": {}, "seconds": seconds}
+
+
+def merged(record, facts, row):
+    return results.merged(record, facts, [row], _case)
 
 
 def test_rows_are_merged_by_case():

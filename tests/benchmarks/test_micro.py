@@ -96,6 +96,10 @@ def this(**changes):
     return {"environment": results.describe() | changes, "rates": rates}
 
 
+def merged(before, run, rows):
+    return results.merged(before, run, rows, micro.case_of)
+
+
 def record(*rows):
     return {"kind": "micro", "runs": [this()], "rows": list(rows)}
 
@@ -103,7 +107,7 @@ def record(*rows):
 class TestMerging:
     def test_other_rows_stay_with_the_run_that_measured_them(self):
         before = record(row(), row(tokens=64), row(backward=True))
-        after = micro.merged(before, this(threads=99), [row(tokens=64, ours=1e-3)])
+        after = merged(before, this(threads=99), [row(tokens=64, ours=1e-3)])
         assert [found["tokens"] for found in after["rows"]] == [16, 64, 16]
         assert [found["run"] for found in after["rows"]] == [0, 1, 0]
         assert after["rows"][1]["seconds"]["ours"]["median"] == 1e-3
@@ -114,14 +118,14 @@ class TestMerging:
         ]
 
     def test_a_run_without_rows_is_dropped(self):
-        after = micro.merged(record(row()), this(threads=99), [row(ours=1e-3)])
+        after = merged(record(row()), this(threads=99), [row(ours=1e-3)])
         assert [run["environment"]["threads"] for run in after["runs"]] == [99]
         assert after["rows"][0]["run"] == 0
 
     def test_what_differs_is_another_row(self):
         changes = [{}, {"batch": 2}, {"size": "L"}, {"backward": True}, {"whole": True}]
         rows = [row(**change) for change in [*changes, {"overhead": True}]]
-        assert len(micro.merged(record(), this(), rows)["rows"]) == len(rows)
+        assert len(merged(record(), this(), rows)["rows"]) == len(rows)
 
     def test_a_file_of_another_kind_is_refused(self, tmp_path):
         file = tmp_path / "x.json"
@@ -229,7 +233,7 @@ def test_the_tables_have_ratios_rates_and_the_fraction_of_the_floor():
     assert [name, "SDPA math", "5.00 ms", "2.50x", "0.4 GB/s", "20%"] in cells
     assert ["stage_attention", "SDPA cudnn", "RuntimeError: no"] in cells
     assert "Run 1: " in text and "copy 1.0 GB/s, GEMM 20 GFLOP/s" in text
-    two = micro.merged(record(row()), this(threads=99), [row(tokens=64)])
+    two = merged(record(row()), this(threads=99), [row(tokens=64)])
     lines = [" ".join(line.split()) for line in micro.render(two).splitlines()]
     assert lines[2].endswith("50% | 1 |") and lines[3].endswith("50% | 2 |")
     assert any(line.startswith("Run 2: ") and "99 threads" in line for line in lines)
@@ -252,7 +256,7 @@ def test_an_ops_overview_has_the_stages_of_s():
     assert [cell.strip() for cell in lines[1].strip("|").split("|")] == cells
     assert "Forward: one image; backward: a batch of 8." in text
     assert micro.overview(record(), "adaln") == ""
-    two = micro.merged(record(row()), this(threads=99), [row(tokens=64)])
+    two = merged(record(row()), this(threads=99), [row(tokens=64)])
     assert ", 99 threads, float32, torch" in micro.overview(two, "adaln")
 
 
