@@ -19,11 +19,11 @@ from ecar.checkpoint import (
     read_settings,
 )
 from ecar.codec import CODECS, AutoencoderKLCodec, IdentityCodec, load_codec
-from ecar.conventions import Conventions
 from ecar.hub import checkpoint_folder, chosen_dtype, require_hub_options
 from ecar.images import to_numpy, to_pil, to_unit
 from ecar.inputs import ClassNames, draw_seeds, pair, repeat
 from ecar.model import ECAR
+from ecar.pipeline_mixin import PipelineMixin
 from ecar.sampling import StepInfo, sample
 from ecar.sampling.guidance import Steps
 from ecar_kernels import accelerate, active_backend
@@ -64,7 +64,7 @@ class ECARPipelineOutput:
         return parts if self.stage_images is None else (*parts, self.stage_images)
 
 
-class ECARPipeline(Conventions):
+class ECARPipeline(PipelineMixin):
     """A model, the codec of its latents, and how it is best sampled.
 
     Args:

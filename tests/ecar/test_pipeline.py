@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from ecar import conventions, pipeline
+from ecar import pipeline, pipeline_mixin
 from ecar.codec import AutoencoderKLCodec, IdentityCodec
 from ecar.pipeline import ECARPipeline
 from ecar.sampling import sample
@@ -87,7 +87,7 @@ def test_graphs_and_tf32_reach_the_sampler_and_moving_drops_the_graphs(monkeypat
             sample(*given, **options),
         )[1],
     )
-    monkeypatch.setattr(conventions, "release_graphs", released.append)
+    monkeypatch.setattr(pipeline_mixin, "release_graphs", released.append)
     draw(pipe, 1)
     pipe.graphs, pipe.tf32 = "auto", None
     draw(pipe, 1)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ecar import ECARPipeline, conventions
+from ecar import ECARPipeline, pipeline_mixin
 from ecar.codec import AutoencoderKLCodec
 from ecar.sampling import sampler
 
@@ -103,7 +103,7 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch):
     made = []
-    monkeypatch.setattr(conventions, "HfApi", lambda token: made.append(Hub(token)) or made[-1])
+    monkeypatch.setattr(pipeline_mixin, "HfApi", lambda token: made.append(Hub(token)) or made[-1])
     return made
 
 

@@ -18,10 +18,10 @@ from ecar.files import atomic_folder
 from ecar.model import ECAR
 from ecar.sampling import release_graphs
 
-__all__ = ["Conventions"]
+__all__ = ["PipelineMixin"]
 
 
-class Conventions:
+class PipelineMixin:
     """Base of a pipeline with a model and a codec."""
 
     model: ECAR
