@@ -4,12 +4,14 @@ import csv
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
 from ecar.config import PRESETS, ECARConfig
+from ecar.model import ECAR
 from ecar.pipeline import ECARPipeline
 from ecar.training import Trainer
 from tools import train_for
@@ -17,7 +19,7 @@ from tools import train_for
 
 @pytest.fixture
 def tiny(monkeypatch):
-    model = ECARConfig.preset("digits", width=16, heads=2, ar_layers=1, flow_blocks=1)
+    model = ECARConfig.preset("digits", width=16, heads=2, ar_layers=1, flow_blocks=2)
     monkeypatch.setitem(PRESETS, "digits", model)
     monkeypatch.setitem(train_for.SETTINGS, "warmup_steps", 0)
     monkeypatch.setitem(train_for.SETTINGS, "log_every", 1)
@@ -51,6 +53,20 @@ def test_trains_decays_and_goes_on(tiny, tmp_path):
     train_for.main(words)
     assert rates(work)[: len(before)] == before and len(rates(work)) > len(before)
     assert set(rates(work)) == {8e-4}
+
+
+def test_starts_from_a_checkpoint(tiny, tmp_path):
+    """With fewer flow blocks than the preset has."""
+    start = ECAR(replace(ECARConfig.preset("digits"), flow_blocks=1))
+    start.save_pretrained(tmp_path / "start")
+    words = ["--dataset", "digits", "--work", str(tmp_path / "run"), "--batch-size", "8"]
+    words += ["--seconds", "3", "--init-from", str(tmp_path / "start")]
+    train_for.main([*words, "--output", str(tmp_path / "out")])
+    model = ECARPipeline.from_pretrained(tmp_path / "out").model
+    assert model.config == ECARConfig.preset("digits")
+    name = "ar.class_embedding.weight"
+    moved, old, fresh = (m.state_dict()[name] for m in (model, start, ECAR(model.config)))
+    assert (moved - old).norm() < (moved - fresh).norm() / 2
 
 
 def test_a_signal_of_the_users_ends_it(tiny, tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ SETTINGS = {
 }
 
 
-def start(dataset: str, work: Path, batch_size: int) -> Trainer:
+def start(dataset: str, work: Path, batch_size: int, init_from: str | None) -> Trainer:
     """The training in that folder, or a new one."""
     if state_path(work).exists():
         return Trainer.resume(str(work))
@@ -54,19 +54,18 @@ def start(dataset: str, work: Path, batch_size: int) -> Trainer:
         batch_size=batch_size,
         stage_weights=(1.0,) * model.num_stages,
         sample_rows=model.num_classes,
+        init_from=init_from,
         **SETTINGS,
     )
     return Trainer(config)
 
 
-def train(dataset: str, work: Path, seconds: float, batch_size: int) -> Path:
-    """Train for that long; the folder of the training that has decayed.
+def train(trainer: Trainer, work: Path, seconds: float, begin: float) -> Path:
+    """Train for that long since `begin`; the folder of the training that has decayed.
 
     Raises:
         KeyboardInterrupt: another signal ended it; it is saved.
     """
-    begin = time.monotonic()
-    trainer = start(dataset, work, batch_size)
     first, spent = trainer.step, trainer.seconds
     left = seconds * (1 - DECAY) - (time.monotonic() - begin)
     if trainer.run(max(left, 1e-3)).stopped_by is not None:
@@ -111,10 +110,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset", choices=("digits", "mnist", "emoji"), default="emoji")
     size = 256 if torch.cuda.is_available() else 64
     parser.add_argument("--batch-size", type=int, default=size, help=f"default here: {size}")
+    parser.add_argument("--init-from", help="checkpoint to start from, as `ecar train` takes it")
     arguments = parser.parse_args(argv)
     work = arguments.work or Path("runs") / arguments.dataset
+    begin = time.monotonic()
     try:
-        done = train(arguments.dataset, work, arguments.seconds, arguments.batch_size)
+        trainer = start(arguments.dataset, work, arguments.batch_size, arguments.init_from)
+        done = train(trainer, work, arguments.seconds, begin)
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted; {work} is saved, and the same command goes on") from None
     if PartialState().is_main_process:

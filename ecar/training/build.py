@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import re
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ __all__ = [
 
 _KEPT = 1 << 30  # bytes: images in files that take less as pixels are decoded once
 _CLASSES = "ar.class_embedding.weight"
+_MODULATION = re.compile(r"heads\.[0-9]+\.modulation\.(weight|bias)")
 # glibc's mallopt: what is asked of the kernel block by block, and what is given back to it.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _NEVER = -1, -3, 2**31 - 1
 
@@ -165,7 +167,9 @@ def initial_model(config: TrainConfig) -> tuple[ECAR, str]:
     """The model that a new training starts from, on the CPU, and in words what it is.
 
     A checkpoint of another number of classes gives all but the class embeddings: those are the
-    seed's, but the null class's, which is the checkpoint's.
+    seed's, but the null class's, which is the checkpoint's. Flow blocks that a checkpoint lacks
+    come after its own, unmodulated: with adaLN-zero, such a block is the identity, so the model
+    computes what the checkpoint's does.
 
     Raises:
         ValueError: `init_from` is of another configuration.
@@ -177,21 +181,34 @@ def initial_model(config: TrainConfig) -> tuple[ECAR, str]:
         return model, f"fresh weights of seed {config.seed}"
     given = ECAR.from_pretrained(config.init_from)
     sizes, wanted = ({**c.to_dict(), "class_dropout": 0} for c in (given.config, config.model))
-    if {**sizes, "num_classes": 0} != {**wanted, "num_classes": 0}:
+    classes, blocks = sizes["num_classes"], sizes["flow_blocks"]
+    added = wanted["flow_blocks"] - blocks
+    same = {**sizes, "num_classes": wanted["num_classes"], "flow_blocks": blocks + max(added, 0)}
+    if same != wanted:
         raise ValueError(
             f"argument 'init_from': {config.init_from} holds another configuration, {given.config}"
         )
-    weights = given.state_dict()
-    if sizes == wanted:
-        model.load_state_dict(weights)
-        return model, f"weights of {config.init_from}"
-    classes = model.state_dict()[_CLASSES].clone()
-    classes[config.model.null_class] = weights[_CLASSES][given.config.null_class]
-    model.load_state_dict({**weights, _CLASSES: classes})
-    return model, (
-        f"weights of {config.init_from}, but embeddings of {config.model.num_classes} classes in "
-        f"place of its {given.config.num_classes}: fresh ones of seed {config.seed}"
-    )
+    weights, fresh = given.state_dict(), model.state_dict()
+    origin = f"weights of {config.init_from}"
+    if classes != wanted["num_classes"]:
+        embeddings = fresh[_CLASSES].clone()
+        embeddings[config.model.null_class] = weights[_CLASSES][given.config.null_class]
+        weights[_CLASSES] = embeddings
+        origin += (
+            f", but embeddings of {wanted['num_classes']} classes in place of its {classes}: "
+            f"fresh ones of seed {config.seed}"
+        )
+    if added:
+        for name in (name for name in weights if _MODULATION.fullmatch(name)):
+            # Six parts a block, then the final layer's two.
+            before, last = weights[name].split(
+                [6 * blocks * given.config.width, 2 * given.config.width]
+            )
+            between = before.new_zeros(6 * added * given.config.width, *before.shape[1:])
+            weights[name] = torch.cat((before, between, last))
+        origin += f", and {added} more flow blocks in each head, which begin as the identity"
+    model.load_state_dict({**fresh, **weights})
+    return model, origin
 
 
 def make_optimizer(config: TrainConfig, parameters: tuple[nn.Parameter, ...]) -> torch.optim.AdamW:

@@ -28,10 +28,14 @@ class Progress:
     Args:
         total, begin: steps in all, and done already.
         visible: False says nothing.
+        seconds: after so many from now it ends, if not before; None: not by time.
     """
 
-    def __init__(self, total: int, begin: int, *, visible: bool) -> None:
+    def __init__(
+        self, total: int, begin: int, *, visible: bool, seconds: float | None = None
+    ) -> None:
         self.total, self.step = total, begin
+        self._deadline = float("inf") if seconds is None else time.monotonic() + seconds
         terminal = sys.stderr.isatty()
         self._lines = visible and not terminal
         self._said = 0.0
@@ -53,7 +57,7 @@ class Progress:
         now, ended = time.monotonic(), self.step == self.total
         if self._lines and (ended or not self._said or now - self._said >= _BETWEEN):
             self._said = now
-            left = (self.total - self.step) * batch_size / rate
+            left = min((self.total - self.step) * batch_size / rate, max(self._deadline - now, 0))
             self.say(f"step {self.step:,} of {self.total:,}: {text}, {_duration(left)} left")
 
     def say(self, text: str) -> None:

@@ -168,13 +168,14 @@ class Trainer:
         """
         config, main = self.config, self.accelerator.is_main_process
         log = open_log(config, self.step, validates=self.validation is not None) if main else None
-        progress = Progress(config.steps, self.step, visible=main and self.progress)
+        visible, timed = main and self.progress, Ending(self.accelerator, seconds)
+        progress = Progress(config.steps, self.step, visible=visible, seconds=seconds)
         for line in self.header() if main else ():
             progress.say(line)
         last: dict[str, float] = {}
         stopped = False
         self._mark = time.perf_counter()
-        with contextlib.closing(progress), Ending(self.accelerator, seconds) as ending:
+        with contextlib.closing(progress), timed as ending:
             for parts in self.batches.steps(self.step, config.steps):
                 self._train_step(parts)
                 self.step += 1

@@ -182,6 +182,35 @@ def test_other_classes_get_embeddings_of_their_own(make_config, tmp_path, tiny, 
     assert all(torch.equal(new[key], old[key]) for key in old if key != name)
 
 
+@pytest.mark.parametrize("classes", [10, 12])
+def test_more_flow_blocks_begin_as_the_identity(make_config, tmp_path, tiny, images, classes):
+    given = ECAR(tiny)
+    for head in given.heads:  # zero in a model that is not trained
+        torch.nn.init.normal_(head.modulation.weight)
+        torch.nn.init.normal_(head.modulation.bias)
+        torch.nn.init.normal_(head.output.weight)
+    given.save_pretrained(tmp_path / "given")
+    sizes = {**tiny.to_dict(), "num_classes": classes, "flow_blocks": tiny.flow_blocks + 2}
+    config = make_config(model=ECARConfig.from_dict(sizes), init_from=str(tmp_path / "given"))
+    instance = trainer(config, dataset=images)
+    assert "and 2 more flow blocks in each head, which begin as the identity" in instance.origin
+    latents = images.tensors[0]
+    noise, tau = torch.randn_like(latents), torch.rand(len(latents), tiny.num_stages)
+    losses = [
+        model(latents, torch.full((len(latents),), model.config.null_class), noise, tau)
+        for model in (given, instance.raw_model)
+    ]
+    torch.testing.assert_close(*losses)
+    assert all(len(head.blocks) == 3 for head in instance.raw_model.heads)
+    losses[1].sum().backward()
+    moved = instance.raw_model.heads[0].modulation.weight.grad.view(20, -1).any(dim=1)
+    assert moved[6:18].any() and moved[18:].all()  # the new blocks learn
+
+    instance.raw_model.save_pretrained(tmp_path / "grown")
+    with pytest.raises(ValueError, match="holds another configuration"):
+        trainer(make_config(init_from=str(tmp_path / "grown")), dataset=images)
+
+
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_rest_is_as_if_there_had_been_none(
     make_config, images, tmp_path, kind
@@ -255,6 +284,9 @@ def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
         progress.show({"loss": 0.5, "images_per_second": 32.0}, 64)
     progress.close()
     assert capsys.readouterr().err == "step 1 of 1,000: loss 0.5000, 32 images/s, 33:18 left\n"
+    timed = Progress(10**9, 0, visible=True, seconds=99.9)
+    timed.show({"loss": 0.5, "images_per_second": 32.0}, 64)
+    assert re.search(r"images/s, 1:(3[0-9]|40) left$", capsys.readouterr().err.strip())
     Progress(1000, 0, visible=False).say("nothing")
     assert capsys.readouterr().err == ""
 
