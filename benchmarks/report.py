@@ -16,6 +16,7 @@ from benchmarks import instructions, launches, results
 KINDS = {
     "end_to_end": "benchmarks.end_to_end",
     "runtimes": "benchmarks.runtimes",
+    "gemm": "benchmarks.gemm",
     "table3": "benchmarks.paper.table3",
     "table2": "benchmarks.paper.table2",
     "complexity": "benchmarks.paper.complexity",

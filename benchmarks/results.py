@@ -290,3 +290,33 @@ def times(value: float | None, base: float = 1.0) -> str:
 def figures(value: float) -> str:
     """Three figures, and all of those before the point."""
     return f"{value:.{max(0, 2 - len(str(int(abs(value)))) + 1)}f}"
+
+
+def command(
+    kind: str,
+    text: str | None,
+    names: Sequence[str],
+    measure: Callable[[str, float], dict[str, Any]],
+    render: Callable[[dict[str, Any]], str],
+) -> int:
+    """The command line of a benchmark with rows by name, each written when it is measured."""
+    options_of = parser(kind, text)
+    add = options_of.add_argument
+    add("-k", nargs="+", default=[], dest="words", metavar="WORD", help="of the rows' names, all")
+    add("--list", action="store_true", help="print the rows' names and exit")
+    add("--seconds", type=float, default=15.0, help="of measuring for each row (default: 15)")
+    options = options_of.parse_args()
+    chosen = [name for name in names if all(word in name for word in options.words)]
+    if not chosen:
+        options_of.error(f"argument -k: no row's name contains all of {', '.join(options.words)}")
+    if options.list:
+        print("\n".join(chosen))
+        return 0
+    file, facts = path(kind, options.results), describe()
+    rows = {row["name"]: row for row in read(file)["rows"]} if file.exists() else {}
+    for name in chosen:
+        rows[name] = measure(name, options.seconds)
+        write(file, kind, facts, rows=[rows[name] for name in names if name in rows])
+        print(render({"rows": [rows[name]]}), flush=True)
+    print(f"merged into {file}")
+    return 0

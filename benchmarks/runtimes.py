@@ -8,9 +8,9 @@ bfloat16 by its precision hint. int8 are weights compressed by nncf, with OpenVI
 quantization of activations, and ONNX Runtime's quantize_dynamic. A step is that of the sampler, by
 ab2, with its update and, in E-CAR's, the embedding of the next step's tokens.
 
-All ways take turns of some calls, of which the first is not timed; figures are medians of turns.
-error: root mean square of the difference to eager float32, over that of its result. What is not
-installed, or can't run, says why: `pip install 'ecar[runtimes]'`.
+All ways take turns of some calls, the first of them not timed; figures are medians of turns. error:
+root mean square of the difference to eager float32, over that of its result. What is not installed
+(`pip install 'ecar[runtimes]'`), or can't run, says why.
 """
 
 import copy
@@ -170,13 +170,18 @@ class Work:
             self.absent[way] = reason
 
     def add_runtimes(
-        self, module: nn.Module, inputs: Sequence[Tensor], network: Sequence[int]
+        self,
+        module: nn.Module,
+        inputs: Sequence[Tensor],
+        network: Sequence[int],
+        names: Sequence[str] | None = None,
     ) -> None:
         """Of a case that is one program. network: inputs that have the weights' type in PyTorch."""
         file, arrays = exported(module, tuple(inputs), self.name), [x.numpy() for x in inputs]
         dtype = DTYPES[self.dtype] or torch.float32
         cast = [x.to(dtype) if i in network else x for i, x in enumerate(inputs)]
-        for way, load in RUNTIMES.items():
+        for way in RUNTIMES if names is None else names:
+            load = RUNTIMES[way]
             given = cast if load in (eager, compiled) else arrays
             self.add(way, lambda load=load, given=given: self._first(load, module, file, given))
         self.exact = eager(module, file, "float32")(*inputs)[0]
@@ -188,6 +193,17 @@ class Work:
     def error(self, way: str) -> float:
         found, exact = (torch.as_tensor(x).double() for x in (self.calls[way](), self.exact))
         return ((found - exact).square().mean() / exact.square().mean()).sqrt().item()
+
+    def measured(self, seconds: float) -> dict[str, Any]:
+        """A row of the results: all ways in turns for so long."""
+        ways = {way: functools.partial(turn, call) for way, call in self.calls.items()}
+        return {
+            "name": f"{self.name}-{self.dtype}",
+            "errors": {way: self.error(way) for way in self.calls},
+            "seconds": timing.summaries(timing.rounds(ways, seconds)),
+            "absent": self.absent,
+            "environment": results.briefly(results.describe()),
+        }
 
 
 def accelerated(model: nn.Module, dtype: str) -> Any:
@@ -324,17 +340,7 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
     models.forget()
     work = Work(case, dtype)
     CASES[case](work)
-    errors = {way: work.error(way) for way in work.calls}
-    taken = timing.rounds(
-        {way: functools.partial(turn, call) for way, call in work.calls.items()}, seconds
-    )
-    return {
-        "name": name,
-        "seconds": timing.summaries(taken),
-        "errors": errors,
-        "absent": work.absent,
-        "environment": results.briefly(results.describe()),
-    }
+    return work.measured(seconds)
 
 
 def render(record: dict[str, Any]) -> str:
@@ -353,37 +359,15 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "case": row["name"],
         **{way: duration(found.get(way)) for way in (OURS, *RUNTIMES)},
         "best of others": times(min(others), ours) if ours and others else "-",
-        **{f"error, {way}": _error(row, way) for way in (OURS, *list(RUNTIMES)[-2:])},
+        **{
+            f"error, {way}": f"{row['errors'][way]:.0e}" if way in row["errors"] else "-"
+            for way in (OURS, *list(RUNTIMES)[-2:])
+        },
     }
 
 
-def _error(row: dict[str, Any], way: str) -> str:
-    return f"{row['errors'][way]:.0e}" if way in row["errors"] else "-"
-
-
 def main() -> int:
-    parser = results.parser("runtimes", __doc__)
-    add = parser.add_argument
-    add("-k", nargs="+", default=[], metavar="WORD", dest="words",
-        help="only rows whose names contain all of these words")  # fmt: skip
-    add("--list", action="store_true", help="print the rows' names and exit")
-    add("--seconds", type=float, default=15.0, help="of measuring for each row (default: 15)")
-    options = parser.parse_args()
-    chosen = [name for name in NAMES if all(word in name for word in options.words)]
-    if not chosen:
-        parser.error(f"argument -k: no row's name contains all of {', '.join(options.words)}")
-    if options.list:
-        print("\n".join(chosen))
-        return 0
-    file, facts = results.path("runtimes", options.results), results.describe()
-    rows = {row["name"]: row for row in results.read(file)["rows"]} if file.exists() else {}
-    for name in chosen:
-        rows[name] = measure(name, options.seconds)
-        ordered = [rows[name] for name in NAMES if name in rows]
-        results.write(file, "runtimes", facts, rows=ordered)
-        print(render({"rows": [rows[name]]}), flush=True)
-    print(f"merged into {file}")
-    return 0
+    return results.command("runtimes", __doc__, NAMES, measure, render)
 
 
 if __name__ == "__main__":

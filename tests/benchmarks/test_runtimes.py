@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from benchmarks import results, runtimes
+from benchmarks import gemm, results, runtimes
 from benchmarks.paper.dit import DiTSize
 from ecar import ECARConfig
 
@@ -31,6 +31,20 @@ def test_every_way_has_the_same_result(case):
     assert {"eager", "torch.compile"} <= row["seconds"].keys()
     assert all(error < 1e-5 for error in row["errors"].values()), row["errors"]
     assert (runtimes.OURS in row["seconds"]) == (case != "DiT-B-call")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_by_every_library(monkeypatch, dtype):
+    monkeypatch.setitem(gemm.LAYERS, "16x768x3072", (3, 32, 48))
+    row = gemm.measure(name := f"16x768x3072-{dtype}", 0.0)
+    assert row["name"] == name and row["seconds"].keys() | row["absent"].keys() == set(gemm.WAYS)
+    assert {gemm.OURS, "oneDNN"} <= row["seconds"].keys()
+    assert ("MKL" in row["seconds"]) == (dtype == "float32")
+    bound = 1e-6 if dtype == "float32" else 0.02
+    assert all(error < bound for error in row["errors"].values()), row["errors"]
+    row["seconds"][gemm.OURS]["median"] = 2 * 3 * 32 * 48 * 1e-9 / 50
+    text = gemm.render({"rows": [row]})
+    assert text.splitlines()[2].startswith("| 3    | 32 to 48 |") and " 50 |" in text
 
 
 def test_sixteen_bits_are_compared_with_float32():
