@@ -214,7 +214,7 @@ PRESETS: dict[str, ECARConfig] = {
         width=128,
         heads=4,
         ar_layers=4,
-        flow_blocks=2,
+        flow_blocks=4,
     ),
     "emoji": ECARConfig(
         stage_sides=(8, 16, 32),

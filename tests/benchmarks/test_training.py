@@ -19,7 +19,7 @@ IMAGES = 10 * training.BATCH
 def small(monkeypatch):
     """MNIST's preset, small: seconds."""
     model = ECARConfig.preset("mnist", width=16, heads=2, ar_layers=2, flow_blocks=1)
-    monkeypatch.setattr(ECARConfig, "preset", lambda name: model)
+    monkeypatch.setattr(training, "base_model", lambda dataset: model)
     monkeypatch.setitem(training.SETTINGS, "validation_images", 16)
     return model
 
@@ -46,7 +46,7 @@ def table(text):
 
 @pytest.mark.parametrize("dataset", training.DATASETS)
 def test_every_training_is_possible_and_its_name_its_own(dataset, tmp_path):
-    model = ECARConfig.preset(dataset)
+    model = training.base_model(dataset)
     table = training.trainings(model)
     configs = [training.configuration(dataset, model, one, 64_000, tmp_path) for one in table]
     assert len({config.output_dir for config in configs}) == len(table)
@@ -65,7 +65,7 @@ def test_every_training_is_possible_and_its_name_its_own(dataset, tmp_path):
 
 def test_rows_are_merged_and_drawn(run, tmp_path):
     run("--images", str(IMAGES), "-k", "class", "alone")
-    text = run("--images", str(IMAGES), "-k", "preset")
+    text = run("--images", str(IMAGES), "-k", "equal")
     rows = table(text)
     assert [*rows][1:3] == [training.BASE, "no AR, told the class alone"]  # in the table's order
     base = results.read(results.path("training-mnist", tmp_path / "results"))["rows"][0]
