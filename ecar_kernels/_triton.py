@@ -16,6 +16,7 @@ import torch
 from ecar_kernels import _numbers
 
 OLDEST_CAPABILITY = (8, 0)
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227}  # of a block; else 99
 NAMESPACE = "ecar_triton"
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")

@@ -27,7 +27,7 @@ FORMAT = 1
 MAX_BYTES = 1 << 24
 _ENTRY = {"op": str, "key": list, "rows": int, "settings": dict}
 # No more than any kernel was ever built with; a larger number is damage.
-_MOST = {"num_warps": 32, "num_stages": 16, "splits": 64}
+_MOST = {"num_warps": 32, "num_stages": 16}
 _NO_POWER = ("num_stages", "program_rows")
 
 Settings = TypeVar("Settings")

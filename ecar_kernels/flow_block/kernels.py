@@ -1,9 +1,8 @@
 """The Triton kernels of the fused GEMMs.
 
 A row is a token, counted over all images; it is found in a view [B, N, C] by the strides of B
-and N, so that views cost no copy. A product's program computes BLOCK_M rows of BLOCK_N outputs.
-With several splits it adds up only its share of the inputs and stores the bare sums in float32,
-[splits, rows, outputs]; a second kernel adds these in their order and does the epilogue.
+and N, so that views cost no copy. A product's program computes BLOCK_M rows of BLOCK_N outputs,
+from all inputs: no two programs add to the same sum, so that their order changes no bits.
 
 Rows past the last, of the tokens or of the weight, are read as the last one, and only stores
 need their bounds; inputs past the end are masked. An argument that is None is None to the
@@ -39,6 +38,35 @@ def _add_step(value, step, row, tokens, image_stride, column, mask):
     return value
 
 
+@triton.jit
+def _row_statistics(x, channels, eps, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
+    """Of rows that begin at x [BLOCK_M, 1]: a number near their mean, the mean less that, and
+    1 / sqrt(variance + eps).
+
+    Beside a large mean the variance is small, and the mean's rounding would show: what is summed
+    are deviations from the mean of the first BLOCK channels, and within each block from its own.
+    Blocks are combined as by Chan, Golub and LeVeque (1983).
+    """
+    pivot = tl.zeros((BLOCK_M, 1), tl.float32)
+    mean = tl.zeros((BLOCK_M, 1), tl.float32)
+    square = tl.zeros((BLOCK_M, 1), tl.float32)
+    for begin in range(0, channels, BLOCK):
+        column = begin + tl.arange(0, BLOCK)[None, :]
+        inside = column < channels
+        value = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+        count = tl.minimum(channels - begin, BLOCK).to(tl.float32)
+        own = tl.sum(value, 1, keep_dims=True) / count
+        deviation = tl.where(inside, value - own, 0.0)
+        rest = tl.sum(deviation, 1, keep_dims=True) / count
+        pivot = tl.where(begin == 0, own, pivot)
+        before = begin * 1.0
+        change = own - pivot + rest - mean
+        mean += change * (count / (before + count))
+        square += tl.sum(deviation * deviation, 1, keep_dims=True) - count * rest * rest
+        square += change * change * (before * count / (before + count))
+    return pivot, mean, 1.0 / tl.sqrt_rn(square / channels + eps)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def normalise_rows(
     x, x_image, x_token,
@@ -46,56 +74,38 @@ def normalise_rows(
     step_shift, step_shift_image, step_scale, step_scale_image,
     out, tokens, channels, eps, scale_offset, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """adaln(x) of one row a program, into out [rows, channels].
-
-    Where `shift` is None, only the statistics, into out [rows, 3], float32: the mean, what its
-    rounding left of it, and 1 / sqrt(variance + eps).
-    """
+    """adaln(x) of one row a program, into out [rows, channels]."""
     row = tl.program_id(0)
     x = _rows_of((x, x_image, x_token), row, tokens)
-    total = tl.zeros((BLOCK,), tl.float32)
+    shift = _rows_of((shift, shift_image, shift_token), row, tokens)
+    scale = _rows_of((scale, scale_image, scale_token), row, tokens)
+    pivot, mean, rstd = _row_statistics(x + tl.zeros((1, 1), tl.int32), channels, eps, 1, BLOCK)
+    out += row.to(tl.int64) * channels
     for begin in range(0, channels, BLOCK):
-        column = begin + tl.arange(0, BLOCK)
-        total += tl.load(x + column, mask=column < channels, other=0.0).to(tl.float32)
-    mean = tl.sum(total) / channels
-    # Beside a large mean the variance is small, and the mean's rounding would show.
-    first = tl.zeros((BLOCK,), tl.float32)
-    second = tl.zeros((BLOCK,), tl.float32)
-    for begin in range(0, channels, BLOCK):
-        column = begin + tl.arange(0, BLOCK)
-        value = tl.load(x + column, mask=column < channels, other=0.0).to(tl.float32)
-        deviation = tl.where(column < channels, value - mean, 0.0)
-        first += deviation
-        second += deviation * deviation
-    rest = tl.sum(first) / channels
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(second) / channels - rest * rest + eps)
-    if shift is None:
-        out += row.to(tl.int64) * 3
-        tl.store(out, mean)
-        tl.store(out + 1, rest)
-        tl.store(out + 2, rstd)
-    else:
-        shift = _rows_of((shift, shift_image, shift_token), row, tokens)
-        scale = _rows_of((scale, scale_image, scale_token), row, tokens)
-        out += row.to(tl.int64) * channels
-        for begin in range(0, channels, BLOCK):
-            column = begin + tl.arange(0, BLOCK)
-            mask = column < channels
-            value = tl.load(x + column, mask=mask, other=0.0).to(tl.float32)
-            factor = scale_offset + tl.load(scale + column, mask=mask, other=0.0).to(tl.float32)
-            offset = tl.load(shift + column, mask=mask, other=0.0).to(tl.float32)
-            factor = _add_step(factor, step_scale, row, tokens, step_scale_image, column, mask)
-            offset = _add_step(offset, step_shift, row, tokens, step_shift_image, column, mask)
-            y = (value - mean - rest) * rstd * factor + offset
-            tl.store(out + column, y.to(out.dtype.element_ty), mask=mask)
+        column = begin + tl.arange(0, BLOCK)[None, :]
+        mask = column < channels
+        value = tl.load(x + column, mask=mask, other=0.0).to(tl.float32)
+        factor = scale_offset + tl.load(scale + column, mask=mask, other=0.0).to(tl.float32)
+        offset = tl.load(shift + column, mask=mask, other=0.0).to(tl.float32)
+        factor = _add_step(factor, step_scale, row, tokens, step_scale_image, column, mask)
+        offset = _add_step(offset, step_shift, row, tokens, step_shift_image, column, mask)
+        y = (value - pivot - mean) * rstd * factor + offset
+        tl.store(out + column, y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _multiply(a, weight, inside, total, PRECISION: tl.constexpr):
-    """total + a [BLOCK_M, BLOCK_K] times the weight's tile, which `weight` points to."""
+def _multiply(a, weight, inside, total, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """total + a [BLOCK_M, BLOCK_K] times the weight's tile, which `weight` points to.
+
+    TRANSPOSED: by the product of the transposes. A warp group's first factor may lie in registers,
+    where Triton 3.6 leaves what is computed there; ptxas then lets no two of its products overlap.
+    """
     w = tl.load(weight, mask=inside[:, None], other=0.0)
     if _INTERPRETED:
         a, w = a.to(tl.float32), w.to(tl.float32)
+    if TRANSPOSED:
+        y = tl.dot(tl.trans(w), tl.trans(a), tl.trans(total), input_precision=PRECISION)
+        return tl.trans(y)
     return tl.dot(a, w, total, input_precision=PRECISION)
 
 
@@ -110,15 +120,6 @@ def _tile(rows, outputs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _share(inputs, BLOCK_K: tl.constexpr):
-    """Where this program's inputs begin and end: whole blocks, as evenly as can be."""
-    split, splits = tl.program_id(1), tl.num_programs(1)
-    blocks = tl.cdiv(inputs, BLOCK_K)
-    begin, end = split * blocks // splits, (split + 1) * blocks // splits
-    return begin * BLOCK_K, tl.minimum(end * BLOCK_K, inputs)
-
-
-@triton.jit
 def _product(
     view,
     weight_view,
@@ -129,7 +130,7 @@ def _product(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """x weight^T of this program's rows, outputs and share of the inputs.
+    """x weight^T of this program's rows and outputs.
 
     weight_view: (weight, stride of its rows). sizes: rows, tokens, outputs, inputs. tile: rows and
     outputs of this program.
@@ -138,13 +139,12 @@ def _product(
     row, output = tile
     x = _rows_of(view, tl.minimum(row, rows - 1), tokens)[:, None]
     weight = _weight_columns(weight_view, output, outputs)
-    begin, end = _share(inputs, BLOCK_K)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(begin, end, BLOCK_K):
+    for first in range(0, inputs, BLOCK_K):
         channel = first + tl.arange(0, BLOCK_K)
         inside = channel < inputs
         a = tl.load(x + channel[None, :], mask=inside[None, :], other=0.0)
-        total = _multiply(a, weight + channel[:, None], inside, total, PRECISION)
+        total = _multiply(a, weight + channel[:, None], inside, total, PRECISION, False)
     return total
 
 
@@ -156,40 +156,29 @@ def _weight_columns(weight_view, output, outputs):
 
 @triton.jit
 def _normalised_product(
-    view,
-    statistics,
-    shift_view,
-    scale_view,
-    steps,
-    scale_offset,
-    weight_view,
-    sizes,
-    tile,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    view, shift_view, scale_view, steps, numbers, weight_view, sizes, tile,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    STATISTICS: tl.constexpr,
+):  # fmt: skip
     """adaln(x) weight^T, the normalised x made in registers and rounded to x's type.
 
-    steps: step_shift and step_scale, each with its stride; the rest as in `_product`.
+    steps: step_shift and step_scale, each with its stride; numbers: eps and scale_offset.
+    STATISTICS: channels that are read at once for the rows' statistics. The rest as in `_product`.
     """
     rows, tokens, outputs, inputs = sizes
     row, output = tile
     step_shift, step_shift_image, step_scale, step_scale_image = steps
+    eps, scale_offset = numbers
     row = tl.minimum(row, rows - 1)
-    statistics += row.to(tl.int64) * 3
-    mean = tl.load(statistics)[:, None]
-    rest = tl.load(statistics + 1)[:, None]
-    rstd = tl.load(statistics + 2)[:, None]
     x = _rows_of(view, row, tokens)[:, None]
+    pivot, mean, rstd = _row_statistics(x, inputs, eps, BLOCK_M, STATISTICS)
     shift = _rows_of(shift_view, row, tokens)[:, None]
     scale = _rows_of(scale_view, row, tokens)[:, None]
     weight = _weight_columns(weight_view, output, outputs)
-    begin, end = _share(inputs, BLOCK_K)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    TRANSPOSED: tl.constexpr = BLOCK_M * BLOCK_N > 4096
     row = row[:, None]
-    for first in range(begin, end, BLOCK_K):
+    for first in range(0, inputs, BLOCK_K):
         channel = first + tl.arange(0, BLOCK_K)
         inside = channel < inputs
         column, mask = channel[None, :], inside[None, :]
@@ -198,18 +187,11 @@ def _normalised_product(
         offset = tl.load(shift + column, mask=mask, other=0.0).to(tl.float32)
         factor = _add_step(factor, step_scale, row, tokens, step_scale_image, column, mask)
         offset = _add_step(offset, step_shift, row, tokens, step_shift_image, column, mask)
-        a = (value.to(tl.float32) - mean - rest) * rstd * factor + offset
+        a = (value.to(tl.float32) - pivot - mean) * rstd * factor + offset
         # Past the last input the mean remains, and in float16 it may overflow.
         a = tl.where(mask, a, 0.0).to(value.dtype)
-        total = _multiply(a, weight + channel[:, None], inside, total, PRECISION)
+        total = _multiply(a, weight + channel[:, None], inside, total, PRECISION, TRANSPOSED)
     return total
-
-
-@triton.jit
-def _store_split(total, out, rows, outputs, tile):
-    row, output = tile
-    place = (tl.program_id(1).to(tl.int64) * rows + row)[:, None] * outputs + output[None, :]
-    tl.store(out + place, total, mask=(row < rows)[:, None] & (output < outputs)[None, :])
 
 
 @triton.jit
@@ -247,40 +229,28 @@ def _finish_gated_residual(
 
 @triton.jit(do_not_specialize=COUNTS)
 def adaln_linear(
-    x, x_image, x_token, statistics,
+    x, x_image, x_token,
     shift, shift_image, shift_token, scale, scale_image, scale_token,
     step_shift, step_shift_image, step_scale, step_scale_image,
-    weight, weight_row, bias, out, rows, tokens, outputs, inputs, scale_offset,
-    GELU: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    weight, weight_row, bias, out, rows, tokens, outputs, inputs, eps, scale_offset,
+    GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, STATISTICS: tl.constexpr,
 ):  # fmt: skip
-    """act(adaln(x) weight^T + bias), or a split's sums. x is already normalised where
-    `statistics` is None, and then shift and scale are too."""
+    """act(adaln(x) weight^T + bias). Where shift and scale are None, x is normalised already."""
     view, weight_view = (x, x_image, x_token), (weight, weight_row)
     sizes = rows, tokens, outputs, inputs
     tile = _tile(rows, outputs, BLOCK_M, BLOCK_N)
-    if statistics is None:
+    if shift is None:
         y = _product(view, weight_view, sizes, tile, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     else:
+        shift_view = shift, shift_image, shift_token
+        scale_view = scale, scale_image, scale_token
+        steps = step_shift, step_shift_image, step_scale, step_scale_image
         y = _normalised_product(
-            view,
-            statistics,
-            (shift, shift_image, shift_token),
-            (scale, scale_image, scale_token),
-            (step_shift, step_shift_image, step_scale, step_scale_image),
-            scale_offset,
-            weight_view,
-            sizes,
-            tile,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            PRECISION,
-        )
-    if SPLIT:
-        _store_split(y, out, rows, outputs, tile)
-    else:
-        _finish_adaln_linear(y, bias, out, rows, outputs, tile, GELU)
+            view, shift_view, scale_view, steps, (eps, scale_offset), weight_view, sizes, tile,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, STATISTICS,
+        )  # fmt: skip
+    _finish_adaln_linear(y, bias, out, rows, outputs, tile, GELU)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -288,60 +258,17 @@ def linear_gated_residual(
     h, h_image, h_token, weight, weight_row, bias,
     gate, gate_image, gate_token, step_gate, step_gate_image,
     residual, residual_image, residual_token, out, rows, tokens, outputs, inputs,
-    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """residual + (gate + step_gate) (h weight^T + bias), or a split's sums."""
+    """residual + (gate + step_gate) (h weight^T + bias)."""
     view, weight_view = (h, h_image, h_token), (weight, weight_row)
     sizes = rows, tokens, outputs, inputs
     tile = _tile(rows, outputs, BLOCK_M, BLOCK_N)
     y = _product(view, weight_view, sizes, tile, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-    if SPLIT:
-        _store_split(y, out, rows, outputs, tile)
-    else:
-        gate_view = gate, gate_image, gate_token
-        residual_view = residual, residual_image, residual_token
-        _finish_gated_residual(
-            y, bias, gate_view, step_gate, step_gate_image, residual_view, out, rows, tokens,
-            outputs, tile,
-        )  # fmt: skip
-
-
-@triton.jit
-def _add_splits(sums, rows, outputs, tile, SPLITS: tl.constexpr):
-    """The splits' sums in their order; unrolled, so that all loads are under way at once."""
-    row, output = tile
-    column = output[None, :]
-    mask = column < outputs
-    row = row.to(tl.int64)[:, None]
-    y = tl.load(sums + (row * outputs + column), mask=mask, other=0.0)
-    for split in tl.static_range(1, SPLITS):
-        y += tl.load(sums + ((row + split * rows) * outputs + column), mask=mask, other=0.0)
-    return y
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def reduce_adaln_linear(
-    sums, bias, out, rows, outputs, GELU: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """act(the splits' sums, added up, + bias) of BLOCK_N outputs of one row."""
-    tile = _tile(rows, outputs, 1, BLOCK_N)
-    y = _add_splits(sums, rows, outputs, tile, SPLITS)
-    _finish_adaln_linear(y, bias, out, rows, outputs, tile, GELU)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def reduce_gated_residual(
-    sums, bias, gate, gate_image, gate_token, step_gate, step_gate_image,
-    residual, residual_image, residual_token, out, rows, tokens, outputs,
-    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """residual + (gate + step_gate) (the splits' sums, added up, + bias), likewise."""
-    tile = _tile(rows, outputs, 1, BLOCK_N)
-    y = _add_splits(sums, rows, outputs, tile, SPLITS)
     gate_view = gate, gate_image, gate_token
     residual_view = residual, residual_image, residual_token
     _finish_gated_residual(
-        y, bias, gate_view, step_gate, step_gate_image, residual_view, out, rows, tokens,
-        outputs, tile,
+        y, bias, gate_view, step_gate, step_gate_image, residual_view, out, rows, tokens, outputs,
+        tile,
     )  # fmt: skip

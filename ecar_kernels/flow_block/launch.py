@@ -3,25 +3,38 @@
 The rules are arithmetic about bytes, registers and the chip's size; none was measured. That no
 tile below spills a register or asks for more shared memory than a chip has was seen by compiling
 it (compile_cases.py).
+
+No product is split over its inputs. The programs of a split add their sums up in a second launch,
+or wait for each other in one, which takes a fence, an atomic and another trip to memory: some
+1.5 us, and counters that outlive the call. A program that reads 128 or 256 inputs at a time keeps
+its multiprocessor's reads as busy. By `nanoseconds`, with those 1.5 us and tiles of up to 64 x 64,
+splits would save nothing for qkv, proj and fc1 of E-CAR-S, B and L at 16 to 512 rows on an H100,
+and for fc2 at 32 to 128 rows up to a fifth: at most 7 percent of a block's products.
 """
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-SPLITS = (1, 2, 4, 8, 16)
-# The sum of splits: a program adds up 4 values a thread, 16 bytes of each split, and the programs
-# are small, so that at batch 1 there are many.
-SUM_OUTPUTS, SUM_WARPS = 256, 2
+from ecar_kernels._triton import SHARED_KIB
+
 ROW_WARPS = 4
+# Rates of an H100, a nanosecond. A multiprocessor's: bytes from the L2 cache while all are busy and
+# at most, multiply-adds where there is no matrix unit. Bytes of memory.
+SHARE, MOST, EXACT, MEMORY = 45.0, 100.0, 250.0, 3000.0
+LATENCY = 700.0  # nanoseconds, until a load arrives
+MOST_STAGES = 6
+# Up to as many rows a product normalises in its loop. It reads x, shift and scale again for every
+# column of tiles, which costs about what a launch does that writes the normalised x; with more
+# rows it costs more.
+PROLOGUE_ROWS = 512
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One product's tile and how the product is divided.
+    """One product's tile.
 
-    splits: programs that share a tile, each with a part of the inputs. prologue: normalise in the
-    product's loop, from statistics computed before it; else in a pass of its own, which writes
-    the normalised x. It means nothing to linear_gated_residual.
+    prologue: normalise in the product's loop; else in a pass of its own, which writes the
+    normalised x. It means nothing to linear_gated_residual.
     """
 
     block_m: int
@@ -29,13 +42,13 @@ class Settings:
     block_k: int
     num_warps: int
     num_stages: int
-    splits: int = 1
     prologue: bool = False
 
     @property
-    def splittable(self) -> bool:
-        """Larger tiles are for rows enough to fill the chip."""
-        return self.block_m <= 64
+    def max_registers(self) -> int | None:
+        """Of a thread. Left alone, ptxas spills some of a prologue's to fit one more program, for
+        which shared memory has no room."""
+        return 255 if self.prologue else None
 
 
 def row_block(channels: int) -> int:
@@ -43,39 +56,68 @@ def row_block(channels: int) -> int:
     return 1024 if channels <= 1024 else 2048
 
 
-def tiles(itemsize: int, precision: str, arch: int) -> tuple[Settings, ...]:
-    """What `default` chooses from, by rows: up to 16, up to 32, and then from small to large.
+def statistics_block(its: Settings) -> int:
+    """Channels that a prologue reads at once for its rows' statistics: 64 values a thread of 4
+    warps, all under way at the same time."""
+    return 8192 // its.block_m
+
+
+def tiles(
+    itemsize: int, precision: str, arch: int, *, prologue: bool = False
+) -> tuple[Settings, ...]:
+    """What `default` chooses from, from small to large, without a prologue or with one.
 
     `precision` as _triton.product_precision has it.
     """
+    line = 128 // itemsize  # inputs of a cache line
+    roomy = SHARED_KIB.get(arch, 99) > 99
     if itemsize == 4 and precision == "ieee":
-        # No matrix unit: operands go through registers, 16 inputs of them at a time, and each
-        # thread has 8 (up to 16 rows), 16 (up to 32) or 32 sums. With 8 of 32 rows, Triton 3.6
-        # spills on sm_90.
-        return (
-            Settings(16, 64, 32, 4, 4, prologue=True),
-            Settings(32, 64, 16, 4, 3),
-            Settings(64, 64, 16, 4, 3),
-            Settings(128, 64, 16, 8, 3),
-        )
-    depth = 128 // itemsize  # a cache line of each row
-    # 112 KiB in flight hide memory's latency on one multiprocessor; sm_120 has 99 KiB.
-    stages = 3 if arch >= 120 else 4
-    return (
-        # Few rows: the weight's bytes are the time, so 5 of its tiles are under way; 16 rows are
-        # the matrix unit's least.
-        Settings(16, 64, depth, 4, 6, prologue=True),
-        # The modulation is read again for every column of tiles: with 32 rows and 64 outputs
-        # x, shift and scale would be 1.5 times the weight's bytes, with 128 they are 0.75.
-        Settings(32, 128, depth, 4, stages, prologue=True),
-        # One warp group's least on sm_90 and sm_100 (64 rows). It has the most bytes for each
-        # multiply-add of those that fill the chip, and only they hold it back.
-        Settings(64, 64, depth, 4, 4),
-        # Two warp groups, which share the weight's tile: three quarters of the bytes.
-        Settings(128, 64, depth, 8, 3),
-        # Half of the bytes. With a float32 gate and residual the epilogue has no registers for it.
-        *((Settings(128, 128, depth, 8, 3),) if itemsize == 2 else ()),
-    )
+        # No matrix unit: operands go through registers, 16 or 32 inputs of them at a time, and
+        # each thread has 8 (up to 16 rows), 16 (up to 32) or 32 sums. With 8 of 32 rows, Triton
+        # 3.6 spills on sm_90.
+        found = [(16, 64, 32, 4), (32, 64, 16, 4)]
+        if roomy or not prologue:  # a prologue of 64 rows takes 124 KiB of shared memory
+            found.append((64, 64, 16, 4))
+        if not prologue:
+            found.append((128, 64, 16, 8))
+    elif prologue:
+        # x, shift and scale are three times a tile's rows, and read again for every column of
+        # tiles: more outputs than rows.
+        found = [
+            (16, 32, 2 * line, 4),
+            (16, 64, line, 4),
+            (32, 64, line, 4),
+            (32, 128, line, 4),
+            (64, 128, line, 8),
+        ]
+        if roomy:  # the others hold one block of it
+            found.append((64, 256, line, 8))
+    else:
+        # 16 rows are the matrix unit's least, and 64 a warp group's on sm_90 and sm_100. Few
+        # programs each read much: the fewer, the more inputs at a time.
+        found = [
+            (16, 16, 4 * line, 4),
+            (16, 32, 4 * line, 4),
+            (32, 32, 2 * line, 4),
+            (32, 64, 2 * line, 4),
+            (64, 64, line, 4),
+            # Two warp groups, which share the weight's tile.
+            (128, 64, line, 8),
+        ]
+        # With a float32 gate and residual the epilogue has no registers for it.
+        if itemsize == 2:
+            found.append((128, 128, line, 8))
+    return tuple(_staged(its, itemsize, arch, prologue) for its in found)
+
+
+def _staged(tile: tuple[int, int, int, int], itemsize: int, arch: int, prologue: bool) -> Settings:
+    """With as many stages as hide memory's latency: what shared memory holds of them and of what
+    the compiler keeps there; of tiles that fill the chip, what two programs on a multiprocessor of
+    sm_90 and sm_100 have room for."""
+    rows, outputs, inputs, _ = tile
+    block = ((3 if prologue else 1) * rows + outputs) * inputs * itemsize
+    held = 144 if SHARED_KIB.get(arch, 99) > 99 and rows < 128 else 96
+    return Settings(*tile, min(MOST_STAGES, 1024 * held // block), prologue)
 
 
 def odd_tiles() -> tuple[Settings, ...]:
@@ -84,77 +126,78 @@ def odd_tiles() -> tuple[Settings, ...]:
     return (Settings(16, 64, 32, 8, 3), Settings(32, 64, 32, 8, 3), Settings(64, 64, 32, 8, 3))
 
 
-def _choices(
-    outputs: int, inputs: int, itemsize: int, precision: str, arch: int
-) -> tuple[Settings, ...]:
-    return odd_tiles() if outputs % 16 or inputs % 16 else tiles(itemsize, precision, arch)
+def programs(tile: Settings, rows: int, outputs: int) -> int:
+    return -(-rows // tile.block_m) * -(-outputs // tile.block_n)
 
 
-def _count(size: int, block: int) -> int:
-    return -(-size // block)
+def nanoseconds(
+    its: Settings, rows: int, outputs: int, inputs: int, itemsize: int, precision: str, sms: int
+) -> float:
+    """What a product takes by the model: waves of programs, and the bytes of each.
 
-
-def _programs(tile: Settings, rows: int, outputs: int) -> int:
-    return _count(rows, tile.block_m) * _count(outputs, tile.block_n)
-
-
-def _tile(rows: int, outputs: int, found: tuple[Settings, ...], sms: int) -> Settings:
-    if rows <= 16:
-        return found[0]
-    if rows <= 32:
-        return found[1]
-    # The larger a tile, the less is read for each multiply-add, if every multiprocessor has one.
-    for tile in reversed(found[3:]):
-        if 2 * rows > tile.block_m and _programs(tile, rows, outputs) >= sms:
-            return tile
-    return found[2]
-
-
-def _most_splits(tile: Settings, inputs: int, itemsize: int) -> int:
-    """A split's sums, written and read again in float32, may be as many bytes as it reads."""
-    sums = 8 * tile.block_m * tile.block_n
-    block = (tile.block_m + tile.block_n) * tile.block_k * itemsize
-    return _count(inputs, tile.block_k) // _count(sums, block)
+    The weight comes from memory once. Each program reads its rows and columns from the L2 cache,
+    with a prologue shift and scale, too, and has all stages but one under way. A multiprocessor
+    does its programs one after the other.
+    """
+    count = programs(its, rows, outputs)
+    waves = -(-count // sms)
+    read = ((3 if its.prologue else 1) * its.block_m + its.block_n) * inputs * itemsize
+    one = max(read / MOST, inputs / its.block_k * LATENCY / max(its.num_stages - 1, 1))
+    if itemsize == 4 and precision == "ieee":
+        one = max(one, its.block_m * its.block_n * inputs / EXACT)
+    return max(waves * one, count * read / (sms * SHARE), outputs * inputs * itemsize / MEMORY)
 
 
 @functools.lru_cache(1024)
 def default(
-    rows: int, outputs: int, inputs: int, itemsize: int, precision: str, sms: int, arch: int
+    rows: int,
+    outputs: int,
+    inputs: int,
+    itemsize: int,
+    precision: str,
+    sms: int,
+    arch: int,
+    normalised: bool = False,
 ) -> Settings:
-    """For [rows, inputs] times [inputs, outputs], either op.
+    """For [rows, inputs] times [inputs, outputs]; normalised: of adaln_linear.
 
-    Splits double until three quarters of the `sms` multiprocessors have a program (another
-    doubling would help the rest less than it costs to sum up), within `_most_splits`.
-
-    The prologue is for the products of up to 32 rows alone, in one row of tiles. There the
-    weight comes from memory once, while x, shift and scale, no more bytes than it for each tile,
-    come again for each column of tiles from the L2 cache, which is at least twice as fast. With
-    more rows the weight too comes from L2, and re-reading the modulation would cost more than
-    a pass that writes the normalised x: with T columns of tiles and R bytes of x, R + 3 R T
-    against 4 R + R T. A float32 tile of 32 rows has only 64 outputs, hence no prologue.
+    What is fastest by the model, and of those the one that reads least.
     """
-    tile = _tile(rows, outputs, _choices(outputs, inputs, itemsize, precision, arch), sms)
-    splits, programs = 1, _programs(tile, rows, outputs)
-    most = min(SPLITS[-1], _most_splits(tile, inputs, itemsize)) if tile.splittable else 1
-    while 4 * splits * programs < 3 * sms and 2 * splits <= most:
-        splits *= 2
-    return replace(tile, splits=splits)
+    problem = rows, outputs, inputs, itemsize, precision, sms
+    prologue = normalised and rows <= PROLOGUE_ROWS
+    return min(
+        _worth_trying(*problem[:-1], arch, prologue),
+        key=lambda its: (
+            nanoseconds(its, *problem),
+            programs(its, rows, outputs) * (its.block_m + its.block_n),
+        ),
+    )
 
 
 def candidates(
-    rows: int, outputs: int, inputs: int, itemsize: int, precision: str, sms: int, arch: int
+    rows: int,
+    outputs: int,
+    inputs: int,
+    itemsize: int,
+    precision: str,
+    sms: int,
+    arch: int,
+    normalised: bool = False,
 ) -> list[Settings]:
-    """What is worth measuring: tiles that are not mostly empty, their splits, both ways to
-    normalise where there are both."""
-    found = []
-    for tile in _choices(outputs, inputs, itemsize, precision, arch):
-        if tile.block_m >= 2 * max(rows, 16):
-            continue
-        most = min(_count(inputs, tile.block_k), 4 * sms // _programs(tile, rows, outputs))
-        for splits in SPLITS if tile.splittable else SPLITS[:1]:
-            if splits <= max(1, most):
-                found += [
-                    replace(tile, splits=splits, prologue=prologue)
-                    for prologue in sorted({tile.prologue, False})
-                ]
-    return found
+    """What is worth measuring: both ways to normalise where there are both."""
+    del sms
+    problem = rows, outputs, inputs, itemsize, precision, arch
+    found = _worth_trying(*problem, False)
+    if normalised:
+        found += _worth_trying(*problem, True)
+    return list(dict.fromkeys(found))
+
+
+def _worth_trying(
+    rows: int, outputs: int, inputs: int, itemsize: int, precision: str, arch: int, prologue: bool
+) -> list[Settings]:
+    """Tiles that are not mostly empty."""
+    found = odd_tiles()
+    if outputs % 16 == inputs % 16 == 0:
+        found = tiles(itemsize, precision, arch, prologue=prologue)
+    return [its for its in found if its.block_m < 2 * max(rows, 16)]

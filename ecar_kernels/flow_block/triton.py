@@ -1,11 +1,9 @@
 """The fused GEMMs on GPUs: kernels.py as ops, under the settings of launch.py.
 
-adaln_linear is two launches, a pass over the rows (statistics, or the normalised x) and the
-product; linear_gated_residual is the product alone. A product of few rows is split over its
-inputs and has one launch more, the sum of the splits.
+Each is one launch, a product. Only for many rows has adaln_linear a pass before it, which writes
+the normalised x.
 """
 
-import torch
 from torch import Tensor
 
 from ecar_kernels import _triton, tuning
@@ -49,6 +47,7 @@ def _settings(op: str, x: Tensor, weight: Tensor) -> launch.Settings:
         precision,
         _triton.multiprocessors(x.device.index),
         arch,
+        op == "adaln_linear",
     )
     return tuning.choose(
         op, (outputs, inputs, x.element_size(), precision), rows, usual, x.device.index
@@ -92,55 +91,37 @@ def launch_adaln_linear(
         *_step(step_shift),
         *_step(step_scale),
     )
-    nothing = (None, 0, 0, None, 0, 0, None, 0, None, 0)
-    if its.prologue:
-        statistics = first = x.new_empty((rows, 3), dtype=torch.float32)
-    else:
-        statistics, first = None, x.new_empty((batch, tokens, channels))
-    kernels.normalise_rows[(rows,)](
-        *_view(x),
-        *(nothing if its.prologue else modulation),
-        first,
-        tokens,
-        channels,
-        eps,
-        scale_offset,
-        BLOCK=launch.row_block(channels),
-        num_warps=launch.ROW_WARPS,
-    )
     if not its.prologue:
-        x, modulation = first, nothing
-    split = its.splits > 1
-    sums = x.new_empty((its.splits, rows, outputs), dtype=torch.float32) if split else out
+        normalised = x.new_empty((batch, tokens, channels))
+        kernels.normalise_rows[(rows,)](
+            *_view(x),
+            *modulation,
+            normalised,
+            tokens,
+            channels,
+            eps,
+            scale_offset,
+            BLOCK=launch.row_block(channels),
+            num_warps=launch.ROW_WARPS,
+        )
+        x, modulation = normalised, (None, 0, 0, None, 0, 0, None, 0, None, 0)
     kernels.adaln_linear[_grid(its, rows, outputs)](
         *_view(x),
-        statistics,
         *modulation,
         weight,
         weight.stride(0),
         bias,
-        sums,
+        out,
         rows,
         tokens,
         outputs,
         channels,
+        eps,
         scale_offset,
         GELU=gelu,
-        SPLIT=split,
+        STATISTICS=launch.statistics_block(its),
         **_tile(its, x),
     )
-    if split:
-        kernels.reduce_adaln_linear[_sum_grid(rows, outputs)](
-            sums,
-            bias,
-            out,
-            rows,
-            outputs,
-            GELU=gelu,
-            SPLITS=its.splits,
-            BLOCK_N=launch.SUM_OUTPUTS,
-            num_warps=launch.SUM_WARPS,
-        )
     return out
 
 
@@ -159,43 +140,26 @@ def launch_linear_gated_residual(
     rows = batch * tokens
     if not out.numel():
         return out
-    epilogue = (bias, *_view(gate), *_step(step_gate), *_view(residual))
-    split = its.splits > 1
-    sums = h.new_empty((its.splits, rows, outputs), dtype=torch.float32) if split else out
     kernels.linear_gated_residual[_grid(its, rows, outputs)](
         *_view(h),
         weight,
         weight.stride(0),
-        *epilogue,
-        sums,
+        bias,
+        *_view(gate),
+        *_step(step_gate),
+        *_view(residual),
+        out,
         rows,
         tokens,
         outputs,
         inputs,
-        SPLIT=split,
         **_tile(its, h),
     )
-    if split:
-        kernels.reduce_gated_residual[_sum_grid(rows, outputs)](
-            sums,
-            *epilogue,
-            out,
-            rows,
-            tokens,
-            outputs,
-            SPLITS=its.splits,
-            BLOCK_N=launch.SUM_OUTPUTS,
-            num_warps=launch.SUM_WARPS,
-        )
     return out
 
 
-def _grid(its: launch.Settings, rows: int, outputs: int) -> tuple[int, int]:
-    return -(-rows // its.block_m) * -(-outputs // its.block_n), its.splits
-
-
-def _sum_grid(rows: int, outputs: int) -> tuple[int]:
-    return (rows * -(-outputs // launch.SUM_OUTPUTS),)
+def _grid(its: launch.Settings, rows: int, outputs: int) -> tuple[int]:
+    return (launch.programs(its, rows, outputs),)
 
 
 def _tile(its: launch.Settings, x: Tensor) -> dict:
@@ -206,6 +170,7 @@ def _tile(its: launch.Settings, x: Tensor) -> dict:
         "PRECISION": _triton.product_precision(x.dtype),
         "num_warps": its.num_warps,
         "num_stages": its.num_stages,
+        "maxnreg": its.max_registers,
     }
 
 

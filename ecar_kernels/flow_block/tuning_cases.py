@@ -18,7 +18,8 @@ Run = Callable[[], Sequence[Tensor]]
 
 def candidates(op: str, key: tuple, rows: int, sms: int, arch: int) -> Sequence:
     outputs, inputs, itemsize, precision = key
-    return launch.candidates(rows, outputs, inputs, itemsize, precision, sms, arch)
+    normalised = op == "adaln_linear"
+    return launch.candidates(rows, outputs, inputs, itemsize, precision, sms, arch, normalised)
 
 
 def runs(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Run]:

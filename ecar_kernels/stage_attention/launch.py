@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ecar_kernels._triton import SHARED_KIB
 from ecar_kernels.stage_attention import tiles
 
 OPS = ("stage_attention", "stage_attention_keys", "stage_attention_queries")
@@ -18,7 +19,6 @@ KINDS = ("bfloat16", "float16", "tf32", "exact")
 # Keys and values of the heads that run at the same time stay within the L2 cache: 40 MiB on
 # A100, 50 on H100, more on later chips, of which a tile's own rows and the output take a part.
 L2_BYTES = 16 << 20
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227}  # of a block; else 99
 
 
 @dataclass(frozen=True)

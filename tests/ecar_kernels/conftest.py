@@ -71,6 +71,30 @@ def fma_rounds_once(request, monkeypatch):
 
 
 @pytest.fixture
+def programs_in_any_order(request, monkeypatch):
+    """The interpreter runs a launch's programs one after another in a random order, a new one for
+    each launch: a list of them. A GPU has no order of its own."""
+    launches: list[tuple[tuple[int, ...], torch.Tensor]] = []
+    if torch.cuda.is_available():
+        return launches
+    builder = pytest.importorskip("triton.runtime.interpreter").InterpreterBuilder
+    set_dim, set_index = builder.set_grid_dim, builder.set_grid_idx
+
+    def draw(self, *sizes):
+        launches.append((sizes, torch.randperm(int(np.prod(sizes)))))
+        set_dim(self, *sizes)
+
+    def take(self, *index):
+        sizes, order = launches[-1]
+        turn = int(order[int(np.ravel_multi_index(index, sizes))])
+        set_index(self, *map(int, np.unravel_index(turn, sizes)))
+
+    monkeypatch.setattr(builder, "set_grid_dim", draw)
+    monkeypatch.setattr(builder, "set_grid_idx", take)
+    return launches
+
+
+@pytest.fixture
 def small_tiles(monkeypatch):
     """Stage attention's in Triton, so that a few tokens make whole and partial blocks on both
     sides."""

@@ -60,7 +60,6 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys, device):
     }
     for entry in found.values():
         assert entry["microseconds"] <= entry["usual_microseconds"]
-        assert entry["settings"].get("splits", 1) == 1
     kept = json.loads(path.read_text("utf-8"))
     assert kept["torch"] == torch.__version__
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
@@ -103,7 +102,6 @@ def test_a_setting_that_the_chip_cannot_hold_is_left_out():
             block_k=128,
             num_warps=8,
             num_stages=6,
-            splits=1,
             prologue=False,
         )
         choice = tune.measure(dataclasses.replace(problem, candidates=(problem.usual, large)))

@@ -1,4 +1,4 @@
-"""What is particular to the fused GEMMs' Triton kernels: tiles, splits, prologues, launch settings.
+"""What is particular to the fused GEMMs' Triton kernels: tiles, prologues, launch settings.
 
 Interpreted on the CPU, or compiled where there is a GPU. What holds for every backend's kernels is
 in test_flow_block.py.
@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ecar_kernels import StageBlock
+from ecar_kernels._triton import SHARED_KIB
 from ecar_kernels.flow_block import launch, reference
 from ecar_kernels.registry import KERNEL_DTYPES
 from tests.support.accuracy import assert_accurate
@@ -59,9 +60,7 @@ def test_outputs(op, data):
 def test_outputs_under_other_settings(op, data):
     """Every tile against every shape, also those that the rules would not choose."""
     its = data.draw(st.sampled_from([SMALL, MEDIUM]))
-    its = replace(
-        its, splits=data.draw(st.sampled_from(launch.SPLITS)), prologue=data.draw(st.booleans())
-    )
+    its = replace(its, prologue=data.draw(st.booleans()))
     check(op, data.draw(calls(op, DEVICE)), its)
 
 
@@ -98,12 +97,18 @@ def test_rows(op, rows, dtype):
         check(op, call(op, batch, count, 203, 77, dtype=dtype))
 
 
-@pytest.mark.parametrize("its", launch.tiles(2, "ieee", 90)[1:], ids=str)
+@pytest.mark.parametrize("its", launch.tiles(2, "ieee", 90), ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_tiles_for_many_rows(op, its):
-    """Two tiles of rows and two of outputs, the last of each with a tail."""
-    arguments = call(op, 1, its.block_m + 3, 80, its.block_n + 16, dtype=torch.float16)
+def test_tiles(op, its):
+    """Two tiles of rows and two of outputs, the last of each with a tail, as of the inputs."""
+    inputs = its.block_k + 16
+    arguments = call(op, 1, its.block_m + 3, inputs, its.block_n + 16, dtype=torch.float16)
     check(op, arguments, its)
+
+
+@pytest.mark.parametrize("its", launch.tiles(2, "ieee", 90, prologue=True), ids=str)
+def test_tiles_that_normalise(its):
+    test_tiles("adaln_linear", its)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -124,21 +129,22 @@ def test_offsets_past_2_to_the_31(op):
         assert under(op, SMALL)(**arguments | {name: far} | more).equal(expected)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 8])
 @pytest.mark.parametrize("prologue", [True, False])
 @pytest.mark.parametrize("op", OPS)
-def test_splits(op, prologue, splits):
-    """Also more of them than there are blocks of inputs."""
+def test_depths(op, prologue):
+    """One block of inputs, and several with a tail."""
     for depth, steps in ((64, (None, None)), (459, ("one", "rows"))):
-        its = replace(SMALL, splits=splits, prologue=prologue)
+        its = replace(SMALL, prologue=prologue)
         check(op, call(op, 2, 9, depth, 100, steps=steps, whole=(False, True)), its)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("prologue", [True, False])
-def test_a_mean_far_from_zero(prologue, dtype):
-    arguments = call("adaln_linear", 1, 5, 200, 30, dtype=dtype)
-    arguments["x"] = (torch.randn(1, 5, 200, device=DEVICE) + 3000).to(dtype)
+@pytest.mark.parametrize("channels", [200, 1300])
+def test_a_mean_far_from_zero(channels, prologue, dtype):
+    """In one block of channels, and in several, the last with a tail."""
+    arguments = call("adaln_linear", 1, 5, channels, 30, dtype=dtype)
+    arguments["x"] = (torch.randn(1, 5, channels, device=DEVICE) + 3000).to(dtype)
     check("adaln_linear", arguments, replace(SMALL, prologue=prologue))
 
 
@@ -151,7 +157,7 @@ def test_inputs_past_the_end_stay_out_of_float16s_range():
 
 
 def test_channels_beyond_one_block():
-    """Three blocks in each of the passes over a row."""
+    """Several blocks in each of the passes over a row."""
     for prologue in (True, False):
         check(
             "adaln_linear", call("adaln_linear", 1, 2, 5000, 20), replace(SMALL, prologue=prologue)
@@ -162,7 +168,7 @@ def test_channels_beyond_one_block():
 def test_not_a_number_and_infinity_stay_in_their_row(op):
     arguments = call(op, 1, 21, 70, 53)
     first = next(iter(arguments))
-    for its in (SMALL, replace(SMALL, prologue=True, splits=2)):
+    for its in (SMALL, replace(SMALL, prologue=True)):
         clean = under(op, its)(**arguments)
         for bad in (torch.nan, torch.inf, -torch.inf):
             broken = arguments[first].clone()
@@ -173,38 +179,92 @@ def test_not_a_number_and_infinity_stay_in_their_row(op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_same_inputs_same_bits(op):
-    arguments = call(op, 2, 10, 300, 100, dtype=torch.bfloat16)
-    for splits in (1, 4):
-        run = under(op, replace(SMALL, splits=splits))
-        assert run(**arguments).equal(run(**arguments))
+def test_same_inputs_same_bits_in_any_order_of_programs(op, programs_in_any_order):
+    arguments = call(op, 2, 10, 300, 200, dtype=torch.bfloat16)
+    for prologue in (True, False):
+        run = under(op, replace(SMALL, prologue=prologue))
+        first, *others = (run(**arguments) for _ in range(5))
+        assert all(other.equal(first) for other in others)
+        check(op, arguments, replace(SMALL, prologue=prologue))
+    assert DEVICE == "cuda" or len(programs_in_any_order) >= 12
 
 
-def test_no_inputs_in_splits():
-    check(
-        "linear_gated_residual", call("linear_gated_residual", 2, 3, 0, 5), replace(SMALL, splits=2)
-    )
+def test_no_inputs():
+    check("linear_gated_residual", call("linear_gated_residual", 2, 3, 0, 5), SMALL)
 
 
 @pytest.mark.parametrize("sms, arch", [(108, 80), (132, 90), (148, 100), (170, 120)])
 @pytest.mark.parametrize("width", [768, 1024, 1152])
-def test_default_fills_the_chip(width, sms, arch):
-    """Three quarters of it, or as many splits as pay; and it is one of the tiles and candidates."""
+def test_default_is_the_fastest_by_the_model(width, sms, arch):
     kinds = ((4, "ieee"), (4, "tf32"), (2, "ieee"))
-    layers = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
-    for kind, rows, layer in itertools.product(kinds, (1, 16, 32, 64, 256, 8192), layers):
-        its = launch.default(rows, *layer, *kind, sms, arch)
-        assert replace(its, splits=1) in launch.tiles(*kind, arch)
-        assert its in launch.candidates(rows, *layer, *kind, sms, arch)
-        assert its.block_m < 2 * max(rows, 16)
-        assert its.splits == 1 or its.splittable
-        programs = -(-rows // its.block_m) * -(-layer[0] // its.block_n) * its.splits
-        assert rows < 8192 or its.splits == 1
-        assert (
-            4 * programs >= 3 * sms
-            or its.splits == launch.SPLITS[-1]
-            or (2 * its.splits > launch._most_splits(its, layer[1], kind[0]))
-        )
+    for kind, rows in itertools.product(kinds, (1, 16, 32, 64, 256, 512, 8192)):
+        for outputs, inputs, normalised in layers(width):
+            problem = rows, outputs, inputs, *kind, sms
+            its = launch.default(*problem, arch, normalised)
+            found = launch.candidates(*problem, arch, normalised)
+            assert its.prologue == (normalised and rows <= launch.PROLOGUE_ROWS)
+            assert its in found
+            assert its.block_m < 2 * max(rows, 16)
+            assert launch.nanoseconds(its, *problem) == min(
+                launch.nanoseconds(other, *problem)
+                for other in found
+                if other.prologue == its.prologue
+            )
+
+
+def test_an_images_products_normalise_in_their_loop():
+    """Also the guided ones of 256 tokens, which are 512 rows."""
+    for rows in (1, 32, 512, 513):
+        assert launch.default(rows, 4608, 1152, **H100, normalised=True).prologue == (rows <= 512)
+        assert not launch.default(rows, 4608, 1152, **H100).prologue
+
+
+@pytest.mark.parametrize("kind", [(4, "ieee"), (4, "tf32"), (2, "ieee")], ids=str)
+@pytest.mark.parametrize("prologue", [False, True])
+def test_stages_fit_shared_memory(kind, prologue):
+    """Also of chips that the compile gate has not: those with little have the same tiles."""
+    for arch in (80, 86, 89, 90, 100, 103, 120, 121):
+        found = launch.tiles(*kind, arch, prologue=prologue)
+        for its in found:
+            block = ((3 if prologue else 1) * its.block_m + its.block_n) * its.block_k * kind[0]
+            assert its.num_stages >= 2
+            assert its.num_stages * block <= 1024 * SHARED_KIB.get(arch, 99)
+        if SHARED_KIB.get(arch, 99) == 99:
+            assert found == launch.tiles(*kind, 120, prologue=prologue)
+
+
+def layers(width):
+    """Outputs and inputs of a block's products, and whether they normalise."""
+    return (
+        (3 * width, width, True),
+        (width, width, False),
+        (4 * width, width, True),
+        (width, 4 * width, False),
+    )
+
+
+def test_the_model_of_times():
+    """By hand, where each of its terms is the longest."""
+    tile = launch.Settings(16, 32, 64, 4, 5)
+    half, exact = (2, "ieee", 132), (4, "ieee", 132)
+
+    def time(its, *problem):
+        return pytest.approx(launch.nanoseconds(its, *problem))
+
+    # 12 blocks, 4 of them under way; a second wave of programs.
+    assert time(tile, 16, 768, 768, *half) == 12 * 700 / 4
+    assert time(tile, 16, 133 * 32, 768, *half) == 2 * 12 * 700 / 4
+    # A program's bytes, of 16 + 32 rows or with shift and scale; all programs'; the weight.
+    deep = replace(tile, block_k=512)
+    assert time(deep, 16, 768, 3072, *half) == 48 * 3072 * 2 / 100
+    assert time(replace(deep, prologue=True), 16, 768, 3072, *half) == 80 * 3072 * 2 / 100
+    normal = replace(deep, prologue=True)
+    assert time(normal, 16, 132 * 32, 3072, *half) == 80 * 3072 * 2 / 45
+    weight = 132 * 128 * 128 * 2
+    assert time(replace(deep, block_n=128), 16, 132 * 128, 128, *half) == weight / 3000
+    # Without a matrix unit.
+    large = replace(deep, block_m=128, block_n=128)
+    assert time(large, 128, 128, 3072, *exact) == 128 * 128 * 3072 / 250
 
 
 @pytest.fixture
@@ -230,14 +290,13 @@ def test_odd_sizes_have_tiles_of_their_own():
     for outputs, inputs in ((770, 768), (768, 770)):
         for rows in (1, 32, 256, 8192):
             its = launch.default(rows, outputs, inputs, **H100)
-            assert replace(its, splits=1) in launch.odd_tiles()
+            assert its in launch.odd_tiles()
             assert its in launch.candidates(rows, outputs, inputs, **H100)
 
 
 def test_few_rows_of_a_long_product_have_many_programs():
     its = launch.default(16, 768, 3072, **H100)
-    assert (its.block_m, its.splits, its.prologue) == (16, 16, True)
-    assert not launch.default(64, 4608, 1152, **H100).prologue
+    assert (its.block_m, its.block_n, its.block_k) == (16, 16, 256)
 
 
 @pytest.mark.gpu
@@ -265,7 +324,7 @@ def test_real_sizes(op, width, dtype):
 def test_every_candidate(op):
     for rows in (16, 32, 256):
         arguments = call(op, 1, rows, 768, 1024, dtype=torch.bfloat16)
-        for its in launch.candidates(rows, 1024, 768, **H100):
+        for its in launch.candidates(rows, 1024, 768, **H100, normalised=op == "adaln_linear"):
             check(op, arguments, its)
 
 
