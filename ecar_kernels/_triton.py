@@ -17,6 +17,8 @@ from ecar_kernels import _numbers
 
 OLDEST_CAPABILITY = (8, 0)
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227}  # of a block; else 99
+# Programmatic dependent launch: from which chips on, and what switches it off.
+DEPENDENT_ARCHITECTURE, DEPENDENT_VARIABLE = 90, "ECAR_DEPENDENT_LAUNCH"
 NAMESPACE = "ecar_triton"
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -83,6 +85,26 @@ def multiprocessors(device_index: int | None = None) -> int:
     if interpreting():
         return 4
     return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+@functools.cache
+def dependent_launch(device_index: int | None = None) -> dict[str, bool]:
+    """Launch options of kernels with an argument DEPENDENT, which may begin before the kernel
+    before them on the stream has ended, and wait for it themselves.
+
+    Launched without launch_pdl they do not wait, for then there is nothing to wait for: that is
+    all that ECAR_DEPENDENT_LAUNCH=0 changes, read once. Older chips and Tritons cannot.
+    """
+    from triton.language.extra import cuda
+
+    able = (
+        not interpreting()
+        and architecture(device_index) >= DEPENDENT_ARCHITECTURE
+        and hasattr(cuda, "gdc_wait")  # of Triton 3.5 and newer
+    )
+    if not able:
+        return {"DEPENDENT": False}
+    return {"DEPENDENT": True, "launch_pdl": os.environ.get(DEPENDENT_VARIABLE) != "0"}
 
 
 def product_precision(dtype: torch.dtype) -> str:

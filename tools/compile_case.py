@@ -87,6 +87,8 @@ def compile_case(family: str, case: CompileCase, architecture: int) -> Result:
         problems.append(
             f"needs {columns} columns of tensor memory, a block has {TENSOR_MEMORY_COLUMNS}"
         )
+    if touches_memory_early(kernel.asm["ptx"]):
+        problems.append("touches memory before it waits for the kernel before it")
     if serialised(kernel.asm["ptx"], said):
         problems.append(
             f"wgmma is serialised: {instructions['HGMMA']} HGMMA, each waited for before the next"
@@ -100,6 +102,13 @@ def compile_case(family: str, case: CompileCase, architecture: int) -> Result:
         digest(case, architecture),
         "; ".join(problems),
     )
+
+
+def touches_memory_early(ptx: str) -> bool:
+    """Of a dependent launch: is there an access but a prefetch before griddepcontrol.wait?"""
+    before, waits, _ = ptx.partition("griddepcontrol.wait")
+    early = re.search(r"\b(ld|st|atom|red)\.\S*global|\bcp\.(async|reduce)", before)
+    return bool(waits and early)
 
 
 def serialised(ptx: str, machine_code: str) -> bool:

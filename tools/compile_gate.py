@@ -9,7 +9,8 @@
 
 The cases are those that a family's record names (ecar_kernels/<family>/compile_cases.py). One
 fails where it does not compile, keeps a stack (its registers spilled to memory), needs more shared
-or tensor memory than a block can have on the chip, or where ptxas serialised its wgmma.
+or tensor memory than a block can have on the chip, where ptxas serialised its wgmma, or where it
+touches memory before it waits for the kernel before it.
 
 --output records registers, shared memory and the machine code's matrix instructions of what
 passes, as it comes, in the JSON file (tools/gate_table.py) and at the end in the Markdown page of

@@ -152,7 +152,7 @@ class FakeGPU(TorchDispatchMode):
         if self._depth == 0:
             self._stack = ExitStack()
             guard_devices()
-            for known in (_triton.architecture, _triton.multiprocessors):
+            for known in (_triton.architecture, _triton.multiprocessors, _triton.dependent_launch):
                 known.cache_clear()
                 self._stack.callback(known.cache_clear)
             self._stack.enter_context(self.runtime.patched())

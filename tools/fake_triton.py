@@ -75,6 +75,7 @@ class Launch:
     key: str | None = None
     registers: int | None = None
     stack: int | None = None
+    dependent: bool = False  # may begin before the kernel before it has ended
 
     @property
     def programs(self) -> int | None:
@@ -210,6 +211,7 @@ class _Launcher:
             key=its.hash,
             registers=getattr(function, "registers", None),
             stack=getattr(function, "stack", None),
+            dependent=its.launch_pdl,
         )
 
 
@@ -223,6 +225,7 @@ class _NotCompiled:
             num_warps=options["num_warps"],
             shared=None,
             num_stages=options["num_stages"],
+            launch_pdl=options.get("launch_pdl", False),
             hash=_digest(_key(src, options)),
         )
         self.run = driver.launcher_cls(src, self.metadata)

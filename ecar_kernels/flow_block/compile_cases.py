@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from ecar_kernels import _triton
 from ecar_kernels._triton import CompileCase
 from ecar_kernels.flow_block import kernels, launch
 
@@ -26,26 +27,27 @@ _MODULATION = (
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
     """What `launch` can choose on `arch`, with every argument that may be None given."""
+    dependent = arch >= _triton.DEPENDENT_ARCHITECTURE
     for dtype, itemsize in _TYPES.items():
         for channels in (1024, 2048):
             yield _case(
                 kernels.normalise_rows,
                 dtype,
                 f"C={channels}",
-                {"BLOCK": launch.row_block(channels)},
+                {"BLOCK": launch.row_block(channels), "DEPENDENT": dependent},
                 num_warps=launch.ROW_WARPS,
             )
         for precision in ("ieee", "tf32") if dtype == "fp32" else ("ieee",):
             for prologue in (False, True):
                 for tile in launch.tiles(itemsize, precision, arch, prologue=prologue):
-                    yield from _products(dtype, precision, tile)
+                    yield from _products(dtype, precision, tile, dependent)
             if dtype != "fp16":  # as bfloat16
                 for tile in launch.odd_tiles():
-                    yield from _products(dtype, precision, tile, odd=True)
+                    yield from _products(dtype, precision, tile, dependent, odd=True)
 
 
 def _products(
-    dtype: str, precision: str, tile: launch.Settings, *, odd: bool = False
+    dtype: str, precision: str, tile: launch.Settings, dependent: bool, *, odd: bool = False
 ) -> Iterator[CompileCase]:
     """odd: neither addresses nor sizes are multiples of 16, so that values are read singly."""
     constants = {
@@ -53,6 +55,7 @@ def _products(
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "PRECISION": precision,
+        "DEPENDENT": dependent,
     }
     how: dict[str, Any] = {
         "num_warps": tile.num_warps,

@@ -22,6 +22,14 @@ _GELU_SLOPE = tl.constexpr(-2 * 0.7978845608028654 * 1.4426950408889634)  # -2 s
 
 
 @triton.jit
+def _begin():
+    """The kernel before this one on the stream may still run: what it writes is there after this,
+    and what it reads may be written to. The kernel after this one may start, and wait likewise."""
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def _rows_of(view, row, tokens):
     """Where rows of a view [B, N, C] begin: (tensor, strides of B and N)."""
     tensor, image_stride, token_stride = view
@@ -72,9 +80,11 @@ def normalise_rows(
     x, x_image, x_token,
     shift, shift_image, shift_token, scale, scale_image, scale_token,
     step_shift, step_shift_image, step_scale, step_scale_image,
-    out, tokens, channels, eps, scale_offset, BLOCK: tl.constexpr,
+    out, tokens, channels, eps, scale_offset, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """adaln(x) of one row a program, into out [rows, channels]."""
+    if DEPENDENT:
+        _begin()
     row = tl.program_id(0)
     x = _rows_of((x, x_image, x_token), row, tokens)
     shift = _rows_of((shift, shift_image, shift_token), row, tokens)
@@ -152,6 +162,20 @@ def _product(
 def _weight_columns(weight_view, output, outputs):
     weight, weight_row = weight_view
     return weight + tl.minimum(output, outputs - 1).to(tl.int64)[None, :] * weight_row
+
+
+@triton.jit
+def _ask_for_weight(weight_view, output, outputs, inputs):
+    """Its lines of 128 bytes, into the L2 cache: also where the kernel before has not ended, for
+    nothing is read yet."""
+    weight = _weight_columns(weight_view, output, outputs)
+    line: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
+    for first in range(0, inputs, 4 * line):
+        channel = tl.minimum(first + tl.arange(0, 4) * line, inputs - 1)
+        place = (weight + channel[:, None]).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // $0", "=r,l", [place], tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
@@ -234,12 +258,15 @@ def adaln_linear(
     step_shift, step_shift_image, step_scale, step_scale_image,
     weight, weight_row, bias, out, rows, tokens, outputs, inputs, eps, scale_offset,
     GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, STATISTICS: tl.constexpr,
+    PRECISION: tl.constexpr, STATISTICS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """act(adaln(x) weight^T + bias). Where shift and scale are None, x is normalised already."""
     view, weight_view = (x, x_image, x_token), (weight, weight_row)
     sizes = rows, tokens, outputs, inputs
     tile = _tile(rows, outputs, BLOCK_M, BLOCK_N)
+    if DEPENDENT:
+        _ask_for_weight(weight_view, tile[1], outputs, inputs)
+        _begin()
     if shift is None:
         y = _product(view, weight_view, sizes, tile, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     else:
@@ -259,12 +286,15 @@ def linear_gated_residual(
     gate, gate_image, gate_token, step_gate, step_gate_image,
     residual, residual_image, residual_token, out, rows, tokens, outputs, inputs,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """residual + (gate + step_gate) (h weight^T + bias)."""
     view, weight_view = (h, h_image, h_token), (weight, weight_row)
     sizes = rows, tokens, outputs, inputs
     tile = _tile(rows, outputs, BLOCK_M, BLOCK_N)
+    if DEPENDENT:
+        _ask_for_weight(weight_view, tile[1], outputs, inputs)
+        _begin()
     y = _product(view, weight_view, sizes, tile, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     gate_view = gate, gate_image, gate_token
     residual_view = residual, residual_image, residual_token

@@ -103,6 +103,7 @@ def launch_adaln_linear(
             scale_offset,
             BLOCK=launch.row_block(channels),
             num_warps=launch.ROW_WARPS,
+            **_triton.dependent_launch(x.device.index),
         )
         x, modulation = normalised, (None, 0, 0, None, 0, 0, None, 0, None, 0)
     kernels.adaln_linear[_grid(its, rows, outputs)](
@@ -171,6 +172,7 @@ def _tile(its: launch.Settings, x: Tensor) -> dict:
         "num_warps": its.num_warps,
         "num_stages": its.num_stages,
         "maxnreg": its.max_registers,
+        **_triton.dependent_launch(x.device.index),
     }
 
 
