@@ -111,6 +111,17 @@ def problems(
     return list(found.values())
 
 
+def listed(shape: Shape, dtype: torch.dtype, device: str | None = None) -> Iterator[str]:
+    """What the rules choose for the fused products of that shape, a line each, and what their
+    model says of it. On that GPU, else on an H100."""
+    index = None if device is None else torch.device(device).index
+    chip = (132, 90)
+    if device is not None:
+        chip = _triton.multiprocessors(index), _triton.architecture(index)
+    its = importlib.import_module(cast("str", DECLARED["flow_block"].tuning))
+    yield from its.listed(shape, dtype, *chip)
+
+
 def _asked(
     run: Callable[[], Sequence[Tensor]], device: str, candidates: Callable[..., Sequence]
 ) -> list[Problem]:

@@ -8,7 +8,9 @@ come from rules. Nothing else is changed, and nothing is measured at any other t
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +28,8 @@ examples:
       E-CAR-S in bfloat16 at 1, 8 and 64 images
   ecar tune --width 1024 --rows 256 4096 --dtype float32
       the adaLN ops and fused GEMMs of another model
+  ecar tune --list --preset L --batch 1
+      what the rules choose for E-CAR-L's fused GEMMs without being measured; needs no GPU
 """
 FLAGS: dict[str, str] = {}
 DTYPES = ("bfloat16", "float16", "float32")
@@ -60,6 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default="cuda", metavar="DEVICE", help="cuda, cuda:1, .. (default: cuda)"
     )
     parser.add_argument(
+        "--list",
+        action="store_true",
+        help="measure nothing: print the fused GEMMs' usual settings and expected times",
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         metavar="FILE.json",
@@ -72,6 +81,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError("--width and --rows: expected both or neither")
     if arguments.width is not None and arguments.preset is not None:
         raise UsageError("--preset: not allowed with --width and --rows")
+    if arguments.list:
+        _list(arguments)
+        return
     if (reason := tune.why_not()) is not None:
         raise UsageError(f"nothing can be measured here: {reason}")
     device = chosen_device(arguments.device)
@@ -79,6 +91,17 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--device: expected a CUDA device, got {arguments.device!r}")
     with tune.measuring(device):
         _measure(arguments, device)
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    device = str(chosen_device(arguments.device)) if torch.cuda.is_available() else None
+    dtype = getattr(torch, arguments.dtype)
+    # Of a block alone: a shape's stages are attention's.
+    shapes = [dataclasses.replace(its, stages=(), heads=1) for its in _shapes(arguments)]
+    for width, same in itertools.groupby(dict.fromkeys(shapes), key=lambda its: its.width):
+        print(f"width {width}")
+        for shape in same:
+            print("\n".join(tune.listed(shape, dtype, device)))
 
 
 def _measure(arguments: argparse.Namespace, device: torch.device) -> None:

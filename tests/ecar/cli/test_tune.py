@@ -10,6 +10,7 @@ import torch
 from ecar.cli import tune as command
 from ecar.config import PRESETS, ECARConfig
 from ecar_kernels import tune, tuning
+from ecar_kernels.flow_block import launch
 
 NAME = "NVIDIA Test (80GB)"
 
@@ -136,3 +137,29 @@ def test_attention_is_measured_forward_and_backward(timed):
         choice = tune.measure(problem, rounds=1)
         assert choice.wrong == 0
         assert choice.settings == problem.candidates[-1] != problem.usual
+
+
+@pytest.mark.parametrize("size", ["S", "B", "L"])
+def test_products_are_listed_without_a_gpu(run, size):
+    """As an H100 would launch them, each with its programs and the time that the model expects."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here: its own settings are listed")
+    code, printed, errors = run(f"tune --list --preset {size} --batch 1")
+    assert (code, errors) == (0, "")
+    config = ECARConfig.preset(size)
+    assert printed.splitlines()[0] == f"width {config.width}"
+    for rows in config.stage_tokens:
+        lines = [line for line in printed.splitlines() if line.startswith(f"{rows:>6} rows")]
+        assert [line.partition("(")[2].partition(")")[0] for line in lines] == [
+            "qkv",
+            "proj",
+            "fc1",
+            "fc2",
+        ]
+        its = launch.default(rows, config.width, 4 * config.width, 2, "ieee", 132, 90)
+        time = launch.nanoseconds(its, rows, config.width, 4 * config.width, 2, "ieee", 132)
+        assert lines[3].endswith(
+            f"{launch.programs(its, rows, config.width)} programs of {its.block_m}x{its.block_n}x"
+            f"{its.block_k}, {its.num_stages} stages: {time / 1000:.1f} us"
+        )
+        assert [", which normalise" in line for line in lines] == [True, False, True, False]
