@@ -227,7 +227,9 @@ def _sixteen_bits(
     # at D = 56 and 88 in the usual tile, and from D = 104 on in both.
     loop = 32 if masked and arch >= 120 and (width == 64 or width > 80) else 64
     large = (128, 32, 8, 1) if loop == 32 and width == 128 else (128, 64, 8, 2)
-    return (32, 32, 2, few), (64, loop, 4, 3 if width <= 64 else 2), large
+    # 16 rows are one warp's, which wide heads spill in. Few queries have few keys: small blocks.
+    least = (16, 16, 1 if width <= 80 else 2, 2)
+    return least, (32, 32, 2, few), (64, loop, 4, 3 if width <= 64 else 2), large
 
 
 def _tf32(op: str, width: int, masked: bool, arch: int) -> tuple[tuple[int, int, int, int], ...]:
@@ -266,15 +268,31 @@ def _tf32(op: str, width: int, masked: bool, arch: int) -> tuple[tuple[int, int,
     return ((own, 16, more, 1 if one_block else 2),)
 
 
+def _own(op: str, its: Settings) -> int:
+    """Rows of the tile that a program owns."""
+    return its.block_n if op == "stage_attention_keys" else its.block_m
+
+
 def _tiling(
     op: str, stage_lengths: tuple[int, ...], queries: int, its: Settings
 ) -> tuple[int, int]:
     """Tiles, and pairs of a query and a key that they compute, unused rows included."""
+    own = _own(op, its)
     if op == "stage_attention_keys":
-        rows = tiles.key_tiles(stage_lengths, queries, its.block_n)
-        return len(rows), its.block_n * sum(queries - first for _, _, first in rows)
+        rows = tiles.key_tiles(stage_lengths, queries, own)
+        return len(rows), own * sum(queries - first for _, _, first in rows)
+    rows = tiles.query_tiles(stage_lengths, queries, own)
+    return len(rows), own * sum(end for _, _, end in rows)
+
+
+def _busiest(
+    stage_lengths: tuple[int, ...], queries: int, batch_heads: int, sms: int, its: Settings
+) -> int:
+    """Pairs of the multiprocessor that does most, where each gets a tile of queries in turn, the
+    most keys first."""
     rows = tiles.query_tiles(stage_lengths, queries, its.block_m)
-    return len(rows), its.block_m * sum(end for _, _, end in rows)
+    firsts = range(0, len(rows) * batch_heads, sms)
+    return its.block_m * sum(rows[first // batch_heads][2] for first in firsts)
 
 
 @functools.lru_cache(1024)
@@ -292,27 +310,45 @@ def default(
 
     The tile of 64 rows, but
 
-    on chips whose matrix instructions are single warps', the small one for stages so short that
-    64 rows would compute half as many pairs again. They are never more than twice as many, and
-    warp groups, which it is too small for, multiply at about twice the rate of single warps;
+    on chips whose matrix instructions are single warps', a smaller one for stages so short that
+    the next larger would compute half as many pairs again. Warp groups, which small tiles are too
+    small for, multiply at about twice the rate of single warps: there where 64 rows would compute
+    more than twice as many;
 
-    there, too, where not even every second multiprocessor would have a program of 64 rows. Every
-    warp does 16 rows in either tile, but those of the small one are spread over twice the
-    multiprocessors, each with its own shared memory to read the keys from;
+    on the former, too, 32 rows where not even every second multiprocessor would have a program of
+    64. Every warp does 16 rows in either tile, but those of the small one are spread over twice
+    the multiprocessors, each with its own shared memory to read the keys from;
 
-    the large one where every multiprocessor has two programs of it, and it computes at most a
-    quarter more pairs: it reads the other side half as often.
+    the large one where the busiest multiprocessor has at most an eighth more to do than with 64
+    rows: it reads the other side half as often. E-CAR-S at 1024 pixels has 192 programs of it, one
+    image and no guidance, so that some of an H100's 132 multiprocessors would do 256 rows where
+    384 programs of 64 leave none more than 192. An A100's 108 do 256 in either.
+
+    Keys are not split over programs, though 64-row tiles of few queries fill a twentieth of the
+    chip. In stages that grow a query's keys are few where queries are few (336 for 256 of E-CAR's,
+    680 for VAR's), so that a program has 6 to 11 blocks of keys, of about 400 cycles each: 1.3 to
+    2.4 us on an H100. Sums of splits, added by the last program to arrive, cost two trips to memory
+    more (a fence and an atomic, then the other splits' sums), about 1.1 us: three splits of 6
+    blocks would take 0.4 + 1.1, two of 11 blocks 1.3 + 1.1.
     """
     found = settings(op, head_dim, kind, arch)
     if len(found) == 1:
         return found[0]
-    (_, small), (count, usual), *large = (_tiling(op, stage_lengths, queries, its) for its in found)
-    few = 2 * count * batch_heads <= sms
-    if not _has_warp_groups(arch) and (2 * usual >= 3 * small or few):
-        return found[0]
-    if large and large[0][0] * batch_heads >= 2 * sms and 4 * large[0][1] <= 5 * usual:
-        return found[2]
-    return found[1]
+    tilings = [_tiling(op, stage_lengths, queries, its) for its in found]
+    at = usual = [_own(op, its) for its in found].index(64)
+    count, pairs = tilings[usual]
+    for i in reversed(range(usual)):
+        few_pairs = tilings[i][1]
+        if 2 * few_pairs < pairs if _has_warp_groups(arch) else 3 * few_pairs <= 2 * tilings[at][1]:
+            at = i
+    if at < usual:
+        return found[at]
+    if not _has_warp_groups(arch) and 2 * count * batch_heads <= sms:
+        return found[usual - 1]
+    shape = stage_lengths, queries, batch_heads, sms
+    if 8 * _busiest(*shape, found[-1]) <= 9 * _busiest(*shape, found[usual]):
+        return found[-1]
+    return found[usual]
 
 
 def candidates(op: str, head_dim: int, kind: str, arch: int) -> list[Settings]:

@@ -82,7 +82,7 @@ def test_settings_hold_the_head_and_fit_the_chip():
         assert own == sorted(set(own))
         for its in found:
             assert its.block_m in powers and its.block_n in powers
-            assert its.num_warps in (2, 4, 8) and its.num_stages in (1, 2, 3)
+            assert its.num_warps in (1, 2, 4, 8) and its.num_stages in (1, 2, 3)
             limit = 1024 * launch.SHARED_KIB.get(arch, 99)
             assert launch._least_shared(op, head_dim, kind, its) <= limit
         strips = launch.unaligned(op, kind)
@@ -101,20 +101,35 @@ def test_settings_hold_the_head_and_fit_the_chip():
     "stages, queries, batch_heads, arch, rows",
     [
         ((1024, 4096), 4096, 1, 80, 64),
-        ((1,) * 20, 20, 1000, 80, 32),  # a tile of 64 rows would do twice as much
-        ((1,) * 20, 20, 1000, 90, 64),  # but at twice the rate
+        ((1,) * 20, 20, 1000, 80, 16),  # of one row each, the least
+        ((30,) * 20, 600, 1000, 80, 32),  # a tile of 64 rows would do twice as much
+        ((30,) * 20, 600, 1000, 90, 64),  # but at twice the rate
+        ((16,), 16, 6, 90, 16),  # four times as much is too much
+        ((16,), 16, 6, 100, 16),
+        ((1, 4, 9, 16), 16, 16, 120, 16),
+        ((16, 64), 64, 6, 90, 64),
         ((256,), 256, 12, 80, 32),  # 48 programs of 64 rows, fewer than half of the chip's 108
         ((256,), 256, 12, 90, 64),  # but a warp group has 64
         ((256,), 256, 12, 100, 64),
         ((256,), 256, 12, 120, 32),
         ((256,), 256, 64, 120, 64),
         ((256,), 256, 512, 80, 128),  # 1024 programs of 128 rows
-        ((256,), 256, 64, 80, 64),  # 128 of them, not two for each multiprocessor
+        ((256,), 256, 64, 80, 64),  # 128 of them: 2 for some, where none has 4 of 64 rows
+        ((64, 256, 1024, 4096), 4096, 6, 80, 128),  # E-CAR-S at 1024 pixels: 2 for some, or 4
         ((64, 64), 128, 2000, 80, 64),  # 128 rows would be half empty
     ],
 )
 def test_the_tile_follows_the_stages_and_the_chip(stages, queries, batch_heads, arch, rows):
     its = launch.default("stage_attention", 64, "bfloat16", stages, queries, batch_heads, arch, 108)
+    assert its.block_m == rows
+
+
+@pytest.mark.parametrize("sms, images, rows", [(108, 1, 128), (132, 1, 64), (132, 2, 128)])
+@pytest.mark.parametrize("queries", [4096, 5440])
+def test_no_multiprocessor_waits_long_for_a_larger_tile(queries, sms, images, rows):
+    """E-CAR-S at 1024 pixels."""
+    sizes = (64, 256, 1024, 4096), queries, 6 * images
+    its = launch.default("stage_attention", 64, "bfloat16", *sizes, 90, sms)
     assert its.block_m == rows
 
 
