@@ -35,7 +35,7 @@ RESULTS = results.FOLDER / "launches.json"
 SIZES = ("S", "B", "L")
 SOLVERS = ("euler", "ab2")  # of one network call a step
 KINDS = ("triton", "c++", "aten", "copy")
-TARGET = {"S": 23, "B": 45, "L": 67}  # launches of a step, at most
+TARGET = {"S": 11, "B": 21, "L": 31}  # launches of a step, at most: 5 a block and the boundary
 COUNTED = 3  # steps of a stage: the second is as all are between the first and the last
 SETTINGS = {
     f"{PAPER_STEPS} Euler steps": (PAPER, PAPER_SOLVER),
