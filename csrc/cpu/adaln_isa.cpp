@@ -11,15 +11,11 @@ T* output(void* data, std::int64_t row, std::int64_t channels) {
   return data == nullptr ? nullptr : static_cast<T*>(data) + row * channels;
 }
 
+// Requests what a later loop reads, from a loop that reads little. Memory would be idle while the
+// statistics are summed, and hardware does not foresee the next row of a strided modulation.
 template <class T>
-inline Moments moments(const T* x, float sum, std::int64_t channels, float eps) {
-  return moments_of(channels, sum, eps,
-                    [&](auto io, std::int64_t at) { return io.load(x + at); });
-}
-
-template <class T>
-inline float sum(const T* x, std::int64_t channels) {
-  return sum_of(channels, [&](auto io, std::int64_t at) { return io.load(x + at); });
+inline void fetch(const T* row, std::int64_t at) {
+  __builtin_prefetch(row + at);
 }
 
 template <class T, bool kGated, bool kNorm, class Whole>
@@ -47,19 +43,32 @@ void forward_rows(const AdalnForward& a, std::int64_t begin, std::int64_t end) {
       }
       x = new_x;
     } else {
-      total = sum(x, channels);
+      total = sum_of(channels, [&](auto io, std::int64_t at) { return io.load(x + at); });
     }
     if constexpr (kNorm) {
-      const auto [mean, inverse_deviation] = moments(x, total, channels, a.eps);
       const T* shift = row<T>(a.shift, image, token);
       const T* step_shift = row<T>(a.step_shift, image, 0);
       const T* scale = row<T>(a.scale, image, token);
       const T* step_scale = row<T>(a.step_scale, image, 0);
       T* y = output<T>(a.y, index, channels);
-      for_each<Whole>(channels, [&, mean = mean, deviation = inverse_deviation](auto io,
-                                                                         std::int64_t at) {
-        const Vec normal = (io.load(x + at) - mean) * deviation;
-        io.store(y + at, fma(normal, 1.0f + combine(io, scale, step_scale, at),
+      const Moments moments = moments_of(channels, total, a.eps, [&](auto io, std::int64_t at) {
+        fetch(shift, at);
+        fetch(scale, at);
+        return io.load(x + at);
+      });
+      const std::int64_t next = index + 1 < end ? index + 1 : index;
+      const std::int64_t next_image = next / a.tokens, next_token = next % a.tokens;
+      const T* next_x = row<T>(a.x, next_image, next_token);
+      const T* next_branch = row<T>(a.branch, next_image, next_token);
+      const T* next_gate = row<T>(a.gate, next_image, next_token);
+      for_each<Whole>(channels, [&, moments](auto io, std::int64_t at) {
+        fetch(next_x, at);
+        if constexpr (kGated) {
+          fetch(next_branch, at);
+          fetch(next_gate, at);
+        }
+        io.store(y + at, fma(moments.normal(io.load(x + at)),
+                             1.0f + combine(io, scale, step_scale, at),
                              combine(io, shift, step_shift, at)));
       });
     }
@@ -87,6 +96,10 @@ inline void accumulate(Partial io, float* sums, std::int64_t at, Vec value) {
 template <class T, bool kGated, bool kNorm, class Whole>
 void backward_token(const AdalnBackward& a, std::int64_t image, std::int64_t token, float* sums) {
   const std::int64_t channels = a.channels, index = image * a.tokens + token;
+  const std::int64_t next_token = token + 1 < a.tokens ? token + 1 : token;
+  const T* next_x = row<T>(a.x, image, next_token);
+  const T* next_grad_y = row<T>(a.grad_y, image, next_token);
+  const T* next_scale = row<T>(a.scale, image, next_token);
   const T* grad_new_x = row<T>(a.grad_new_x, image, token);
   const T* grad_y = row<T>(a.grad_y, image, token);
   const T* x = row<T>(a.x, image, token);
@@ -104,26 +117,46 @@ void backward_token(const AdalnBackward& a, std::int64_t image, std::int64_t tok
   float* scale_sums = sums == nullptr ? nullptr : shift_sums + channels;
 
   // dx = deviation (g - mean(g) - n mean(g n)), with g = dy (1 + scale) and n = LN(x).
-  Mean mean;
-  Vec deviation{}, mean_grad{}, mean_grad_normal{};
+  Moments moments;
+  Vec mean_grad{}, mean_grad_normal{};
+  const auto modulated = [&](auto io, std::int64_t at) {
+    return io.load(grad_y + at) * (1.0f + combine(io, scale, step_scale, at));
+  };
   if constexpr (kNorm) {
-    const Moments found = moments(x, sum(x, channels), channels, a.eps);
-    mean = found.mean, deviation = found.inverse_deviation;
-    const auto modulated = [&](auto io, std::int64_t at) {
-      return io.load(grad_y + at) * (1.0f + combine(io, scale, step_scale, at));
-    };
-    mean_grad = splat(sum_of(channels, modulated) / channels);
-    mean_grad_normal = splat(sum_of(channels, [&](auto io, std::int64_t at) {
-      return modulated(io, at) * ((io.load(x + at) - mean) * deviation);
-    }) / channels);
+    const auto [x_sum, grad_sum] =
+        sums_of<2>(channels, [&](auto io, std::int64_t at, Sums<2>& sums) {
+          sums.of[0] += io.load(x + at);
+          sums.of[1] += modulated(io, at);
+        }).of;
+    const Vec pivot = splat(x_sum / channels);
+    const auto [distances, squares, products] =
+        sums_of<3>(channels, [&](auto io, std::int64_t at, Sums<3>& sums) {
+          if constexpr (kGated) {
+            fetch(grad_new_x, at);
+            fetch(branch, at);
+            fetch(gate, at);
+          } else {
+            fetch(next_x, at);
+          }
+          const Vec distance = io.keep(io.load(x + at) - pivot);
+          sums.of[0] += distance;
+          sums.of[1] = fma(distance, distance, sums.of[1]);
+          sums.of[2] = fma(distance, modulated(io, at), sums.of[2]);
+        }).of;
+    moments = moments_of(channels, pivot, distances, squares, a.eps);
+    mean_grad = splat(grad_sum / channels);
+    mean_grad_normal = fma(splat(products / channels), moments.inverse_deviation,
+                           mean_grad * moments.rest);
   }
   for_each<Whole>(channels, [&](auto io, std::int64_t at) {
     Vec grad = grad_new_x == nullptr ? Vec{} : io.load(grad_new_x + at);
     if constexpr (kNorm) {
-      const Vec normal = (io.load(x + at) - mean) * deviation;
-      const Vec dy = io.load(grad_y + at);
-      const Vec modulated = dy * (1.0f + combine(io, scale, step_scale, at));
-      grad = fma(deviation, modulated - mean_grad - normal * mean_grad_normal, grad);
+      if constexpr (kGated) fetch(next_x, at);
+      fetch(next_grad_y, at);
+      fetch(next_scale, at);
+      const Vec normal = moments.normal(io.load(x + at)), dy = io.load(grad_y + at);
+      grad = fma(moments.inverse_deviation,
+                 fma(normal, -mean_grad_normal, modulated(io, at) - mean_grad), grad);
       io.store(grad_x + at, grad);
       if (grad_scale != nullptr) io.store(grad_scale + at, dy * normal);
       if (sums != nullptr) {

@@ -84,8 +84,8 @@ struct Source {
     const Vec value = io.load(x + at);
     if (scale == nullptr) return value;
     const Vec modulated =
-        fma((value - moments.mean) * moments.inverse_deviation,
-            scale_offset + combine(io, scale, step_scale, at), combine(io, shift, step_shift, at));
+        fma(moments.normal(value), scale_offset + combine(io, scale, step_scale, at),
+            combine(io, shift, step_shift, at));
     return io.keep(modulated);
   }
 };

@@ -38,7 +38,7 @@ struct Modulated {
       __builtin_prefetch(x + ahead * a.x.token_stride + c);
       __builtin_prefetch(shift + ahead * a.shift.token_stride + c);
       __builtin_prefetch(scale + ahead * a.scale.token_stride + c);
-      const Vec normal = (io.load(x + c) - moments.mean) * moments.inverse_deviation;
+      const Vec normal = moments.normal(io.load(x + c));
       io.store(to + at, fma(normal, 1.0f + combine(io, scale, step_scale, c),
                             combine(io, shift, step_shift, c)));
     });

@@ -270,53 +270,83 @@ inline void for_each(std::int64_t count, Body body) {
   if (at < count) body(Partial{static_cast<int>(count - at)}, at);
 }
 
-// The sum of body(access, offset) over a row; in four chains, for an addition takes four cycles.
-template <class Body>
-inline float sum_of(std::int64_t count, Body body) {
-  Vec a{}, b{}, c{}, d{};
+// Sums over a row that are made together.
+template <int kSums>
+struct Sums {
+  Vec of[kSums];
+
+  Sums operator+(const Sums& other) const {
+    Sums both;
+    for (int i = 0; i < kSums; ++i) both.of[i] = of[i] + other.of[i];
+    return both;
+  }
+};
+template <int kSums>
+struct Totals {
+  float of[kSums];
+};
+
+// The sums to which body(access, offset, Sums&) adds over a row; in chains next to each other, for
+// an addition takes some cycles. Of lanes beyond the row it has to add 0.
+template <int kSums, class Body>
+inline Totals<kSums> sums_of(std::int64_t count, Body body) {
+  constexpr int kChains = kSums > 2 ? 2 : 4;  // which registers can hold
+  Sums<kSums> a{}, b{}, c{}, d{};
   std::int64_t at = 0;
-  for (; at + 4 * kWidth <= count; at += 4 * kWidth) {
-    a += body(Full{}, at);
-    b += body(Full{}, at + kWidth);
-    c += body(Full{}, at + 2 * kWidth);
-    d += body(Full{}, at + 3 * kWidth);
+  for (; at + kChains * kWidth <= count; at += kChains * kWidth) {
+    body(Full{}, at, a);
+    body(Full{}, at + kWidth, b);
+    if constexpr (kChains > 2) {
+      body(Full{}, at + 2 * kWidth, c);
+      body(Full{}, at + 3 * kWidth, d);
+    }
   }
-  for (; at + kWidth <= count; at += kWidth) a += body(Full{}, at);
-  if (at < count) {
-    const Partial rest{static_cast<int>(count - at)};
-    b += rest.keep(body(rest, at));
-  }
-  return horizontal_sum((a + b) + (c + d));
+  for (; at + kWidth <= count; at += kWidth) body(Full{}, at, a);
+  if (at < count) body(Partial{static_cast<int>(count - at)}, at, b);
+  const Sums<kSums> all = (a + b) + (c + d);
+  Totals<kSums> totals;
+  for (int i = 0; i < kSums; ++i) totals.of[i] = horizontal_sum(all.of[i]);
+  return totals;
 }
 
-// A mean to more than float's digits: where it is large against the spread, its own rounding would
-// be seen. `value - mean` is what it is for.
-struct Mean {
-  Vec pivot{}, rest{};
-};
+// The sum of body(access, offset) over a row.
+template <class Body>
+inline float sum_of(std::int64_t count, Body body) {
+  return sums_of<1>(count, [&](auto io, std::int64_t at, Sums<1>& sum) {
+    sum.of[0] += io.keep(body(io, at));
+  }).of[0];
+}
 
-inline Vec operator-(Vec value, const Mean& mean) { return (value - mean.pivot) - mean.rest; }
-
+// LayerNorm's statistics of a row. The mean has more than float's digits: where it is large against
+// the spread, its own rounding would be seen.
 struct Moments {
-  Mean mean;
+  Vec pivot{};  // the mean, rounded
   Vec inverse_deviation{};
+  Vec rest{};  // what normal() has to add for that rounding
+
+  Vec normal(Vec value) const { return fma(value - pivot, inverse_deviation, rest); }
 };
 
-// LayerNorm's statistics of the `count` values that `load` gives, from their rounded sum. The
-// deviations are summed themselves: E[x^2] - mean^2 would lose every digit where the mean is large.
+// From the sums over `count` values of their distances from the pivot, and of their squares.
+// E[x^2] - mean^2 would lose every digit where the mean is large; of the distances it is next to 0.
+inline Moments moments_of(std::int64_t count, Vec pivot, float distances, float squares,
+                          float eps) {
+  const float rest = distances / count, variance = squares / count - rest * rest;
+  const float inverse = 1.0f / __builtin_sqrtf((variance < 0 ? 0 : variance) + eps);
+  return {pivot, splat(inverse), splat(-rest * inverse)};
+}
+
+// Of the values that `load` gives, from their rounded sum.
 template <class Load>
 inline Moments moments_of(std::int64_t count, float sum, float eps, Load load) {
-  Moments found;
-  found.mean.pivot = splat(sum / count);
-  found.mean.rest = splat(sum_of(count, [&](auto io, std::int64_t at) {
-                            return load(io, at) - found.mean.pivot;
-                          }) / count);
-  const float squares = sum_of(count, [&](auto io, std::int64_t at) {
-    const Vec centred = load(io, at) - found.mean;
-    return centred * centred;
-  });
-  found.inverse_deviation = splat(1.0f / __builtin_sqrtf(squares / count + eps));
-  return found;
+  const Vec pivot = splat(sum / count);
+  const auto [distances, squares] =
+      sums_of<2>(count, [&](auto io, std::int64_t at, Sums<2>& sums) {
+        const Vec distance = io.keep(load(io, at) - pivot);
+        sums.of[0] += distance;
+        sums.of[1] = fma(distance, distance, sums.of[1]);
+      }).of;
+  return moments_of(count, pivot, distances, squares, eps);
 }
 
 }  // namespace
