@@ -18,10 +18,15 @@ void* data_of(const Tensor& output, bool wanted) {
   return wanted ? output.mutable_data_ptr() : nullptr;
 }
 
-// `last` is the output that is written last.
-void run_forward(const AdalnForwardKernel* kernels, Dtype dtype, AdalnForward& a, const Tokens& t,
-                 const Tensor& last) {
-  a.tokens = t.tokens, a.channels = t.channels, a.stream = stream(last);
+// Past the caches where they could not hold these outputs and what is read for them, as much again.
+bool stream(const Tensor& x, const Tokens& t, std::int64_t outputs) {
+  return 2 * outputs * t.images * t.tokens * t.channels *
+             static_cast<std::int64_t>(x.element_size()) >= kStreamBytes;
+}
+
+void run_forward(const AdalnForwardKernel* kernels, Dtype dtype, AdalnForward& a, const Tensor& x,
+                 const Tokens& t, std::int64_t outputs) {
+  a.tokens = t.tokens, a.channels = t.channels, a.stream = stream(x, t, outputs);
   const AdalnForwardKernel kernel = kernels[dtype];
   parallel(t.images * t.tokens, t.channels, [&](std::int64_t begin, std::int64_t end) {
     kernel(a, begin, end);
@@ -38,7 +43,7 @@ Tensor adaln(const Tensor& x, const Tensor& shift, const Tensor& scale,
   set_shift(a, shift, step_shift, x, t);
   set_scale(a, scale, step_scale, eps, x, t);
   a.y = y.mutable_data_ptr();
-  run_forward(ECAR_CHOOSE(adaln_kernels).adaln, dtype, a, t, y);
+  run_forward(ECAR_CHOOSE(adaln_kernels).adaln, dtype, a, x, t, 1);
   return y;
 }
 
@@ -52,7 +57,7 @@ Tensor gated_residual(const Tensor& x, const Tensor& branch, const Tensor& gate,
   a.branch = like("branch", branch, x, t);
   set_gate(a, gate, step_gate, x, t);
   a.new_x = new_x.mutable_data_ptr();
-  run_forward(ECAR_CHOOSE(adaln_kernels).gated_residual, dtype, a, t, new_x);
+  run_forward(ECAR_CHOOSE(adaln_kernels).gated_residual, dtype, a, x, t, 1);
   return new_x;
 }
 
@@ -71,7 +76,7 @@ std::tuple<Tensor, Tensor> gated_residual_adaln(
   set_scale(a, scale, step_scale, eps, x, t);
   a.new_x = new_x.mutable_data_ptr();
   a.y = y.mutable_data_ptr();
-  run_forward(ECAR_CHOOSE(adaln_kernels).gated_residual_adaln, dtype, a, t, y);
+  run_forward(ECAR_CHOOSE(adaln_kernels).gated_residual_adaln, dtype, a, x, t, 2);
   return {new_x, y};
 }
 
@@ -83,9 +88,8 @@ constexpr std::int64_t kBlock = 16;
 Tensor run_backward(const AdalnBackwardKernel* kernels, Dtype dtype, AdalnBackward& a,
                     const Tensor& x, const Tokens& t, std::int64_t slots, bool wanted) {
   a.tokens = t.tokens, a.channels = t.channels;
-  // As large as an output; absent ones have no size to ask.
-  a.stream = t.images * t.tokens * t.channels * static_cast<std::int64_t>(x.element_size()) >=
-             kStreamBytes;
+  a.stream = stream(x, t, (a.grad_x != nullptr) + (a.grad_branch != nullptr) +
+                              (a.grad_gate != nullptr) + (a.grad_scale != nullptr));
   a.block = kBlock, a.blocks = (t.tokens + kBlock - 1) / kBlock;
   const Tensor sums = wanted ? empty(x, {slots, t.images + 1, t.channels}) : empty(x, {0});
   const Tensor partial = empty(x, {wanted ? t.images * a.blocks * slots * t.channels : 0},
