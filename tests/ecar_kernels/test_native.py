@@ -227,20 +227,28 @@ def test_an_image_does_not_depend_on_its_batch(op, batch, seed):
 @pytest.mark.parametrize("channels", [768, 767])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_outputs_too_large_for_a_cache_have_the_same_bits(dtype, channels):
-    """They are written past the caches, rows aligned or not; halves of them are not."""
-    count = (36 << 20) // (channels * dtype.itemsize)
-    x, branch, gate, shift, scale = torch.randn(5, 2, count // 2, channels).to(dtype)
+    """They are written past the caches, rows aligned or not; those of one image are not."""
+    images, count = 8, (36 << 20) // (channels * dtype.itemsize)
+    given = torch.randn(6, images, count // images, channels).to(dtype)
+    x, branch, gate, shift, scale, gradient = given
     calls = {
         "adaln": (x, shift, scale),
         "gated_residual": (x, branch, gate),
         "gated_residual_adaln": (x, branch, gate, shift, scale),
     }
+
+    def results(op, call, gradient):
+        call = [value.detach().requires_grad_() for value in call]
+        outputs = tensors(function(op)(*call))
+        return *outputs, *torch.autograd.grad(outputs, call, [gradient] * len(outputs))
+
     with use_backend("cpp"):
         for op, call in calls.items():
-            whole = tensors(function(op)(*call))
-            for half in (0, 1):
-                part = tensors(function(op)(*(value[half : half + 1] for value in call)))
-                assert all(a[0].equal(b[half]) for a, b in zip(part, whole, strict=True)), op
+            whole = results(op, call, gradient)
+            for one in (0, images - 1):
+                part = slice(one, one + 1)
+                alone = results(op, [value[part] for value in call], gradient[part])
+                assert all(a.equal(b[part]) for a, b in zip(alone, whole, strict=True)), op
         state, velocity = x.unflatten(1, (-1, 1)), branch.unflatten(1, (-1, 1))
         step, previous = function("euler_step"), gate.unflatten(1, (-1, 1))
         whole = step(state, velocity, 0.1)
