@@ -171,9 +171,11 @@ wheel: $(STAMPS)/wheel
 	@ls dist/*-py3-none-*$(subst auto,manylinux,$(PLATFORM))*.whl || \
 	  { echo "ecar: not tagged py3-none-$(PLATFORM): $$(ls dist)" >&2; exit 1; }
 
-# In a library of its own, on each instruction set; torch's allocations are watched too, for the
+# In a library of its own, on each instruction set (where the CPU has no AMX, on functions that do
+# what its instructions do); torch's allocations are watched too, for the
 # sanitizers' allocator is loaded first. Graphs that Inductor compiles are left out.
 SANITIZED := build/sanitize
+AMX_STAND_IN = $(shell grep -q amx_bf16 /proc/cpuinfo 2>/dev/null && echo OFF || echo ON)
 PRELOAD = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 WATCHED = env LD_PRELOAD='$(PRELOAD)' ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
   UBSAN_OPTIONS=print_stacktrace=1 ECAR_LIBRARY=$(SANITIZED)/libecar_cpu.so
@@ -183,11 +185,12 @@ SANITIZED_TESTS = $(patsubst %,tests/ecar_kernels/test_%.py,adaln adaln_backward
   stage_attention_backward stage_attention_ops)
 
 sanitize: $(STAMPS)/test
-	PATH="$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DECAR_SANITIZE=ON -DECAR_TORCH_DIR="$$( \
+	PATH="$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DECAR_SANITIZE=ON \
+	  -DECAR_AMX_STAND_IN=$(AMX_STAND_IN) -DECAR_TORCH_DIR="$$( \
 	  $(BIN)/python -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent)')"
 	PATH="$(BIN):$$PATH" cmake --build $(SANITIZED)
 	$(SANITIZED)/known_answers
-	for isa in avx512 avx2 baseline; do \
+	for isa in amx avx512 avx2 baseline; do \
 	  $(WATCHED) ECAR_CPU_ISA=$$isa $(BIN)/python -m pytest -q -p no:cacheprovider \
 	    -k 'not inductor and not graph and not instruction and not Absence and not triton and not flex' \
 	    $(SANITIZED_TESTS) || exit 1; \

@@ -88,12 +88,15 @@ def op(name: str) -> Callable:
 
 
 def instruction_set() -> str:
-    """What the CPU kernels use on this machine: avx512, avx2 or baseline."""
+    """What the CPU kernels use on this machine: amx, avx512, avx2 or baseline.
+
+    ECAR_CPU_ISA names a lesser one.
+    """
     require()
     return torch.ops.ecar.cpu_instruction_set()
 
 
 def multiplies_bfloat16() -> bool:
-    """Do they multiply bfloat16, at twice the rate of float32? Else it is widened."""
+    """Do they multiply bfloat16, at twice the rate of float32 or more? Else it is widened."""
     require()
     return torch.ops.ecar.cpu_multiplies_bfloat16()

@@ -289,7 +289,7 @@ def _unless_transformed(found: BoundOp) -> Callable:
 
 def why_not_bfloat16() -> str | None:
     """None where the backend in force multiplies bfloat16 on the CPU at twice float32's rate (the
-    C++ kernels, by AVX512_BF16), else why it does not."""
+    C++ kernels, by AVX512_BF16 or AMX), else why it does not."""
     try:
         served = resolve("adaln_linear", device="cpu", dtype=torch.bfloat16).backend
     except BackendUnavailableError as error:

@@ -2,6 +2,7 @@
 
 #include <type_traits>
 
+#include "cpu/flow_block_amx.h"
 #include "cpu/flow_block_gelu.h"
 #include "cpu/flow_block_tile.h"
 #include "cpu/transpose.h"
@@ -136,8 +137,25 @@ void prepare_block(const Input& input, int64_t first, int64_t rows, int64_t bloc
   }
 }
 
+// Rows of a chunk as they are multiplied by tiles.
+template <class T>
+void prepare_rows(const Input& input, int64_t first, int64_t begin, int64_t end) {
+  const int64_t depth = whole_pairs(input.depth);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t chunk = row / kChunkRows * kChunkRows;
+    T* to = reinterpret_cast<T*>(input.workspace + chunk * input.depth) + (row - chunk) * depth;
+    Source<T> source;
+    source.open(input, first + row);
+    for_each(input.depth, [&](auto io, int64_t at) { io.store(to + at, source.load(io, at)); });
+    if (depth > input.depth) to[input.depth] = T{};
+  }
+}
+
 template <class T>
 void prepare(const Input& input, int64_t first, int64_t rows, int64_t begin, int64_t end) {
+  if (multiplies_tiles<T>()) {
+    return prepare_rows<T>(input, first, begin * kBlockRows, smaller(end * kBlockRows, rows));
+  }
   for (int64_t i = begin; i < end; ++i) {
     const int64_t row = i * kBlockRows, chunk = row / kChunkRows * kChunkRows;
     prepare_block<T>(input, first + row, smaller(kBlockRows, rows - row),
@@ -198,24 +216,19 @@ inline const float* as_floats(const BFloat16* piece, int64_t depth, int64_t widt
   return converted;
 }
 
-// A panel by a chunk of up to kChunkRows rows, of which `row` is the first.
+// The sums of a panel of `width` by a chunk's blocks of rows.
 template <class T, class Product>
-void multiply_unit(const Output& output, int64_t panel, const float* chunk, int64_t row,
-                   int64_t rows) {
+void multiply_blocks(const T* weight, int64_t width, int64_t all, int64_t columns,
+                     const float* chunk, int64_t rows, float* sums) {
   constexpr bool pairs = !std::is_same_v<Product, Floats>;
   constexpr int64_t per_word = pairs ? 2 : 1;
-  alignas(64) float sums[kChunkRows * kPanelColumns];
   alignas(64) float converted[pairs || sizeof(T) == sizeof(float) ? 1 : kDepth * kPanelColumns];
-  const int64_t first = panel * kPanelColumns;
-  const int64_t columns = smaller(kPanelColumns, output.outputs - first);
-  const int64_t width = panel_width(output.outputs, first);
   const int64_t blocks = ceil_div(rows, kBlockRows);
-  const T* weight = static_cast<const T*>(output.packed) + first * whole_pairs(output.depth);
   // While one piece is used the next is fetched from memory, in the first block or spread over
   // the first two or three: 3 lines a step in all.
   const int64_t lines = blocks == 1 ? 3 : blocks == 2 ? 2 : 1;
-  for (int64_t k = 0; k < output.depth; k += kDepth) {
-    const int64_t depth = smaller(kDepth, output.depth - k);
+  for (int64_t k = 0; k < all; k += kDepth) {
+    const int64_t depth = smaller(kDepth, all - k);
     const int64_t steps = ceil_div(depth, per_word);
     const T* piece = weight + k * width;
     const char* next = reinterpret_cast<const char*>(piece + depth * width);
@@ -232,6 +245,23 @@ void multiply_unit(const Output& output, int64_t panel, const float* chunk, int6
                               i * lines < 3 ? lines : 0);
     }
   }
+}
+
+// A panel by a chunk of up to kChunkRows rows, of which `row` is the first.
+template <class T, class Product>
+void multiply_unit(const Output& output, int64_t panel, const float* chunk, int64_t row,
+                   int64_t rows) {
+  alignas(64) float sums[kChunkRows * kPanelColumns];
+  const int64_t first = panel * kPanelColumns;
+  const int64_t columns = smaller(kPanelColumns, output.outputs - first);
+  const int64_t width = panel_width(output.outputs, first), depth = whole_pairs(output.depth);
+  const T* weight = static_cast<const T*>(output.packed) + first * depth;
+  if constexpr (std::is_same_v<Product, Tiles>) {
+    multiply_panel(reinterpret_cast<const char*>(chunk), rows,
+                   reinterpret_cast<const char*>(weight), width, depth / 2, sums);
+  } else {
+    multiply_blocks<T, Product>(weight, width, output.depth, columns, chunk, rows, sums);
+  }
   if (output.depth == 0) __builtin_memset(sums, 0, sizeof sums);
   for (int64_t done = 0; done < columns;) {
     const int64_t part = (first + done) / output.part, at = first + done - part * output.part;
@@ -247,12 +277,16 @@ void multiply_unit(const Output& output, int64_t panel, const float* chunk, int6
 template <class T>
 void multiply(const Output& output, int64_t first, int64_t rows, int64_t begin, int64_t end) {
   const int64_t chunks = ceil_div(rows, kChunkRows);
-  const auto run = multiplies_pairs<T>() ? multiply_unit<T, Pairs> : multiply_unit<T, Floats>;
+  const bool tiles = multiplies_tiles<T>();
+  const auto run = tiles                   ? multiply_unit<T, Tiles>
+                   : multiplies_pairs<T>() ? multiply_unit<T, Pairs>
+                                           : multiply_unit<T, Floats>;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t row = unit % chunks * kChunkRows;
     run(output, unit / chunks, output.workspace + row * output.depth, first + row,
         smaller(kChunkRows, rows - row));
   }
+  if (tiles) release_tiles();
 }
 
 // --- the activation alone, for training ------------------------------------------------------

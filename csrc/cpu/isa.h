@@ -8,15 +8,17 @@
 
 namespace ecar {
 
-enum class Isa { baseline, avx2, avx512 };
+// amx is avx512 with AVX512_BF16, and with AMX's tiles where bfloat16 is multiplied.
+enum class Isa { baseline, avx2, avx512, amx };
 
-// The best set that this CPU runs, or the lesser one that $ECAR_CPU_ISA names; decided once.
+// The best set that this CPU runs, or the lesser one that $ECAR_CPU_ISA names; decided once. Linux
+// is asked for the permission to use tiles before amx is chosen.
 Isa isa();
 
 const char* isa_name(Isa isa);
 
-// Whether that set multiplies bfloat16, by AVX512_BF16's instruction at twice the rate of floats.
-// Elsewhere it is widened.
+// Whether that set multiplies bfloat16, by AVX512_BF16's instruction at twice the rate of floats or
+// by AMX's. Elsewhere it is widened.
 bool multiplies_bfloat16();
 
 }  // namespace ecar
@@ -25,7 +27,7 @@ bool multiplies_bfloat16();
 #if defined(__x86_64__)
 #define ECAR_FOR_EACH_ISA(DECLARE) DECLARE(baseline) DECLARE(avx2) DECLARE(avx512)
 #define ECAR_CHOOSE(name)                                                      \
-  (::ecar::isa() == ::ecar::Isa::avx512  ? ::ecar::avx512::name               \
+  (::ecar::isa() >= ::ecar::Isa::avx512 ? ::ecar::avx512::name                \
    : ::ecar::isa() == ::ecar::Isa::avx2 ? ::ecar::avx2::name                 \
                                          : ::ecar::baseline::name)
 #else

@@ -30,6 +30,15 @@ bool multiplies_pairs() {
   return false;
 }
 
+// Whether they are multiplied by tiles.
+template <class T>
+bool multiplies_tiles() {
+#if defined(ECAR_ISA_avx512)
+  if constexpr (std::is_same_v<T, BFloat16>) return isa() == Isa::amx;
+#endif
+  return false;
+}
+
 #if defined(ECAR_ISA_avx512)
 #define ECAR_BF16 __attribute__((target("avx512bf16")))
 ECAR_BF16 inline Vec fma_pairs(Vec a, Vec b, Vec sum) {

@@ -26,7 +26,7 @@ ELEMENTWISE = tuple(
     and not its.prepare  # no product
     and op not in ("stage_attention", *INFERENCE_ONLY)
 )
-SETS = ("avx512", "avx2", "baseline")
+SETS = ("amx", "avx512", "avx2", "baseline")
 
 
 def samples(op):
