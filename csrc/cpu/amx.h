@@ -1,10 +1,10 @@
 #pragma once
 
-// AMX's tiles by Intel's names, where the compiler has them: ECAR_AMX is defined then. A build with
-// ECAR_AMX_STAND_IN, for tests, takes functions of amx_stand_in.h for the instructions.
+// AMX's tiles by Intel's names, where the compiler has them (CMakeLists.txt asks it): ECAR_AMX is
+// defined then. A build with ECAR_AMX_STAND_IN, for tests, takes functions of amx_stand_in.h for
+// the instructions.
 
-#if defined(__x86_64__) && defined(__linux__) && \
-    (__has_include(<amxbf16intrin.h>) || __has_include(<amxintrin.h>))  // GCC's and Clang's
+#if defined(ECAR_HAS_AMX) && defined(__linux__)
 #define ECAR_AMX __attribute__((target("amx-tile,amx-bf16")))
 #endif
 

@@ -2,7 +2,7 @@
 
 #include <type_traits>
 
-#include "cpu/flow_block_amx.h"
+#include "cpu/amx_product.h"
 #include "cpu/flow_block_gelu.h"
 #include "cpu/flow_block_tile.h"
 #include "cpu/transpose.h"
@@ -257,8 +257,10 @@ void multiply_unit(const Output& output, int64_t panel, const float* chunk, int6
   const int64_t width = panel_width(output.outputs, first), depth = whole_pairs(output.depth);
   const T* weight = static_cast<const T*>(output.packed) + first * depth;
   if constexpr (std::is_same_v<Product, Tiles>) {
-    multiply_panel(reinterpret_cast<const char*>(chunk), rows,
-                   reinterpret_cast<const char*>(weight), width, depth / 2, sums);
+    static_assert(flow_block::kColumnGroup == 16, "a panel is whole tiles");
+    constexpr int64_t stride = kPanelColumns * sizeof(float);
+    const TileFactors product{chunk, 2 * depth, weight, 4 * width, depth / 2, sums, stride};
+    multiply_by_tiles(product, rows, width, true);
   } else {
     multiply_blocks<T, Product>(weight, width, output.depth, columns, chunk, rows, sums);
   }

@@ -60,6 +60,8 @@ using Pairs = Floats;  // never called
 #endif
 #undef ECAR_TILE
 
+struct Tiles {};  // the product of amx_product.h
+
 template <class Product, int R, int Lines>
 void tiles(const float* a, const float* b, int64_t width, int64_t steps, int64_t columns,
            bool fresh, float* to, const char* next) {

@@ -37,9 +37,11 @@ bool has_avx512_bf16() {
 // The tiles of a thread are 8 KiB of its state, which Linux does not keep for a process that has
 // not asked: it would end at its first tile.
 bool may_use_tiles() {
-#if defined(ECAR_AMX_STAND_IN)
+#if !defined(ECAR_AMX)
+  return false;
+#elif defined(ECAR_AMX_STAND_IN)
   return true;
-#elif defined(ECAR_AMX)
+#else
   unsigned a, b, c, d;
   constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & amx_bf16) == 0 || (d & amx_tile) == 0) {
@@ -47,8 +49,6 @@ bool may_use_tiles() {
   }
   constexpr long request_permission = 0x1023, tile_data = 18;  // of asm/prctl.h and XCR0
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-#else
-  return false;
 #endif
 }
 

@@ -1,4 +1,4 @@
-"""AMX's tiles: the products' tests on them, and the order of a tile's sums.
+"""AMX's tiles: the tests of products and attention on them, and the order of a tile's sums.
 
 Where the CPU has none, of the library in which functions do what the instructions do.
 """
@@ -17,14 +17,27 @@ from ecar_kernels.registry import resolve
 from tests.support.native import needs_native
 
 ROOT = Path(__file__).parent.parent.parent
-FILES = [f"tests/ecar_kernels/test_{name}.py" for name in
-         ("amx", "flow_block", "flow_block_ops", "flow_block_whole")]  # fmt: skip
+FILES = [
+    f"tests/ecar_kernels/test_{name}.py"
+    for name in (
+        "amx",
+        "flow_block",
+        "flow_block_ops",
+        "flow_block_whole",
+        "stage_attention",
+        "stage_attention_backward",
+    )
+]
 LEAST = float(np.finfo("f").tiny)
+needs_tiles = pytest.mark.skipif(
+    _native.why_not() is not None or _native.instruction_set() != "amx",
+    reason="the kernels use no tiles in this process",
+)
 
 
 @pytest.mark.slow
 @needs_native
-def test_the_products_on_tiles(tmp_path):
+def test_the_families_on_tiles(tmp_path):
     environment = os.environ | {
         "ECAR_CPU_ISA": "amx", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""
     }  # fmt: skip
@@ -39,7 +52,7 @@ def test_the_products_on_tiles(tmp_path):
     code = (
         "import sys, pytest; from ecar_kernels import _native; "
         "assert _native.instruction_set() == 'amx'; "
-        "options = ['-q', '-k', 'not triton and not instruction and not on_tiles', "
+        "options = ['-q', '-k', 'not triton and not flex and not instruction and not on_tiles', "
         "'-p', 'no:xdist', '-p', 'no:cacheprovider']; "
         f"sys.exit(pytest.main([*options, *{FILES}]))"
     )
@@ -70,20 +83,19 @@ def product_of_tiles(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(total)
 
 
-@needs_native
+def numbers(*shape: int) -> torch.Tensor:
+    """Of which sums are rounded."""
+    return torch.randn(*shape) * 2.0 ** torch.randint(0, 12, shape)
+
+
+@needs_tiles
 @pytest.mark.parametrize("depth", [64, 128, 40, 21, 1])
 @pytest.mark.parametrize("kind", ["any", "pairs", "halves", "small"])
 def test_the_order_of_a_tiles_sums(kind, depth):
     """Bit for bit. Where a tile's last odd elements are the negatives of its first even ones, or
     the second half those of the first, another order leaves rounding errors where there is nothing.
     """
-    if _native.instruction_set() != "amx":
-        pytest.skip("the kernels use no tiles in this process")
-
-    def numbers(rows: int) -> torch.Tensor:
-        return torch.randn(rows, depth) * 2.0 ** torch.randint(0, 12, (rows, depth))
-
-    x, weight = numbers(37), numbers(50)
+    x, weight = numbers(37, depth), numbers(50, depth)
     if kind == "pairs":
         for begin in range(0, depth, 32):
             half = (min(begin + 32, depth) - begin) // 4 * 2
@@ -103,3 +115,15 @@ def test_the_order_of_a_tiles_sums(kind, depth):
     gate = torch.ones(1, 1, 50, dtype=torch.bfloat16)
     found = run(x[None], weight, None, gate, torch.zeros(1, 37, 50, dtype=torch.bfloat16))
     assert found[0].equal(product_of_tiles(x, weight).bfloat16())
+
+
+@needs_tiles
+def test_attention_takes_tiles():
+    """Its scores are sums that are zero in a tile's order alone; then all keys weigh the same."""
+    q, k = numbers(1, 24, 2, 64), numbers(1, 32, 2, 64)
+    q[..., 32:], k[..., 32:] = -q[..., :32], k[..., :32]
+    v = torch.ones(1, 32, 2, 64)
+    v[:, ::2] = -1
+    run = resolve("stage_attention", device="cpu", dtype=torch.bfloat16, backend="cpp", width=64)
+    found = run(*(x.bfloat16() for x in (q, k, v)), (8, 24))
+    assert found.count_nonzero() == 0
