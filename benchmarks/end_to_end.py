@@ -31,7 +31,7 @@ from benchmarks.paper.dit import PEERS
 from benchmarks.results import duration, medians, table, times
 from ecar import ECAR, ECARConfig, split_steps
 from ecar.info import count_multiply_adds
-from ecar.sampling.guidance import DEFAULT_STEPS, PAPER, plan_steps
+from ecar.sampling.guidance import DEFAULT_STEPS, PAPER, Steps, plan_steps
 
 WAYS_SHARE = 0.6  # of a size's time, for the paper's protocol in all ways
 DIT_SOLVERS = {"ddim": 250, "dpmsolver++": 20}  # and their steps
@@ -54,14 +54,15 @@ def measure(size: str, config: ECARConfig, seconds: float, *, compile: str | Non
     }
 
 
-def products(model: ECAR) -> dict[str, list[tuple[Calls, Calls]]]:
+def products(model: ECAR, steps: Steps = PAPER) -> dict[str, list[tuple[Calls, Calls]]]:
     """An image's matrix products and nothing else: each stage's that are done once, and a step's.
 
     "linears" are computed by the GEMM of the fused ops with a neutral epilogue, from the weights
     that the model has packed. "attention" is its two products, without the softmax.
     """
     config, found = model.config, {"linears": [], "attention": []}
-    tokens = functools.cache(lambda rows, width: torch.randn(1, rows, width))
+    normal = functools.partial(torch.randn, dtype=model.dtype)
+    tokens = functools.cache(lambda rows, width: normal(1, rows, width))
 
     def linears(rows: int, layers: Iterable[nn.Linear]) -> Calls:
         return [
@@ -73,8 +74,8 @@ def products(model: ECAR) -> dict[str, list[tuple[Calls, Calls]]]:
         ]
 
     def attention(queries: int, keys: int) -> Calls:
-        q, k, v = (torch.randn(config.heads, n, config.head_dim) for n in (queries, keys, keys))
-        scores, output = torch.empty(config.heads, queries, keys), torch.empty_like(q)
+        q, k, v = (normal(config.heads, n, config.head_dim) for n in (queries, keys, keys))
+        scores, output = q.new_empty(config.heads, queries, keys), torch.empty_like(q)
         return [
             lambda: torch.bmm(q, k.transpose(1, 2), out=scores),
             lambda: torch.bmm(scores, v, out=output),
@@ -83,7 +84,7 @@ def products(model: ECAR) -> dict[str, list[tuple[Calls, Calls]]]:
     def layers(blocks: Iterable[nn.Module]) -> list[nn.Linear]:
         return [layer for b in blocks for layer in (b.qkv, b.proj, b.mlp.fc1, b.mlp.fc2)]
 
-    counts = split_steps(PAPER, config.num_stages)
+    counts = split_steps(steps, config.num_stages)
     for stage, (head, rows) in enumerate(zip(model.heads, config.stage_tokens, strict=True)):
         condition = (head.condition.fc1, head.condition.fc2, head.modulation)
         of_tokens = [*model.ar.inputs[stage - 1 : stage], *layers(model.ar.blocks), *condition]

@@ -28,6 +28,7 @@ KINDS = {
     "example": "examples.compare",
     "gpu": "benchmarks.gpu.work",
     "quality": "benchmarks.quality",
+    "int8": "benchmarks.int8",
     "micro": "benchmarks.micro",
 }
 

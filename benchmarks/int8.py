@@ -1,0 +1,212 @@
+"""Eight bits in the fused products, next to sixteen: what they could save, and what they cost.
+
+An image in bfloat16 by the default steps, without guidance, and its linear layers' products alone,
+in one thread's processor time; multiply-adds of the products' inner loop a second on one thread, by
+vpdpbusd and by vdpbf16ps, for a weight in the L1 cache and for one of a flow head's size. "at most"
+is what an image could gain: its products at the ratio of these rates, and everything else as it is.
+
+Images: the weights of every block's four linear layers rounded to int8 by output, with a scale
+each; what they multiply rounded to uint8 by token, with a scale and a zero point, as vpdpbusd takes
+them. There is no such kernel: PyTorch multiplies numbers that are rounded so. The rest is float32
+or bfloat16. "error" is how far the latents are from the converged trajectories, relative to these;
+the other columns are means over groups of images with half of their 95 % confidence intervals.
+"""
+
+import functools
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import end_to_end, models, quality, results, timing
+from benchmarks.results import ROOT, duration, medians, table, times
+from ecar import ECAR, PRESETS, ECARPipeline, sample, split_steps
+from ecar.evaluation import generate
+from ecar.evaluation.steps import Setting, Sweep, relative_distance
+from ecar.sampling.guidance import DEFAULT_STEPS, plan_steps
+
+CHECKPOINTS = ("digits", "emoji", "mnist")  # names of folders and of their data sets
+FORMATS = ("float32", "bfloat16", "int8 in float32", "int8 in bfloat16")
+PEAK = Path(__file__).with_name("int8_peak.cpp")
+FLAGS = ("-std=c++17", "-O3", "-mavx512f", "-mavx512bf16", "-mavx512vnni")
+
+
+def block_linears(model: ECAR) -> Iterator[nn.Linear]:
+    """Those of the fused products."""
+    for block in (*model.ar.blocks, *(block for head in model.heads for block in head.blocks)):
+        yield from (block.qkv, block.proj, block.mlp.fc1, block.mlp.fc2)
+
+
+def by_output(weight: Tensor) -> Tensor:
+    """Rounded to 255 numbers a row, zero in their middle, the largest of which is the row's."""
+    scale = (weight.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(weight.dtype).tiny)
+    return (weight / scale).round() * scale
+
+
+def by_token(x: Tensor) -> Tensor:
+    """Rounded to 256 numbers a row, from its least to its largest; zero is one of them."""
+    least, most = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
+    scale = ((most - least) / 255).clamp_min(torch.finfo(x.dtype).tiny)
+    zero = (-least / scale).round()
+    return ((x / scale + zero).round().clamp(0, 255) - zero) * scale
+
+
+@torch.no_grad()
+def round_products(model: ECAR) -> None:
+    """From now on. Products are summed in float32 and rounded to the model's type at the end. As
+    their `forward` is replaced, no fused op passes the layers by."""
+
+    def rounded(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+        weight, bias = by_output(linear.weight.float()), linear.bias.float()
+        return lambda x: F.linear(by_token(x.float()), weight, bias).to(x.dtype)
+
+    for linear in block_linears(model):
+        linear.forward = rounded(linear)
+
+
+def measure_images(name: str, groups: int, images: int, latents: int) -> list[dict[str, Any]]:
+    """A row for each format: a checkpoint's images of the same classes and seeds."""
+    pipelines = {it: ECARPipeline.from_pretrained(ROOT / "checkpoints" / name) for it in FORMATS}
+    for way, its in pipelines.items():
+        its.to(torch.bfloat16 if "bfloat16" in way else torch.float32)
+        if "int8" in way:
+            round_products(its.model)
+    defaults, stages = pipelines["float32"].defaults, pipelines["float32"].model.config.num_stages
+    placing = (defaults[key] for key in ("num_inference_steps", "solver", "grid"))
+    counts, solver, grid = plan_steps(*placing, stages)
+    guidance = {key: its for key, its in defaults.items() if key.startswith("guidance_")}
+    sweep = Sweep(pipelines["float32"], latents, 0, latents, guidance, False)
+    judge, rows = quality.Judge(name, groups, images), []
+    for way, its in pipelines.items():
+        sweep.pipeline, measures = its, []
+        drawn = sweep.draw(Setting(solver, grid, tuple(counts)))
+        for group, labels in enumerate(judge.labels):
+            seeds = torch.arange(group * images, (group + 1) * images)
+            measures.append(judge.measure(generate(its, labels, seeds, progress=False), labels))
+        error, summary = relative_distance(drawn, sweep.reference), quality.summary(measures)
+        rows.append({"format": way, "error": error, "measures": summary})
+    return rows
+
+
+def measure_rates() -> list[dict[str, float]]:
+    """Multiply-adds a second of one thread, by a program that is compiled here."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "peak"
+        subprocess.run(["c++", *FLAGS, PEAK, "-o", program], check=True)
+        said = subprocess.run([program], stdout=subprocess.PIPE, text=True, check=True).stdout
+    names = ("weights", "tokens", "bfloat16", "int8")
+    return [dict(zip(names, map(float, line.split()), strict=True)) for line in said.splitlines()]
+
+
+def measure_time(name: str, model: ECAR, seconds: float) -> dict[str, Any]:
+    """Seconds of one thread's processor time: an image, and its linear layers' products."""
+    model = models.accelerated(model.to(torch.bfloat16).eval())
+    counts = split_steps(DEFAULT_STEPS, model.config.num_stages)
+    calls = [
+        call
+        for count, (once, step) in zip(
+            counts, end_to_end.products(model, DEFAULT_STEPS)["linears"], strict=True
+        )
+        for call in (*once, *step * count)
+    ]
+    label = torch.zeros(1, dtype=torch.int64)
+    ways = {
+        "image": lambda: sample(model, label, seeds=label),
+        "linears": lambda: [call() for call in calls],
+    }
+
+    def processor_seconds(run: Callable[[], object]) -> float:
+        begin = time.process_time()
+        run()
+        return time.process_time() - begin
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            measures = {way: functools.partial(processor_seconds, ways[way]) for way in ways}
+            taken = models.compare(measures, seconds)
+    finally:
+        torch.set_num_threads(threads)
+    return {"model": name, "seconds": timing.summaries(taken)}
+
+
+def most_gained(row: dict[str, Any], rates: list[dict[str, float]]) -> float:
+    """Over bfloat16, with products at the best ratio of the rates."""
+    seconds, ratio = medians(row), max(rate["int8"] / rate["bfloat16"] for rate in rates)
+    return seconds["image"] / (seconds["image"] - seconds["linears"] * (1 - 1 / ratio))
+
+
+def render(record: dict[str, Any]) -> str:
+    """Of the times and rates, or of a checkpoint's images."""
+    if "rows" in record:
+        return (
+            f"{table([_image_cells(row) for row in record['rows']])}\n\n{record['checkpoint']}: "
+            f"{record['groups']} groups of {record['images']} images; errors of "
+            f"{record['latents']}."
+        )
+    shares = [
+        {
+            "image": row["model"],
+            "bfloat16": duration(seconds["image"]),
+            "of which products": f"{seconds['linears'] / seconds['image']:.0%}",
+            "at most": times(most_gained(row, record["rates"])),
+        }
+        for row in record["times"]
+        for seconds in [medians(row)]
+    ]
+    rates = [
+        {
+            "weights": f"{rate['weights']:,.0f}",
+            "tokens": f"{rate['tokens']:.0f}",
+            **{way: f"{rate[way] / 1e9:.0f} G/s" for way in ("bfloat16", "int8")},
+            "ratio": times(rate["int8"], rate["bfloat16"]),
+        }
+        for rate in record["rates"]
+    ]
+    return f"{table(shares)}\n\n{table(rates)}"
+
+
+def _image_cells(row: dict[str, Any]) -> dict[str, str]:
+    cells = {"products": row["format"], "error": f"{row['error']:.3f}"}
+    for metric, (scale, written) in quality.METRICS.items():
+        cells[metric] = written.format(*(scale * value for value in row["measures"][metric]))
+    return cells
+
+
+def main() -> None:
+    parser = results.parser("int8", __doc__)
+    add = parser.add_argument
+    add("--only", choices=("times", "images"), help="leave out the other part")
+    add("--seconds", type=float, default=20, help="of timing an image (default: 20)")
+    add("--checkpoints", nargs="+", default=CHECKPOINTS, metavar="NAME")
+    add("--groups", type=int, default=4, help="of images (default: 4)")
+    add("--images", type=int, default=512, help="of a group (default: 512)")
+    add("--latents", type=int, default=64, help="that errors are of (default: 64)")
+    options = parser.parse_args()
+    if options.groups < 2:
+        parser.error(f"argument --groups: expected at least 2, got {options.groups}")
+    if options.only != "images":
+        facts, drawn = results.describe(), {"E-CAR-S": models.random_model(PRESETS["S"])}
+        for name in options.checkpoints:
+            drawn[name] = ECARPipeline.from_pretrained(ROOT / "checkpoints" / name).model
+        taken = [measure_time(*each, options.seconds) for each in drawn.items()]
+        file = results.path("int8", options.results)
+        results.finish(file, "int8", facts, render, rates=measure_rates(), times=taken)
+    for name in options.checkpoints if options.only != "times" else ():
+        facts, sizes = results.describe(), (options.groups, options.images, options.latents)
+        results.finish(
+            results.path(f"int8-{name}", options.results), "int8", facts, render,
+            checkpoint=name, **dict(zip(("groups", "images", "latents"), sizes, strict=True)),
+            rows=measure_images(name, *sizes),
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
