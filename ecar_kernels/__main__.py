@@ -47,7 +47,7 @@ def table(rows: Sequence[Availability], named: Sequence[str]) -> str:
     padded = [
         [cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines
     ]
-    return "\n".join("  ".join(line).rstrip() for line in padded)
+    return "\n".join(" ".join(line).rstrip() for line in padded)
 
 
 def notes(rows: Sequence[Availability]) -> Iterator[str]:

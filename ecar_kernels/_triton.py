@@ -47,7 +47,14 @@ def why_not() -> str | None:
         return "torch sees no CUDA GPU, and TRITON_INTERPRET=1 is not set"
     if torch.version.hip is not None:
         return "its kernels were written and checked for NVIDIA GPUs, this is ROCm"
-    # The registry knows "cuda", not which: one that is too old would be sent kernels too.
+    return too_old()
+
+
+def too_old() -> str | None:
+    """None where all GPUs are of `OLDEST_CAPABILITY` or newer, else the reason.
+
+    The registry knows "cuda", not which: one that is too old would be sent kernels too.
+    """
     found, index = min(
         (torch.cuda.get_device_capability(i), i) for i in range(torch.cuda.device_count())
     )

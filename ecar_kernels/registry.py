@@ -21,7 +21,17 @@ from ecar_kernels import _native, _transforms
 from ecar_kernels.ops import KERNEL_DTYPES as KERNEL_DTYPES
 from ecar_kernels.ops import BoundOp, Family, Implementation, Op
 
-BACKENDS = ("reference", "cpp", "cuda", "sdpa", "triton")
+BACKENDS = (
+    "reference",
+    "cpp",
+    "cuda",
+    "sdpa",
+    "sdpa_flash",
+    "sdpa_cudnn",
+    "flash_attn",
+    "xformers",
+    "triton",
+)
 AUTO_ORDER = ("triton", "cuda", "cpp", "sdpa", "reference")
 # Names of an earlier version, which work in this one: the backends that they stood for.
 FORMER = {"native": ("cuda", "cpp", "sdpa")}
@@ -91,12 +101,14 @@ def _current() -> str:
 class use_backend:
     """Context manager: serve every op from one backend.
 
-    "reference", "cpp" (C++ on the CPU), "cuda" (CUDA C++), "sdpa" (PyTorch's
-    scaled_dot_product_attention) and "triton" never fall back: an op that the backend cannot serve
+    "reference", "cpp" (C++ on the CPU), "cuda" (CUDA C++), "triton" and, for attention, "sdpa"
+    (PyTorch's scaled_dot_product_attention), "sdpa_flash", "sdpa_cudnn" (those of its kernels),
+    "flash_attn" and "xformers" (the packages) never fall back: an op that the backend cannot serve
     raises `BackendUnavailableError`. "auto" takes the first of triton, cuda, cpp, sdpa and
-    reference that can. The choice holds for the block's thread or asyncio task, as torch.no_grad
-    does, and ends with the block; graphs of torch.compile follow the block entered last in any
-    thread. The environment variable ECAR_BACKEND sets the choice outside every block.
+    reference that can, or what `ecar tune` measured to be faster. The choice holds for the block's
+    thread or asyncio task, as torch.no_grad does, and ends with the block; graphs of torch.compile
+    follow the block entered last in any thread. The environment variable ECAR_BACKEND sets the
+    choice outside every block.
     """
 
     def __init__(self, name: str):
@@ -169,10 +181,11 @@ def recorded(run: BoundOp) -> BoundOp:
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        note(run.op, run.backend)
+        if not run.chooses:
+            note(run.op, run.backend)
         return function(*args, **kwargs)
 
-    return BoundOp(run.implementation, call)
+    return BoundOp(run.implementation, call, chooses=run.chooses)
 
 
 def _not_implemented(op: str, backend: str) -> str:
@@ -190,7 +203,8 @@ def _search(op: str, backend: str, device_type: str, dtype: torch.dtype) -> tupl
         reason = _not_implemented(op, name) if found is None else found.why_not(device_type, dtype)
         if found is not None and reason is None:
             found.op, found.backend = op, name  # of one that was put in the table, too
-            found.loaded, found.compiled  # noqa: B018 (imported now, not in a call)
+            # Imported now, not in a call.
+            found.loaded, found.unnamed, found.compiled  # noqa: B018
             names.append(name)
         else:
             reasons.append(f"backend '{name}' cannot serve {op}: {reason}")
@@ -223,7 +237,8 @@ def implementation(
         found = _find(op, device_type, dtype, width, backend)
         if torch.compiler.is_compiling():
             return found.implementation.compiled
-        note(op, found.backend)
+        if not found.chooses:
+            note(op, found.backend)
         return found
     return _find(op, device_type, dtype, width, backend)
 
@@ -232,7 +247,7 @@ def _find(op: str, device_type: str, dtype: torch.dtype, width: int, backend: st
     for name in _candidates(op, backend, device_type, dtype):
         found = IMPLEMENTATIONS[op][name]
         if (reason := found.why_not_width(width)) is None:
-            return found.loaded
+            return found.unnamed if backend == "auto" else found.loaded
     raise BackendUnavailableError(f"backend '{backend}' cannot serve {op}: {reason}")
 
 
@@ -260,13 +275,15 @@ def resolve(
     else:
         _check_backend(backend, "argument 'backend'")
     found = _find(op, torch.device(device).type, dtype, width, backend)
-    key = op, found.backend
+    key = op, found.backend, found.chooses
     if key not in _resolved or _resolved[key].implementation is not found.implementation:
-        _resolved[key] = BoundOp(found.implementation, _unless_transformed(found))
+        _resolved[key] = BoundOp(
+            found.implementation, _unless_transformed(found), chooses=found.chooses
+        )
     return _resolved[key]
 
 
-_resolved: dict[tuple[str, str], BoundOp] = {}
+_resolved: dict[tuple[str, str, bool], BoundOp] = {}
 
 
 def _unless_transformed(found: BoundOp) -> Callable:

@@ -95,19 +95,24 @@ def problems(
     families: Sequence[str] = TUNED_FAMILIES,
     *,
     device: str = "cuda",
+    of: str = "launches",
 ) -> list[Problem]:
     """Every op of the families on that shape, forward and backward.
 
-    A family's tuning cases (ecar_kernels/<family>/tuning_cases.py) have `runs(shape, dtype,
-    device)`, the calls, each with its results, and `candidates(op, key, rows, sms, arch)`, the
-    settings to try for what a call asks of `tuning.choose`.
+    of: "launches" of Triton's kernels, or "backends", to be measured after those. A family's
+    tuning cases (ecar_kernels/<family>/tuning_cases.py) have `runs(shape, dtype, device)`, the
+    calls, each with its results, `candidates(op, key, rows, sms, arch)`, the settings to try for
+    what a call asks of `tuning.choose` and, where there are backends to choose from,
+    `backend_runs`.
     """
     found: dict[tuple, Problem] = {}
     for family in families:
         its = importlib.import_module(cast("str", DECLARED[family].tuning))
-        for run in its.runs(shape, dtype, device):
+        runs = its.runs if of == "launches" else getattr(its, "backend_runs", _no_runs)
+        for run in runs(shape, dtype, device):
             for problem in _asked(run, device, its.candidates):
-                found[problem.op, problem.key, problem.rows] = problem
+                if hasattr(problem.usual, "backend") == (of == "backends"):
+                    found[problem.op, problem.key, problem.rows] = problem
     return list(found.values())
 
 
@@ -120,6 +125,10 @@ def listed(shape: Shape, dtype: torch.dtype, device: str | None = None) -> Itera
         chip = _triton.multiprocessors(index), _triton.architecture(index)
     its = importlib.import_module(cast("str", DECLARED["flow_block"].tuning))
     yield from its.listed(shape, dtype, *chip)
+
+
+def _no_runs(shape: Shape, dtype: torch.dtype, device: str) -> tuple:
+    return ()
 
 
 def _asked(

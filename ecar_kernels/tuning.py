@@ -29,6 +29,7 @@ _ENTRY = {"op": str, "key": list, "rows": int, "settings": dict}
 # No more than any kernel was ever built with; a larger number is damage.
 _MOST = {"num_warps": 32, "num_stages": 16}
 _NO_POWER = ("num_stages", "program_rows")
+_NAMED = ("backend",)  # settings that are names; who asked knows which there are
 
 Settings = TypeVar("Settings")
 # (op, key) -> the settings measured, by rows.
@@ -180,7 +181,7 @@ def _problem(entry: object) -> str | None:
     if entry["rows"] < 1:
         return f"expected 'rows' to be positive, got {entry['rows']}"
     for name, value in entry["settings"].items():
-        if type(value) is bool:
+        if type(value) is (str if name in _NAMED else bool):
             continue
         if type(value) is not int or not 1 <= value <= _MOST.get(name, 4096):
             return (
@@ -199,7 +200,7 @@ def _search(op: str, key: tuple, rows: int, usual: Any, device: int) -> Any:
     by_rows = table.get((op, key))
     if not by_rows:
         if table:
-            _warn(
+            warn(
                 device,
                 f"the measured launch settings of this {_name(device)} have none for {op} of {key}",
             )
@@ -208,7 +209,7 @@ def _search(op: str, key: tuple, rows: int, usual: Any, device: int) -> Any:
     settings = by_rows[nearest]
     fields = {field.name: type(getattr(usual, field.name)) for field in dataclasses.fields(usual)}
     if {name: type(value) for name, value in settings.items()} != fields:
-        _warn(
+        warn(
             device,
             f"the measured launch settings of {op} of {key} are of another version of ecar_kernels",
         )
@@ -227,7 +228,7 @@ def _load(device: int) -> Table:
                 for problem, by_rows in read(path, name).items():
                     table.setdefault(problem, {}).update(by_rows)
         except (OSError, ValueError) as error:
-            _warn(device, f"measured launch settings cannot be used: {error}")
+            warn(device, f"measured launch settings cannot be used: {error}")
     return table
 
 
@@ -235,7 +236,8 @@ def _name(device: int) -> str:
     return torch.cuda.get_device_name(device)
 
 
-def _warn(device: int, message: str) -> None:
+def warn(device: int, message: str) -> None:
+    """Once for each GPU."""
     if device not in _warned:
         _warned.add(device)
         warnings.warn(

@@ -23,6 +23,14 @@ MAX_LINES = 400
 PICKLES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 # Kernels and what leads to them: an oracle that calls one would judge it by itself.
 NOT_FOR_A_REFERENCE = {"api", "autograd", "cpp", "cuda", "modules", "registry", "sdpa", "triton"}
+NOT_FOR_A_REFERENCE |= {
+    "by_stage",
+    "flash_attn",
+    "measured",
+    "sdpa_cudnn",
+    "sdpa_flash",
+    "xformers",
+}
 
 
 def name(path: Path) -> str:

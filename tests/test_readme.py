@@ -57,18 +57,24 @@ def test_the_matrix_of_backends_is_the_registry_s():
     """Of the ops that it names; and every backend serves the dtypes that it says."""
     table = README.partition("## What runs where")[2].partition("\n\n")[2].partition("\n\n")[0]
     head, _, *lines = [line.strip("|").split("|") for line in table.splitlines()]
-    names = [re.search(r"`(\w+)`", cell)[1] for cell in head[1:-1]]
-    assert sorted(names) == sorted(registry.BACKENDS)
-    for ops, *cells in lines:
-        *served, backward = ["yes" in cell for cell in cells]
+    names = re.findall(r"`(\w+)`", " ".join(head))
+    libraries = [name for *_, cell, _ in lines for name in re.findall(r"`(\w+)`", cell)]
+    assert sorted([*names, *libraries]) == sorted(registry.BACKENDS)
+    for ops, *cells, its_libraries, backward in lines:
+        served = {name for name, cell in zip(names, cells, strict=True) if "yes" in cell}
+        served |= set(re.findall(r"`(\w+)`", its_libraries))
         for op in re.findall(r"`(\w+)`", ops):
             found = registry.IMPLEMENTATIONS[op]
-            assert {n for n, yes in zip(names, served, strict=True) if yes} == set(found), op
-            assert backward == (registry.RECORDS[op].gradients == "all"), op
+            assert served == set(found), op
+            assert ("yes" in backward) == (registry.RECORDS[op].gradients == "all"), op
             for name, implementation in found.items():
-                dtypes = registry.KERNEL_DTYPES
-                dtypes += (torch.float64,) if name == "reference" else ()
-                assert set(implementation.dtypes) == set(dtypes), f"{op} by {name}"
+                dtypes = (torch.bfloat16, torch.float16)
+                if name == "reference":
+                    dtypes = (*registry.KERNEL_DTYPES, torch.float64)
+                elif name not in libraries or name == "sdpa":
+                    dtypes = registry.KERNEL_DTYPES
+                on_a_gpu = implementation.dtypes_on.get("cuda", implementation.dtypes)
+                assert set(on_a_gpu) == set(dtypes), f"{op} by {name}"
 
 
 def result(name: str, device: str = "amd-epyc-family-25-model-17") -> dict:

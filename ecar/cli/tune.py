@@ -1,8 +1,9 @@
 """`ecar tune`: measure the Triton kernels' launch settings on this machine's GPU.
 
-Each op is timed under every setting worth trying, for the shapes of models and batches. The
-fastest are kept in a file for this kind of GPU, which later runs read; without one the settings
-come from rules. Nothing else is changed, and nothing is measured at any other time.
+Each op is timed under every setting worth trying, for the shapes of models and batches; then
+attention by each backend that is installed. The fastest are kept in a file for this kind of GPU,
+which later runs read; without one the settings come from rules. Nothing else is changed, and
+nothing is measured at any other time.
 """
 
 from __future__ import annotations
@@ -127,15 +128,16 @@ def _measure(arguments: argparse.Namespace, device: torch.device) -> None:
             triton=_triton_version(),
             date=datetime.date.today().isoformat(),
         )
-    tuning.forget()
+        tuning.forget()  # backends are measured under the launch settings found
     print(f"{path}: {len(done)} choices measured, {len(kept)} in all")
 
 
 def _problems(arguments: argparse.Namespace, device: torch.device) -> Iterator[list[tune.Problem]]:
     """Groups of them, one at a time: each holds its tensors."""
     dtype, where = getattr(torch, arguments.dtype), str(device)
-    for shape in _shapes(arguments):
-        yield tune.problems(shape, dtype, device=where)
+    for of in ("launches", "backends"):
+        for shape in _shapes(arguments):
+            yield tune.problems(shape, dtype, device=where, of=of)
 
 
 def _shapes(arguments: argparse.Namespace) -> Iterator[tune.Shape]:
@@ -162,11 +164,16 @@ def _place(entry: dict) -> str:
 def _line(choice: tune.Choice) -> str:
     problem = choice.problem
     said = (
-        f"{problem.op} {' '.join(map(str, problem.key))}, {problem.rows} rows: "
+        f"{problem.op} {' '.join(map(str, problem.key))}, {problem.rows} rows: {_backend(choice)}"
         f"{1e6 * choice.seconds:.2f} us, usual {1e6 * choice.usual_seconds:.2f} us; "
         f"{choice.tried} tried"
     )
     return f"{said}, {choice.wrong} left out" if choice.wrong else said
+
+
+def _backend(choice: tune.Choice) -> str:
+    """The name, where that is what was chosen."""
+    return f"{choice.settings.backend}, " if hasattr(choice.settings, "backend") else ""
 
 
 def _triton_version() -> str:

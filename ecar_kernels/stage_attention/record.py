@@ -1,6 +1,9 @@
 """Stage attention, declared."""
 
+import importlib.util
 import itertools
+
+import torch
 
 from ecar_kernels import _native, _triton
 from ecar_kernels.ops import (
@@ -14,6 +17,8 @@ from ecar_kernels.ops import (
     tensor,
     value,
 )
+
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 def _is_stages(stages: object) -> bool:
@@ -40,6 +45,34 @@ def _invalid(stages: object, error: type[Exception], message: str) -> Invalid:
     return Invalid({"stage_lengths": stages}, error, message)
 
 
+def _no_gpu() -> str | None:
+    return _triton.too_old() if torch.cuda.is_available() else "torch sees no CUDA GPU"
+
+
+def _no_flash() -> str | None:
+    if torch.cuda.is_available() and not torch.backends.cuda.is_flash_attention_available():
+        return "this torch is built without flash attention"
+    return _no_gpu()
+
+
+def _no_cudnn() -> str | None:
+    if torch.cuda.is_available() and not torch.backends.cudnn.is_available():
+        return "this torch is built without cuDNN"
+    return _no_gpu()
+
+
+def _no_package(package: str, module: str) -> str | None:
+    try:
+        if importlib.util.find_spec(module.partition(".")[0]) is None:
+            return f"{package} is not installed"
+        if (reason := _no_gpu()) is not None:
+            return reason
+        importlib.import_module(module)
+    except ImportError as error:  # of another torch, or from a finder that blocks it
+        return f"{package} does not load: {error}"
+    return None
+
+
 FAMILY = Family(
     "stage_attention",
     compile_cases="ecar_kernels.stage_attention.compile_cases:compile_cases",
@@ -64,11 +97,49 @@ FAMILY = Family(
                 "sdpa": Implementation(
                     "ecar_kernels.stage_attention.sdpa:stage_attention",
                     missing_on={"cpu": lambda: "the C++ backend serves its tensors"},
+                    composed=True,
+                    gradients_vary=True,
+                ),
+                "sdpa_flash": Implementation(
+                    "ecar_kernels.stage_attention.sdpa_flash:stage_attention",
+                    dtypes_on={"cuda": SIXTEEN_BITS},
+                    devices=("cuda", "cpu"),
+                    missing_on={"cuda": _no_flash},
+                    max_width=256,
+                    width_step=8,
+                    gradients_vary=True,
+                ),
+                "sdpa_cudnn": Implementation(
+                    "ecar_kernels.stage_attention.sdpa_cudnn:stage_attention",
+                    dtypes=SIXTEEN_BITS,
+                    devices=("cuda",),
+                    missing=_no_cudnn,
+                    max_width=128,
+                    width_step=8,
+                    gradients_vary=True,
+                ),
+                "flash_attn": Implementation(
+                    "ecar_kernels.stage_attention.flash_attn:stage_attention",
+                    dtypes=SIXTEEN_BITS,
+                    devices=("cuda",),
+                    missing=lambda: _no_package("flash-attn", "flash_attn.flash_attn_interface"),
+                    max_width=256,
+                    width_step=8,
+                ),
+                "xformers": Implementation(
+                    "ecar_kernels.stage_attention.xformers:stage_attention",
+                    dtypes=SIXTEEN_BITS,
+                    devices=("cuda",),
+                    missing=lambda: _no_package("xformers", "xformers.ops"),
+                    max_width=256,
+                    width_step=8,
+                    gradients_vary=True,
                 ),
                 "triton": Implementation(
                     "ecar_kernels.stage_attention.triton:stage_attention",
                     max_width=256,
                     width_step=8,
+                    auto="ecar_kernels.stage_attention.measured:stage_attention",
                     **_triton.serves(),
                 ),
             },

@@ -10,11 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ecar_kernels.stage_attention import by_stage
+
 
 def stage_attention(
     q: Tensor, k: Tensor, v: Tensor, stage_lengths: Sequence[int], *, scale: float | None = None
 ) -> Tensor:
     """q [B, Nq, H, D], k and v [B, N, H, D] -> [B, Nq, H, D]."""
+    if scale is not None:
+        q, scale = by_stage.positive(q, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     outputs, key_end = [], k.shape[2]
     query_end = q.shape[2]

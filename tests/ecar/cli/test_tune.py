@@ -9,8 +9,9 @@ import torch
 
 from ecar.cli import tune as command
 from ecar.config import PRESETS, ECARConfig
-from ecar_kernels import tune, tuning
+from ecar_kernels import registry, tune, tuning
 from ecar_kernels.flow_block import launch
+from ecar_kernels.stage_attention import measured
 
 NAME = "NVIDIA Test (80GB)"
 
@@ -53,7 +54,9 @@ def test_bad_command_line_or_no_gpu_is_one_line(refused, monkeypatch, line, mess
 def test_choices_are_kept_beside_those_of_earlier_runs(run, timed, monkeypatch, tmp_path):
     problems = tune.problems
     monkeypatch.setattr(
-        tune, "problems", lambda *given, device: problems(*given, ("adaln",), device="cpu")
+        tune,
+        "problems",
+        lambda *given, device, of: problems(*given, ("adaln",), device="cpu", of=of),
     )
     path = tmp_path / "tuned.json"
     line = "tune --width 24 --dtype float32 --output tuned.json --rows "
@@ -91,14 +94,15 @@ def test_a_preset_is_measured_as_it_is_sampled_and_trained(run, timed, monkeypat
     )
     monkeypatch.setitem(PRESETS, "tiny", config)
     asked = []
-    monkeypatch.setattr(tune, "problems", lambda *given, **_: asked.append(given) or [])
+    monkeypatch.setattr(tune, "problems", lambda *given, **how: asked.append((*given, how)) or [])
     code, _, errors = run("tune --preset tiny --batch 3 --output t.json")
     assert (code, errors) == (0, "")
     assert asked == [
-        (tune.Shape(32, 128, count, 3, stages, 2), torch.bfloat16)
+        (tune.Shape(32, 128, count, 3, stages, 2), torch.bfloat16, {"device": "cuda", "of": of})
+        for of in ("launches", "backends")
         for count, stages in ((4, (4,)), (16, (4, 16)), (20, (4, 16)))
     ]
-    assert [shape.rows for shape, _ in asked] == [12, 48, 60]
+    assert [shape.rows for shape, *_ in asked] == [12, 48, 60] * 2
 
 
 def test_only_a_cuda_device_is_measured(refused, monkeypatch):
@@ -121,6 +125,40 @@ def test_a_gpu_is_measured():
             assert choice.seconds > 0
             assert choice.tried > 0
             assert choice.settings in problem.candidates
+
+
+@pytest.fixture
+def libraries_serve_the_cpu(monkeypatch):
+    """Triton's interpreter and PyTorch's flash attention, asked about as if the CPU were a GPU."""
+    found = registry.IMPLEMENTATIONS["stage_attention"]
+    for name in found:
+        serves = name in ("triton", "sdpa_flash")
+        missing = (lambda: None) if serves else (lambda: "not here")
+        its = replace(found[name], devices=None, named_only=(), missing=missing, missing_on={})
+        monkeypatch.setitem(found, name, its)
+    monkeypatch.setattr(registry, "_servers", {})
+    monkeypatch.setattr(registry, "_resolved", {})
+
+
+def test_backends_of_attention_are_measured(timed, libraries_serve_the_cpu, run, monkeypatch):
+    """In inference, and in training those whose gradients do not vary; the next call reads it."""
+    shape = tune.Shape(16, 64, 5, 2, (3, 5))
+    found = tune.problems(
+        shape, torch.bfloat16, ("stage_attention", "adaln"), device="cpu", of="backends"
+    )
+    assert [problem.key[2] for problem in found] == ["inference", "training"]
+    for problem, tried in zip(found, (["triton", "sdpa_flash"], ["triton"]), strict=True):
+        assert (problem.op, problem.rows) == (measured.OP, 2)
+        assert problem.key == (16, "bfloat16", problem.key[2], 5, 3, 5)
+        assert [its.backend for its in problem.candidates] == tried
+        choice = tune.measure(problem, rounds=1)
+        assert (choice.tried, choice.wrong) == (len(tried), 0)
+        assert choice.settings.backend == tried[-1]
+        assert choice.entry()["settings"] == {"backend": tried[-1]}
+    monkeypatch.setattr(tune, "problems", lambda *_, of, **__: found if of == "backends" else [])
+    code, output, errors = run("tune --width 16 --rows 5 --output t.json")
+    assert (code, errors) == (0, "")
+    assert "stage_attention_backend 16 bfloat16 inference 5 3 5, 2 rows: sdpa_flash, " in output
 
 
 def test_attention_is_measured_forward_and_backward(timed):
