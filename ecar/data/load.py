@@ -56,8 +56,8 @@ def load_dataset(
             3 (default). For the others they may be given to check what is loaded.
         flip: of "folder" and "shards" only: also every image mirrored, at index len / 2 + i.
         verify: "folder" only: try to open all images now (see `FolderDataset`).
-        skip_broken: "folder" only: go on without files that are no readable images, with a warning
-            that says how many; without it they are an error, which names them.
+        skip_broken: of "folder" and "shards" only: go on without files that are no readable images,
+            with a warning that says how many; without it they are an error, which names them.
         background: of "folder" and "shards" only: the colour that transparent images lie on: a
             name, "#rrggbb" or (r, g, b).
 
@@ -76,13 +76,15 @@ def load_dataset(
             cast("str", root), split=split, image_size=cast("int", image_size), channels=channels,
             flip=flip, verify=verify, skip_broken=skip_broken, background=background,
         )  # fmt: skip
-    if skip_broken:
-        raise ValueError(f"argument 'skip_broken': only 'folder' has files to skip, not {name!r}")
     if name == "shards":
         return ShardDataset(
             cast("str", root), split=split, image_size=cast("int", image_size), channels=channels,
-            flip=flip, background=background,
+            flip=flip, skip_broken=skip_broken, background=background,
         )  # fmt: skip
+    if skip_broken:
+        raise ValueError(
+            f"argument 'skip_broken': only 'folder' and 'shards' have files to skip, not {name!r}"
+        )
     if flip:
         raise ValueError(f"argument 'flip': only 'folder' can be mirrored, not {name!r}")
     if background != "white":

@@ -6,6 +6,7 @@ import glob
 import os
 import re
 import tarfile
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ecar.images import BadImageError, read_image
+from ecar.images import BadImageError, parse_background, read_image
 
-from .folder import EXTENSIONS, PictureDataset, split_folder
+from .folder import EXTENSIONS, PictureDataset, check_size, split_folder
 
 NAMES = "classnames.txt"
 _PATTERN = re.compile(r"[*?\[{]")
@@ -36,10 +37,16 @@ class ShardDataset(PictureDataset):
             pattern with braces or wildcards, such as "imagenet/train-{0000..0099}.tar", which is
             the training split. A file `classnames.txt` next to the tar files, a line for each
             class, names the classes; without it they are 0 .. the highest that there is.
+        skip_broken: decode all images now, and go on without those that can't be read, with a
+            warning that says how many.
+
+    Attributes:
+        skipped: the place of each image left out by `skip_broken`, and why.
 
     Raises:
         ImportError: webdataset is not installed.
         FileNotFoundError: no such file or folder, no tar files.
+        BadImageError: an OSError and a ValueError, where `skip_broken` leaves no image.
         ValueError, TypeError: a wrong argument; a tar file that is compressed, cut short or holds
             something else. Messages name the file.
     """
@@ -52,8 +59,11 @@ class ShardDataset(PictureDataset):
         image_size: int,
         channels: int | None = None,
         flip: bool = False,
+        skip_broken: bool = False,
         background: str | tuple[int, int, int] = "white",
     ) -> None:
+        check_size(image_size, channels)
+        parse_background(background)
         self._shards = shard_files(root, split)
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             found = list(pool.map(_samples, self._shards))
@@ -69,22 +79,58 @@ class ShardDataset(PictureDataset):
                 f"{self._shards[number]}: holds class {labels.max()}, but {NAMES} names "
                 f"{len(names)} classes"
             )
+        self.skipped: list[tuple[str, str]] = []
+        if skip_broken:
+            labels = self._without_broken(os.fspath(root), labels)
         super().__init__(
             "shards", split, names, torch.from_numpy(labels),
             image_size=image_size, channels=channels, flip=flip, background=background,
         )  # fmt: skip
 
     def _read(self, index: int) -> Image.Image:
+        name, data = self._content(index)
+        return read_image(name, self.shape[0], background=self._background, data=data)
+
+    def _content(self, index: int) -> tuple[str, bytes]:
+        """What an image is called in errors, and its file's bytes."""
         number, offset, size = self._places[index].tolist()
         path = self._shards[number]
         # Opened each time: more tar files than a process may hold open are common.
         with open(path, "rb") as file:
             file.seek(offset)
             data = file.read(size)
-            if len(data) < size:
-                raise BadImageError([(f"{path}, byte {offset:,}", "the tar file is cut short")])
         name = f"{path}, byte {offset:,}"
-        return read_image(name, self.shape[0], background=self._background, data=data)
+        if len(data) < size:
+            raise BadImageError([(name, "the tar file is cut short")])
+        return name, data
+
+    def _why_broken(self, index: int) -> tuple[str, str] | None:
+        """None for a readable image, else its name and the reason."""
+        try:
+            name, data = self._content(index)
+            read_image(name, data=data)
+        except BadImageError as error:
+            return error.files[0]
+        return None
+
+    def _without_broken(self, root: str, labels: np.ndarray) -> np.ndarray:
+        """The labels of images that can be read, whose places alone are kept."""
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            found = list(pool.map(self._why_broken, range(len(labels))))
+        self.skipped = [broken for broken in found if broken is not None]
+        if not self.skipped:
+            return labels
+        if len(self.skipped) == len(labels):
+            raise BadImageError(self.skipped, folder=root, total=len(labels))
+        name, reason = self.skipped[0]
+        warnings.warn(
+            f"{root}: {len(self.skipped):,} of {len(labels):,} images are left out, which are not "
+            f"readable; the first is {name} ({reason})",
+            stacklevel=4,
+        )
+        good = np.array([broken is None for broken in found])
+        self._places = self._places[good]
+        return labels[good]
 
 
 def shard_files(root: str | os.PathLike[str], split: str) -> list[str]:

@@ -1,6 +1,8 @@
 """`ecar cache`: latents of a folder by a VAE, gone on with, shared, and what is refused."""
 
+import io
 import json
+import tarfile
 
 import pytest
 import torch
@@ -117,6 +119,25 @@ def test_processes_of_torchrun_share_the_shards(here, run, monkeypatch):
     assert run(line) == (0, "", "")
     assert len(load_dataset("latents", root=here / "latents")) == 10
     assert "mean" in json.loads((here / "latents" / "train" / "index.json").read_text())
+
+
+def test_broken_images_in_tar_files_are_left_out(here, run):
+    pytest.importorskip("webdataset", reason="needs ecar[shards]")
+    files = sorted((here / "birds" / "train").glob("*/*.png"))
+    files[3].write_bytes(files[3].read_bytes()[:50])
+    with tarfile.open(here / "train.tar", "w") as archive:
+        for number, file in enumerate(files):
+            archive.add(file, f"{number:03d}.png")
+            label = tarfile.TarInfo(f"{number:03d}.cls")
+            label.size = 1
+            archive.addfile(label, io.BytesIO(str(number // 5).encode()))
+    line = "cache --dataset train.tar --image-size 16 --vae vae --device cpu --num-workers 0 "
+    line += "--no-progress --output latents"
+    code, _, errors = run(line)
+    assert code == 2 and "train.tar, byte " in errors and "not a readable image" in errors
+    with pytest.warns(UserWarning, match="1 of 10 images are left out"):
+        code, output, _ = run(f"{line} --skip-broken")
+    assert code == 0 and output.startswith("latents/train: 9 latents 4 x 8 x 8, mean ")
 
 
 def test_ctrl_c_says_how_to_go_on(here, run, monkeypatch):

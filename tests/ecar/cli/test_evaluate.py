@@ -127,7 +127,10 @@ def test_images_are_read_as_in_training(folder, monkeypatch, trained, options, e
         ("--dataset digits --output empty", "empty: is a folder"),
         ("--dataset digits --npz x.txt", "--npz: expected a name that ends in .npz, got x.txt"),
         ("--dataset digits --npz /proc/self/x.npz", "output folder /proc/self: not writable"),
-        ("--dataset digits --skip-broken", "--skip-broken: only 'folder' has files to skip"),
+        (
+            "--dataset digits --skip-broken",
+            "--skip-broken: only 'folder' and 'shards' have files to skip",
+        ),
         ("--dataset digits --background red", "--background: only 'folder' has transparency"),
         ("--dataset folder --data-root empty --background glass", "--background: expected a colo"),
         ("--npz x.npz --output y.json", "--dataset: is needed, 'model' holds no train.json"),

@@ -196,7 +196,10 @@ def test_a_preset_takes_the_classes_of_a_folder(here, run):
         ("--output x --dataset folder --data-root empty", "empty: no class folders"),
         ("--output x --dataset folder --data-root broken", "broken/cat/0.png"),
         ("--output x --dataset latents --data-root empty", "empty"),
-        ("--output x --skip-broken", "--skip-broken: only 'folder' has files to skip"),
+        (
+            "--output x --skip-broken",
+            "--skip-broken: only 'folder' and 'shards' have files to skip",
+        ),
         ("--output x --background black", "--background: only 'folder' has transparency"),
         ("--output x --background glass", "--background: expected a colour such as white"),
         ("--output x --preset S", "--dataset: 'digits' is 8 x 8, got 32"),

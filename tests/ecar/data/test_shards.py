@@ -187,8 +187,6 @@ def test_files_that_are_none(shards):
     refused(FileNotFoundError, "empty: no tar files", root / "empty")
     with pytest.raises(TypeError, match="argument 'image_size'"):
         load_dataset("shards", root=root)
-    with pytest.raises(ValueError, match="argument 'skip_broken': only 'folder'"):
-        load_dataset("shards", root=root, image_size=8, skip_broken=True)
 
 
 def test_an_image_that_is_none_is_named_by_its_place(tmp_path):
@@ -203,6 +201,30 @@ def test_an_image_that_is_none_is_named_by_its_place(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"")
     with pytest.raises(BadImageError, match="the tar file is cut short"):
         dataset[0]
+
+
+def test_skip_broken_goes_on_and_says_how_many(tmp_path):
+    members = {"a.png": PNG, "a.cls": b"0", "b.png": PNG[:30], "b.cls": b"1", "c.png": b"",
+               "c.cls": b"2", "d.png": PNG, "d.cls": b"2"}  # fmt: skip
+    write_tar(tmp_path / "x.tar", members)
+    message = r"2 of 4 images are left out, which are not readable; the first is .*x\.tar, byte "
+    with pytest.warns(UserWarning, match=message):
+        dataset = load_dataset("shards", root=tmp_path, image_size=8, skip_broken=True, flip=True)
+    assert dataset.labels.tolist() == [0, 2, 0, 2] and dataset.num_classes == 3
+    assert [reason for _, reason in dataset.skipped][1] == "the file is empty"
+    images = [image for image, _ in dataset]
+    assert images[1].equal(images[0]) and images[2].equal(images[0].flip(-1))
+    write_tar(tmp_path / "x.tar", {"b.png": PNG[:30], "b.cls": b"1"})
+    with pytest.raises(BadImageError, match=r"x\.tar, byte [\d,]+: not a readable image"):
+        load_dataset("shards", root=tmp_path, image_size=8, skip_broken=True)
+
+
+def test_skip_broken_of_none(shards):
+    root, *_ = shards
+    plain, skipping = (
+        load_dataset("shards", root=root, image_size=8, skip_broken=skip) for skip in (False, True)
+    )
+    assert skipping.skipped == [] and len(skipping) == len(plain)
 
 
 def test_training_and_caching_take_them_by_their_path(shards, tmp_path, monkeypatch, capsys):
