@@ -31,7 +31,7 @@ REQUIREMENTS := $(BIN)/python -c 'import importlib, sys; \
 .PHONY: compile-gate-changed compile-gate-oldest-changed
 .PHONY: gpu gpu-check gpu-image gpu-ops gpu-pack gpu-train
 .PHONY: cuda-gate cuda-gate-changed callgrind test-oldest-triton
-.PHONY: matrix wheel sanitize fuzz evaluate train-demo clean
+.PHONY: matrix wheel hub-kernel sanitize fuzz evaluate train-demo clean
 .DELETE_ON_ERROR:
 
 help:
@@ -57,6 +57,7 @@ help:
 	@echo "make report      one page of all results that there are: $(REPORT)/report.md"
 	@echo "make matrix      sdist and wheel in new environments, for PAIRS of Python:torch"
 	@echo "make wheel       a wheel for every Python 3, repaired by auditwheel: dist/"
+	@echo "make hub-kernel  a kernel for the Hugging Face Hub, tried by its own loader: build/hub"
 	@echo "make sanitize    the C++ ops' tests under the address and undefined-behaviour sanitizers"
 	@echo "make fuzz        $(CASES) random calls of every op, valid and invalid mixed"
 	@echo "make evaluate    judge the samples of $(CHECKPOINT)"
@@ -170,6 +171,17 @@ wheel: $(STAMPS)/wheel
 	  --exclude 'libc10*.so' --wheel-dir dist build/wheel/*.whl
 	@ls dist/*-py3-none-*$(subst auto,manylinux,$(PLATFORM))*.whl || \
 	  { echo "ecar: not tagged py3-none-$(PLATFORM): $$(ls dist)" >&2; exit 1; }
+
+# Another huggingface_hub than the environment's may come with the loader, which stays apart.
+HUB_LOADER := build/hub-loader
+hub-kernel: $(STAMPS)/base $(HUB_LOADER)
+	$(BIN)/python -m tools.hub_kernel
+	PYTHONPATH=$(HUB_LOADER) $(BIN)/python -m tests.hub_kernel build/hub
+
+$(HUB_LOADER): | $(STAMPS)/torch
+	rm -rf $@.partial
+	$(PIP) install --quiet --target $@.partial 'kernels>=0.17'
+	mv $@.partial $@
 
 # In a library of its own, on each instruction set (where the CPU has no AMX, on functions that do
 # what its instructions do); torch's allocations are watched too, for the

@@ -174,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_adaln_backward
 }  // namespace
 }  // namespace ecar
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(ECAR_OPS, library) {
   library.def(
       "adaln(Tensor x, Tensor shift, Tensor scale, Tensor? step_shift, Tensor? step_scale, "
       "float eps) -> Tensor");
@@ -197,7 +197,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
       "-> (Tensor grad_x, Tensor grad_branch, Tensor grad_gate, Tensor grad_scale, Tensor sums)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ecar, CPU, library) {
+STABLE_TORCH_LIBRARY_IMPL(ECAR_OPS, CPU, library) {
   library.impl("adaln", TORCH_BOX(&ecar::adaln));
   library.impl("gated_residual", TORCH_BOX(&ecar::gated_residual));
   library.impl("gated_residual_adaln", TORCH_BOX(&ecar::gated_residual_adaln));

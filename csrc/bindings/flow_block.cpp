@@ -126,7 +126,7 @@ int64_t packed_workspace_size(int64_t rows, int64_t depth) {
 }  // namespace
 }  // namespace ecar
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(ECAR_OPS, library) {
   library.def("pack_linear_weight(Tensor weight) -> Tensor");
   library.def(
       "packed_adaln_linear(Tensor x, Tensor shift, Tensor scale, Tensor packed, int outputs, "
@@ -140,7 +140,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
   library.def("gelu_backward_(Tensor(a!) grad, Tensor x) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ecar, CPU, library) {
+STABLE_TORCH_LIBRARY_IMPL(ECAR_OPS, CPU, library) {
   library.impl("pack_linear_weight", TORCH_BOX(&ecar::pack_linear_weight));
   library.impl("packed_adaln_linear", TORCH_BOX(&ecar::packed_adaln_linear));
   library.impl("packed_linear_gated_residual", TORCH_BOX(&ecar::packed_linear_gated_residual));
@@ -148,6 +148,6 @@ STABLE_TORCH_LIBRARY_IMPL(ecar, CPU, library) {
   library.impl("gelu_backward_", TORCH_BOX(&ecar::gelu_backward_));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ecar, CompositeExplicitAutograd, library) {
+STABLE_TORCH_LIBRARY_IMPL(ECAR_OPS, CompositeExplicitAutograd, library) {
   library.impl("packed_workspace_size", TORCH_BOX(&ecar::packed_workspace_size));
 }

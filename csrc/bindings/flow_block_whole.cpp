@@ -223,7 +223,7 @@ void stage_block_(const Tensor& x, const Tensor& norm1, const Tensor& norm1_bias
 }  // namespace
 }  // namespace ecar
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(ECAR_OPS, library) {
   library.def(
       "flow_block_(Tensor(a!) x, Tensor spatial, Tensor step, int part, Tensor qkv, "
       "Tensor? qkv_bias, Tensor proj, Tensor? proj_bias, Tensor fc1, Tensor? fc1_bias, "
@@ -237,7 +237,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
       "Tensor(e!) workspace) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ecar, CPU, library) {
+STABLE_TORCH_LIBRARY_IMPL(ECAR_OPS, CPU, library) {
   library.impl("flow_block_", TORCH_BOX(&ecar::flow_block_));
   library.impl("stage_block_", TORCH_BOX(&ecar::stage_block_));
 }

@@ -93,7 +93,7 @@ auto flow_boundary(const Tensor& x, const Tensor& state, const Tensor& shift, co
 }  // namespace
 }  // namespace ecar
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(ECAR_OPS, library) {
 #define ECAR_BOUNDARY \
   "(Tensor x, Tensor state, Tensor shift, Tensor scale, Tensor weight, Tensor bias, " \
   "Tensor embed_weight, Tensor embed_bias, Tensor positions, float dt, Tensor? step_shift, " \
@@ -107,7 +107,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
 #undef ECAR_BOUNDARY
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ecar, CPU, library) {
+STABLE_TORCH_LIBRARY_IMPL(ECAR_OPS, CPU, library) {
   library.impl("flow_boundary", TORCH_BOX(&ecar::flow_boundary<false>));
   library.impl("flow_boundary_velocity", TORCH_BOX(&ecar::flow_boundary<true>));
   library.impl("flow_boundary_out", TORCH_BOX(&ecar::flow_boundary_out));

@@ -161,7 +161,7 @@ Tensor initial_noise(const Tensor& seeds, std::int64_t channels, std::int64_t he
 }  // namespace
 }  // namespace ecar
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(ECAR_OPS, library) {
 #define ECAR_EULER_STEP \
   "(Tensor x, Tensor velocity, float dt, float guidance_scale, float ratio, " ECAR_STEP_OPTIONS
   library.def("euler_step" ECAR_EULER_STEP "Tensor");
@@ -188,7 +188,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
       "-> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ecar, CPU, library) {
+STABLE_TORCH_LIBRARY_IMPL(ECAR_OPS, CPU, library) {
   library.impl("euler_step", TORCH_BOX(&ecar::euler_step<false>));
   library.impl("euler_step_velocity", TORCH_BOX(&ecar::euler_step<true>));
   library.impl("upsample_renoise_euler_seeds",

@@ -158,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor> stage_attention_backward(
 }  // namespace
 }  // namespace ecar
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(ECAR_OPS, library) {
   library.def(
       "stage_attention(Tensor q, Tensor k, Tensor v, int[] stage_lengths, float scale) -> Tensor");
   library.def(
@@ -169,7 +169,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ecar, library) {
       "Tensor lse, int[] stage_lengths, float scale) -> (Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ecar, CPU, library) {
+STABLE_TORCH_LIBRARY_IMPL(ECAR_OPS, CPU, library) {
   library.impl("stage_attention", TORCH_BOX(&ecar::stage_attention_forward));
   library.impl("stage_attention_training", TORCH_BOX(&ecar::stage_attention_training));
   library.impl("stage_attention_backward", TORCH_BOX(&ecar::stage_attention_backward));

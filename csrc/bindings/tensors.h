@@ -21,6 +21,12 @@
 
 #include "cpu/dtypes.h"
 
+// torch.ops.<name> of all bindings. A build for the Kernel Hub has one of its own, for several
+// versions may be in one process (tools/hub_kernel.py).
+#ifndef ECAR_OPS
+#define ECAR_OPS ecar
+#endif
+
 namespace ecar {
 
 using torch::headeronly::ScalarType;

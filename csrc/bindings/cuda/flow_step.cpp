@@ -228,7 +228,7 @@ auto flow_boundary(const Tensor& x, const Tensor& state, const Tensor& shift, co
 }  // namespace
 }  // namespace ecar
 
-STABLE_TORCH_LIBRARY_IMPL(ecar, CUDA, library) {
+STABLE_TORCH_LIBRARY_IMPL(ECAR_OPS, CUDA, library) {
   library.impl("euler_step", TORCH_BOX(&ecar::euler_step<false>));
   library.impl("euler_step_velocity", TORCH_BOX(&ecar::euler_step<true>));
   library.impl("upsample_renoise_euler_seeds",
