@@ -114,8 +114,7 @@ __attribute__((visibility("default"))) void host_streams(int there) { no_streams
 }  // extern "C"
 
 #include <torch/csrc/stable/library.h>
-#undef STABLE_TORCH_LIBRARY_IMPL
-#define STABLE_TORCH_LIBRARY_IMPL(ns, k, m) _STABLE_TORCH_LIBRARY_IMPL(ns##_host, k, m, 0)
+#define ECAR_OPS ecar_host
 
 #include "bindings/cuda/flow_step.cpp"
 
