@@ -1,12 +1,18 @@
 """What an installed ecar must do: python -I tests/smoke.py [REASON].
 
 Needs the installed package alone. Every op is held against the reference; the C++ ones must be
-there, or, where REASON is given, be reported missing for it.
+there, or, where REASON is given, be reported missing for it. Then every module of the packages is
+imported, every command says what it takes, and the command line draws and exports from a
+checkpoint, in a folder of its own. A command of an extra that is absent names it in one line.
 """
 
+import importlib
+import importlib.util
 import itertools
+import pkgutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +20,15 @@ import torch
 
 import ecar
 import ecar_kernels as ek
+from ecar.cli import COMMANDS
 from ecar_kernels import _native, registry
 from ecar_kernels.testing import SampleSizes, arguments
 
 SIZES = SampleSizes(channels=100, hidden=75)
+OPTIONAL = (
+    "accelerate", "diffusers", "flash_attn", "gradio", "matplotlib", "onnx", "scipy", "sklearn",
+    "torch_fidelity", "torchmetrics", "webdataset", "xformers",
+)  # fmt: skip
 COMPILED = tuple(op for op, record in registry.RECORDS.items() if "cpp" in record.backends)
 
 
@@ -55,6 +66,69 @@ def every_op(compiled: bool, ops: Sequence[str] = registry.OPS) -> None:
                 compare(op, "cpp", dtype, optional)
 
 
+def every_module() -> None:
+    """Of both packages, but for those that need what is not installed."""
+    absent = {name for name in OPTIONAL if importlib.util.find_spec(name) is None}
+    for package in (ecar, ek):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if module.name.split(".")[-1] in ("__main__", "libecar_cpu", "libecar_cuda"):
+                continue
+            try:
+                importlib.import_module(module.name)
+            except ImportError as error:
+                assert (error.name or "").split(".")[0] in absent or any(
+                    name.replace("_", "-") in str(error) for name in absent
+                ), f"{module.name}: {error}"
+
+
+def every_command(folder: Path) -> None:
+    command = str(Path(sys.executable).with_name("ecar"))
+    for name in COMMANDS:
+        assert f"usage: ecar {name} " in printed(command, name, "--help")
+    config = ecar.ECARConfig(
+        stage_sides=(2, 4), channels=1, patch_size=1, width=16, heads=2, ar_layers=1,
+        flow_blocks=1, num_classes=3,
+    )  # fmt: skip
+    model = str(folder / "model")
+    ecar.ECAR(config).save_pretrained(model)
+    for line in (
+        [
+            "sample",
+            "--checkpoint",
+            model,
+            "--sheet",
+            "3x1",
+            "--output",
+            str(folder / "a" / "b.png"),
+        ],
+        [
+            "export",
+            "--checkpoint",
+            model,
+            "--format",
+            "torch",
+            "--output",
+            str(folder / "programs"),
+        ],
+        ["info", "--checkpoint", model],
+    ):
+        printed(command, *line)
+    assert (folder / "a" / "b.png").stat().st_size > 0
+    assert any((folder / "programs").glob("*.pt2"))
+    (folder / "images").mkdir()
+    for name, line in (
+        ("diffusers", ["cache", "--dataset", "images", "--vae", model, "--output", "latents"]),
+        ("gradio", ["gallery", "--checkpoint", model]),
+        ("onnx", ["export", "--checkpoint", model, "--format", "onnx", "--output", "programs"]),
+    ):
+        if importlib.util.find_spec(name) is None:
+            done = subprocess.run(
+                [command, *line], capture_output=True, text=True, cwd=folder, timeout=300
+            )
+            assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done
+            assert "pip install" in done.stderr or name in done.stderr, done.stderr
+
+
 def printed(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
@@ -79,7 +153,9 @@ def main() -> None:
     assert used == ("cpp" if reason is None else "reference"), used
     said = printed(str(Path(sys.executable).with_name("ecar")), "--version")
     assert ek.__version__ in said, said
-    printed(str(Path(sys.executable).with_name("ecar")), "info", "--preset", "digits")
+    every_module()
+    with tempfile.TemporaryDirectory(prefix="ecar-smoke-") as folder:
+        every_command(Path(folder))
     print(
         f"ecar {ek.__version__} works with torch {torch.__version__}: "
         f"{'C++ and ' if reason is None else ''}reference ops"
