@@ -179,7 +179,7 @@ void finish_row(const Output& output, const Destination& to, int64_t at, int64_t
   const T* residual = row_at<T>(output.residual, row, output.tokens);
   for (int64_t i = 0; i < columns; i += kWidth) {
     with_access(columns - i, [&](auto io) {
-      Vec value = Full{}.load(sums + i);
+      Vec value = io.load(sums + i);
       if (bias != nullptr) value += io.load(bias + i);
       if (output.gelu) value = gelu_tanh(value);
       if (gate != nullptr) {
