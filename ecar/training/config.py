@@ -94,7 +94,7 @@ class TrainConfig:
             of the usual places.
         flip: mirror each image left to right with probability 1/2; not for "latents", where
             images are mirrored before they are encoded and cached.
-        skip_broken: go on without images, of a folder or tar files, that are none; say how many.
+        skip_broken: go on without files that are no images, in tar files too; say how many.
             Otherwise they are an error, which names them.
         background: colour under transparent images in files; such as white, black or #7f7f7f.
         steps: optimizer steps in all.
