@@ -113,3 +113,10 @@ def test_example_runs(block):
     before = torch.get_num_threads()
     exec(compile(block, "docs", "exec"), {})
     assert torch.get_num_threads() == before
+
+
+def test_every_page_is_in_the_sites_navigation():
+    """`make docs`, which fails where one is missing, needs the site's generator."""
+    nav = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:\n")[2]
+    missing = [page.name for page in ROOT.glob("docs/*.md") if f" {page.name}\n" not in nav]
+    assert not missing
