@@ -29,8 +29,10 @@ WAYS = (OURS, "MKL", "oneDNN", "OpenVINO", "ONNX Runtime")
 
 
 def mkl(layer: nn.Linear, x: Tensor) -> Call:
-    if x.dtype != torch.float32 or not torch.backends.mkl.is_available():
-        raise NotImplementedError("PyTorch calls it for float32, where it is built with it")
+    if x.dtype != torch.float32:
+        raise NotImplementedError(f"PyTorch multiplies {x.dtype} by oneDNN")
+    if not torch.backends.mkl.is_available():
+        raise NotImplementedError("this PyTorch is built without MKL")
     return functools.partial(layer, x)
 
 

@@ -227,24 +227,14 @@ def render(record: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = results.parser("integrations", __doc__)
-    parser.add_argument(
-        "-k", nargs="+", default=[], metavar="WORD", dest="words",
-        help="only rows whose names contain all of these words",
-    )  # fmt: skip
-    parser.add_argument("--list", action="store_true", help="print the rows' names and exit")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each row (default: 3)")
-    options = parser.parse_args(arguments)
-    chosen = [case for case in cases() if all(word in case.name for word in options.words)]
-    if not chosen:
-        parser.error(f"argument -k: no row's name contains all of {', '.join(options.words)}")
-    if options.list:
-        print("\n".join(case.name for case in chosen))
+    by_name = {case.name: case for case in cases()}
+    options, found = results.chosen("integrations", __doc__, list(by_name), 3, arguments)
+    if not found:
         return 0
     results.keep_memory()
     file, facts = results.path("integrations", options.results), results.describe()
     empty = {"kind": "integrations", "runs": [], "rows": []}
-    for case in chosen:
+    for case in (by_name[name] for name in found):
         row = measure(case, options.seconds)
         before = results.read(file) if file.exists() else empty
         record = results.merged(before, facts, [row], _case)

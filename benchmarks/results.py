@@ -292,29 +292,42 @@ def figures(value: float) -> str:
     return f"{value:.{max(0, 2 - len(str(int(abs(value)))) + 1)}f}"
 
 
+def chosen(
+    kind: str,
+    text: str,
+    names: Sequence[str],
+    seconds: float,
+    arguments: Sequence[str] | None = None,
+) -> tuple[argparse.Namespace, list[str]]:
+    """The options of a benchmark with rows by name, and the rows to measure: none with --list."""
+    command_line = parser(kind, text)
+    add = command_line.add_argument
+    add("-k", nargs="+", default=[], dest="words", metavar="WORD", help="of the rows' names, all")
+    add("--list", action="store_true", help="print the rows' names and exit")
+    add("--seconds", type=float, default=seconds, help=f"for each row (default: {seconds:g})")
+    options = command_line.parse_args(arguments)
+    found = [name for name in names if all(word in name for word in options.words)]
+    if not found:
+        command_line.error(f"argument -k: no row's name contains all of {', '.join(options.words)}")
+    if options.list:
+        print("\n".join(found))
+    return options, [] if options.list else found
+
+
 def command(
     kind: str,
-    text: str | None,
+    text: str,
     names: Sequence[str],
     measure: Callable[[str, float], dict[str, Any]],
     render: Callable[[dict[str, Any]], str],
 ) -> int:
     """The command line of a benchmark with rows by name, each written when it is measured."""
-    options_of = parser(kind, text)
-    add = options_of.add_argument
-    add("-k", nargs="+", default=[], dest="words", metavar="WORD", help="of the rows' names, all")
-    add("--list", action="store_true", help="print the rows' names and exit")
-    add("--seconds", type=float, default=15.0, help="of measuring for each row (default: 15)")
-    options = options_of.parse_args()
-    chosen = [name for name in names if all(word in name for word in options.words)]
-    if not chosen:
-        options_of.error(f"argument -k: no row's name contains all of {', '.join(options.words)}")
-    if options.list:
-        print("\n".join(chosen))
+    options, found = chosen(kind, text, names, 15)
+    if not found:
         return 0
     file, facts = path(kind, options.results), describe()
     rows = {row["name"]: row for row in read(file)["rows"]} if file.exists() else {}
-    for name in chosen:
+    for name in found:
         rows[name] = measure(name, options.seconds)
         write(file, kind, facts, rows=[rows[name] for name in names if name in rows])
         print(render({"rows": [rows[name]]}), flush=True)

@@ -198,7 +198,7 @@ def write(output: Path) -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--output", type=Path, default=ROOT / "build" / "hub", help="is written anew"
+        "--output", type=Path, default=ROOT / "build" / "hub", help="replaced if it exists"
     )
     output = parser.parse_args().output
     for folder in write(output):
