@@ -157,16 +157,11 @@ def measure(training: Training, config: TrainConfig) -> Row:
     }
 
 
-def merged(rows: Sequence[Row], row: Row, order: Sequence[str]) -> list[Row]:
-    """The rows with this one in its place."""
-    found = {**{one["name"]: one for one in rows}, row["name"]: row}
-    return [found[name] for name in order if name in found]
-
-
 def render(record: dict[str, Any]) -> str:
     rows = {row["name"]: row for row in record["rows"]}
     base = rows[BASE]["curve"]["loss"][-1] if BASE in rows else None
     stages = [name for name in record["rows"][0]["curve"] if name.startswith("loss_")]
+    said = dict.fromkeys(results.briefly(facts) for facts in record["runs"])
     cells = [
         (
             row["name"],
@@ -184,6 +179,7 @@ def render(record: dict[str, Any]) -> str:
         table,
         f"{record['dataset']}: loss on held-out images after {record['images']:,} images, mean and "
         "by stage; multiply-adds of one image by default, without guidance.",
+        f"{'; '.join(said)}.",
     ]
     if BASE in rows:
         losses = ((decay, curve[-1]) for decay, curve in averages(rows[BASE]).items())
@@ -257,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     model = base_model(options.dataset)
     table = trainings(model)
+    names = [one.name for one in table]
     chosen = [one for one in table if all(word in one.name for word in options.k)]
     if options.list:
         print(*(one.name for one in chosen), sep="\n")
@@ -265,12 +262,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"argument -k: no training has {' and '.join(options.k)} in its name")
     if options.images is not None and options.images < 10 * BATCH:
         parser.error(f"argument --images: expected at least {10 * BATCH}, got {options.images}")
-    file = results.path(f"training-{options.dataset}", options.results)
-    rows: list[Row] = []
+    # Losses, not times: rows of different CPUs are compared.
+    file = options.results / "any-cpu" / f"training-{options.dataset}.json"
+    record: dict[str, Any] = {"kind": "training", "runs": [], "rows": []}
     if file.exists():
-        found = results.read(file)
-        rows, images = found["rows"], found["images"]
-        if options.images not in (None, images):
+        record = results.read(file)
+        if options.images not in (None, images := record["images"]):
             parser.error(f"argument --images: expected {images} as in {file}, got {options.images}")
     elif options.images is None:
         parser.error(f"argument --images: is needed, as there is no {file}")
@@ -280,13 +277,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not train(training, config):
             sys.exit("interrupted; the same command goes on")
         if PartialState().is_main_process:
-            rows = merged(rows, measure(training, config), [one.name for one in table])
+            row = measure(training, config)
+            record = results.merged(record, facts, [row], lambda its: names.index(its["name"]))
+            record["rows"].sort(key=lambda its: names.index(its["name"]))
             content = {"dataset": options.dataset, "images": options.images, "settings": SETTINGS}
-            results.write(file, "training", facts, **content, rows=rows)
+            results.save(file, record | content)
     if PartialState().is_main_process:
         record = results.read(file)
         print(f"{render(record)}\n\nread {file}")
-        if any(row["name"] == BASE for row in rows):
+        if any(row["name"] == BASE for row in record["rows"]):
             print(f"wrote {draw(record, options.pictures / f'{file.stem}.png')}")
 
 
