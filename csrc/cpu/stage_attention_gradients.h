@@ -277,6 +277,7 @@ void backward(const Backward& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     gradients.run(i / s.heads, i % s.heads, 0, s.num_blocks, 0, s.keys, true, true);
   }
+  if constexpr (Product::kByTiles) release_tiles();
 }
 
 template <class T, class Product>
@@ -296,6 +297,7 @@ void backward_parts(const Backward& a, int64_t begin, int64_t end) {
     gradients.run(image, head, seen_from, s.num_blocks, first, smaller(first + piece, s.keys),
                   false, true);
   }
+  if constexpr (Product::kByTiles) release_tiles();
 }
 
 }  // namespace

@@ -2,7 +2,6 @@
 
 #include <type_traits>
 
-#include "cpu/amx_product.h"
 #include "cpu/stage_attention_gradients.h"
 #include "cpu/stage_attention_tile.h"
 
@@ -75,44 +74,6 @@ struct Softmax {
   }
 };
 
-#if defined(ECAR_ISA_avx512)
-struct Tiles : Pairs {};  // whose products are those of amx_product.h
-#else
-using Tiles = Floats;  // never called
-#endif
-
-// Scores times `factor`, [count][kQueries], of `count` keys by queries of whole vectors.
-inline void score_by_tiles(const Factors& f, int64_t count, int64_t vectors) {
-  multiply_by_tiles({f.a, 4 * f.a_row, f.b, 4 * f.b_row, f.depth, f.c, 4 * f.c_row}, count,
-                    vectors * kWidth, true);
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t v = 0; v < vectors * kWidth; v += kWidth) {
-      float* at = f.c + i * f.c_row + v;
-      Full{}.store(at, Full{}.load(at) * splat(f.factor));
-    }
-  }
-}
-
-// Weights [words][kQueries] by values; what was summed before is scaled by a row's factor first.
-// turned: room for the weights of each query in a row, [kQueries][kKeys / 2].
-inline void weigh_by_tiles(const Factors& f, int64_t queries, int64_t width, bool fresh,
-                           float* turned) {
-  constexpr int64_t stride = kKeys / 2;
-  for (int64_t k = 0; k < f.depth; k += 8) {
-    for (int64_t q = 0; q < queries; q += 8) {
-      transpose<false>(f.a + k * kQueries + q, kQueries, turned + q * stride + k, stride);
-    }
-  }
-  for (int64_t i = 0; !fresh && i < queries; ++i) {
-    for (int64_t at = 0; at < width; at += kWidth) {
-      float* sum = f.c + i * f.c_row + at;
-      Full{}.store(sum, Full{}.load(sum) * splat(f.scales[i]));
-    }
-  }
-  multiply_by_tiles({turned, 4 * stride, f.b, 4 * f.b_row, f.depth, f.c, 4 * f.c_row}, queries,
-                    width, fresh);
-}
-
 // With Pairs, keys and queries are words of two of the head's elements, and values and weights
 // words of two keys. Only the weights are rounded for it, and divided by what they then sum to.
 template <class T, class Product>
@@ -123,10 +84,8 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
   const Shape& s = a.shape;
   const int64_t width = stage_attention::padded(s.head_dim), key_width = width / per_word;
   const int64_t most = ceil_div(s.keys, per_word) * width;  // words of the values
-  constexpr bool tiles = std::is_same_v<Product, Tiles> && pairs;
   float* queries =
-      stage_attention::workspace(2 * kQueries * width + kKeys * kQueries + (direct ? 1 : 2) * most +
-                                 (tiles ? kQueries * kKeys / 2 : 0));
+      stage_attention::workspace(2 * kQueries * width + kKeys * kQueries + (direct ? 1 : 2) * most);
   float* scores = queries + kQueries * width;
   float* sums = scores + kKeys * kQueries;
   float* values = sums + kQueries * width;
@@ -173,11 +132,7 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
                       nullptr,
                       factor};
       if constexpr (direct) product.a = k + at * a.k.row_stride, product.a_row = a.k.row_stride;
-      if constexpr (tiles) {
-        score_by_tiles(product, count, vectors);
-      } else {
-        multiply<pairs ? Into::times : Into::replace, 0, 1, Product>(product, count, vectors);
-      }
+      multiply<pairs ? Into::times : Into::replace, 0, 1, Product>(product, count, vectors);
       softmax.take<pairs>(scores, count, vectors, at == 0);
       product = {scores,
                  1,
@@ -187,9 +142,7 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
                  sums,
                  width,
                  softmax.shrink};
-      if constexpr (tiles) {
-        weigh_by_tiles(product, block.count, width, at == 0, keys + most);
-      } else if (at == 0) {
+      if (at == 0) {
         multiply<Into::replace, 1, kQueries, Product>(product, block.count, width / kWidth);
       } else {
         multiply<Into::scaled, 1, kQueries, Product>(product, block.count, width / kWidth);
@@ -206,7 +159,7 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
       }
     }
   }
-  if constexpr (tiles) release_tiles();
+  if constexpr (Product::kByTiles) release_tiles();
 }
 
 void forward_bfloat16(const Forward& a, int64_t begin, int64_t end) {
@@ -219,6 +172,7 @@ void forward_bfloat16(const Forward& a, int64_t begin, int64_t end) {
 
 void backward_bfloat16(const Backward& a, int64_t begin, int64_t end) {
 #if defined(ECAR_ISA_avx512)
+  if (multiplies_tiles<BFloat16>()) return backward<BFloat16, Tiles>(a, begin, end);
   if (multiplies_pairs<BFloat16>()) return backward<BFloat16, Pairs>(a, begin, end);
 #endif
   backward<BFloat16, Floats>(a, begin, end);
@@ -226,6 +180,7 @@ void backward_bfloat16(const Backward& a, int64_t begin, int64_t end) {
 
 void backward_parts_bfloat16(const Backward& a, int64_t begin, int64_t end) {
 #if defined(ECAR_ISA_avx512)
+  if (multiplies_tiles<BFloat16>()) return backward_parts<BFloat16, Tiles>(a, begin, end);
   if (multiplies_pairs<BFloat16>()) return backward_parts<BFloat16, Pairs>(a, begin, end);
 #endif
   backward_parts<BFloat16, Floats>(a, begin, end);

@@ -2,6 +2,7 @@
 
 // The products, the exponential and the packing of attention, for *_isa.cpp files.
 
+#include "cpu/amx_product.h"
 #include "cpu/stage_attention.h"
 #include "cpu/transpose.h"
 #include "cpu/vec_tile.h"
@@ -175,6 +176,7 @@ struct Factors {
 // The products, and how the tensors' rows become factors: kPerWord elements a word.
 struct Floats {
   static constexpr int64_t kPerWord = 1;
+  static constexpr bool kByTiles = false;
   template <class... Arguments>
   static void pack_rows(Arguments... arguments) {
     widen_rows(arguments...);
@@ -189,6 +191,7 @@ struct Floats {
 #if defined(ECAR_ISA_avx512)
 struct Pairs {
   static constexpr int64_t kPerWord = 2;
+  static constexpr bool kByTiles = false;
   template <class... Arguments>
   static void pack_rows(Arguments... arguments) {
     copy_rows(arguments...);
@@ -199,6 +202,59 @@ struct Pairs {
   }
   ECAR_TILE(ECAR_BF16, fma_pairs)
   ECAR_SUM_PRODUCTS(ECAR_BF16, fma_pairs)
+};
+
+// Pairs, multiplied by AMX's tiles. Where a's words of one row do not lie in a row, they are put
+// there first: at most kKeys / 2 of them, of kQueries rows.
+struct Tiles : Pairs {
+  static constexpr bool kByTiles = true;
+
+  template <Into kInto, int kRow, int kStep>
+  static void multiply(const Factors& f, int64_t rows, int64_t columns) {
+    const float* a = f.a;
+    int64_t a_row = kRow > 0 ? kRow : f.a_row;
+    alignas(64) float turned[kStep == 1 ? 1 : kQueries * kKeys / 2];
+    if constexpr (kStep != 1) {
+      constexpr int64_t stride = kKeys / 2;
+      for (int64_t k = 0; k < f.depth; k += 8) {
+        for (int64_t row = 0; row < rows; row += 8) {
+          transpose<false>(f.a + k * kStep + row, kStep, turned + row * stride + k, stride);
+        }
+      }
+      a = turned, a_row = stride;
+    }
+    if constexpr (kInto == Into::scaled) scale(f, rows, columns);
+    multiply_by_tiles({a, 4 * a_row, f.b, 4 * f.b_row, f.depth, f.c, 4 * f.c_row}, rows, columns,
+                      kInto == Into::replace || kInto == Into::times);
+    if constexpr (kInto == Into::times) scale(f, rows, columns);
+  }
+
+  // Each row by its scale, or all by the factor.
+  static void scale(const Factors& f, int64_t rows, int64_t columns) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const Vec factor = splat(f.scales != nullptr ? f.scales[i] : f.factor);
+      for (int64_t at = 0; at < columns; at += kWidth) {
+        float* its = f.c + i * f.c_row + at;
+        Full{}.store(its, Full{}.load(its) * factor);
+      }
+    }
+  }
+
+  static void sum_products(const float* a, const float* b, int64_t depth, int64_t vectors,
+                           float* sums) {
+    alignas(64) float products[kQueries * kQueries];
+    const int64_t queries = vectors * kWidth;
+    Factors f{a, 1, b, kQueries, 0, products, kQueries, nullptr};
+    for (int64_t k = 0; k < depth; k += f.depth) {
+      f.a = a + k * kQueries, f.b = b + k * kQueries, f.depth = smaller(depth - k, kKeys / 2);
+      if (k == 0) {
+        multiply<Into::replace, 1, kQueries>(f, queries, queries);
+      } else {
+        multiply<Into::add, 1, kQueries>(f, queries, queries);
+      }
+    }
+    for (int64_t i = 0; i < queries; ++i) sums[i] = products[i * kQueries + i];
+  }
 };
 #endif
 #undef ECAR_TILE
@@ -222,6 +278,9 @@ void tiles(const Factors& f, int64_t rows, int64_t column) {
 // `rows` rows by `vectors` vectors of columns, which go in tiles about even.
 template <Into kInto, int kRow, int kStep, class Product = Floats>
 void multiply(const Factors& f, int64_t rows, int64_t vectors) {
+  if constexpr (Product::kByTiles) {
+    return Product::template multiply<kInto, kRow, kStep>(f, rows, vectors * kWidth);
+  }
   const int64_t count = ceil_div(vectors, kTileVectors);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t first = vectors * i / count, size = vectors * (i + 1) / count - first;

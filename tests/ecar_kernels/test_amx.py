@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from ecar_kernels import _native
+from ecar_kernels import _native, stage_attention
 from ecar_kernels.registry import resolve
 from tests.support.native import needs_native
 
@@ -127,3 +127,14 @@ def test_attention_takes_tiles():
     run = resolve("stage_attention", device="cpu", dtype=torch.bfloat16, backend="cpp", width=64)
     found = run(*(x.bfloat16() for x in (q, k, v)), (8, 24))
     assert found.count_nonzero() == 0
+
+
+@needs_tiles
+def test_attentions_gradients_take_tiles():
+    """As above; then all values have the same gradient."""
+    q, k = numbers(1, 200, 2, 64), numbers(1, 200, 2, 64)
+    q[..., 32:], k[..., 32:] = -q[..., :32], k[..., :32]
+    q, k, v = (x.bfloat16().requires_grad_() for x in (q, k, torch.randn(1, 200, 2, 64)))
+    out = stage_attention(q, k, v, (200,))
+    out.backward(torch.randn_like(out))
+    assert v.grad.equal(v.grad[:, :1].expand_as(v)) and v.grad.count_nonzero() > 0
