@@ -1,6 +1,8 @@
 """What diffusers' users do to its models: processors, fused projections, options, LoRA, caches."""
 
 import copy
+import importlib
+import sys
 import warnings
 
 import diffusers
@@ -10,7 +12,7 @@ import torch
 from diffusers.models import attention_dispatch, attention_processor
 from diffusers.models.attention import BasicTransformerBlock
 
-from ecar_kernels import accelerate, report, restore
+from ecar_kernels import accelerate, foreign, report, restore
 from ecar_kernels.foreign import Foreign
 from ecar_kernels.registry import record
 from tests.support.blocks import BLOCKS, TEXT, WIDTH, agree, dit, joint, made, near, pixart
@@ -365,6 +367,18 @@ def test_a_cache_of_diffusers(first):
             accelerate(fast)
     with plain.cache_context("a"), fast.cache_context("a"):
         assert near(fast(**arguments).sample, plain(**arguments).sample)
+
+
+def test_a_cache_whose_table_is_imported_later(monkeypatch):
+    """As in versions of diffusers whose models do not import it."""
+    table = "diffusers.hooks._helpers"
+    monkeypatch.delitem(sys.modules, table)
+    monkeypatch.setattr(foreign, "_loaded", {})
+    monkeypatch.setattr(foreign, "_joined", {})
+    block, _, _ = made("Flux")
+    accelerate(block)
+    registry = importlib.import_module(table).TransformerBlockRegistry
+    assert registry.get(type(block)).return_hidden_states_index == 1
 
 
 def test_a_class_of_that_name_that_is_another_is_left_alone():
