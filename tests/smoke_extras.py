@@ -8,6 +8,7 @@ gallery.
 
 import copy
 import io
+import json
 import shutil
 import socket
 import subprocess
@@ -36,17 +37,19 @@ def command(line: str, folder: Path) -> str:
 
 
 def images(folder: Path) -> None:
-    """Ten of two classes, in class folders and in a tar file."""
+    """Ten of two classes and as many held out, in class folders; the first also in a tar file."""
     with tarfile.open(folder / "train.tar", "w") as archive:
-        for number in range(10):
-            path = folder / "birds" / ("robin", "wren")[number % 2] / f"{number}.png"
+        for number in range(20):
+            split, name = ("train", "test")[number // 10], ("robin", "wren")[number % 2]
+            path = folder / "birds" / split / name / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             noise = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
             Image.fromarray(noise).save(path)
-            archive.add(path, f"{number}.png")
-            label = tarfile.TarInfo(f"{number}.cls")
-            label.size = 1
-            archive.addfile(label, io.BytesIO(str(number % 2).encode()))
+            if split == "train":
+                archive.add(path, f"{number}.png")
+                label = tarfile.TarInfo(f"{number}.cls")
+                label.size = 1
+                archive.addfile(label, io.BytesIO(str(number % 2).encode()))
 
 
 def latents(folder: Path) -> None:
@@ -69,9 +72,9 @@ def training(folder: Path) -> None:
     command(f"{TRAIN} latent --dataset latents/ --vae vae", folder)
     command("train --resume latent --steps 3 --no-progress", folder)
     command("sample --checkpoint latent --classes 0,wren --output robin/and.png", folder)
-    evaluate = "evaluate --checkpoint digits --samples 20 --classifier train --output report.json"
-    command(evaluate, folder)
-    assert (folder / "report.json").is_file()
+    evaluate = "evaluate --checkpoint tar --dataset birds --samples 8 --classifier train"
+    command(f"{evaluate} --output report.json", folder)
+    assert "metrics" in json.loads((folder / "report.json").read_text())
 
 
 def export(folder: Path) -> None:
