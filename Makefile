@@ -159,8 +159,9 @@ report: $(STAMPS)/report
 	$(BIN)/python -m benchmarks.report --output $(REPORT)
 
 # PAIRS='3.10:2.10.0 3.13:newest' tries these Pythons, each with a torch; several GB of downloads.
+# EXTRAS=--extras also tries what needs the extras: the VAE's latents, ONNX, the gallery, training ..
 matrix: $(STAMPS)/base
-	$(BIN)/python -m tests.wheel $(PAIRS)
+	$(BIN)/python -m tests.wheel $(EXTRAS) $(PAIRS)
 
 # torch's libraries stay torch's. PLATFORM=manylinux_2_28_x86_64 fails where it cannot be met.
 PLATFORM ?= auto

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import logging
 import os
@@ -39,7 +40,7 @@ from ecar.sampling.solver import place_steps, solver_class
 from ecar.transformer import KVCache
 from ecar_kernels import Accelerated, __version__, registry, use_backend
 from ecar_kernels.acceleration import PUBLIC
-from ecar_kernels.testing import verdicts
+from ecar_kernels.testing import judge_functions
 
 __all__ = ["EXPORT_FILE", "FORMATS", "Begin", "Step", "export"]
 
@@ -250,7 +251,7 @@ def export(
                 convert(module, scratch / row[name])
                 run = load(scratch / row[name])
                 for images, guided in ((1, 1), (3, 2)):
-                    _judge(run, module, module.example(images, guided), row[name])
+                    _judge(run, module, images, guided, row[name])
         write_json(scratch / EXPORT_FILE, described)
     return [Path(folder) / name for name in (*names, EXPORT_FILE)]
 
@@ -312,11 +313,10 @@ def _by_torch(module: Any) -> Any:
 
 
 def _judge(
-    run: Callable[..., Sequence[Tensor]], module: nn.Module, inputs: tuple[Tensor, ...], name: str
+    run: Callable[..., Sequence[Tensor]], module: Begin | Step, images: int, guided: int, name: str
 ) -> None:
-    exact = copy.deepcopy(module).double()
-    wide = (x.double() if x.is_floating_point() else x for x in inputs)
-    for verdict in verdicts(run(*inputs), module(*inputs), exact(*wide)):
+    draw = functools.partial(module.example, images, guided)
+    for verdict in judge_functions(run, module, copy.deepcopy(module).double(), draw):
         if not verdict.ok:
             raise RuntimeError(f"{name}: the program's results are not right: {verdict}")
 

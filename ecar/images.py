@@ -207,6 +207,16 @@ class BadImageError(OSError, ValueError):
             message += listed + (f"; and {more:,} more" if more > 0 else "")
         super().__init__(message + (f"; {hint}" if hint else ""))
 
+    def __reduce__(self) -> Any:
+        return _bad_images, (self.files, str(self))
+
+
+def _bad_images(files: list[tuple[str, str]], message: str) -> BadImageError:
+    """One of a pickle: its message is made already."""
+    error = BadImageError(files)
+    error.args = (message,)
+    return error
+
 
 def read_image(
     path: str | os.PathLike[str],

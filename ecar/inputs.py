@@ -76,8 +76,13 @@ class ClassNames:
         raise ValueError(f"argument 'class_labels': no class is named {label!r}{hint}")
 
 
-def draw_seeds(seeds: Any, generator: torch.Generator | None, count: int) -> list[int]:
+def draw_seeds(
+    seeds: Any, generator: torch.Generator | None, count: int, *, name: str = "seeds"
+) -> list[int]:
     """The seeds given, as a list; where there are none, ``count`` drawn by ``generator``.
+
+    Args:
+        name: of the argument ``seeds``, for errors.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -92,10 +97,10 @@ def draw_seeds(seeds: Any, generator: torch.Generator | None, count: int) -> lis
         return torch.randint(0, highest, (count,), generator=generator, device=device).tolist()
     if generator is not None:
         raise ValueError("argument 'generator': expected seeds or a generator, got both")
-    numbers = [_as_integer("seeds", seed, "integers") for seed in _as_list(seeds)]
+    numbers = [_as_integer(name, seed, "integers") for seed in _as_list(seeds)]
     for number in numbers:
         if not -(2**63) <= number < 2**63:
-            raise ValueError(f"argument 'seeds': expected int64 numbers, got {number}")
+            raise ValueError(f"argument {name!r}: expected int64 numbers, got {number}")
     return numbers
 
 

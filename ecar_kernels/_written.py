@@ -75,7 +75,10 @@ def why_another(module: object, kind: type[nn.Module]) -> str | None:
         return f"a {type(module).__name__} in the place of a {kind.__name__}"
     own, original = module.__dict__, original_class(module)
     if original is not kind and not _inherits(original, kind):
-        return f"a {original.__name__} in the place of a {kind.__name__}"
+        name = original.__name__
+        if name == kind.__name__:  # as peft's Linear
+            name = f"{original.__module__}.{original.__qualname__}"
+        return f"a {name} in the place of a {kind.__name__}"
     methods = _methods(kind)
     if not methods.isdisjoint(own):
         return f"its {min(methods & own.keys())} was replaced"

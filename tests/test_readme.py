@@ -132,11 +132,11 @@ def test_what_the_pages_write_is_ignored():
     outputs = set()
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         blocks = "".join(re.findall(r"```sh\n(.*?)```", page.read_text("utf-8"), re.DOTALL))
-        for command in re.findall(r"\becar \w+ (?:.|\\\n)*", blocks):
-            flags = "output|npz|neighbours|picture|save-classifier"
+        for command in re.findall(r"\b(?:ecar|python -m) [\w.]+ (?:\\\n|.)*", blocks):
+            flags = "output|out|npz|neighbours|picture|save-classifier"
             outputs |= set(re.findall(rf"--(?:{flags}) ([^\s/]+)", command))
     outputs |= {"demo.png", "demo-strip.png", "samples.png"}
-    assert {"birds.png", "latents", "runs", "evaluation.json"} <= outputs
+    assert {"birds.png", "latents", "runs", "evaluation.json", "seven.npy", "images"} <= outputs
     for output in outputs:
         path = output if "." in output else f"{output}/"
         command = ["git", "-C", str(ROOT), "check-ignore", "--quiet", path]

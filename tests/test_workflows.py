@@ -8,6 +8,8 @@ import hypothesis
 import pytest
 import yaml
 
+from tests.wheel import EXTRAS
+
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = {
     path.stem: yaml.safe_load(path.read_text("utf-8"))
@@ -122,6 +124,18 @@ def test_wheels_are_built_with_the_oldest_and_tried_with_the_newest_too():
     smoke = WORKFLOWS["wheels"]["jobs"]["smoke"]["strategy"]["matrix"]
     assert [set(smoke["python"]), set(smoke["torch"])] == ends
     assert set(smoke["arch"]) == {entry["arch"] for entry in build["strategy"]["matrix"]["include"]}
+
+
+def test_the_extras_that_are_tried_are_the_users():
+    """By the workflow as by `make matrix EXTRAS=--extras`: all that the commands need."""
+    (install,) = [step["run"] for step in steps("wheels") if "dist/*.whl)[" in step.get("run", "")]
+    assert f"[{EXTRAS}]" in install and install.endswith(" peft")
+    assert "$(EXTRAS)" in re.search(r"^matrix:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)[1]
+    extras = PYPROJECT.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    known = set(re.findall(r"^(\w+) = \[", extras, re.MULTILINE))
+    ours = {"bench", "runtimes", "test", "docs", "dev", "all"}
+    # Inception's weights are not at hand; flash-attn and xformers need a GPU.
+    assert known - ours - set(EXTRAS.split(",")) == {"inception", "attention"}
 
 
 def test_the_quick_tests_exist():

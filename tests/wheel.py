@@ -3,9 +3,12 @@
 An sdist of the tree is made. For each pair, in a new virtual environment, pip alone builds it into
 a wheel against that torch, and what the wheel installs passes tests/smoke.py; then so does the
 wheel of the first pair, for the library's ABI is stable. At the end, the sdist where no compiler
-is found. Environments are removed when done.
+is found. With --extras, the first pair's wheel also passes tests/smoke_extras.py in each
+environment, with the extras installed: some minutes and 1 GB more. Environments are removed when
+done.
 
     python -m tests.wheel 3.10:2.10.0 3.13:newest    # by pyenv's versions or the path
+    python -m tests.wheel --extras 3.10:2.10.0 3.13:newest
     python -m tests.wheel /usr/bin/python3:2.12.1
     python -m tests.wheel --environment build/old    # with the torch in it; ecar is taken out again
 """
@@ -23,6 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 BUILD_SDIST = "from setuptools.build_meta import build_sdist as b; import sys; b(sys.argv[1])"
 SMOKE = ROOT / "tests" / "smoke.py"
+SMOKE_EXTRAS = ROOT / "tests" / "smoke_extras.py"
+EXTRAS = "train,eval,vae,shards,gallery,onnx"
 NO_COMPILER = "/nonexistent/c++"
 WITHOUT_COMPILER = f"no C++ compiler was found (tried {NO_COMPILER}) (when ecar was installed)"
 LIBRARIES = (["ecar_kernels/libecar_cpu.so"], ["ecar_kernels/libecar_cpu.dylib"])
@@ -103,7 +108,7 @@ def build_wheel(sdist: Path, pip: list, folder: Path) -> Path:
     return wheel
 
 
-def try_in(environment: Path, sdist: Path, first: Path | None, last: bool) -> Path:
+def try_in(environment: Path, sdist: Path, first: Path | None, last: bool, extras: bool) -> Path:
     """The wheel built there, for the next ones, or `first`."""
     python = environment / "bin" / "python"
     pip = [python, "-m", "pip", "--disable-pip-version-check"]
@@ -116,6 +121,10 @@ def try_in(environment: Path, sdist: Path, first: Path | None, last: bool) -> Pa
     if last:
         run(*pip, "install", "--no-deps", "--force-reinstall", sdist, CXX=NO_COMPILER)
         run(python, "-I", SMOKE, WITHOUT_COMPILER)
+    if extras:
+        run(*pip, "install", "--no-deps", "--force-reinstall", first or wheel)
+        run(*pip, "install", f"{first or wheel}[{EXTRAS}]", "peft")
+        run(python, "-I", SMOKE_EXTRAS)
     run(*pip, "uninstall", "--yes", "ecar")
     return first or wheel
 
@@ -135,6 +144,9 @@ def main() -> None:
         default=[],
         metavar="PATH",
         help="an environment that has torch, to be used as it is",
+    )
+    parser.add_argument(
+        "--extras", action="store_true", help="also try what needs the extras, installed"
     )
     arguments = parser.parse_args()
     if not arguments.pairs and not arguments.environment:
@@ -162,7 +174,8 @@ def main() -> None:
                     "--quiet",
                     "torch" if torch_wanted == "newest" else f"torch=={torch_wanted}",
                 )
-            first = try_in(environment or new, sdist, first, last=i == len(tried) - 1)
+            last = i == len(tried) - 1
+            first = try_in(environment or new, sdist, first, last, arguments.extras)
             shutil.rmtree(new, ignore_errors=True)
             print(f"matrix: {name}: {time.monotonic() - begin:.0f} s", flush=True)
     print("matrix: passed")

@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "torch" not in sys.modules and not any(map(os.environ.get, SPIN_VARIABLES)):
         os.environ["GOMP_SPINCOUNT"] = SPINS  # is read when torch is imported
     flags: dict[str, str] = {}
+    known: set[str] = set()
     plain = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"ecar: warning: {_line(message, flags)}\n"
     try:
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = module.FLAGS
         parser = Parser(prog=f"ecar {command}", description=module.__doc__, epilog=module.EXAMPLES)
         module.add_arguments(parser)
+        known.update(parser.flags)
         typed = parser.typed(rest)
         flags = {name: typed.get(flag, flag) for name, flag in flags.items()} | typed
         code = module.run(parser.parse_args(rest))
@@ -72,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
     except Exception as error:
+        if _is_out_of_memory(error):
+            smaller = "; a smaller --batch-size needs less" if "--batch-size" in known else ""
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            print(f"ecar: error: out of memory{smaller} ({reason})", file=sys.stderr)
+            return 2
         if not _is_the_users(error):
             raise
         print(f"ecar: error: {_line(error, flags)}", file=sys.stderr)
@@ -119,6 +126,15 @@ def _is_the_users(error: Exception) -> bool:
 
         return isinstance(error, BackendUnavailableError)
     return False
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's, numpy's, and torch's on any device."""
+    if isinstance(error, RuntimeError) and "torch" in sys.modules:
+        import torch
+
+        return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError)
 
 
 def _raised_by_us(traceback: TracebackType | None) -> bool:

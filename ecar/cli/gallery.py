@@ -7,8 +7,10 @@ The page is for this machine's browser alone unless --host says otherwise.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import queue
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ecar.cli.parser import UsageError, add_checkpoint, add_device, positive
+from ecar.cli.parser import UsageError, add_checkpoint, add_device, port
 from ecar.cli.runtime import chosen_backend, chosen_device, describe_backends
 from ecar.images import make_sheet, to_pil
 from ecar.pipeline import ECARPipeline
@@ -42,7 +44,7 @@ MOST_CALLS, MOST_GUIDANCE = 250, 10.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     parser.add_argument(
-        "--port", type=positive, default=7860, metavar="N", help="of the page (default: 7860)"
+        "--port", type=port, default=7860, metavar="N", help="of the page (default: 7860)"
     )
     parser.add_argument(
         "--host",
@@ -59,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     with chosen_backend(arguments.backend):  # can it serve?
         describe_backends(pipe.model.config, pipe.device, pipe.dtype)
     page = make_page(pipe, arguments.checkpoint, arguments.backend)
+    check_place(arguments.host, arguments.port)
     try:
         _, address, _ = page.launch(
             server_name=arguments.host,
@@ -75,6 +78,24 @@ def run(arguments: argparse.Namespace) -> None:
         threading.Event().wait()
     finally:
         page.close(verbose=False)
+
+
+def check_place(host: str, number: int) -> None:
+    """UsageError where no page can be opened there: gradio says of all that the port is taken."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(
+            host, number, type=socket.SOCK_STREAM
+        )[0]
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(place)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        if not isinstance(error, OSError) or isinstance(error, socket.gaierror):
+            raise UsageError(f"--host: no such address: {host!r} ({reason})") from None
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise UsageError(f"--host: {host} is not an address of this machine") from None
+        raise UsageError(f"--port: cannot use {number}, give another ({reason})") from None
 
 
 def make_page(pipe: ECARPipeline, title: str, backend: str | None = None) -> Any:

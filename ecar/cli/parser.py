@@ -20,6 +20,7 @@ __all__ = [
     "class_list",
     "interval",
     "not_negative",
+    "port",
     "positive",
     "seconds",
     "seed_list",
@@ -48,6 +49,11 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown)}")
         return parsed
 
+    @property
+    def flags(self) -> list[str]:
+        """All that it knows."""
+        return list(self._option_string_actions)
+
     def typed(self, words: Sequence[str]) -> dict[str, str]:
         """Of each flag with several names, the one among these words."""
         given = {word.partition("=")[0] for word in words}
@@ -60,7 +66,7 @@ class Parser(argparse.ArgumentParser):
     def _meant(self, unknown: Sequence[str]) -> str:
         if unknown[-1].endswith(".tar"):
             return "; quote a pattern, as in --dataset 'shards/{000..099}.tar'"
-        known = list(self._option_string_actions)
+        known = self.flags
         words = (word.partition("=")[0] for word in unknown if word.startswith("--"))
         close = [match for word in words for match in difflib.get_close_matches(word, known, n=2)]
         return f"; near it: {', '.join(close)}" if close else ""
@@ -86,6 +92,14 @@ def not_negative(text: str) -> int:
     if not re.fullmatch(r"\d+", text):
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
     return int(text)
+
+
+def port(text: str) -> int:
+    """The number of a TCP port."""
+    number = positive(text)
+    if number >= 2**16:
+        raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, got {text!r}")
+    return number
 
 
 def seconds(text: str) -> float:

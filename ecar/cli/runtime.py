@@ -12,7 +12,7 @@ import torch
 
 from ecar.cli.parser import UsageError
 from ecar.config import ECARConfig
-from ecar.data.load import find_dataset
+from ecar.data.load import IN_FILES, find_dataset
 from ecar.hub import recommended_dtype
 from ecar.info import backends_in_use
 from ecar_kernels import use_backend
@@ -63,6 +63,8 @@ def chosen_device(name: str) -> torch.device:
 
 def chosen_data(dataset: str, root: str | None) -> tuple[str, str | None]:
     """The data set's name and where it lies, which --dataset may name itself."""
+    if root is None and dataset in IN_FILES and os.path.isdir(dataset):
+        dataset = f"{dataset}{os.sep}"  # a folder of that name, such as latents
     name, place = find_dataset(dataset)
     if place is not None and root is not None:
         raise UsageError(f"--data-root: --dataset {dataset} says where the data lies")

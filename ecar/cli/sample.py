@@ -64,6 +64,7 @@ examples:
 """
 FLAGS = {
     "class_labels": "--classes",
+    "seed": "--seed",
     "seeds": "--seeds",
     "steps": "--steps",
     "num_inference_steps": "--steps",
@@ -248,8 +249,8 @@ def choose_grid(
             )
         first, per_class = arguments.seed or 0, columns or arguments.per_class or DEFAULT_COLUMNS
         seeds = [[first + k * count + number for k in range(per_class)] for number in classes]
-    for row in seeds:
-        draw_seeds(row, None, len(row))  # are they int64?
+    for row in seeds:  # are they int64?
+        draw_seeds(row, None, len(row), name="seed" if arguments.seeds is None else "seeds")
     names = pipe.class_names or [str(number) for number in range(count)]
     return Grid(classes, seeds, list(names), describe(arguments, pipe, settings, dtype))
 

@@ -23,7 +23,7 @@ from ecar.cli.runtime import chosen_data
 from ecar.codec import AutoencoderKLCodec
 from ecar.config import PRESETS, ECARConfig
 from ecar.data import LatentDataset
-from ecar.data.load import dataset_sizes
+from ecar.data.load import IN_FILES, dataset_sizes
 from ecar.files import read_json
 from ecar.images import check_output_folder
 from ecar.training import TrainConfig, Trainer
@@ -186,7 +186,7 @@ def new_config(arguments: argparse.Namespace, given: dict[str, Any]) -> TrainCon
     values = {**file, **given}
     if arguments.preset is not None:
         values["model"] = ECARConfig.preset(arguments.preset).to_dict()
-        if values.get("dataset") in ("folder", "shards", "latents") and values.get("data_root"):
+        if values.get("dataset") in IN_FILES and values.get("data_root"):
             sizes = dataset_sizes(values["dataset"], values["data_root"])
             values["model"] = resized(values["model"], sizes)
     chosen = {name: getattr(arguments, f"model.{name}", None) for name in MODEL_FLAGS}

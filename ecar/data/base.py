@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from ecar.codec import RANGE_TOLERANCE
+from ecar.images import BadImageError
 
 _LOOKED_AT = 64  # items of a data set that computes them
 
@@ -226,6 +227,55 @@ def checked_images(images: Any, shape: Sequence[int], *, name: str, pixels: bool
                 stacklevel=2,
             )
     return images
+
+
+def load_batches(
+    dataset: Dataset, rows: Iterable[Sequence[int]], *, workers: int, pin_memory: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels of each list of rows, read by so many processes, or by this one if 0.
+
+    The processes are there when this returns.
+
+    Raises:
+        OSError: while it is iterated, as the data set raised it, in whichever process.
+    """
+    loader = DataLoader(
+        _Fetched(dataset),
+        batch_sampler=rows,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+    )
+    return map(_or_raise, iter(loader))
+
+
+class _Fetched(Dataset):
+    """A data set, batch by batch. What says that a file can't be read takes the batch's place: a
+    DataLoader would raise it with a worker's traceback in its message."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, rows: Sequence[int]) -> Any:
+        try:
+            if hasattr(self.dataset, "__getitems__"):
+                return self.dataset.__getitems__(rows)
+            return [self.dataset[row] for row in rows]
+        except OSError as error:
+            # Those that are known to be the same after a pickle.
+            if type(error) is BadImageError or type(error).__module__ == "builtins":
+                return error
+            raise
+
+
+def _collate(items: Any) -> Any:
+    return items if isinstance(items, OSError) else default_collate(items)
+
+
+def _or_raise(batch: Any) -> Any:
+    if isinstance(batch, OSError):
+        raise batch
+    return batch
 
 
 def check_dataset(

@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import reprlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ecar.files import check_output_folder, check_target, read_json, write_json, write_tensors
 
-from .base import ImageDataset, MissingSplitError, check_dataset, checked_labels
+from .base import ImageDataset, MissingSplitError, check_dataset, checked_labels, load_batches
 from .folder import split_folder
 
 INDEX = "index.json"
@@ -145,9 +143,7 @@ def cache_latents(
             for number in todo
             for first in range(0, len(spans[number]), batch_size)
         ]
-        loader: Iterator[tuple[Tensor, Tensor]] = iter(
-            DataLoader(dataset, batch_sampler=batches, num_workers=num_workers)  # type: ignore[arg-type]
-        )
+        loader = load_batches(dataset, batches, workers=num_workers)
         total = sum(len(spans[number]) for number in mine)
         with tqdm(
             total=total,

@@ -20,7 +20,8 @@ from .folder import FolderDataset, folder_classes
 from .latents import INDEX, LatentDataset
 from .shards import ShardDataset
 
-DATASETS = ("digits", "mnist", "emoji", "folder", "shards", "latents")
+IN_FILES = ("folder", "shards", "latents")  # of the user, who says where
+DATASETS = ("digits", "mnist", "emoji", *IN_FILES)
 _TEN = tuple(str(digit) for digit in range(10))
 
 
@@ -69,7 +70,7 @@ def load_dataset(
         raise ValueError(f"argument 'name': expected one of {', '.join(DATASETS)}, got {name!r}")
     if split not in ("train", "test"):
         raise ValueError(f"argument 'split': expected 'train' or 'test', got {split!r}")
-    if name in ("folder", "shards", "latents") and root is None:
+    if name in IN_FILES and root is None:
         raise ValueError(f"argument 'root': the data set {name!r} needs a folder, got None")
     if name == "folder":
         return FolderDataset(

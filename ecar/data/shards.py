@@ -209,6 +209,11 @@ def _members(path: str) -> Iterator[dict[str, Any]]:
             if member.isreg():
                 place = (member.offset_data, member.size)
                 yield {"fname": member.name, "data": place, "__url__": path}
+        # Where a header is cut or damaged, tarfile stops as at the end, which is a block of zeros.
+        with open(path, "rb") as file:
+            file.seek(archive.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"no header at byte {archive.offset:,}")
 
 
 def _expanded(pattern: str) -> Iterator[str]:

@@ -26,7 +26,7 @@ from .extractors import Extractor, NoExtractorError, default_extractor
 from .measure import NEIGHBOURS, RealSets, checked_samples, now, pixels
 from .neighbours import memorising, neighbour_sheet
 from .provenance import device_name, versions
-from .sampling import as_pipeline, draw_labels, generate, require_positive
+from .sampling import as_pipeline, draw_labels, generate, image_seeds, require_positive
 
 __all__ = ["evaluate", "summary"]
 
@@ -87,6 +87,7 @@ def evaluate(
     """
     require_positive("num_images", num_images, least=NEIGHBOURS + 1)
     require_positive("batch_size", batch_size)
+    seeds = image_seeds(first_seed, num_images)
     for output in (report, samples, classifier):
         if output is not None:
             check_output_folder(Path(output).parent)
@@ -148,7 +149,6 @@ def evaluate(
             )  # fmt: skip
 
         labels, how = _labels(train, num_images, first_seed, config.num_classes)
-        seeds = torch.arange(first_seed, first_seed + num_images)
         drawing = {"batch_size": batch_size, "progress": progress, **settings}
         before = None
         if real is not None and dtype not in (None, pipeline.dtype):

@@ -11,12 +11,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ecar.data import ImageDataset
+from ecar.inputs import draw_seeds
 from ecar.model import ECAR
 from ecar.pipeline import ECARPipeline
 
 from .extractors import to_bytes
 
-__all__ = ["as_pipeline", "draw_labels", "generate", "order", "require_positive"]
+__all__ = ["as_pipeline", "draw_labels", "generate", "image_seeds", "order", "require_positive"]
 
 
 def draw_labels(train: ImageDataset, count: int, *, seed: int = 0) -> Tensor:
@@ -93,6 +94,13 @@ def as_pipeline(source: ECARPipeline | ECAR) -> Iterator[ECARPipeline]:
     finally:
         if trained is not None:
             trained.train()
+
+
+def image_seeds(first_seed: int, count: int) -> Tensor:
+    """So many seeds from the first on, int64; TypeError or ValueError where they are none."""
+    (first,) = draw_seeds([first_seed], None, 1, name="first_seed")
+    draw_seeds([first + count - 1], None, 1, name="first_seed")
+    return first + torch.arange(count)
 
 
 def require_positive(name: str, value: object, least: int = 1) -> None:

@@ -42,7 +42,7 @@ from ecar.sampling.guidance import (
 from ecar.sampling.solver import Grid
 
 from .provenance import device_name, versions
-from .sampling import as_pipeline, require_positive
+from .sampling import as_pipeline, image_seeds, require_positive
 
 __all__ = ["best_row", "frontier", "sweep_steps", "write_best"]
 
@@ -112,6 +112,7 @@ def sweep_steps(
     """
     require_positive("images", images)
     require_positive("batch_size", batch_size)
+    image_seeds(first_seed, images)
     for number in calls:
         require_positive("calls", number)
     if unknown := sorted(name for name in guidance if not name.startswith("guidance_")):
@@ -260,7 +261,7 @@ class Sweep:
         labels = torch.arange(images) % classes
         if classes > images:
             labels = torch.linspace(0, classes - 1, images).round().long()
-        seeds = torch.arange(first_seed, first_seed + images)
+        seeds = image_seeds(first_seed, images)
         self.batches = list(zip(labels.split(batch_size), seeds.split(batch_size), strict=True))
         self.reference, self.reference_facts = self._converged()
 

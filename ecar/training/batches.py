@@ -13,10 +13,10 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from ecar.data import InMemoryDataset
-from ecar.data.base import checked_labels
+from ecar.data.base import checked_labels, load_batches
 
 __all__ = ["Batch", "Batches", "Draws", "draw"]
 
@@ -186,10 +186,10 @@ class Batches:
     def _data(self, begin: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
         if not isinstance(self.dataset, InMemoryDataset):
             # The null class's number would be learnt as if it were a class.
-            for latents, labels in DataLoader(
+            for latents, labels in load_batches(
                 self.dataset,
-                batch_sampler=_Rows(self, begin, end),
-                num_workers=self.workers,
+                _Rows(self, begin, end),
+                workers=self.workers,
                 pin_memory=torch.cuda.is_available(),
             ):
                 yield latents.float(), checked_labels(labels, self.null_class, name="dataset")

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,9 @@ class DiffusersBlock(Foreign):
 
     @classmethod
     def introduce(cls, joined: Any) -> None:
-        # Its caches look a block up by its class.
+        # Its caches look a block up by its class, in a table that models need not have imported.
+        with contextlib.suppress(ImportError):
+            importlib.import_module("diffusers.hooks._helpers")
         table = loaded("diffusers.hooks._helpers.TransformerBlockRegistry")
         if table is not None:
             with contextlib.suppress(ValueError):  # the block's class is not in it

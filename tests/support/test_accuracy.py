@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ecar_kernels.testing import judge_functions
 from tests.support.accuracy import assert_accurate
 
 
@@ -45,3 +46,24 @@ def test_a_wrong_type_or_shape_fails():
         assert_accurate(lambda x: double(x).double(), double, {"x": torch.randn(5)})
     with pytest.raises(AssertionError, match="result 0: "):
         assert_accurate(lambda x: double(x)[None], double, {"x": torch.randn(5)})
+
+
+def test_few_values_are_judged_by_the_median():
+    """One judgement in nine that is past the bound passes; five, or NaN in one, do not."""
+
+    def judged(wrong, size=4):
+        calls = iter(range(9))
+
+        def candidate(x):
+            return [wrong[number] + x if (number := next(calls)) in wrong else x + 0.0]
+
+        def plain(x):
+            return [x + 0.0]
+
+        found = judge_functions(candidate, plain, plain, lambda: [torch.randn(size)])
+        return all(verdict.ok for verdict in found), 9 - len(list(calls))
+
+    assert judged({}) == (True, 9) and judged({}, 5000) == (True, 1)
+    assert judged({0: 1.0, 3: 1.0, 5: 0.1, 8: 1.0}) == (True, 9)
+    assert judged(dict.fromkeys((0, 3, 5, 7, 8), 0.1)) == (False, 9)
+    assert judged({4: float("nan")}) == (False, 9) and judged({0: 0.1}, 5000) == (False, 1)

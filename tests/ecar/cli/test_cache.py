@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 
 import pytest
@@ -93,6 +94,17 @@ def test_what_is_refused(here, run, refused):
         assert message in refused(f"{RUN} --no-progress --output latents {options}")
 
 
+def test_a_folder_may_have_the_name_of_its_kind(here, run):
+    """`ecar cache --output latents`, then `ecar train --dataset latents`."""
+    assert run(f"{RUN} --vae vae --output latents --no-progress")[0] == 0
+    line = "train --preset digits --dataset latents --steps 1 --batch-size 2 --num-workers 0 "
+    line += "--device cpu --sample-every 0 --no-progress --output new"
+    assert run(line)[0] == 0
+    (here / "latents").rename(here / "moved")
+    (here / "new").rename(here / "newer")
+    assert "--data-root: the data set 'latents' needs a folder" in run(line)[2]
+
+
 def test_training_refuses_another_vae(here, run):
     assert run(f"{RUN} --vae vae --output latents --no-progress")[0] == 0
     line = (
@@ -121,16 +133,40 @@ def test_processes_of_torchrun_share_the_shards(here, run, monkeypatch):
     assert "mean" in json.loads((here / "latents" / "train" / "index.json").read_text())
 
 
+def write_tar(path, files, broken, each):
+    """Samples of these images, of which one is cut short; as many of each class."""
+    with tarfile.open(path, "w") as archive:
+        for number, file in enumerate(files):
+            data = file.read_bytes()[: 50 if number == broken else None]
+            for suffix, content in (("png", data), ("cls", str(number // each).encode())):
+                member = tarfile.TarInfo(f"{number:03d}.{suffix}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("command", ["cache", "train"])
+def test_a_broken_image_is_named_by_whichever_process_reads_it(here, run, command, workers):
+    """One that no look at the data set beforehand sees."""
+    pytest.importorskip("webdataset", reason="needs ecar[shards]")
+    files = sorted((here / "birds" / "train").glob("*/*.png")) * 10
+    looked_at = set(torch.linspace(0, 99, 64).round().int().tolist())
+    write_tar(here / "train.tar", files, min(set(range(1, 99)) - looked_at), 50)
+    line = {
+        "cache": "cache --vae vae",
+        "train": "train --preset digits --batch-size 50 --steps 3 --sample-every 0",
+    }[command]
+    code, output, errors = run(
+        f"{line} --dataset train.tar --image-size 16 --device cpu --num-workers {workers} "
+        "--no-progress --output new"
+    )
+    assert (code, output, errors.count("\n")) == (2, "", 1)
+    assert re.match(r"ecar: error: train.tar, byte [\d,]+: not a readable image \(", errors)
+
+
 def test_broken_images_in_tar_files_are_left_out(here, run):
     pytest.importorskip("webdataset", reason="needs ecar[shards]")
-    files = sorted((here / "birds" / "train").glob("*/*.png"))
-    files[3].write_bytes(files[3].read_bytes()[:50])
-    with tarfile.open(here / "train.tar", "w") as archive:
-        for number, file in enumerate(files):
-            archive.add(file, f"{number:03d}.png")
-            label = tarfile.TarInfo(f"{number:03d}.cls")
-            label.size = 1
-            archive.addfile(label, io.BytesIO(str(number // 5).encode()))
+    write_tar(here / "train.tar", sorted((here / "birds" / "train").glob("*/*.png")), 3, 5)
     line = "cache --dataset train.tar --image-size 16 --vae vae --device cpu --num-workers 0 "
     line += "--no-progress --output latents"
     code, _, errors = run(line)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ecar.cli.gallery import drawn_stages, make_page, sheet
+from ecar.cli.gallery import check_place, drawn_stages, make_page, sheet
+from ecar.cli.parser import UsageError
 
 from .conftest import NAMES
 
@@ -120,6 +121,27 @@ def test_a_port_in_use(folder, refused):
         assert f"--port: cannot use {port}, give another (" in refused(
             f"gallery --checkpoint model --device cpu --port {port}"
         )
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "message"),
+    [
+        ("nosuchhost.invalid", 7860, "--host: no such address: 'nosuchhost.invalid' ("),
+        ("999.1.1.1", 7860, "--host: no such address: '999.1.1.1' ("),
+        ("a" * 64, 7860, "--host: no such address: 'aaaa"),
+        ("192.0.2.1", 7860, "--host: 192.0.2.1 is not an address of this machine"),
+        ("127.0.0.1", None, "--port: cannot use "),
+    ],
+)
+def test_where_no_page_can_be(host, port, message):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        in_use = taken.getsockname()[1]
+        with pytest.raises(UsageError) as error:
+            check_place(host, port or in_use)
+    assert str(error.value).startswith(message)
+    check_place("127.0.0.1", in_use)
 
 
 def test_without_gradio(pipe, monkeypatch):

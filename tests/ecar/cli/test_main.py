@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 import ecar.cli.info
 from ecar.cli import COMMANDS, main
@@ -88,6 +89,30 @@ def test_our_own_bugs_keep_their_traceback(run, monkeypatch, error):
     monkeypatch.setattr(ecar.cli.info, "count_parameters", fail)
     with pytest.raises(type(error), match="a bug"):
         run("info --preset digits --steps 2")
+
+
+def too_much():
+    return torch.empty(2**60)
+
+
+def too_much_for_a_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nSee ..")
+
+
+@pytest.mark.parametrize("allocate", [too_much, too_much_for_a_gpu, lambda: np.empty(2**56)])
+@pytest.mark.parametrize("command", ["sample", "info", "cache"])
+def test_out_of_memory_is_one_line_with_the_way_out(run, monkeypatch, command, allocate):
+    module = importlib.import_module(f"ecar.cli.{command}")
+    monkeypatch.setattr(module, "run", lambda arguments: allocate())
+    line = {
+        "sample": "sample --checkpoint x",
+        "info": "info --preset S",
+        "cache": "cache --dataset x --vae y --output z",
+    }[command]
+    code, output, errors = run(line)
+    assert (code, output, errors.count("\n")) == (2, "", 1)
+    way_out = "" if command == "info" else "; a smaller --batch-size needs less"
+    assert errors.startswith(f"ecar: error: out of memory{way_out} (")
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_auto_is_the_format_that_this_cpu_multiplies(folder, run, monkeypatch, r
         ("--seeds 9223372036854775808", "--seeds: expected int64 numbers, got 92233720368547758"),
         ("--seeds 1 --seed 2", "--seeds: lists all seeds"),
         ("--seed x", "--seed: invalid int value: 'x'"),
-        ("--seed 9223372036854775800", "--seeds: expected int64 numbers, got 92233720368547758"),
+        ("--seed 9223372036854775800", "--seed: expected int64 numbers, got 92233720368547758"),
         ("--output out/ --strip", "--strip: in a folder, .*--stages"),
         ("--per-class 0", "--per-class: expected a positive whole number, got '0'"),
         ("--per-class 2 --sheet 3x3", "--per-class: expected 3, .*got 2"),

@@ -35,6 +35,7 @@ WRONG = {
         ("--output x.txt", "output file x.txt: expected a picture's suffix"),
         ("--steps many", "--steps: expected a positive whole number"),
         ("--seed x", "--seed: invalid int value: 'x'"),
+        (f"--seed {2**63}", f"--seed: expected int64 numbers, got {2**63}"),
         ("--guidance x", "--guidance: invalid float value: 'x'"),
         ("--classes tre", "--classes: no class is named 'tre'; near it: three"),
         ("--device gpu", "--device: cannot use 'gpu' here"),
@@ -53,6 +54,7 @@ WRONG = {
         ("--init-from cut", "cut/model.safetensors: not a safetensors file, or cut short"),
         ("--steps x", "--steps: expected a whole number, got 'x'"),
         ("--model.width x", "--model.width: expected a whole number, got 'x'"),
+        (f"--seed {2**63}", "--seed: expected an integer below 2^63"),
         ("--output notes.txt", "output folder notes.txt: is not a folder"),
     ],
     CACHE: [
@@ -65,6 +67,7 @@ WRONG = {
         ("--output notes.txt", "output folder notes.txt: is not a folder"),
         ("--image-size x", "--image-size: expected a positive whole number, got 'x'"),
         ("--image-sise 8", "near it: --image-size"),
+        ("--seed -1", "--seed: expected a whole number of at least 0, got '-1'"),
     ],
     EVALUATE: [
         ("--checkpoint nowhere", "checkpoint 'nowhere': no such folder"),
@@ -78,6 +81,7 @@ WRONG = {
         ("--output notes.txt/x", "notes.txt: is not a folder"),
         ("--npz x.png", "--npz: expected a name that ends in .npz"),
         ("--samples x", "--samples: expected a positive whole number, got 'x'"),
+        (f"--seed {2**63 - 2}", f"--seed: expected int64 numbers, got {2**63 + 5}"),
     ],
     STEPS: [
         ("--checkpoint nowhere", "checkpoint 'nowhere': no such folder"),
@@ -85,6 +89,7 @@ WRONG = {
         ("--output empty", "empty: is a folder"),
         ("--picture x.png", "--picture: expected a name that ends in .svg"),
         ("--calls x", "--calls: expected a positive whole number, got 'x'"),
+        (f"--seed {2**63 - 1}", f"--seed: expected int64 numbers, got {2**63}"),
     ],
     INFO: [
         ("--checkpoint nowhere", "checkpoint 'nowhere': no such folder"),
@@ -110,6 +115,7 @@ WRONG = {
         ("--checkpoint nowhere", "checkpoint 'nowhere': no such folder"),
         ("--checkpoint cut", "cut/model.safetensors: not a safetensors file, or cut short"),
         ("--port x", "--port: expected a positive whole number, got 'x'"),
+        ("--port 65536", "--port: expected a port from 1 to 65535, got '65536'"),
         ("--device gpu", "--device: cannot use 'gpu' here"),
     ],
     TUNE: [

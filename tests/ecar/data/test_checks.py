@@ -10,8 +10,10 @@ from torch.utils.data import Dataset, TensorDataset
 
 from ecar.config import ECARConfig
 from ecar.data import ImageDataset, InMemoryDataset, cache_latents, load_dataset
+from ecar.data.base import load_batches
 from ecar.data.load import find_npz
 from ecar.evaluation import evaluate_images
+from ecar.images import BadImageError
 from ecar.training import TrainConfig, Trainer
 
 CLASSES, COUNT, SHAPE = 4, 200, (1, 8, 8)
@@ -243,3 +245,46 @@ def test_latents_of_a_quantized_type(tmp_path, dtype):
     (tmp_path / "index.json").write_text(json.dumps({**index, "dtype": code}))
     with pytest.raises(ValueError, match=f"expected latents F32, BF16, F16, got '{code}'"):
         load_dataset("latents", root=tmp_path)
+
+
+class Unreadable(Dataset):
+    """Its file can't be read, which it says as `error`."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __getitem__(self, row):
+        raise self.error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "error",
+    [
+        BadImageError([("a.png", "cut short")]),
+        BadImageError([("a.png", "x"), ("b.png", "y")], folder=".", total=3, hint="look"),
+        FileNotFoundError(2, "No such file or directory", "a.tar"),
+        OSError("a.tar: no more"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_can_t_be_read_is_said_as_it_was_raised(error, workers):
+    with pytest.raises(type(error)) as caught:
+        list(load_batches(Unreadable(error), [[0, 1]], workers=workers))
+    assert str(caught.value) == str(error)
+    assert vars(caught.value) == vars(error)
+
+
+class AtOnce(TensorDataset):
+    """A data set that makes a batch at once."""
+
+    def __getitems__(self, rows):
+        return [(self.tensors[0][row] + 1, self.tensors[1][row]) for row in rows]
+
+
+def test_batches_are_those_of_a_data_loader():
+    images, labels = good_images(), good_labels()
+    for kind, more in ((TensorDataset, 0), (AtOnce, 1)):
+        for workers in (0, 1):
+            (batch,) = load_batches(kind(images, labels), [[5, 3]], workers=workers)
+            assert batch[0].equal(images[[5, 3]] + more) and batch[1].equal(labels[[5, 3]])

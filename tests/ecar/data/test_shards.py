@@ -189,6 +189,23 @@ def test_files_that_are_none(shards):
         load_dataset("shards", root=root)
 
 
+def test_a_tar_file_that_is_cut_or_damaged_anywhere_is_refused(shards):
+    """Also between members and in a header, where tarfile takes it for the end."""
+    root, *_ = shards
+    file = root / "0000.tar"
+    whole = file.read_bytes()
+    with tarfile.open(file) as archive:
+        members = archive.getmembers()
+        end = archive.offset
+    damaged = [whole[: member.offset + 5] + b"x" + whole[member.offset + 6 :] for member in members]
+    for content in (*(whole[:cut] for cut in range(0, end + 512, 256)), *damaged):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"0000\.tar: not an uncompressed tar file, or cut"):
+            load_dataset("shards", root=root, image_size=8)
+    file.write_bytes(whole[: end + 512])  # one block of zeros is an end
+    assert len(load_dataset("shards", root=root, image_size=8)) == 12
+
+
 def test_an_image_that_is_none_is_named_by_its_place(tmp_path):
     members = {"a.png": PNG, "a.cls": b"0", "b.png": PNG[:30], "b.cls": b"0", "c.png": b"",
                "c.cls": b"0"}  # fmt: skip

@@ -219,7 +219,7 @@ class TestPeft:
         drawn = accelerated(model())
         lora(drawn, ["qkv"])
         rows = [row for row in ecar_kernels.report(drawn) if row.name == "heads.0.blocks.0"]
-        assert "qkv: a Linear in the place of a Linear" in rows[0].left[0]
+        assert "qkv: a peft.tuners.lora.layer.Linear in the place of a Linear" in rows[0].left[0]
 
 
 @pytest.mark.parametrize("way", WAYS)
