@@ -70,10 +70,16 @@ class KVCache:
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store the next stage's [R, n, H, D] of one layer, of the first R rows; views of all of
         its stages so far."""
-        (rows, count), begin = key.shape[:2], self.length
-        keys, values = (kept[layer, :rows, : begin + count] for kept in (self.keys, self.values))
-        keys[:, begin:] = key
-        values[:, begin:] = value
+        keys, values = self.room(layer, *key.shape[:2])
+        keys[:, self.length :] = key
+        values[:, self.length :] = value
+        return keys, values
+
+    def room(self, layer: int, rows: int, count: int) -> tuple[Tensor, Tensor]:
+        """The same views, of which the next stage's `count` tokens are not written yet."""
+        keys, values = (
+            kept[layer, :rows, : self.length + count] for kept in (self.keys, self.values)
+        )
         return keys, values
 
 

@@ -6,11 +6,13 @@ does.
 
 from typing import Any, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ecar_kernels._written import as_written, has_affine
 from ecar_kernels.acceleration import PUBLIC, Ops, unit_gate
+from ecar_kernels.adaln.autograd import any_requires_grad
 
 T = TypeVar("T", Tensor, Tensor | None)
 
@@ -22,6 +24,7 @@ __all__ = [
     "mlp_gated_residual",
     "multiplies",
     "norm_linear",
+    "norm_linear_cached",
     "norm_mlp_residual",
     "product",
     "rows",
@@ -97,6 +100,51 @@ def norm_linear(
         shift, scale = (p.expand(len(x), 1, -1) for p in (norm.bias, norm.weight))
         return adaln_linear(ops, layer, x, shift, scale, gelu=gelu, eps=norm.eps, scale_offset=0.0)
     return _act(layer(norm(x)), gelu)
+
+
+def norm_linear_cached(
+    ops: Ops, norm: nn.Module, layer: nn.Module, x: Tensor, cache: Any, index: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """layer(norm(x)) in thirds: queries [B, n, H, D], and of all stages in the cache, as layer
+    `index`, the keys and values [B, N, H, D], to which the product wrote the newest.
+
+    None where that is not one launch: there is no cache, or none with a `room`; the backend writes
+    to none; a layer is not as written; or gradients are asked for.
+    """
+    run = getattr(ops.adaln_linear, "cached", None)
+    width = x.shape[-1]
+    if (
+        run is None
+        or not _has_room(cache)
+        or not (has_affine(norm) and as_written(layer, nn.Linear))
+        or norm.bias.shape != (width,)
+        or layer.weight.shape != (3 * width, width)
+    ):
+        return None
+    keys, values = cache.room(index, *x.shape[:2])
+    if torch.is_grad_enabled() and any_requires_grad(x, keys, values):
+        return None
+    newest = [kept[:, kept.shape[1] - x.shape[1] :] for kept in (keys, values)]
+    if any(
+        kept.shape[:2] != x.shape[:2]
+        or kept.shape[2] * kept.shape[3] != width
+        or kept.dtype is not x.dtype
+        or kept.device != x.device
+        or kept.stride(3) != 1
+        or kept.stride(2) != kept.shape[3]
+        for kept in newest
+    ):
+        return None
+    shift, scale = (p.expand(len(x), 1, -1) for p in (norm.bias, norm.weight))
+    given = layer.weight, layer.bias, *(kept.flatten(2) for kept in newest)
+    q = run(x, shift, scale, *given, eps=norm.eps, scale_offset=0.0)
+    return q.view(*q.shape[:2], *keys.shape[2:]), keys, values
+
+
+def _has_room(cache: Any) -> bool:
+    """Is its `write` that of the class which has its `room`?"""
+    owners = (getattr(owner, "__dict__", {}) for owner in (cache, *type(cache).__mro__))
+    return next(("room" in own for own in owners if "write" in own), False)
 
 
 def linear_gated_residual(

@@ -18,7 +18,9 @@ from ecar_kernels.fused import rows
 
 
 class KVCache(Protocol):
-    """What an attention writes its keys and values to when it goes on stage by stage."""
+    """What an attention writes its keys and values to when it goes on stage by stage; a product on
+    a GPU does so itself where the class has also `room(layer, B, n)`: it returns what `write` does
+    and writes nothing."""
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store the newest stage's [B, n, H, D]; all stages' so far, [B, N, H, D]."""
@@ -123,16 +125,19 @@ class _Attention(OpsModule):
 
     def attend(
         self,
-        qkv: Tensor,
+        qkv: Tensor | tuple[Tensor, Tensor, Tensor],
         stage_lengths: Sequence[int] | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Tensor:
-        """[B, n, 3 C] -> [B, n, C]; without lengths, all tokens are one stage."""
-        b, n = qkv.shape[:2]
-        q, k, v = rows(qkv).view(b, n, 3, self.heads, self.head_dim).unbind(2)
-        if cache is not None:
-            k, v = cache.write(layer, k, v)
+        """[B, n, 3 C], or its parts -> [B, n, C]; without lengths, all tokens are one stage."""
+        if isinstance(qkv, Tensor):
+            q, k, v = rows(qkv).view(*qkv.shape[:2], 3, self.heads, self.head_dim).unbind(2)
+            if cache is not None:
+                k, v = cache.write(layer, k, v)
+        else:
+            q, k, v = qkv
+        b, n = q.shape[:2]
         lengths = stage_lengths or (n,)
         ops = self.ops(q) if _fits(lengths, q, k) else PUBLIC
         return ops.stage_attention(q, k, v, lengths).reshape(b, n, self.width)
@@ -385,7 +390,9 @@ class AcceleratedStageBlock(Accelerated, StageBlock):
         ops = self.ops(x)
         if ops is PUBLIC or not isinstance(self, Accelerated):  # restored, and still called
             return StageBlock.forward(self, x, stage_lengths, cache, layer)
-        qkv = fused.norm_linear(ops, self.norm1, self.qkv, x)
+        qkv: Any = fused.norm_linear_cached(ops, self.norm1, self.qkv, x, cache, layer)
+        if qkv is None:
+            qkv = fused.norm_linear(ops, self.norm1, self.qkv, x)
         x = fused.linear_residual(ops, self.proj, self.attend(qkv, stage_lengths, cache, layer), x)
         return fused.norm_mlp_residual(ops, self.norm2, self.mlp, MLP, x)
 

@@ -177,15 +177,20 @@ def note(op: str, backend: str) -> None:
 
 def recorded(run: BoundOp) -> BoundOp:
     """A bound op which also notes each of its calls."""
-    function = run.function
 
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        if not run.chooses:
-            note(run.op, run.backend)
-        return function(*args, **kwargs)
+    def noting(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            if not run.chooses:
+                note(run.op, run.backend)
+            return function(*args, **kwargs)
 
-    return BoundOp(run.implementation, call, chooses=run.chooses)
+        return call
+
+    found = BoundOp(run.implementation, noting(run.function), chooses=run.chooses)
+    if run.cached is not None:
+        found.cached = noting(run.cached)
+    return found
 
 
 def _not_implemented(op: str, backend: str) -> str:

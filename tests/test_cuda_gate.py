@@ -91,3 +91,11 @@ def test_a_cell_has_registers_loads_and_what_spills():
     slower = Row("sm_90", "euler float32 wide", 33, 0, 0, 3, 1)
     said = ["euler float32 wide sm_90: 32 (3, 1) on the page, 33 (3, 1) here"]
     assert cuda_gate.differences([slower], page) == said
+
+
+def test_an_access_before_the_wait_is_seen():
+    wait, prefetch = "ACQBULK ;", "CCTL.E.PF2 [R4] ;"
+    for access in ("@P0 LDG.E.128 R4, desc[UR4][R2.64] ;", "STG.E [R2], R4 ;", "REDG.E.ADD [R2] ;"):
+        assert cuda_gate.touches_memory_early(f"{prefetch} {access} {wait}")
+        assert cuda_gate.touches_memory_early(f"{prefetch} {access}")
+        assert not cuda_gate.touches_memory_early(f"LDC R1, c[0x0] ; {prefetch} {wait} {access}")

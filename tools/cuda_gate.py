@@ -7,10 +7,11 @@ The page has a digest of the sources, the flags and the compiler. Where that is 
 now, --changed compiles for one chip, else for all; it writes nothing, and fails where nvcc is the
 page's and a kernel's row is another one.
 
-Fails where a kernel spills registers, or where the machine code of a kernel for aligned rows has
-no 128-bit load or no 128-bit store, or flow_boundary's too few loads for its two weights. Skips,
-with the reason, where nvcc is missing, and the look at the machine code where cuobjdump (Triton's
-package brings one) is.
+Fails where a kernel spills registers; where, from sm_90 on, it does not wait for the kernel before
+it, or touches memory earlier but by a prefetch; or where the machine code of a kernel for aligned
+rows has no 128-bit load or no 128-bit store, or flow_boundary's too few loads for its two weights.
+Skips, with the reason, where nvcc is missing, and the look at the machine code where cuobjdump
+(Triton's package brings one) is.
 """
 
 import argparse
@@ -26,6 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+
+from ecar_kernels._triton import DEPENDENT_ARCHITECTURE
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "csrc" / "cuda" / "flow_step.cu"
@@ -82,19 +85,27 @@ def readable(symbol: str) -> str:
     return " ".join((name[1], *said))
 
 
-def accesses(cuobjdump: str, cubin: Path) -> dict[str, tuple[int, int]]:
-    """128-bit global loads and stores of each kernel in the machine code."""
+def machine_code(cuobjdump: str, cubin: Path) -> dict[str, str]:
+    """Of each kernel."""
     text = subprocess.run(
         [cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True
     ).stdout
     parts = re.split(r"Function : (\w+)", text)[1:]
-    return {
-        name: (
-            len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128\b", code)),
-            len(re.findall(r"\bSTG\.E\.(?:\w+\.)*128\b", code)),
-        )
-        for name, code in zip(parts[::2], parts[1::2], strict=True)
-    }
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def accesses(code: str) -> tuple[int, int]:
+    """128-bit global loads and stores in machine code."""
+    loads, stores = (
+        len(re.findall(rf"\b{kind}\.E\.(?:\w+\.)*128\b", code)) for kind in ("LDG", "STG")
+    )
+    return loads, stores
+
+
+def touches_memory_early(code: str) -> bool:
+    """Has it no griddepcontrol.wait, ACQBULK, or an access to memory before that?"""
+    before, waits, _ = code.partition("ACQBULK")
+    return not waits or bool(re.search(r"\b(LDG|STG|LD|ST|ATOM|ATOMG|RED|REDG|LDGSTS)\b", before))
 
 
 def compile_for(chip: str, nvcc: str, cuobjdump: str | None, folder: Path) -> Iterator[Row]:
@@ -114,7 +125,7 @@ def compile_for(chip: str, nvcc: str, cuobjdump: str | None, folder: Path) -> It
     )
     if done.returncode != 0:
         raise SystemExit(f"{chip}: {done.stdout}{done.stderr}")
-    seen = accesses(cuobjdump, cubin) if cuobjdump else {}
+    seen = machine_code(cuobjdump, cubin) if cuobjdump else {}
     for found in INFO.finditer(done.stderr + done.stdout):
         row = Row(
             chip,
@@ -126,13 +137,17 @@ def compile_for(chip: str, nvcc: str, cuobjdump: str | None, folder: Path) -> It
         if row.spills or row.stack:
             row.problem = "registers spill or a stack is kept"
         if found["name"] in seen:
-            row.loads, row.stores = seen[found["name"]]
+            row.loads, row.stores = accesses(seen[found["name"]])
             loads = 0 if row.kernel.startswith("initial_noise") else 2
             boundary = row.kernel.startswith("flow_boundary")  # reads its two weights so
             if (row.kernel.endswith("wide") and (row.loads < loads or not row.stores)) or (
                 boundary and row.loads < loads
             ):
                 row.problem = "128-bit loads or stores are missing"
+            if int(chip.removeprefix("sm_")) >= DEPENDENT_ARCHITECTURE and touches_memory_early(
+                seen[found["name"]]
+            ):
+                row.problem = "touches memory before it waits for the kernel before it"
         yield row
 
 
@@ -166,7 +181,8 @@ def page(rows: list[Row], compiler: str) -> str:
             "",
             f"`make cuda-gate`; {compiler}; sources {digest()}. Compiled, not run. A cell holds "
             'registers and, in brackets, 128-bit loads and stores. "wide" is the kernel for rows '
-            "that begin on 16 bytes. The gate fails if a kernel spills registers.",
+            "that begin on 16 bytes. The gate fails if a kernel spills registers or, from sm_90 "
+            "on, touches memory before it waits for the kernel before it.",
             "",
             f"| kernel | {' | '.join(chips)} |",
             "|---" * (len(chips) + 1) + "|",

@@ -85,7 +85,8 @@ class Launch:
 def cost_of(function: Any, args: Any, kwargs: dict[str, Any], results: Any) -> Cost:
     """An op's bytes, and its multiply-adds by its record or by torch's counter of FLOPs."""
     moved = bytes_of(tree_leaves((args, kwargs, results)))
-    record = RECORDS.get(function._schema.name.partition("::")[2].removesuffix("_velocity"))
+    name = function._schema.name.partition("::")[2]
+    record = RECORDS.get(name.removesuffix("_velocity").removesuffix("_cached"))
     if function.namespace != "aten" and record is not None:
         names = [argument.name for argument in function._schema.arguments]
         given = dict(zip(names, args, strict=False)) | kwargs

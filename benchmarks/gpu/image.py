@@ -139,13 +139,17 @@ def _measure(
     fastest = min(medians.values())
     found |= {"image_seconds": fastest / row.batch, "floor_seconds": floors}
     found["of_the_floor"] = max(floors.values()) / fastest
-    if (row.batch, row.numbers, row.way) == (1, "bfloat16", "default") and not work.dry:
-        chip = torch.cuda.get_device_name()
-        predicted = launches.predicted_seconds(row.size, setting, chip)
-        found["predicted_seconds"] = predicted
-        medians |= {} if predicted is None else {"predicted": predicted}
+    predicted = found["predicted_seconds"] = None if work.dry else _predicted(row, setting)
+    medians |= {} if predicted is None else {"predicted": predicted}
     said = ", ".join(f"{way} {1e3 * seconds:.1f} ms" for way, seconds in medians.items())
     work.add(f"{row.name}, {setting}", said, **row._asdict(), **found)
+
+
+def _predicted(row: Row, setting: str) -> float | None:
+    """By the committed prediction, where there is one for the row and the GPU."""
+    if (row.batch, row.numbers, row.way) != (1, "bfloat16", "default"):
+        return None
+    return launches.predicted_seconds(row.size, setting, torch.cuda.get_device_name())
 
 
 def _profile(work: Work, name: str, run: Callable[[], object]) -> None:

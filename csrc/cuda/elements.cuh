@@ -40,12 +40,14 @@ union Vector {
   T items[kVector<T>];
 };
 
-// `count` elements from `from`, as floats; in one access where `whole`, else one by one.
+// `count` elements from `from`, as floats; in one access where `whole`, else one by one. Not by
+// __ldg, which is for what nobody writes to while the kernel lives: it begins before the one before
+// it has ended.
 template <class T>
 ECAR_DEVICE void load(const T* from, int count, bool whole, float (&to)[kVector<T>]) {
   if (whole) {
     Vector<T> data;
-    data.bytes = __ldg(reinterpret_cast<const uint4*>(from));
+    data.bytes = *reinterpret_cast<const uint4*>(from);
 #pragma unroll
     for (int i = 0; i < kVector<T>; ++i) to[i] = to_float(data.items[i]);
   } else {
@@ -75,6 +77,26 @@ ECAR_DEVICE void prefetch(const void* address) {
   asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
 #else
   static_cast<void>(address);
+#endif
+}
+
+// Into the L2 cache alone, which sees later writes: for what is asked for before
+// await_previous().
+ECAR_DEVICE void prefetch_early(const void* address) {
+#ifdef __NVCC__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#else
+  static_cast<void>(address);
+#endif
+}
+
+// The kernel before this one on the stream may still run: what it writes is there after this, and
+// what it reads may be written to. The kernel after this one may start, and wait likewise. Every
+// thread calls it, also one with nothing to do: where a kernel has ended, so have those before it.
+ECAR_DEVICE void await_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize();
 #endif
 }
 

@@ -108,11 +108,13 @@ __device__ inline void store_row(float* to, int count, bool whole, const float (
 }
 
 // Asks for `count` elements, 128 bytes a thread; nothing where there is no tensor.
-template <class T>
+template <bool kEarly = false, class T>
 __device__ inline void ask_for(const T* from, std::int64_t count) {
   if (from == nullptr) return;
   constexpr int kLine = 128 / sizeof(T);
-  for (std::int64_t i = threadIdx.x * kLine; i < count; i += blockDim.x * kLine) prefetch(from + i);
+  for (std::int64_t i = threadIdx.x * kLine; i < count; i += blockDim.x * kLine) {
+    kEarly ? prefetch_early(from + i) : prefetch(from + i);
+  }
 }
 
 // A lane's part of one output's sums: of its 16 bytes of every 512 where the rows allow it.
@@ -158,6 +160,12 @@ __device__ inline void flow_boundary_block(const FlowBoundary& a, float* shared)
   const std::int64_t image = group / groups, first = group % groups * kTokens;
   const int band = (channels + slices - 1) / slices;  // of channels that this block embeds
   const int begin = slice * band, end = begin + band < channels ? begin + band : channels;
+  if (kTokens == 1) {  // weights, which no kernel before this one writes
+    ask_for<true>(static_cast<const T*>(a.weight), std::int64_t{outputs} * channels);
+    ask_for<true>(static_cast<const T*>(a.embed_weight) + std::int64_t{begin} * outputs,
+                  std::int64_t{end - begin} * outputs);
+  }
+  await_previous();
   float* y = shared;                       // [row][channel]
   float* velocity = y + kRows * channels;  // [row][output]
   float* state = velocity + kRows * outputs;

@@ -4,6 +4,9 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdlib>
+#include <cstring>
+
 #include "cuda/flow_boundary.cuh"
 
 namespace ecar {
@@ -14,6 +17,7 @@ constexpr int kThreads = 128;
 
 template <class T, bool kWide>
 __global__ void __launch_bounds__(kThreads) euler_kernel(EulerStep a, std::int64_t units) {
+  await_previous();
   const std::int64_t unit = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (unit < units) euler_unit<T>(a, kWide, unit);
 }
@@ -21,6 +25,7 @@ __global__ void __launch_bounds__(kThreads) euler_kernel(EulerStep a, std::int64
 template <class T, bool kWide>
 __global__ void __launch_bounds__(kThreads) upsample_renoise_kernel(UpsampleRenoise a,
                                                                     std::int64_t units) {
+  await_previous();
   const std::int64_t unit = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (unit < units) upsample_renoise_unit<T>(a, kWide, unit);
 }
@@ -28,6 +33,7 @@ __global__ void __launch_bounds__(kThreads) upsample_renoise_kernel(UpsampleReno
 template <class T, bool kWide>
 __global__ void __launch_bounds__(kThreads) initial_noise_kernel(InitialNoise a,
                                                                  std::int64_t units) {
+  await_previous();
   const std::int64_t unit = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (unit < units) initial_noise_unit<T>(a, kWide, unit);
 }
@@ -36,6 +42,18 @@ template <class T, class S, int kTokens, int kGuided>
 __global__ void __launch_bounds__(kBoundaryThreads, 2) flow_boundary_kernel(FlowBoundary a) {
   extern __shared__ float shared[];
   flow_boundary_block<T, S, kTokens, kGuided>(a, shared);
+}
+
+// May the kernel begin before the one before it on the stream has ended? Where the code that this
+// device runs has await_previous(), as that of sm_90 and newer, and the environment allows it.
+template <class Kernel>
+bool begins_early(Kernel* kernel) {
+  static const char* const given = std::getenv("ECAR_DEPENDENT_LAUNCH");
+  if (given != nullptr && std::strcmp(given, "0") == 0) return false;
+  cudaFuncAttributes found{};
+  if (cudaFuncGetAttributes(&found, kernel) == cudaSuccess) return found.ptxVersion >= 90;
+  cudaGetLastError();
+  return false;
 }
 
 // Every launch: a row of blocks, none where there is nothing to do.
@@ -49,6 +67,11 @@ int launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, std:
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
   config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = begins_early(kernel) ? 1 : 0;
   cudaError_t error = cudaSuccess;
   if (bytes > 48 << 10) {  // more has to be asked for; not a stream's work, so fine in a graph
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -84,12 +84,12 @@ def _op(op: str, dtype: str, channels: int, arch: int) -> Iterator[CompileCase]:
                 kernels.backward,
                 dtype,
                 constants,
-                how,
+                how if sums else how.unsummed(),
             )
 
 
 def _case(name: str, kernel, dtype: str, constants: dict, settings) -> CompileCase:
-    constants = constants | {"ROWS": settings.rows, "EARLY": settings.early}
+    constants = constants | {"ROWS": settings.rows, **settings.loads}
     constants = {name: constants[name] for name in kernel.arg_names if name in constants}
 
     def kind(argument: str) -> str:

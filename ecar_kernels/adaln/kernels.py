@@ -120,7 +120,7 @@ def forward(
 
 
 @triton.jit
-def _residual(grad_view, branch_view, gate_view, step_gate, step_gate_image, place):
+def _residual(grad_view, branch_view, gate_view, step_gate, place):
     """What the backward of the gated residual reads: of what is None, zeros that cost nothing."""
     grad = tl.zeros(place[3].shape, tl.float32)
     branch_value, gate_value = grad, grad
@@ -128,8 +128,17 @@ def _residual(grad_view, branch_view, gate_view, step_gate, step_gate_image, pla
         grad = _load(grad_view, place)
     if branch_view[0] is not None:
         branch_value = _load(branch_view, place)
-        gate_value = _combined(gate_view, step_gate, step_gate_image, place)
+        gate_value = _load(gate_view, place) + step_gate
     return grad, branch_value, gate_value
+
+
+@triton.jit
+def _step(step, step_stride, image, column, C: tl.constexpr):
+    """A step's row of an image, which all its tokens share; 0 where there is none."""
+    if step is None:
+        return 0.0
+    else:
+        return _load((step, step_stride, 0), (image, 0, column, column < C))
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -170,6 +179,7 @@ def backward(
     SUM_SHIFT: tl.constexpr,
     SUM_SCALE: tl.constexpr,
     EARLY: tl.constexpr,
+    STAGES: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -180,6 +190,7 @@ def backward(
     and `image_programs` do an image. Its sums of the gradients of gate, shift and scale, of each
     that is flagged, go to the first of partial [programs, slots, C], float32. EARLY: whether the
     gated residual is read before the LayerNorm's gradient is known, or, to save registers, after.
+    STAGES: with 2, the next rows are copied to shared memory while these are done.
     """
     program = tl.program_id(0)
     image = (program // image_programs).to(tl.int64)
@@ -191,8 +202,9 @@ def backward(
     scale_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     grad_view = grad_new_x, grad_new_x_image, grad_new_x_token
     branch_view, gate_view = (branch, branch_image, branch_token), (gate, gate_image, gate_token)
-    gated = grad_view, branch_view, gate_view, step_gate, step_gate_image
-    for begin in range(first, last, ROWS):
+    gated = grad_view, branch_view, gate_view, _step(step_gate, step_gate_image, image, column, C)
+    step = 1.0 + _step(step_scale, step_scale_image, image, column, C)
+    for begin in tl.range(first, last, ROWS, num_stages=STAGES):
         token = begin + tl.arange(0, ROWS)[:, None]
         mask = (token < last) & (column < C)
         row = (image * tokens + token) * C
@@ -202,8 +214,7 @@ def backward(
         if grad_y is not None:
             shift_gradient = _load((grad_y, grad_y_image, grad_y_token), place)
             value = _load((x, x_image, x_token), place)
-            scale_view = scale, scale_image, scale_token
-            scale_value = _combined(scale_view, step_scale, step_scale_image, place)
+            factor = _load((scale, scale_image, scale_token), place) + step
             # dx = (g - mean(g) - n mean(g n)) / deviation, with g = dy (1 + scale), n = LN(x).
             centred, inverse_deviation = _statistics(value, column, eps, C)
             normal = centred * inverse_deviation
@@ -214,7 +225,7 @@ def backward(
                 shift_sum += shift_gradient
             if SUM_SCALE:
                 scale_sum += scale_gradient
-            modulated = shift_gradient * (1.0 + scale_value)
+            modulated = shift_gradient * factor
             mean = tl.sum(modulated, 1, keep_dims=True) / C
             slope = tl.sum(modulated * normal, 1, keep_dims=True) / C
             norm_gradient = (modulated - mean - normal * slope) * inverse_deviation

@@ -23,16 +23,40 @@ class ForwardSettings:
         """Of a thread: what there is. Left alone, ptxas spills a few to fit one more program."""
         return min(255, 65536 // (32 * self.num_warps))
 
+    @property
+    def loads(self) -> dict[str, int]:
+        """The kernel's constants that say when it reads."""
+        return {"EARLY": self.early}
+
 
 @dataclass(frozen=True)
 class BackwardSettings(ForwardSettings):
     """program_rows: done by a program one after the other, `rows` at once, where it sums them.
 
-    fused: gated_residual_adaln's is one launch, not those of its two halves.
+    prefetch: the next of them are copied to shared memory while a program does these; nothing is
+    then early. fused: gated_residual_adaln's is one launch, not those of its two halves.
     """
 
     program_rows: int
+    prefetch: bool
     fused: bool
+
+    @property
+    def max_registers(self) -> int:
+        """Where shared memory holds what comes next: those of two programs of 8 warps. Of rows of
+        at most 512 channels Triton 3.6 and 3.9 would spill a few on sm_100 and sm_120: those of
+        three of 4 warps."""
+        wide = self.rows == 1 and self.num_warps >= 4
+        most = 255 if not self.prefetch else 128 if wide else 168
+        return min(super().max_registers, most)
+
+    @property
+    def loads(self) -> dict[str, int]:
+        return {"EARLY": self.early and not self.prefetch, "STAGES": 1 + self.prefetch}
+
+    def unsummed(self) -> "BackwardSettings":
+        """Where a program does `rows` rows and no others."""
+        return replace(self, program_rows=self.rows, prefetch=False)
 
 
 # A program sums up to 64 partial sums of 64 channels (256 contiguous bytes of each) at a time:
@@ -81,28 +105,39 @@ def default(
     # With 8 warps a thread has 255 registers, with 16 it has 128: then a row is read as it is
     # needed. Of 16 values a thread, three sums alone would take 48.
     early = num_warps <= 8
-    if not (aligned and channels % 16 == 0) or (wide and arch >= 120):
+    aligned &= channels % 16 == 0  # else nothing can be copied to shared memory
+    if not aligned or (wide and arch >= 120):
         # With 16 warps more registers in all go to addresses and the like: Triton 3.6 spills the
         # widest on sm_120, and both do where each value is loaded by itself, from 2049 columns on.
         num_warps = min(8, num_warps)
+    # Six float32 rows of 2048 columns are 48 KiB, of which sm_120's 100 hold two programs', and of
+    # 4096 columns one's. Two wide rows in turn would take too much.
+    prefetch = aligned and not wide and program_rows > at_once
     return BackwardSettings(
-        at_once, num_warps, early=early, program_rows=max(at_once, program_rows), fused=not wide
+        at_once,
+        num_warps,
+        early=early,
+        program_rows=max(at_once, program_rows),
+        prefetch=prefetch,
+        fused=not wide,
     )
 
 
 def candidates(
     op: str, channels: int, rows: int, arch: int
 ) -> list[ForwardSettings | BackwardSettings]:
-    """What is worth measuring: half to twice the values a thread, sums of 4 to 32 rows."""
+    """What is worth measuring: half to twice the values a thread, sums of 4 to 32 rows, and when
+    they are read."""
     usual = default(op, channels, rows, arch)
     values = usual.rows * padded(channels)
     warps = sorted({_warps(values, per_thread) for per_thread in (4, 8, 16)})
     if not isinstance(usual, BackwardSettings):
         return [replace(usual, num_warps=w) for w in warps]
     program_rows = sorted({max(usual.rows, n) for n in (4, 8, 16, 32)})
+    when = [(False, False), (True, False), *([(usual.early, True)] if usual.prefetch else [])]
     return [
-        replace(usual, num_warps=w, program_rows=n, early=early)
+        replace(usual, num_warps=w, program_rows=n, early=early, prefetch=prefetch)
         for w in warps
         for n in program_rows
-        for early in (False, True)
+        for early, prefetch in when
     ]

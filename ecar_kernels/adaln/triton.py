@@ -185,7 +185,7 @@ def _forward(
 
 def _options(its: launch.ForwardSettings, channels: int) -> dict[str, int]:
     return {
-        "EARLY": its.early,
+        **its.loads,
         "C": channels,
         "BLOCK": launch.padded(channels),
         "ROWS": its.rows,
@@ -257,8 +257,8 @@ def _backward(
     outputs = [_asked(tensor) for tensor in gradients]
     batch, tokens, channels = like.shape
     slots = len(sums)
-    program_rows = its.program_rows if slots else its.rows
-    image_programs = -(-tokens // program_rows)
+    its = its if slots else its.unsummed()
+    image_programs = -(-tokens // its.program_rows)
     programs = batch * image_programs
     partial = None
     if slots:
@@ -276,7 +276,7 @@ def _backward(
             *outputs,
             partial,
             tokens,
-            program_rows,
+            its.program_rows,
             image_programs,
             slots,
             eps,

@@ -8,7 +8,7 @@ from ecar_kernels._triton import CompileCase
 from ecar_kernels.flow_block import kernels, launch
 
 _TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_INTEGERS = ("rows", "tokens", "channels", "inputs", "outputs")
+_INTEGERS = ("rows", "tokens", "channels", "inputs", "outputs", "width")
 _FLOATS = ("eps", "scale_offset")
 _UNALIGNED = (*kernels.COUNTS, *_FLOATS)
 _MODULATION = (

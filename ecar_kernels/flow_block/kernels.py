@@ -219,17 +219,26 @@ def _normalised_product(
 
 
 @triton.jit
-def _finish_adaln_linear(y, bias, out, rows, outputs, tile, GELU: tl.constexpr):
-    """Stores act(y + bias): the epilogue of adaln_linear."""
+def _finish_adaln_linear(
+    y, bias, out, width, keys_view, values_view, rows, tokens, outputs, tile, GELU: tl.constexpr
+):
+    """Stores act(y + bias): the epilogue of adaln_linear. The first `width` outputs go to out, as
+    many then to rows of keys_view, and the last to rows of values_view, where there are those."""
     row, output = tile
     if bias is not None:
         y += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
     if GELU:
         # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), which does not cancel where y < 0.
         y = y / (1 + tl.exp2((y + 0.044715 * y * y * y) * _GELU_SLOPE))
-    place = row.to(tl.int64)[:, None] * outputs + output[None, :]
-    mask = (row < rows)[:, None] & (output < outputs)[None, :]
-    tl.store(out + place, y.to(out.dtype.element_ty), mask=mask)
+    y = y.to(out.dtype.element_ty)
+    inside, column = (row < rows)[:, None], output[None, :]
+    place = row.to(tl.int64)[:, None] * width + column
+    tl.store(out + place, y, mask=inside & (column < width))
+    if keys_view[0] is not None:
+        key = _rows_of(keys_view, row, tokens)[:, None] + (column - width)
+        value = _rows_of(values_view, row, tokens)[:, None] + (column - 2 * width)
+        tl.store(key, y, mask=inside & (column >= width) & (column < 2 * width))
+        tl.store(value, y, mask=inside & (column >= 2 * width) & (column < outputs))
 
 
 @triton.jit
@@ -256,11 +265,15 @@ def adaln_linear(
     x, x_image, x_token,
     shift, shift_image, shift_token, scale, scale_image, scale_token,
     step_shift, step_shift_image, step_scale, step_scale_image,
-    weight, weight_row, bias, out, rows, tokens, outputs, inputs, eps, scale_offset,
+    weight, weight_row, bias, out, width, keys, keys_image, keys_token,
+    values, values_image, values_token, rows, tokens, outputs, inputs, eps, scale_offset,
     GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, STATISTICS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """act(adaln(x) weight^T + bias). Where shift and scale are None, x is normalised already."""
+    """act(adaln(x) weight^T + bias). Where shift and scale are None, x is normalised already.
+
+    out has `width` columns: all, or a third, where keys and values take the others.
+    """
     view, weight_view = (x, x_image, x_token), (weight, weight_row)
     sizes = rows, tokens, outputs, inputs
     tile = _tile(rows, outputs, BLOCK_M, BLOCK_N)
@@ -277,7 +290,11 @@ def adaln_linear(
             view, shift_view, scale_view, steps, (eps, scale_offset), weight_view, sizes, tile,
             BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, STATISTICS,
         )  # fmt: skip
-    _finish_adaln_linear(y, bias, out, rows, outputs, tile, GELU)
+    keys_view = keys, keys_image, keys_token
+    values_view = values, values_image, values_token
+    _finish_adaln_linear(
+        y, bias, out, width, keys_view, values_view, rows, tokens, outputs, tile, GELU
+    )
 
 
 @triton.jit(do_not_specialize=COUNTS)

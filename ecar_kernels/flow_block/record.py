@@ -27,7 +27,11 @@ def _backends(op: str) -> dict[str, Implementation]:
             missing=_native.why_not,
             prepare="ecar_kernels.flow_block.cpp:prepare_weight",
         ),
-        "triton": Implementation(f"ecar_kernels.flow_block.triton:{op}", **_triton.serves()),
+        "triton": Implementation(
+            f"ecar_kernels.flow_block.triton:{op}",
+            cached=f"ecar_kernels.flow_block.triton:{op}_cached" if op == "adaln_linear" else "",
+            **_triton.serves(),
+        ),
     }
 
 

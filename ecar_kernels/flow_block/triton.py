@@ -36,6 +36,26 @@ def _run_linear_gated_residual(h, weight, bias, gate, residual, step_gate):
     )
 
 
+def _run_adaln_linear_cached(
+    x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps, scale_offset, keys, values
+):
+    return launch_adaln_linear(
+        _settings("adaln_linear", x, weight),
+        x,
+        shift,
+        scale,
+        weight,
+        bias,
+        step_shift,
+        step_scale,
+        gelu,
+        eps,
+        scale_offset,
+        keys,
+        values,
+    )
+
+
 def _settings(op: str, x: Tensor, weight: Tensor) -> launch.Settings:
     rows, (outputs, inputs) = x.shape[0] * x.shape[1], weight.shape
     arch, precision = _triton.architecture(x.device.index), _triton.product_precision(x.dtype)
@@ -78,10 +98,16 @@ def launch_adaln_linear(
     gelu: bool,
     eps: float,
     scale_offset: float,
+    keys: Tensor | None = None,
+    values: Tensor | None = None,
 ) -> Tensor:
-    """The op under the settings given."""
+    """The op under the settings given.
+
+    keys, values [B, N, K / 3]: take the last two thirds of the outputs; the result is the first.
+    """
     (batch, tokens, channels), outputs = x.shape, weight.shape[0]
-    out = x.new_empty((batch, tokens, outputs))
+    width = outputs if keys is None else outputs // 3
+    out = x.new_empty((batch, tokens, width))
     rows = batch * tokens
     if not out.numel():
         return out
@@ -113,6 +139,9 @@ def launch_adaln_linear(
         weight.stride(0),
         bias,
         out,
+        width,
+        *((None, 0, 0) if keys is None else _view(keys)),
+        *((None, 0, 0) if values is None else _view(values)),
         rows,
         tokens,
         outputs,
@@ -182,15 +211,25 @@ def _fake_adaln_linear(
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def _fake_adaln_linear_cached(x, shift, scale, weight, *rest):
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // 3))
+
+
 def _fake_linear_gated_residual(h, weight, bias, gate, residual, step_gate):
     return h.new_empty((*h.shape[:-1], weight.shape[0]))
 
 
+_ADALN_LINEAR = (
+    "Tensor x, Tensor shift, Tensor scale, Tensor weight, Tensor? bias, Tensor? step_shift, "
+    "Tensor? step_scale, bool gelu, float eps, float scale_offset"
+)
 _adaln_linear = _triton.register(
-    "adaln_linear(Tensor x, Tensor shift, Tensor scale, Tensor weight, Tensor? bias, "
-    "Tensor? step_shift, Tensor? step_scale, bool gelu, float eps, float scale_offset) -> Tensor",
-    _run_adaln_linear,
-    _fake_adaln_linear,
+    f"adaln_linear({_ADALN_LINEAR}) -> Tensor", _run_adaln_linear, _fake_adaln_linear
+)
+_adaln_linear_cached = _triton.register(
+    f"adaln_linear_cached({_ADALN_LINEAR}, Tensor(a!) keys, Tensor(b!) values) -> Tensor",
+    _run_adaln_linear_cached,
+    _fake_adaln_linear_cached,
 )
 _linear_gated_residual = _triton.register(
     "linear_gated_residual(Tensor h, Tensor weight, Tensor? bias, Tensor gate, Tensor residual, "
@@ -209,3 +248,23 @@ linear_gated_residual = autograd.linear_gated_residual(
     by_cpp=False,
     widest=MAX_WIDTH,
 )
+
+
+def adaln_linear_cached(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    eps: float,
+    scale_offset: float,
+) -> Tensor:
+    """adaln(x) weight^T + bias in thirds [B, N, K / 3]: the first is returned, the others are
+    written to keys and values, whose last dimension is contiguous. Without gradients."""
+    steps = None, None
+    return _adaln_linear_cached(
+        x, shift, scale, weight, bias, *steps, False, eps, scale_offset, keys, values
+    )

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 
+from ecar_kernels import _triton
 from ecar_kernels._triton import CompileCase
 from ecar_kernels.stage_attention import gradient_kernels, kernels, launch
 from ecar_kernels.stage_attention.unaligned_kernels import (
@@ -41,7 +42,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         yield from _cases("stage_attention", head_dim, "bfloat16", arch, training=True)
         yield from _cases("stage_attention", head_dim, "bfloat16", arch, negative=True)
     for kind in launch.KINDS:
-        yield from _unaligned(kind)
+        yield from _unaligned(kind, arch)
         yield _correction(kind)
         yield _correction(kind, unit=1)
     for dtype, head_dim in (("fp32", 256), ("bf16", 72)):
@@ -78,7 +79,7 @@ def _cases(
         if op != "stage_attention_keys":
             constants["PIPELINE_TAIL"] = launch.pipeline_tail(kind, arch, its)
         if op == "stage_attention":
-            constants |= {"NEGATIVE": negative, "LEAVE_REST": training}
+            constants |= {"NEGATIVE": negative, "LEAVE_REST": training, **_dependent(arch)}
         name = f"{op} {kind} D={head_dim} {its.block_m}x{its.block_n}" + " training" * training
         name += " scale<0" * negative
         yield _case(
@@ -91,7 +92,7 @@ def _cases(
         )
 
 
-def _unaligned(kind: str) -> Iterator[CompileCase]:
+def _unaligned(kind: str, arch: int) -> Iterator[CompileCase]:
     """At any head dimension; the forward with a negative scale too, and with what gradients need
     of it in 16-bit types."""
     for op, kernel in _UNALIGNED.items():
@@ -114,7 +115,7 @@ def _unaligned(kind: str) -> Iterator[CompileCase]:
                 name + " training" * training + " scale<0" * negative,
                 kernel,
                 _TYPES[kind],
-                constants | {"NEGATIVE": negative, "LEAVE_REST": training},
+                constants | {"NEGATIVE": negative, "LEAVE_REST": training} | _dependent(arch),
                 its,
                 255,
                 aligned=False,
@@ -142,6 +143,10 @@ def _correction(kind: str, *, unit: int = 8) -> CompileCase:
         max_registers=255,
         aligned=unit > 1,
     )
+
+
+def _dependent(arch: int) -> dict[str, bool]:
+    return {"DEPENDENT": arch >= _triton.DEPENDENT_ARCHITECTURE}
 
 
 def _precision(kind: str) -> str:

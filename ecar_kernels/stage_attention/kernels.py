@@ -41,6 +41,13 @@ COUNTS = [
 
 
 @triton.jit
+def _begin():
+    """As flow_block's: what the kernel before this one on the stream writes is there after this."""
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def _locate(table, num_tiles, num_heads, batch_heads, group):
     """This program's image and head, and its tile's row of the table.
 
@@ -184,11 +191,14 @@ def forward_kernel(
     HEAD_DIM: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr, PRECISION: tl.constexpr,
     RELOAD: tl.constexpr, NEGATIVE: tl.constexpr, LEAVE_REST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIPELINE_TAIL: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q k^T) v of one query tile, and its logsumexp in base 2.
 
     LEAVE_REST: what rounding took from `out` is left in `rest`, in the same type, for delta_kernel.
     """
+    if DEPENDENT:
+        _begin()
     image, head, start, length, end = _locate(table, num_tiles, num_heads, batch_heads, group)
     q, q_row = _rows(q, q_image, q_row, q_head, image, head, start, ALIGNED)
     k, k_row = _rows(k, k_image, k_row, k_head, image, head, 0, ALIGNED)

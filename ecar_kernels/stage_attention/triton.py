@@ -75,6 +75,7 @@ def _launch_forward(
             scales=(scale * LOG2_E,),
             NEGATIVE=scale < 0,
             LEAVE_REST=leave_rest,
+            **_triton.dependent_launch(q.device.index),
         )
 
 

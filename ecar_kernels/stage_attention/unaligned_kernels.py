@@ -12,6 +12,7 @@ import triton.language as tl
 from ecar_kernels.stage_attention.gradient_kernels import _scores_and_gradients, _strips, _weights
 from ecar_kernels.stage_attention.kernels import (
     COUNTS,
+    _begin,
     _dot,
     _locate,
     _row_offsets,
@@ -47,8 +48,11 @@ def unaligned_forward_kernel(
     num_tiles, num_heads, batch_heads, queries, group, scale_log2, head_dim,
     COLUMNS: tl.constexpr, STRIP: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAVE_REST: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """As kernels.forward_kernel does."""
+    if DEPENDENT:
+        _begin()
     image, head, start, length, end = _locate(table, num_tiles, num_heads, batch_heads, group)
     q, q_row = _rows(q, q_image, q_row, q_head, image, head, start, 1)
     k, k_row = _rows(k, k_image, k_row, k_head, image, head, 0, 1)

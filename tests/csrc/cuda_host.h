@@ -45,6 +45,9 @@ enum cudaError_t {
   cudaErrorLaunchFailure = 719,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
 using cudaStream_t = struct CUstream_st*;
 
 struct dim3 {
@@ -52,11 +55,19 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   std::size_t dynamicSmemBytes;
   cudaStream_t stream;
-  void* attrs;
+  cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
 
@@ -67,6 +78,7 @@ namespace host {
 
 // As the tests set them. A stream of device d lies between kStreams + 16 d and the next device's.
 inline int device = 0, fail_next = 0, shared_optin = 99 << 10;  // 99 KiB: sm_120, the least
+inline int compiled_for = 90;  // of which chip the code is that runs
 inline bool reversed = false, dry = false;
 constexpr std::intptr_t kStreams = 0x5000;
 
@@ -103,7 +115,7 @@ struct Thread {
   Fiber* fiber = nullptr;
   Meeting* waits = nullptr;
   unsigned round = 0, shuffles = 0;
-  bool done = false;
+  bool waited = false, done = false;  // waited: for the kernel before
 };
 
 inline std::vector<std::unique_ptr<Fiber>> fibers;
@@ -124,6 +136,7 @@ inline void leave() {
 inline void fiber_main() {
   for (;;) {
     body(body_arguments);
+    if (!threads[running->thread].waited) block_error = cudaErrorLaunchFailure;
     threads[running->thread].done = true;
     leave();
   }
@@ -258,7 +271,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     host::launches += (host::dry ? "dry" : host::kernel_name) + ("|" + std::to_string(blocks)) +
                       "|" + std::to_string(host::block_size) + "|" + std::to_string(bytes) + "|" +
                       std::to_string(host::device) + "|" +
-                      std::to_string(reinterpret_cast<std::intptr_t>(config->stream)) + "\n";
+                      std::to_string(reinterpret_cast<std::intptr_t>(config->stream)) + "|" +
+                      std::to_string(config->numAttrs == 1 &&
+                                     config->attrs->val.programmaticStreamSerializationAllowed) +
+                      "\n";
   }
   return error == cudaSuccess ? error : host::last_error = error;
 }
@@ -267,6 +283,13 @@ template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int value) {
   if (value > host::shared_optin) return host::last_error = cudaErrorInvalidValue;
   host::shared_raised[{host::device, reinterpret_cast<const void*>(kernel)}] = value;
+  return cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, Kernel*) {
+  if (host::compiled_for == 0) return host::last_error = cudaErrorInvalidValue;
+  found->ptxVersion = host::compiled_for;
   return cudaSuccess;
 }
 
@@ -279,6 +302,11 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 
 inline void __syncthreads() { host::meet(host::block_meeting); }
+
+// The launches are one after the other, so there is nothing to wait for; but no thread may leave
+// it out, for the next kernel's wait is for this kernel's end.
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
+inline void cudaGridDependencySynchronize() { host::threads[host::thread_index.x].waited = true; }
 
 inline float __shfl_xor_sync(unsigned, float value, int other) {
   const unsigned thread = host::thread_index.x, lane = thread % 32;
@@ -295,6 +323,7 @@ struct uint4 {
   uint4(const uint4&) = default;
   uint4& operator=(const uint4& from) {
     host::check_aligned(this);
+    host::check_aligned(&from);
     std::memcpy(&x, &from.x, 16);
     return *this;
   }
@@ -307,13 +336,6 @@ struct float4 {
     std::memcpy(&x, &from.x, 16);
   }
 };
-
-inline uint4 __ldg(const uint4* from) {
-  host::check_aligned(from);
-  uint4 value{};
-  std::memcpy(&value.x, from, 16);
-  return value;
-}
 
 inline float __uint_as_float(std::uint32_t bits) {
   float value;
@@ -332,45 +354,7 @@ inline void sincospif(float x, float* sine, float* cosine) {
   *cosine = static_cast<float>(std::cos(M_PI * x));
 }
 
-// A 16-bit float is its bits.
-struct HostBFloat16 {
-  std::uint16_t bits;
-};
-struct HostHalf {
-  std::uint16_t bits;
-};
-
-inline std::uint16_t __bfloat16_as_ushort(HostBFloat16 value) { return value.bits; }
-inline HostBFloat16 __float2bfloat16_rn(float value) {
-  const std::uint32_t bits = __float_as_uint(value), rounded = bits + 0x7fffu + (bits >> 16 & 1);
-  return {static_cast<std::uint16_t>((value != value ? bits | 0x400000u : rounded) >> 16)};
-}
-
-inline HostHalf __ushort_as_half(std::uint16_t bits) { return {bits}; }
-inline std::uint16_t __half_as_ushort(HostHalf value) { return value.bits; }
-
-inline float __half2float(HostHalf value) {
-  const std::uint32_t sign = (value.bits & 0x8000u) << 16, rest = value.bits & 0x7fffu;
-  if (rest >= 0x7c00u) return __uint_as_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
-  // Subnormals come out right: both powers of two are exact.
-  const float magnitude = __uint_as_float(rest << 13) * 0x1p112f;
-  return sign != 0 ? -magnitude : magnitude;
-}
-
-inline HostHalf __float2half_rn(float value) {
-  const std::uint32_t bits = __float_as_uint(value);
-  const std::uint32_t sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
-  std::uint32_t half;
-  if (rest >= 0x7f800000u) {
-    half = rest > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  } else if (rest < 0x38800000u) {  // subnormal: adding 2^-1 rounds to multiples of 2^-24
-    half = __float_as_uint(__uint_as_float(rest) + 0.5f) - 0x3f000000u;
-  } else {
-    half = (rest + 0xfffu + (rest >> 13 & 1) - 0x38000000u) >> 13;
-    if (half > 0x7c00u) half = 0x7c00u;
-  }
-  return {static_cast<std::uint16_t>(sign | half)};
-}
+#include "cuda_host_halves.h"
 
 // For the bindings' part, cuda_host.cpp, and for the tests.
 #define HOST_EXPORT __attribute__((visibility("default")))
@@ -378,9 +362,10 @@ extern "C" {
 
 HOST_EXPORT int host_set_device(int device) { return std::exchange(host::device, device); }
 
-// fail: the error of the next launch. shared: the most that a block may ask for.
-HOST_EXPORT void host_set(int fail, int shared, int reversed, int dry) {
-  host::fail_next = fail, host::shared_optin = shared;
+// fail: the error of the next launch. shared: the most that a block may ask for. compiled_for: the
+// chip of the code that runs, 80 or 90; 0 where CUDA does not say.
+HOST_EXPORT void host_set(int fail, int shared, int reversed, int dry, int compiled_for) {
+  host::fail_next = fail, host::shared_optin = shared, host::compiled_for = compiled_for;
   host::reversed = reversed != 0, host::dry = dry != 0;
   host::shared_raised.clear();
 }

@@ -1,11 +1,15 @@
 """The CUDA bindings on the host: devices, streams, refusals, failed launches."""
 
 import ctypes
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from ecar_kernels import _triton
 from tests.csrc.conftest import FLAGS, KERNEL_FLAGS
 from tests.csrc.test_headers import ROOT, build, found
 from tests.support.cuda_host import (
@@ -70,6 +74,37 @@ def test_a_number_on_the_device_is_the_number(host, op, number):
     ]
     plain, *same_number, other = results
     assert all(same(plain, x) for x in same_number) and not same(plain, other)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_begin_early_where_their_code_waits(host, op):
+    """And not where it is an older chip's, or CUDA does not say."""
+    for chip, early in ((90, 1), (120, 1), (89, 0), (80, 0), (0, 0)):
+        host.set(compiled_for=chip)
+        host.run(op)
+        assert [launch.early for launch in host.launched] == [early]
+
+
+SWITCHED_OFF = """
+import sys
+from pathlib import Path
+from ecar_kernels import _native
+from tests.support.cuda_host import EULER, Host
+_native.require()
+host = Host(Path(sys.argv[1]))
+host.library.host_streams(True)
+host.set()
+host.run(EULER)
+assert [launch.early for launch in host.launched] == [0]
+"""
+
+
+def test_it_can_be_switched_off(library):
+    """Once for all launches, so in a process of its own."""
+    environment = os.environ | {_triton.DEPENDENT_VARIABLE: "0"}
+    subprocess.run(
+        [sys.executable, "-c", SWITCHED_OFF, library], env=environment, cwd=ROOT, check=True
+    )
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -240,19 +275,32 @@ def test_every_refusal_of_the_sources_is_in_the_table():
 
 CARELESS = r"""
 namespace ecar::cuda { namespace {
-__global__ void fine(char*) {}
-__global__ void stores_between(char* at) { *reinterpret_cast<uint4*>(at + 8) = uint4{}; }
-__global__ void loads_between(char* at) { at[0] = __ldg(reinterpret_cast<uint4*>(at + 4)).x; }
-__global__ void loads_four(char* at) { float4 x = *reinterpret_cast<float4*>(at + 4); at[0] = x.x; }
-__global__ void ends_early(char*) { if (threadIdx.x > 3) __syncthreads(); }
-__global__ void half_a_warp(char* at) { if (threadIdx.x < 16) at[0] = __shfl_xor_sync(~0u, 1, 1); }
-__global__ void writes_behind(char*) { extern __shared__ float shared[]; shared[8] = 1; }
+void wait() { cudaGridDependencySynchronize(); }
+struct alignas(16) Aligned { uint4 x; };
+__global__ void fine(char*) { wait(); }
+__global__ void stores_between(char* at) { wait(), *reinterpret_cast<uint4*>(at + 8) = uint4{}; }
+__global__ void loads_between(char* at) {
+  Aligned to;
+  wait(), to.x = *reinterpret_cast<uint4*>(at + 4), at[0] = to.x.x;
+}
+__global__ void loads_four(char* at) {
+  wait();
+  float4 x = *reinterpret_cast<float4*>(at + 4);
+  at[0] = x.x;
+}
+__global__ void ends_early(char*) { wait(); if (threadIdx.x > 3) __syncthreads(); }
+__global__ void half_a_warp(char* at) {
+  wait();
+  if (threadIdx.x < 16) at[0] = __shfl_xor_sync(~0u, 1, 1);
+}
+__global__ void writes_behind(char*) { wait(); extern __shared__ float shared[]; shared[8] = 1; }
+__global__ void waits_in_part(char*) { if (threadIdx.x > 0) wait(); }
 } }
 extern "C" HOST_EXPORT int careless(int kind, int blocks, int threads, int bytes, int stream) {
   using namespace ecar::cuda;
   alignas(16) static char memory[32];
   void (*kernels[])(char*) = {fine, stores_between, loads_between, loads_four, ends_early,
-                              half_a_warp, writes_behind};
+                              half_a_warp, writes_behind, waits_in_part};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks), config.blockDim = dim3(threads);
   config.dynamicSmemBytes = bytes;
@@ -277,7 +325,7 @@ def test_the_emulation_notices_what_a_gpu_would(tmp_path):
     )
     careless = ctypes.CDLL(str(tmp_path / "careless.so")).careless
     usual = (2, 64, 32, STREAM)
-    for kind, error in enumerate((0, 716, 716, 716, 719, 719, 700)):
+    for kind, error in enumerate((0, 716, 716, 716, 719, 719, 700, 719)):
         assert careless(kind, *usual) == error, kind
         assert careless(0, *usual) == 0
     for blocks, threads, shared, stream, error in (

@@ -1,4 +1,4 @@
-"""Products that begin while the kernel before them still runs, and wait for it themselves."""
+"""Kernels that begin while the kernel before them still runs, and wait for it themselves."""
 
 import pytest
 import torch
@@ -16,21 +16,29 @@ def launches(architecture):
             x = torch.empty(1, rows, 128, dtype=torch.bfloat16, device="cuda")
             weight = x.new_empty(128, 128)
             ecar_kernels.adaln_linear(x, x, x, weight, None)
+            heads = x.unflatten(2, (2, 64))
+            ecar_kernels.stage_attention(heads, heads, heads, (rows,))
             ecar_kernels.linear_gated_residual(x, weight, None, x, x)
+        odd = x.new_empty(1, 16, 129)[..., 1:].unflatten(2, (2, 64))
+        ecar_kernels.stage_attention(odd, odd, odd, (16,))
         waits = _triton.dependent_launch()["DEPENDENT"]
-    assert [launch.name for launch in gpu.launches] == [
+    launched = [launch for launch in gpu.launches if launch.kind == "triton"]
+    assert [launch.name for launch in launched] == [
         "adaln_linear",
+        "forward_kernel",
         "linear_gated_residual",
         "normalise_rows",
         "adaln_linear",
+        "forward_kernel",
         "linear_gated_residual",
+        "unaligned_forward_kernel",
     ]
-    (dependent,) = {launch.dependent for launch in gpu.launches}
+    (dependent,) = {launch.dependent for launch in launched}
     return waits, dependent
 
 
 @pytest.mark.parametrize(("architecture", "able"), [(80, False), (90, True), (120, True)])
-def test_products_begin_early_where_the_chip_can(architecture, able):
+def test_a_steps_kernels_begin_early_where_the_chip_can(architecture, able):
     assert launches(architecture) == (able, able)
 
 

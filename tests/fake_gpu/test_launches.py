@@ -11,6 +11,7 @@ import ecar_kernels
 from benchmarks import launches
 from ecar import ECARConfig, split_steps
 from ecar_kernels import costs
+from ecar_kernels.flow_block import triton
 from tools.fake_gpu import H100
 
 if not launches.RESULTS.exists():
@@ -43,6 +44,9 @@ def test_every_size_is_committed_within_its_target():
     assert RECORD["target"] == launches.TARGET
     for row in ROWS:
         assert all(sum(step.values()) <= launches.TARGET[row["size"]] for step in row["steps"])
+        if row["accelerated"]:  # 5 of a layer, and the last norm
+            most = 5 * ECARConfig.preset(row["size"]).ar_layers + 1
+            assert all(sum(stage.values()) <= most for stage in row["ar"])
         assert all(set(part) <= set(launches.KINDS) for part in (*row["steps"], *row["ar"]))
 
 
@@ -111,10 +115,15 @@ def test_an_op_has_its_cost_once():
         ecar_kernels.adaln_linear(x, x, x, weight, None, activation=None)
         torch.addmm(torch.empty(8, device="cuda"), x[0], weight[:8].t())
         *fused, torchs = gpu.launches
+        gpu.clear()
+        kept = torch.empty(2, 1, 16, 768, device="cuda").unbind()
+        triton.adaln_linear_cached(x, x, x, weight, None, *kept, eps=1e-6, scale_offset=0.0)
+        (cached,) = gpu.launches
     least = costs.Cost(4 * (3 * 16 * 768 + 2304 * 768 + 16 * 2304), 16 * 768 * 2304)
     total = sum((launch.cost for launch in fused), costs.Cost(0, 0))
     assert total.multiply_adds == least.multiply_adds
     assert least.bytes <= total.bytes <= least.bytes + 2 * 4 * 64 * 16 * 2304
+    assert cached.cost == total  # the same outputs in three tensors
     assert torchs.cost == costs.Cost(4 * (8 + 16 * 768 + 8 * 768 + 16 * 8), 16 * 768 * 8)
 
 

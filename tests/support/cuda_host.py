@@ -26,6 +26,7 @@ class Launch:
     shared: int
     device: int
     stream: int
+    early: int  # may it begin before the kernel before it has ended?
 
 
 def launch_of(line: str) -> Launch:
@@ -50,10 +51,13 @@ class Host:
             self.schemas.define(schema.removeprefix("ecar::"))
         self.launched: list[Launch] = []
 
-    def set(self, *, fail=0, shared=LEAST_SHARED, backwards=False, dry=False, current=0):
-        """For the calls to come. dry: launches are checked and recorded, not run."""
+    def set(
+        self, *, fail=0, shared=LEAST_SHARED, backwards=False, dry=False, compiled_for=90, current=0
+    ):
+        """For the calls to come. dry: launches are checked and recorded, not run. compiled_for: the
+        chip of the kernels' code, 0 where CUDA does not say."""
         self.dry = dry
-        self.library.host_set(fail, shared, backwards, dry)
+        self.library.host_set(fail, shared, backwards, dry, compiled_for)
         self.library.host_set_device(current)
 
     def current(self) -> int:

@@ -70,14 +70,25 @@ class Calls(TorchDispatchMode):
 class Cache:
     """Keys and values in one buffer, as a sampler has them."""
 
-    def __init__(self, *shape):
-        self.held, self.begin = torch.zeros(2, *shape), 0
+    def __init__(self, *shape, dtype=torch.float32):
+        self.held, self.begin = torch.zeros(2, *shape, dtype=dtype), 0
 
     def write(self, layer, key, value):
-        end = self.begin + key.shape[1]
-        for held, new in zip(self.held, (key, value), strict=True):
-            held[:, self.begin : end] = new
-        return self.held[0, :, :end], self.held[1, :, :end]
+        room = self.room(layer, *key.shape[:2])
+        for held, new in zip(room, (key, value), strict=True):
+            held[:, self.begin :] = new
+        return room
+
+    def room(self, layer, batch, tokens):
+        keys, values = self.held[0], self.held[1]
+        return tuple(kept[:batch, : self.begin + tokens] for kept in (keys, values))
+
+
+class CopyingCache(Cache):
+    """One whose `room` may not be used, for it writes in a way of its own."""
+
+    def write(self, layer, key, value):
+        return super().write(layer, key, value)
 
 
 def calls_of_a_block(block):

@@ -132,7 +132,7 @@ def test_sixteen_bits_round_to_nearest(dtype):
 
 
 @pytest.mark.parametrize("op", MODULATION)
-def test_the_same_bits_every_time(op, monkeypatch):
+def test_the_same_bits_every_time(op, monkeypatch, programs_in_any_order):
     set_tiles(monkeypatch)
     arguments = call(op, 3, 9, 100, whole=(False,) * 3, steps=("one", "rows", "one"))
     weights = [
@@ -242,6 +242,25 @@ def test_settings_fill_the_chip_and_fit_a_program():
                     assert its.num_warps in (1, 2, 4, 8, 16)
                     assert its.rows == 1 or rows / its.rows >= launch.MULTIPROCESSORS
                     assert its.rows * launch.padded(channels) <= max(1024, launch.padded(channels))
+
+
+@pytest.mark.parametrize(
+    "channels, programs", [(48, 3), (512, 3), (768, 4), (1152, 2), (2048, 2), (4096, 1)]
+)
+@pytest.mark.parametrize("op", MODULATION)
+def test_programs_that_read_ahead_share_a_multiprocessor(op, channels, programs):
+    for arch in (80, 90, 100, 120):
+        its = launch.default(f"{op}_backward", channels, 2**14, arch)
+        assert its.prefetch and its.loads == {"EARLY": False, "STAGES": 2}
+        assert programs * 32 * its.num_warps * its.max_registers <= 65536
+        alone = its.unsummed()
+        assert not alone.prefetch and alone.program_rows == its.rows
+        for odd in (
+            launch.default(f"{op}_backward", channels, 2**14, arch, False),
+            launch.default(f"{op}_backward", channels + 1, 2**14, arch),
+            launch.default(f"{op}_backward", 8192, 2**14, arch),
+        ):
+            assert not odd.prefetch and odd.loads["STAGES"] == 1
 
 
 def test_a_backward_that_reads_rows_at_odd_addresses_has_more_registers():

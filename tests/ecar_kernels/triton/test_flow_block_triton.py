@@ -12,13 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ecar_kernels import StageBlock
+from ecar_kernels import StageBlock, fused
 from ecar_kernels._triton import SHARED_KIB
+from ecar_kernels.acceleration import PUBLIC
 from ecar_kernels.flow_block import launch, reference
 from ecar_kernels.registry import KERNEL_DTYPES
 from tests.support.accuracy import assert_accurate
 from tests.support.flow_block import OPS, call_of, calls, positional
-from tests.support.modules import accelerated, calls_of_a_block
+from tests.support.modules import Cache, Calls, CopyingCache, accelerated, calls_of_a_block
 
 triton = pytest.importorskip("ecar_kernels.flow_block.triton")
 
@@ -66,17 +67,69 @@ def test_outputs_under_other_settings(op, data):
 
 @torch.no_grad()
 def test_an_accelerated_block_is_five_calls():
-    """As test_modules.py has it of the C++ ones."""
+    """As test_modules.py has it of the C++ ones, without copies."""
     block = accelerated(StageBlock(64, 4).to(DEVICE), backend="triton")
     assert calls_of_a_block(block) == [
-        "ecar_triton::adaln_linear",
-        "aten::copy_",
-        "aten::copy_",
+        "ecar_triton::adaln_linear_cached",
         "ecar_triton::stage_attention",
         "ecar_triton::linear_gated_residual",
         "ecar_triton::adaln_linear",
         "ecar_triton::linear_gated_residual",
     ]
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("prologue", [True, False])
+@torch.no_grad()
+def test_keys_and_values_go_into_the_cache(prologue, dtype, monkeypatch):
+    """With the bits that copies leave, of some images of a larger cache; the rest stays."""
+    monkeypatch.setattr(launch, "default", lambda *_: replace(SMALL, prologue=prologue))
+    block = accelerated(StageBlock(72, 3).to(DEVICE, dtype), backend="triton")
+    stages, x = (1, 5, 9), torch.randn(2, 15, 72, device=DEVICE).to(dtype)
+    found = []
+    for kind in (Cache, CopyingCache):
+        cache, outputs = kind(3, 16, 3, 24, dtype=dtype), []
+        cache.held = cache.held.to(DEVICE)
+        for count, tokens in enumerate(x.split(stages, 1), start=1):
+            with Calls() as calls:
+                outputs.append(block(tokens, stages[:count], cache))
+            cache.begin += tokens.shape[1]
+            assert ("aten::copy_" in calls.names) is (kind is CopyingCache)
+        found.append((torch.cat(outputs, 1), cache.held))
+    (y, held), (expected, expected_held) = found
+    assert y.equal(expected) and held.equal(expected_held)
+    assert held[:, :2, :15].all() and not held[:, 2:].any() and not held[:, :, 15:].any()
+
+
+def test_where_a_product_does_not_write_to_the_cache():
+    """Where gradients are asked for, the cache writes in a way of its own, has another type, shape
+    or heads that are apart, and where a layer is not as written."""
+    block = accelerated(StageBlock(64, 4).to(DEVICE), backend="triton").requires_grad_(False)
+    x = torch.randn(2, 5, 64, device=DEVICE)
+
+    def writes(x=x, kind=Cache, shape=(2, 5, 4, 16), width=16, dtype=torch.float32, **layers):
+        cache = kind(*shape, dtype=dtype)
+        cache.held = cache.held[..., :width].to(DEVICE)
+        given = {"norm": block.norm1, "layer": block.qkv} | layers
+        made = fused.norm_linear_cached(block.ops(x), *given.values(), x, cache, 0)
+        return made is not None
+
+    assert writes()
+    assert not writes(x=x.clone().requires_grad_())
+    assert not writes(kind=CopyingCache)
+    assert not writes(dtype=torch.bfloat16)
+    assert not writes(shape=(1, 5, 4, 16)) and not writes(shape=(2, 5, 4, 8))
+    assert not writes(shape=(2, 5, 4, 32))
+    assert not writes(norm=torch.nn.LayerNorm(64, elementwise_affine=False))
+    assert not writes(layer=torch.nn.Linear(64, 128))
+    hooked = torch.nn.Linear(64, 192)
+    hooked.register_forward_hook(lambda *_: None)
+    assert not writes(layer=hooked)
+    assert (
+        fused.norm_linear_cached(PUBLIC, block.norm1, block.qkv, x, Cache(2, 5, 4, 16), 0) is None
+    )
+    ops = block.ops(x)
+    assert fused.norm_linear_cached(ops, block.norm1, block.qkv, x, None, 0) is None
 
 
 @pytest.mark.parametrize("prologue", [False, True])
