@@ -12,47 +12,14 @@ from ecar_kernels.adaln.launch import MAX_WIDTH
 from ecar_kernels.flow_block import autograd, kernels, launch
 
 
-def _run_adaln_linear(
-    x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps, scale_offset
-):
-    return launch_adaln_linear(
-        _settings("adaln_linear", x, weight),
-        x,
-        shift,
-        scale,
-        weight,
-        bias,
-        step_shift,
-        step_scale,
-        gelu,
-        eps,
-        scale_offset,
-    )
+def _run_adaln_linear(x, shift, scale, weight, *others):
+    its = _settings("adaln_linear", x, weight)
+    return launch_adaln_linear(its, x, shift, scale, weight, *others)
 
 
 def _run_linear_gated_residual(h, weight, bias, gate, residual, step_gate):
     return launch_linear_gated_residual(
         _settings("linear_gated_residual", h, weight), h, weight, bias, gate, residual, step_gate
-    )
-
-
-def _run_adaln_linear_cached(
-    x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps, scale_offset, keys, values
-):
-    return launch_adaln_linear(
-        _settings("adaln_linear", x, weight),
-        x,
-        shift,
-        scale,
-        weight,
-        bias,
-        step_shift,
-        step_scale,
-        gelu,
-        eps,
-        scale_offset,
-        keys,
-        values,
     )
 
 
@@ -228,7 +195,7 @@ _adaln_linear = _triton.register(
 )
 _adaln_linear_cached = _triton.register(
     f"adaln_linear_cached({_ADALN_LINEAR}, Tensor(a!) keys, Tensor(b!) values) -> Tensor",
-    _run_adaln_linear_cached,
+    _run_adaln_linear,
     _fake_adaln_linear_cached,
 )
 _linear_gated_residual = _triton.register(
