@@ -15,25 +15,25 @@ _gated_residual_backward = _native.op("gated_residual_backward")
 _both_backward = _native.op("gated_residual_adaln_backward")
 
 
-def _spatial(wanted: bool, whole: Tensor | None, sums: Tensor, slot: int) -> Tensor | None:
-    """The gradient of [B, N, C], `whole`, or of [B, 1, C], out of sums [slots, B + 1, C]."""
-    if not wanted:
-        return None
-    return sums[slot, :-1, None] if whole is None else whole
+def _of_modulations(
+    wanted: Sequence[bool], whole: Sequence[Tensor | None], shared: Sequence[bool], sums: Tensor
+) -> list[Tensor | None]:
+    """The gradients of the modulations' parts for tokens, then of the steps' parts.
+
+    whole: those of [B, N, C]. The others come out of sums [slots, B + 1, C], which are each
+    image's and then the total: of [B, 1, C], and where a step's part is shared, of [1, 1, C].
+    """
+    each: Sequence[Tensor | None] = whole
+    total = each
+    if sums.ndim == 3:  # else no sum is wanted
+        each = sums[:, :-1, None].unbind(0)
+        total = sums[:, -1:, None].unbind(0) if True in shared else each
+    slots = range(len(whole))
+    found = [each[i] if whole[i] is None else whole[i] for i in slots]
+    found += [total[i] if shared[i] else each[i] for i in slots]
+    return [one if is_wanted else None for one, is_wanted in zip(found, wanted, strict=True)]
 
 
-def _steps(wanted: Sequence[bool], shared: Sequence[bool], sums: Tensor) -> list[Tensor | None]:
-    """The gradients of [1, 1, C], shared by all images, or of [B, 1, C]: sums over its images."""
-    if not any(wanted):
-        return [None] * len(wanted)
-    of_all = sums[:, -1:, None].unbind(0)
-    return [
-        None if not wanted[i] else of_all[i] if shared[i] else sums[i, :-1, None]
-        for i in range(len(wanted))
-    ]
-
-
-# Loops over two or three modulations are written out, for speed.
 # `saved`, here and in `autograd`: the gradients of the outputs, what the op's Function keeps, and
 # eps; as the backward takes them.
 
@@ -46,12 +46,8 @@ def adaln_gradients(saved, wanted, whole, shared):
         scale_ and whole_scale,
         any(steps_) or (shift_ and not whole_shift) or (scale_ and not whole_scale),
     )
-    return (
-        grad_x,
-        _spatial(shift_, saved[0] if whole_shift else None, sums, 0),
-        _spatial(scale_, grad_scale if whole_scale else None, sums, 1),
-        *_steps(steps_, shared, sums),
-    )
+    parts = saved[0] if whole_shift else None, grad_scale if whole_scale else None
+    return grad_x, *_of_modulations(wanted[1:], parts, shared, sums)
 
 
 def gated_residual_gradients(saved, wanted, whole, shared):
@@ -59,11 +55,8 @@ def gated_residual_gradients(saved, wanted, whole, shared):
     grad_branch, grad_gate, sums = _gated_residual_backward(
         *saved, gate_ and whole[0], step_ or (gate_ and not whole[0])
     )
-    return (
-        grad_branch,
-        _spatial(gate_, grad_gate if whole[0] else None, sums, 0),
-        *_steps((step_,), shared, sums),
-    )
+    parts = (grad_gate if whole[0] else None,)
+    return grad_branch, *_of_modulations(wanted[1:], parts, shared, sums)
 
 
 def _both_gradients(saved, wanted, whole, shared):
@@ -78,14 +71,12 @@ def _both_gradients(saved, wanted, whole, shared):
         or (shift_ and not whole_shift)
         or (scale_ and not whole_scale),
     )
-    return (
-        grad_x,
-        grad_branch,
-        _spatial(gate_, grad_gate if whole_gate else None, sums, 0),
-        _spatial(shift_, saved[1] if whole_shift else None, sums, 1),
-        _spatial(scale_, grad_scale if whole_scale else None, sums, 2),
-        *_steps(steps_, shared, sums),
+    parts = (
+        grad_gate if whole_gate else None,
+        saved[1] if whole_shift else None,
+        grad_scale if whole_scale else None,
     )
+    return grad_x, grad_branch, *_of_modulations(wanted[2:], parts, shared, sums)
 
 
 adaln_forward, gated_residual_forward = _native.op("adaln"), _native.op("gated_residual")
