@@ -47,6 +47,12 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown)}")
+        for action in self._actions:
+            given = getattr(parsed, action.dest, None)
+            if given == "" or (isinstance(given, list) and "" in given):
+                # An unset variable of the shell, say; as a path it would be the current folder.
+                flag = next(iter(action.option_strings), action.dest)
+                self.error(f"argument {flag}: expected {action.metavar or 'a value'}, got ''")
         return parsed
 
     @property

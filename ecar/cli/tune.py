@@ -71,7 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--output",
-        type=Path,
         metavar="FILE.json",
         help="adds the choices (default: in $ECAR_TUNED, else ~/.cache/ecar/tuned)",
     )
@@ -107,7 +106,7 @@ def _list(arguments: argparse.Namespace) -> None:
 
 def _measure(arguments: argparse.Namespace, device: torch.device) -> None:
     name = torch.cuda.get_device_name(device)
-    path = arguments.output or tuning.user_folder() / tuning.file_name(name)
+    path = Path(arguments.output or tuning.user_folder() / tuning.file_name(name))
     kept = {_place(entry): entry for entry in tuning.entries(path, name)}
     done: set[tuple] = set()
     for problems in _problems(arguments, device):

@@ -235,8 +235,8 @@ class TrainConfig:
         self._check_stage_weights()
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(
-                "argument 'batch_size': expected a multiple of gradient_accumulation "
-                f"{self.gradient_accumulation}, got {self.batch_size}"
+                "argument 'gradient_accumulation': expected a divisor of batch_size "
+                f"{self.batch_size}, got {self.gradient_accumulation}"
             )
         if self.schedule != "constant" and self.warmup_steps >= self.steps:
             raise _value("warmup_steps", f"fewer than steps {self.steps}", self.warmup_steps)

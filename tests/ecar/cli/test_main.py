@@ -9,7 +9,7 @@ import torch
 
 import ecar.cli.info
 from ecar.cli import COMMANDS, main
-from ecar.cli.parser import Parser
+from ecar.cli.parser import Parser, UsageError
 
 
 def test_version(capsys):
@@ -40,6 +40,20 @@ def test_each_option_is_explained_in_a_line(command):
         if not 0 < len(text) <= 74 or "\n" in text or text[-1] == "." or (takes and not named):
             wrong[action.option_strings[0]] = text
     assert not wrong
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_empty_value_is_refused_by_every_flag(command):
+    """An unset variable of the shell: as a path it would be the folder one is in."""
+    parser = Parser(prog=f"ecar {command}")
+    importlib.import_module(f"ecar.cli.{command}").add_arguments(parser)
+    for part in (*parser._actions, *parser._mutually_exclusive_groups):
+        part.required = False
+    flags = [one.option_strings[0] for one in parser._actions if one.nargs != 0]
+    assert flags
+    for flag in flags:
+        with pytest.raises(UsageError, match=rf"{flag}: .*''"):
+            parser.parse_args([flag, ""])
 
 
 @pytest.mark.parametrize("command", ["sample", "info", "evaluate", "evaluate --dataset digits"])
