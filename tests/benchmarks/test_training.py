@@ -86,6 +86,15 @@ def test_rows_are_merged_and_drawn(run, tmp_path):
         run("--images", str(2 * IMAGES))
 
 
+def test_changes_are_to_the_mean_of_the_seeds():
+    def row(*losses):
+        return {"curve": {"loss": losses}}
+
+    rows = {training.BASE: row(2.0, 4.0), "GradNorm": row(9.0, 9.0)}
+    assert training.base_losses(rows) == [2.0, 4.0]
+    assert training.base_losses(rows | {training.SEED: row(4.0, 1.0)}) == [3.0, 2.5]
+
+
 def test_a_training_told_the_class_alone_never_sees_an_end(run, tmp_path):
     run("--images", str(IMAGES), "-k", "alone")
     model = ECAR.from_pretrained(tmp_path / "work" / "mnist" / "no-ar-told-the-class-alone")
