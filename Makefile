@@ -190,7 +190,7 @@ $(HUB_LOADER): | $(STAMPS)/torch
 SANITIZED := build/sanitize
 AMX_STAND_IN = $(shell grep -q amx_bf16 /proc/cpuinfo 2>/dev/null && echo OFF || echo ON)
 PRELOAD = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
-WATCHED = env LD_PRELOAD='$(PRELOAD)' ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+WATCHED = env LD_PRELOAD='$(PRELOAD)' ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 GOMP_SPINCOUNT=0 \
   UBSAN_OPTIONS=print_stacktrace=1 ECAR_LIBRARY=$(SANITIZED)/libecar_cpu.so
 
 SANITIZED_TESTS = $(patsubst %,tests/ecar_kernels/test_%.py,adaln adaln_backward flow_block \
@@ -204,7 +204,7 @@ sanitize: $(STAMPS)/test
 	PATH="$(BIN):$$PATH" cmake --build $(SANITIZED)
 	$(SANITIZED)/known_answers
 	for isa in amx avx512 avx2 baseline; do \
-	  $(WATCHED) ECAR_CPU_ISA=$$isa $(BIN)/python -m pytest -q -p no:cacheprovider \
+	  $(WATCHED) ECAR_CPU_ISA=$$isa $(BIN)/python -m pytest -q -p no:cacheprovider -o timeout=3600 \
 	    -k 'not inductor and not graph and not instruction and not Absence and not triton and not flex' \
 	    $(SANITIZED_TESTS) || exit 1; \
 	  $(WATCHED) ECAR_CPU_ISA=$$isa $(BIN)/python -m tests.fuzz --cases $(CASES) || exit 1; \
