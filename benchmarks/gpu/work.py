@@ -17,7 +17,6 @@ from ecar import ECARConfig
 
 TINY = ECARConfig(stage_sides=(4, 8), num_classes=10, width=32, heads=2, ar_layers=2, flow_blocks=2)
 TAIL = 2000  # characters kept of what failed
-OUT_OF_TIME = 124
 HIDDEN = ("part", "output", "served")
 
 
