@@ -152,10 +152,10 @@ def measure(
     sets = cases.input_sets(case, device)
     ways, failures, clocks = functions(case, device, compiling), {}, {}
     for name, function in ways.items():
-        if (reason := why_not(case, name, function, sets)) is None:
-            clocks[name] = Clock(calls(case, function, sets), len(sets), device)
-        elif not reason.endswith("is not installed"):  # which the run's versions say
+        if reason := why_not(case, name, function, sets):
             failures[name] = reason
+        else:
+            clocks[name] = Clock(calls(case, function, sets), len(sets), device)
     clocks["ours"] = clocks.pop("ours")  # the last of a round
     found = timing.rounds(clocks, seconds, at_most=MAX_ROUNDS, warm_up=True)
     needed = case_cost(case, sets[0])
