@@ -84,13 +84,11 @@ def measure_images(name: str, groups: int, images: int, latents: int) -> list[di
     sweep = Sweep(pipelines["float32"], latents, 0, latents, guidance, False)
     judge, rows = quality.Judge(name, groups, images), []
     for way, its in pipelines.items():
-        sweep.pipeline, measures = its, []
+        sweep.pipeline = its
         drawn = sweep.draw(Setting(solver, grid, tuple(counts)))
-        for group, labels in enumerate(judge.labels):
-            seeds = torch.arange(group * images, (group + 1) * images)
-            measures.append(judge.measure(generate(its, labels, seeds, progress=False), labels))
-        error, summary = relative_distance(drawn, sweep.reference), quality.summary(measures)
-        rows.append({"format": way, "error": error, "measures": summary})
+        error = relative_distance(drawn, sweep.reference)
+        measures = judge.summary(functools.partial(generate, its, progress=False))
+        rows.append({"format": way, "error": error, "measures": measures})
     return rows
 
 
@@ -146,10 +144,14 @@ def most_gained(row: dict[str, Any], rates: list[dict[str, float]]) -> float:
 def render(record: dict[str, Any]) -> str:
     """Of the times and rates, or of a checkpoint's images."""
     if "rows" in record:
+        rows = [
+            {"products": row["format"], "error": f"{row['error']:.3f}"}
+            | quality.cells(row["measures"])
+            for row in record["rows"]
+        ]
         return (
-            f"{table([_image_cells(row) for row in record['rows']])}\n\n{record['checkpoint']}: "
-            f"{record['groups']} groups of {record['images']} images; errors of "
-            f"{record['latents']}."
+            f"{table(rows)}\n\n{record['checkpoint']}: {record['groups']} groups of "
+            f"{record['images']} images; errors of {record['latents']}."
         )
     shares = [
         {
@@ -171,13 +173,6 @@ def render(record: dict[str, Any]) -> str:
         for rate in record["rates"]
     ]
     return f"{table(shares)}\n\n{table(rates)}"
-
-
-def _image_cells(row: dict[str, Any]) -> dict[str, str]:
-    cells = {"products": row["format"], "error": f"{row['error']:.3f}"}
-    for metric, (scale, written) in quality.METRICS.items():
-        cells[metric] = written.format(*(scale * value for value in row["measures"][metric]))
-    return cells
 
 
 def main() -> None:
