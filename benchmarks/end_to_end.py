@@ -80,15 +80,16 @@ def products(model: ECAR, steps: Steps = PAPER) -> dict[str, list[tuple[Calls, C
             lambda: torch.bmm(scores, v, out=output),
         ]
 
-    def layers(blocks: Iterable[nn.Module]) -> list[nn.Linear]:
-        return [layer for b in blocks for layer in (b.qkv, b.proj, b.mlp.fc1, b.mlp.fc2)]
-
     counts = split_steps(steps, config.num_stages)
     for stage, (head, rows) in enumerate(zip(model.heads, config.stage_tokens, strict=True)):
         condition = (head.condition.fc1, head.condition.fc2, head.modulation)
-        of_tokens = [*model.ar.inputs[stage - 1 : stage], *layers(model.ar.blocks), *condition]
+        of_tokens = [
+            *model.ar.inputs[stage - 1 : stage],
+            *models.linears(model.ar.blocks),
+            *condition,
+        ]
         of_times = (head.time[0], head.time[2], head.modulation)
-        step = [head.embed, *layers(head.blocks), head.output]
+        step = [head.embed, *models.linears(head.blocks), head.output]
         once = [*linears(rows, of_tokens), *linears(counts[stage], of_times)]
         found["linears"].append((once, linears(rows, step)))
         over_all = attention(rows, sum(config.stage_tokens[: stage + 1])) * config.ar_layers

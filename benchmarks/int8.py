@@ -16,7 +16,7 @@ import functools
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,6 @@ CHECKPOINTS = ("digits", "emoji", "mnist")  # names of folders and of their data
 FORMATS = ("float32", "bfloat16", "int8 in float32", "int8 in bfloat16")
 PEAK = Path(__file__).with_name("int8_peak.cpp")
 FLAGS = ("-std=c++17", "-O3", "-mavx512f", "-mavx512bf16", "-mavx512vnni")
-
-
-def block_linears(model: ECAR) -> Iterator[nn.Linear]:
-    """Those of the fused products."""
-    for block in (*model.ar.blocks, *(block for head in model.heads for block in head.blocks)):
-        yield from (block.qkv, block.proj, block.mlp.fc1, block.mlp.fc2)
 
 
 def by_output(weight: Tensor) -> Tensor:
@@ -66,7 +60,9 @@ def round_products(model: ECAR) -> None:
         weight, bias = by_output(linear.weight.float()), linear.bias.float()
         return lambda x: F.linear(by_token(x.float()), weight, bias).to(x.dtype)
 
-    for linear in block_linears(model):
+    for linear in models.linears(
+        block for part in (model.ar, *model.heads) for block in part.blocks
+    ):
         linear.forward = rounded(linear)
 
 

@@ -6,7 +6,7 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,11 @@ def random_model(config: ECARConfig) -> ECAR:
         for weight in (head.modulation.weight, head.output.weight):
             nn.init.normal_(weight, std=WEIGHT_SCALE)
     return model
+
+
+def linears(blocks: Iterable[nn.Module]) -> list[nn.Linear]:
+    """The layers of the fused products of AR or flow blocks."""
+    return [layer for b in blocks for layer in (b.qkv, b.proj, b.mlp.fc1, b.mlp.fc2)]
 
 
 def twin(model: nn.Module) -> nn.Module:
