@@ -8,17 +8,17 @@ a busy machine is 1.5 times one thread's time.
 """
 
 import contextlib
-import json
 import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 
-from benchmarks import results, timing
+from benchmarks import memory, results, timing
 from benchmarks.models import random_model
 from benchmarks.results import duration, table, times
 from ecar import PRESETS, sample
@@ -28,7 +28,6 @@ from ecar_kernels import accelerate
 LIMIT = 1.5  # times one thread's time
 WAITS = {"OpenMP's default": {}, "ecar's": {SPIN_VARIABLES[0]: SPINS}}
 LOOP = (sys.executable, "-c", "while True: pass")
-ONE = "one"  # the argument of the process that measures
 
 
 @contextlib.contextmanager
@@ -61,12 +60,8 @@ def image_seconds(rounds: int) -> dict[str, float]:
 def measure(waits: str, loops: int, rounds: int) -> dict[str, Any]:
     """A row of the table: an own process, for OpenMP reads its variables once."""
     kept = {name: value for name, value in os.environ.items() if name not in SPIN_VARIABLES}
-    command = [sys.executable, "-m", "benchmarks.busy", ONE, str(rounds)]
-    with busy(loops):
-        done = subprocess.run(
-            command, env={**kept, **WAITS[waits]}, stdout=subprocess.PIPE, text=True, check=True
-        )
-    return {"waits": waits, "busy": loops, "seconds": json.loads(done.stdout)}
+    with busy(loops), mock.patch.dict(os.environ, kept | WAITS[waits], clear=True):
+        return {"waits": waits, "busy": loops, "seconds": memory.alone(image_seconds, rounds)}
 
 
 def ratio(row: dict[str, Any]) -> float:
@@ -99,7 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [ONE]:
-        print(json.dumps(image_seconds(int(sys.argv[2]))))
-    else:
-        main()
+    main()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.results import CPU, last_level_cache
 from ecar import ECARConfig
-from ecar_kernels.costs import BACKWARD_READS
+from ecar_kernels.costs import BACKWARD_READS, bytes_of
 from ecar_kernels.ops import Argument, BoundOp
 from ecar_kernels.registry import BACKENDS, FAMILIES, OPS, RECORDS, BackendUnavailableError, resolve
 from ecar_kernels.testing import Draw, SampleSizes
@@ -213,7 +213,6 @@ def inputs(case: Case, device: torch.device = CPU) -> dict[str, Any]:
 def input_sets(case: Case, device: torch.device = CPU) -> list[dict[str, Any]]:
     """Sets of inputs that together are larger than the cache; at least one."""
     first = inputs(case, device)
-    tensors = [value for value in first.values() if isinstance(value, Tensor)]
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    size = bytes_of(first.values())
     count = min(math.ceil(ROTATION * last_level_cache(device) / size), MAX_SETS)
     return [first, *(inputs(case, device) for _ in range(count - 1))]

@@ -1,14 +1,7 @@
 """`make bench-check`: has anything become slower than the committed results say?
 
-Times differ from day to day, so ratios are compared: the times of eager and torch.compile over
-ecar_kernels', of each op at its largest stage, now and in the committed rows of the same device,
-threads and torch.
-A row is lost if a ratio fell by more than LEAST, and by a greater factor than one and NOISE times
-the noise: the root of the sum of squares of four relative interquartile ranges, of both ways'
-rounds in both runs. What looks lost is measured once more, for longer, and lost if it is so again.
-
-And instructions, which have no noise: `benchmarks.instructions`, if valgrind is installed. And
-whether all threads together lose to one where other processes keep the cores busy.
+Times differ from day to day, so ratios are compared, beyond their noise; instructions, which have
+none; and all threads with one on a busy machine. benchmarks/README.md says how each is judged.
 """
 
 import math
@@ -21,7 +14,6 @@ from typing import Any
 from benchmarks import busy, cases, instructions, micro, results
 from benchmarks.cases import Case
 from benchmarks.micro import NAMES, Row, case_of
-from benchmarks.results import medians
 
 # Least: two runs of the same code an hour apart on two cores of a Zen 4 differed by 11 % in one of
 # 26 rows, measured twice; what is between processes is in no run's own spread.
@@ -48,16 +40,15 @@ def allowed(before: Row, now: Row, way: str) -> float:
 
 
 def ratios(before: Row, now: Row) -> dict[str, tuple[float, float]]:
-    """Eager's and torch.compile's time over ours, before and now; of ways that both rows have."""
-    was, found = medians(before), medians(now)
-    ways = [way for way in micro.OWN[:2] if way in was and way in found]
-    return {way: (was[way] / was["ours"], found[way] / found["ours"]) for way in ways}
+    """Both rows' speed-ups over the ways that both have."""
+    was, found = micro.speedups(before), micro.speedups(now)
+    return {way: (was[way], found[way]) for way in was if way in found}
 
 
 def judge(before: Row, now: Row) -> list[str]:
     """What this row has lost, a line for each ratio."""
     return [
-        f"{case_of(now).name}: vs {NAMES.get(way, way)} {found:.2f}x, was {was:.2f}x: "
+        f"{case_of(now).name}: vs {NAMES[way]} {found:.2f}x, was {was:.2f}x: "
         f"{found / was - 1:+.0%}, noise allows -{share:.0%}"
         for way, (was, found) in ratios(before, now).items()
         for share in [allowed(before, now, way)]
@@ -99,7 +90,7 @@ def check_ratios(file: Path, seconds: float, minutes: float) -> bool:
     rows = measure(chosen, seconds, minutes)
     for case, row in rows.items():
         for way, (was, found) in ratios(committed[case], row).items():
-            print(f"{case.name}: vs {NAMES.get(way, way)} {was:.2f}x -> {found:.2f}x")
+            print(f"{case.name}: vs {NAMES[way]} {was:.2f}x -> {found:.2f}x")
     lost = {case: row for case, row in rows.items() if judge(committed[case], row)}
     if lost:
         print(f"once more, for {AGAIN} times as long: {len(lost)} rows")

@@ -8,7 +8,6 @@ LTH14/mar (MIT licence, commit 2641b89).
 import importlib.util
 import math
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -17,15 +16,41 @@ from torch import nn
 
 
 def timm(name: str) -> ModuleType:
-    """A module of timm, or what stands for it where timm is not installed."""
+    """A module of timm; where timm is not installed this one, which has the class that is needed,
+    stands for it."""
     if importlib.util.find_spec("timm") is not None:
         return importlib.import_module(name)
-    if name not in sys.modules:
-        path = Path(__file__).with_name("timm_parts.py")
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    return sys.modules.setdefault(name, sys.modules[__name__])
+
+
+class Attention(nn.Module):
+    """timm's."""
+
+    def __init__(self, dim, num_heads, qkv_bias):
+        super().__init__()
+        self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        self.attn_drop = nn.Dropout(0.0)
+        self.proj, self.proj_drop = nn.Linear(dim, dim), nn.Dropout(0.0)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+
+
+class Mlp(nn.Module):
+    """timm's."""
+
+    def __init__(self, dim, hidden, act_layer):
+        super().__init__()
+        self.fc1, self.act, self.drop1 = nn.Linear(dim, hidden), act_layer(), nn.Dropout(0.0)
+        self.norm, self.fc2, self.drop2 = nn.Identity(), nn.Linear(hidden, dim), nn.Dropout(0.0)
+
+    def forward(self, x):
+        return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
 
 
 def modulate(x, shift, scale):

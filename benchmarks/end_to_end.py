@@ -39,17 +39,16 @@ WHOLE = ("S",)  # sizes whose heads are compiled whole
 Calls = list[Callable[[], object]]
 
 
-def measure(size: str, config: ECARConfig, seconds: float, *, compile: str | None) -> dict:
-    """One size's record. compile: "whole" heads, "blocks", or None."""
-    best, _ = timing.measure_rates()
-    ways = models.ways(models.random_model(config), compile)
-    gemms = products(ways["ours"].model)
-    runs = {name: lambda way=way: image_seconds(time_image(way)) for name, way in ways.items()}
+def measure(size: str, seconds: float) -> dict[str, Any]:
+    """One size's row."""
+    config, (best, _) = ECARConfig.preset(size), timing.measure_rates()
+    ways = models.ways(models.random_model(config), size in WHOLE)
+    gemms, runs = products(ways["ours"].model), models.images(ways)
     runs |= {name: lambda calls=calls: image_seconds(_time(calls)) for name, calls in gemms.items()}
     return {
         "size": size,
         "seconds": timing.summaries(models.compare(runs, seconds)),
-        "compile": compile,
+        "compile": "whole" if size in WHOLE else "blocks",
         "floor": {"seconds": max(models.floors(config, best).values())},
     }
 
@@ -81,15 +80,16 @@ def products(model: ECAR, steps: Steps = PAPER) -> dict[str, list[tuple[Calls, C
             lambda: torch.bmm(scores, v, out=output),
         ]
 
-    def layers(blocks: Iterable[nn.Module]) -> list[nn.Linear]:
-        return [layer for b in blocks for layer in (b.qkv, b.proj, b.mlp.fc1, b.mlp.fc2)]
-
     counts = split_steps(steps, config.num_stages)
     for stage, (head, rows) in enumerate(zip(model.heads, config.stage_tokens, strict=True)):
         condition = (head.condition.fc1, head.condition.fc2, head.modulation)
-        of_tokens = [*model.ar.inputs[stage - 1 : stage], *layers(model.ar.blocks), *condition]
+        of_tokens = [
+            *model.ar.inputs[stage - 1 : stage],
+            *models.linears(model.ar.blocks),
+            *condition,
+        ]
         of_times = (head.time[0], head.time[2], head.modulation)
-        step = [head.embed, *layers(head.blocks), head.output]
+        step = [head.embed, *models.linears(head.blocks), head.output]
         once = [*linears(rows, of_tokens), *linears(counts[stage], of_times)]
         found["linears"].append((once, linears(rows, step)))
         over_all = attention(rows, sum(config.stage_tokens[: stage + 1])) * config.ar_layers
@@ -111,12 +111,11 @@ def _time(stages: list[tuple[Calls, Calls]]) -> list[StageTime]:
     ]
 
 
-def measure_protocols(
-    size: str, config: ECARConfig, seconds: float, *, peer: dit.DiTSize | None = None
-) -> list[dict[str, Any]]:
+def measure_protocols(size: str, seconds: float) -> list[dict[str, Any]]:
     """A row for each protocol and dtype of one size of E-CAR and of the DiT that the paper pairs it
-    with; all of them take turns. peer: that DiT's sizes; None: the paper's."""
-    model, peer = models.random_model(config), peer or dit.SIZES[PEERS[size]]
+    with; all of them take turns."""
+    config, peer = ECARConfig.preset(size), dit.SIZES[PEERS[size]]
+    model = models.random_model(config)
     rows: list[dict[str, Any]] = []
     runs: list[Callable[[], list[StageTime]]] = []
 
@@ -134,7 +133,6 @@ def measure_protocols(
                 functools.partial(time_image, Way(ours), steps, timed),
                 model=f"E-CAR-{size}", steps=counts, solver=solver, grid=grid,
                 timed_steps_of_a_stage=timed, multiply_adds=sum(stage.total for stage in work),
-                multiply_adds_before_steps=sum(stage.ar + stage.modulation for stage in work),
             )  # fmt: skip
         module = peer.build().to(dtype)
         for solver, count in DIT_SOLVERS.items():
@@ -142,7 +140,7 @@ def measure_protocols(
             add(
                 lambda step=step: [StageTime(0.0, step())],
                 model=f"DiT-{PEERS[size]}/2", steps=[count], solver=solver, grid=None,
-                timed_steps_of_a_stage=TIMED_STEPS, multiply_adds_before_steps=0,
+                timed_steps_of_a_stage=TIMED_STEPS,
                 multiply_adds=dit.count(peer, count, guided=False)[1],
             )  # fmt: skip
     taken = models.compare(dict(enumerate(runs)), seconds)
@@ -169,8 +167,8 @@ def render(record: dict[str, Any]) -> str:
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
     seconds = medians(row)
-    ours, compiled = seconds["ours"], seconds.get("compiled")
-    gemms, floor = seconds["linears"] + seconds["attention"], row.get("floor", {}).get("seconds")
+    ours, compiled, floor = seconds["ours"], seconds["compiled"], row["floor"]["seconds"]
+    gemms = seconds["linears"] + seconds["attention"]
     return {
         "model": f"E-CAR-{row['size']}",
         "eager": duration(seconds["eager"]),
@@ -181,7 +179,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "its GEMMs alone": duration(gemms),
         "non-GEMM": f"{ours / gemms - 1:.0%}",
         "floor": duration(floor),
-        "of the floor": f"{floor / ours:.0%}" if floor else "-",
+        "of the floor": f"{floor / ours:.0%}",
     }
 
 
@@ -201,10 +199,9 @@ def _protocol_cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def measure_size(size: str, seconds: float) -> dict[str, list]:
-    config, compile = ECARConfig.preset(size), "whole" if size in WHOLE else "blocks"
-    row = measure(size, config, seconds * WAYS_SHARE, compile=compile)
+    row = measure(size, seconds * WAYS_SHARE)
     models.forget()
-    return {"rows": [row], "protocols": measure_protocols(size, config, seconds * (1 - WAYS_SHARE))}
+    return {"rows": [row], "protocols": measure_protocols(size, seconds * (1 - WAYS_SHARE))}
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def render(record: dict) -> str:
     calls = dict.fromkeys(call for of_isa in counts.values() for call in of_isa)
     rows = [
         {"instructions of a call": call}
-        | {isa: f"{found[call]:,}" if call in found else "-" for isa, found in counts.items()}
+        | {isa: f"{found[call]:,}" for isa, found in counts.items() if call in found}
         for call in calls
     ]
     return f"{table(rows)}\n\n{record['machine']}; {record['compiler']}; {record['valgrind']}."

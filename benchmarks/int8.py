@@ -16,7 +16,7 @@ import functools
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,6 @@ CHECKPOINTS = ("digits", "emoji", "mnist")  # names of folders and of their data
 FORMATS = ("float32", "bfloat16", "int8 in float32", "int8 in bfloat16")
 PEAK = Path(__file__).with_name("int8_peak.cpp")
 FLAGS = ("-std=c++17", "-O3", "-mavx512f", "-mavx512bf16", "-mavx512vnni")
-
-
-def block_linears(model: ECAR) -> Iterator[nn.Linear]:
-    """Those of the fused products."""
-    for block in (*model.ar.blocks, *(block for head in model.heads for block in head.blocks)):
-        yield from (block.qkv, block.proj, block.mlp.fc1, block.mlp.fc2)
 
 
 def by_output(weight: Tensor) -> Tensor:
@@ -66,7 +60,9 @@ def round_products(model: ECAR) -> None:
         weight, bias = by_output(linear.weight.float()), linear.bias.float()
         return lambda x: F.linear(by_token(x.float()), weight, bias).to(x.dtype)
 
-    for linear in block_linears(model):
+    for linear in models.linears(
+        block for part in (model.ar, *model.heads) for block in part.blocks
+    ):
         linear.forward = rounded(linear)
 
 
@@ -84,13 +80,11 @@ def measure_images(name: str, groups: int, images: int, latents: int) -> list[di
     sweep = Sweep(pipelines["float32"], latents, 0, latents, guidance, False)
     judge, rows = quality.Judge(name, groups, images), []
     for way, its in pipelines.items():
-        sweep.pipeline, measures = its, []
+        sweep.pipeline = its
         drawn = sweep.draw(Setting(solver, grid, tuple(counts)))
-        for group, labels in enumerate(judge.labels):
-            seeds = torch.arange(group * images, (group + 1) * images)
-            measures.append(judge.measure(generate(its, labels, seeds, progress=False), labels))
-        error, summary = relative_distance(drawn, sweep.reference), quality.summary(measures)
-        rows.append({"format": way, "error": error, "measures": summary})
+        error = relative_distance(drawn, sweep.reference)
+        measures = judge.summary(functools.partial(generate, its, progress=False))
+        rows.append({"format": way, "error": error, "measures": measures})
     return rows
 
 
@@ -146,10 +140,14 @@ def most_gained(row: dict[str, Any], rates: list[dict[str, float]]) -> float:
 def render(record: dict[str, Any]) -> str:
     """Of the times and rates, or of a checkpoint's images."""
     if "rows" in record:
+        rows = [
+            {"products": row["format"], "error": f"{row['error']:.3f}"}
+            | quality.cells(row["measures"])
+            for row in record["rows"]
+        ]
         return (
-            f"{table([_image_cells(row) for row in record['rows']])}\n\n{record['checkpoint']}: "
-            f"{record['groups']} groups of {record['images']} images; errors of "
-            f"{record['latents']}."
+            f"{table(rows)}\n\n{record['checkpoint']}: {record['groups']} groups of "
+            f"{record['images']} images; errors of {record['latents']}."
         )
     shares = [
         {
@@ -171,13 +169,6 @@ def render(record: dict[str, Any]) -> str:
         for rate in record["rates"]
     ]
     return f"{table(shares)}\n\n{table(rates)}"
-
-
-def _image_cells(row: dict[str, Any]) -> dict[str, str]:
-    cells = {"products": row["format"], "error": f"{row['error']:.3f}"}
-    for metric, (scale, written) in quality.METRICS.items():
-        cells[metric] = written.format(*(scale * value for value in row["measures"][metric]))
-    return cells
 
 
 def main() -> None:

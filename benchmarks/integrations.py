@@ -9,6 +9,7 @@ one AR step. PixArt's and the joint blocks' tokens are those of 512 pixels, the 
 import copy
 import functools
 import itertools
+import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,11 +18,11 @@ import torch
 from torch import nn
 
 from benchmarks import results, timing
+from benchmarks.cases import VAR_SIDES
 from benchmarks.copied import AdaLNSelfAttn, DiTBlock, SimpleMLPAdaLN
 from benchmarks.results import duration, medians, table, times
 from ecar_kernels import accelerate
 
-SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # VAR's stages
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Row = dict[str, Any]
 
@@ -29,44 +30,14 @@ Row = dict[str, Any]
 class Model(NamedTuple):
     """A block, and its call, of which it makes the tensors: a function of (block, dtype)."""
 
-    kind: str
     make: Callable[[], nn.Module]
     call: Callable[[Any, torch.dtype], Callable[[Any], object]]
 
 
-def diffusers(kind: str, module: str, **options: Any) -> Callable[[], nn.Module]:
-    """Makes a block of a class of diffusers."""
-
-    def make() -> nn.Module:
-        found = __import__(f"diffusers.models.{module}", fromlist=[kind])
-        return getattr(found, kind)(**options)
-
-    return make
-
-
-def basic(heads: int, head_dim: int, **options: Any) -> Callable[[], nn.Module]:
-    return diffusers(
-        "BasicTransformerBlock",
-        "attention",
-        dim=heads * head_dim,
-        num_attention_heads=heads,
-        attention_head_dim=head_dim,
-        activation_fn="gelu-approximate",
-        attention_bias=True,
-        norm_elementwise_affine=False,
-        **options,
-    )
-
-
-def joint(kind: str, module: str, heads: int, head_dim: int, **options: Any) -> Callable:
-    return diffusers(
-        kind,
-        module,
-        dim=heads * head_dim,
-        num_attention_heads=heads,
-        attention_head_dim=head_dim,
-        **options,
-    )
+def diffusers(name: str, heads: int, head_dim: int, **options: Any) -> Callable[[], nn.Module]:
+    """Makes a block of diffusers: "module:class" in diffusers.models."""
+    sizes = {"num_attention_heads": heads, "attention_head_dim": head_dim, "dim": heads * head_dim}
+    return lambda: pkgutil.resolve_name(f"diffusers.models.{name}")(**sizes, **options)
 
 
 def given(**shapes: Any) -> Callable[[Any, torch.dtype], Callable[[Any], object]]:
@@ -84,7 +55,7 @@ def given(**shapes: Any) -> Callable[[Any, torch.dtype], Callable[[Any], object]
 
 def by_stages(block: Any, dtype: torch.dtype) -> Callable[[Any], object]:
     """VAR's ten stages, one image with guidance."""
-    stages = [torch.randn(2, side * side, block.C, dtype=dtype) for side in SIDES]
+    stages = [torch.randn(2, side * side, block.C, dtype=dtype) for side in VAR_SIDES]
     condition = torch.randn(2, block.C, dtype=dtype)
 
     def call(block: Any) -> None:
@@ -96,13 +67,21 @@ def by_stages(block: Any, dtype: torch.dtype) -> Callable[[Any], object]:
     return call
 
 
-DIFFUSERS = "transformers.transformer_"
-STREAMS = {"hidden_states": (1, 1024, 1536), "temb": (1, 1536)}
+dit = functools.partial(
+    diffusers,
+    "attention:BasicTransformerBlock",
+    16,
+    72,
+    activation_fn="gelu-approximate",
+    attention_bias=True,
+    norm_elementwise_affine=False,
+)
+sd3 = functools.partial(diffusers, "attention:JointTransformerBlock", 24, 64)
+SD3 = given(hidden_states=(1, 1024, 1536), encoder_hidden_states=(1, 154, 1536), temb=(1, 1536))
 FLUX = {"hidden_states": (1, 256, 3072), "encoder_hidden_states": (1, 128, 3072), "temb": (1, 3072)}
 MODELS = {
     "DiT-XL": Model(
-        "BasicTransformerBlock",
-        basic(16, 72, norm_type="ada_norm_zero", num_embeds_ada_norm=1000),
+        dit(norm_type="ada_norm_zero", num_embeds_ada_norm=1000),
         given(
             hidden_states=(1, 256, 1152),
             timestep=torch.tensor([500]),
@@ -110,55 +89,29 @@ MODELS = {
         ),
     ),
     "PixArt-XL": Model(
-        "BasicTransformerBlock",
-        basic(16, 72, norm_type="ada_norm_single", cross_attention_dim=1152, norm_eps=1e-6),
+        dit(norm_type="ada_norm_single", cross_attention_dim=1152, norm_eps=1e-6),
         given(
             hidden_states=(1, 1024, 1152),
             encoder_hidden_states=(1, 120, 1152),
             timestep=(1, 6 * 1152),
         ),
     ),
-    "SD3-medium": Model(
-        "JointTransformerBlock",
-        joint("JointTransformerBlock", "attention", 24, 64),
-        given(**STREAMS, encoder_hidden_states=(1, 154, 1536)),
-    ),
-    "SD3.5-medium": Model(
-        "JointTransformerBlock",
-        joint(
-            "JointTransformerBlock",
-            "attention",
-            24,
-            64,
-            qk_norm="rms_norm",
-            use_dual_attention=True,
-        ),
-        given(**STREAMS, encoder_hidden_states=(1, 154, 1536)),
-    ),
+    "SD3-medium": Model(sd3(), SD3),
+    "SD3.5-medium": Model(sd3(qk_norm="rms_norm", use_dual_attention=True), SD3),
     "Flux": Model(
-        "FluxTransformerBlock",
-        joint("FluxTransformerBlock", f"{DIFFUSERS}flux", 24, 128),
-        given(**FLUX),
+        diffusers("transformers.transformer_flux:FluxTransformerBlock", 24, 128), given(**FLUX)
     ),
     "Flux single": Model(
-        "FluxSingleTransformerBlock",
-        joint("FluxSingleTransformerBlock", f"{DIFFUSERS}flux", 24, 128),
+        diffusers("transformers.transformer_flux:FluxSingleTransformerBlock", 24, 128),
         given(**FLUX),
     ),
     "Qwen-Image": Model(
-        "QwenImageTransformerBlock",
-        joint("QwenImageTransformerBlock", f"{DIFFUSERS}qwenimage", 24, 128),
+        diffusers("transformers.transformer_qwenimage:QwenImageTransformerBlock", 24, 128),
         given(**FLUX, encoder_hidden_states_mask=None),
     ),
-    "DiT-XL, its own code": Model(
-        "DiTBlock", lambda: DiTBlock(1152, 16), given(x=(1, 256, 1152), c=(1, 1152))
-    ),
-    "VAR-d16": Model("AdaLNSelfAttn", lambda: AdaLNSelfAttn(1024, 16), by_stages),
-    "MAR-B": Model(
-        "SimpleMLPAdaLN",
-        lambda: SimpleMLPAdaLN(16, 1024, 768, 6),
-        given(x=(8, 16), t=(8,), c=(8, 768)),
-    ),
+    "DiT-XL, its own code": Model(lambda: DiTBlock(1152, 16), given(x=(1, 256, 1152), c=(1, 1152))),
+    "VAR-d16": Model(lambda: AdaLNSelfAttn(1024, 16), by_stages),
+    "MAR-B": Model(lambda: SimpleMLPAdaLN(16, 1024, 768, 6), given(x=(8, 16), t=(8,), c=(8, 768))),
 }
 
 
@@ -191,15 +144,15 @@ def measure(case: Case, seconds: float) -> Row:
     torch.set_num_threads(case.threads)
     try:
         turns = {
-            "plain": functools.partial(timing.seconds_of, lambda: call(plain)),
-            "accelerated": functools.partial(timing.seconds_of, lambda: call(fast)),
+            way: functools.partial(timing.seconds_of, functools.partial(call, block))
+            for way, block in (("plain", plain), ("accelerated", fast))
         }
         taken = timing.rounds(turns, seconds, warm_up=True)
     finally:
         torch.set_num_threads(before)
     return {
         **case._asdict(),
-        "class": model.kind,
+        "class": type(plain).__name__,
         "served": report[0].served,
         "seconds": timing.summaries(taken),
     }
@@ -220,27 +173,22 @@ def render(record: dict[str, Any]) -> str:
             f"{duration(seconds['plain'])} -> {duration(seconds['accelerated'])}, "
             f"{times(seconds['plain'], seconds['accelerated'])}"
         )
-    columns = dict.fromkeys(key for line in found.values() for key in line)
-    lines = [{key: line.get(key, "-") for key in columns} for line in found.values()]
     said = dict.fromkeys(results.briefly(facts) for facts in record["runs"])
-    return f"{table(lines)}\n\n{'; '.join(said)}."
+    return f"{table(list(found.values()))}\n\n{'; '.join(said)}."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    by_name = {case.name: case for case in cases()}
-    options, found = results.chosen("integrations", __doc__, list(by_name), 3, arguments)
+    command_line = results.parser("integrations", __doc__, seconds=3)
+    options, by_name = command_line.parse_args(arguments), {case.name: case for case in cases()}
+    found = results.chosen(command_line, options, by_name)
     if not found:
         return 0
     results.keep_memory()
     file, facts = results.path("integrations", options.results), results.describe()
-    empty = {"kind": "integrations", "runs": [], "rows": []}
-    for case in (by_name[name] for name in found):
-        row = measure(case, options.seconds)
-        before = results.read(file) if file.exists() else empty
-        record = results.merged(before, facts, [row], _case)
-        results.save(file, record)
-        seconds = medians(row)
-        print(f"{case.name}: {times(seconds['plain'], seconds['accelerated'])}", flush=True)
+    for name in found:
+        row = measure(by_name[name], options.seconds)
+        record, seconds = results.merge(file, "integrations", facts, row, _case), medians(row)
+        print(f"{name}: {times(seconds['plain'], seconds['accelerated'])}", flush=True)
     print(f"\n{render(record)}\n\nmerged into {file}")
     return 0
 

@@ -10,6 +10,7 @@ most the weights and 1.5 times the next three columns. Training: two steps with 
 import ctypes
 import gc
 import multiprocessing
+import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -25,16 +26,14 @@ from ecar.sampling.guidance import PAPER, Steps
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 SLACK = 1.5  # a peak of sampling is at most the weights + 1.5x what sampling needs
+BATCH = 16  # of a training step of S
 TRAINING = 0.75  # a training step's, of the eager reference's
 MIB = 2**20
 
 
 def resident(field: str = "VmRSS") -> int:
     """Bytes resident now, or with "VmHWM" at most since `reset_peak`."""
-    for line in STATUS.read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"{STATUS} has no {field}")
+    return 1024 * int(re.search(rf"{field}:\s*(\d+)", STATUS.read_text())[1])
 
 
 def reset_peak() -> int:
@@ -49,8 +48,8 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def needed(config: ECARConfig, steps: Steps, itemsize: int = 4) -> dict[str, int]:
-    """Bytes that sampling one image needs besides the weights, at the largest stage.
+def needed(config: ECARConfig, steps: Steps) -> dict[str, int]:
+    """Bytes that sampling one image needs besides the weights, at the largest stage, in float32.
 
     modulation: of all tokens, and of all steps. kv_cache: keys and values of all layers.
     activations: what one flow block makes of its tokens: q, k, v, attention's output, the
@@ -59,9 +58,9 @@ def needed(config: ECARConfig, steps: Steps, itemsize: int = 4) -> dict[str, int
     tokens, width = config.stage_tokens[-1], config.width
     rows = tokens + max(split_steps(steps, config.num_stages))
     return {
-        "modulation": itemsize * rows * (6 * config.flow_blocks + 2) * width,
-        "kv_cache": itemsize * 2 * config.ar_layers * config.num_tokens * width,
-        "activations": itemsize * tokens * (6 * width + config.mlp_width),
+        "modulation": 4 * rows * (6 * config.flow_blocks + 2) * width,
+        "kv_cache": 4 * 2 * config.ar_layers * config.num_tokens * width,
+        "activations": 4 * tokens * (6 * width + config.mlp_width),
     }
 
 
@@ -128,20 +127,18 @@ def _mib(size: float) -> str:
 
 def main() -> None:
     parser = results.parser("memory", __doc__)
-    add = parser.add_argument
-    add("--sizes", nargs="+", choices=PRESETS, default=("S", "B", "L"), help="that sample")
-    add("--training", nargs="+", choices=PRESETS, default=("S",), help="that train (default: S)")
-    add("--batch", type=int, default=16, help="of training (default: 16)")
+    parser.add_argument(
+        "--sizes", nargs="+", choices=PRESETS, default=("S", "B", "L"), help="that sample"
+    )
     options = parser.parse_args()
     if not STATUS.exists():
         raise SystemExit(f"error: memory is read from {STATUS}, which this system does not have")
     file, facts = results.path("memory", options.results), results.describe()
-    sampled, trained = [alone(sampling, size) for size in options.sizes], []
-    for size in options.training:
-        backends = {"eager": "reference", "ours": "auto"}
-        found = {way: alone(training, size, options.batch, by) for way, by in backends.items()}
-        trained.append({"size": size, **found})
-    results.finish(file, "memory", facts, render, sampling=sampled, training=trained)
+    sampled = [alone(sampling, size) for size in options.sizes]
+    backends = {"eager": "reference", "ours": "auto"}
+    trained = {way: alone(training, "S", BATCH, backend) for way, backend in backends.items()}
+    content = {"sampling": sampled, "training": [{"size": "S", **trained}]}
+    results.finish(file, "memory", facts, render, **content)
 
 
 if __name__ == "__main__":

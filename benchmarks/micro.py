@@ -6,7 +6,6 @@ multiply-adds over that of a GEMM. An "overhead" row is what a call costs beside
 16 x 768 out of the cache, and with one token of 8 channels ("least").
 """
 
-import argparse
 import functools
 import itertools
 import os
@@ -32,32 +31,24 @@ from ecar_kernels.testing import tensors
 
 MAX_ROUNDS = 2000
 CALLS = 100  # in a round of an overhead row
-NAMES = {"compiled": "torch.compile", "ours": "ecar_kernels"}
-OWN = ("eager", "compiled", "ours")
+NAMES = {"eager": "eager", "compiled": "torch.compile", "ours": "ecar_kernels"}
+OWN = tuple(NAMES)
 COMPILED = ("compiled", "FlexAttention")
-# Ways that hold attention's scores, and how many times at once, as seen of the eager reference.
-HOLD_SCORES = ("eager", "compiled", "SDPA math")
-SCORES_HELD = {False: 3, True: 6}
+HOLD_SCORES = ("eager", "compiled", "SDPA math")  # ways that hold attention's scores
 MINUTES = 14.0
 Row = dict[str, Any]
 
 
-def choose(
-    full: bool = False,
-    words: Sequence[str] = (),
-    device: torch.device = CPU,
-    dtype: str = "float32",
-) -> list[Case]:
-    """Those whose names contain all words, the most important first; on CUDA with more batches, and
-    what fills it before what does not."""
+def choose(full: bool = False, device: torch.device = CPU, dtype: str = "float32") -> list[Case]:
+    """The rows, the most important first; on CUDA with more batches, and what fills it before what
+    does not."""
     rows = [*cases.at_64_mib(), *(cases.every() if full else cases.default())]
     if device.type == "cuda":
         rows += cases.select(forward=(8, 64), backward=(1, 8, 64))
         rows.sort(key=lambda case: (case.tokens < 256, case.batch))
     else:
         rows = [*cases.overheads(), *rows]
-    found = dict.fromkeys(replace(case, dtype=dtype) for case in rows)
-    return [case for case in found if all(word in case.name for word in words)]
+    return list(dict.fromkeys(replace(case, dtype=dtype) for case in rows))
 
 
 def run(
@@ -77,9 +68,6 @@ def run(
     no other. compiling: with the ways of COMPILED, which take seconds to compile.
     """
     results.keep_memory()
-    before = results.read(file) if file.exists() else {"kind": "micro", "runs": [], "rows": []}
-    if before["kind"] != "micro":
-        raise ValueError(f"{file}: expected a result of kind 'micro', got {before['kind']!r}")
     facts, begin, rows, failed = results.describe(device), time.monotonic(), [], 0
     best, tried = timing.measure_rates(2 * seconds, device)
     this = {"environment": facts, "rates": vars(best) | {"tried": tried}}
@@ -104,7 +92,7 @@ def run(
                 )
                 said = duration(one["seconds"]["ours"]["median"])
                 rows.append(one)
-                results.save(file, results.merged(before, this, rows, case_of))
+                results.merge(file, "micro", this, one, case_of)
                 broken = set(BACKENDS) & one.get("failures", {}).keys()
             except Exception as error:  # the others go on
                 said, broken = f"{type(error).__name__}: {error}", {"ours"}
@@ -152,10 +140,10 @@ def measure(
     sets = cases.input_sets(case, device)
     ways, failures, clocks = functions(case, device, compiling), {}, {}
     for name, function in ways.items():
-        if (reason := why_not(case, name, function, sets)) is None:
-            clocks[name] = Clock(calls(case, function, sets), len(sets), device)
-        elif not reason.endswith("is not installed"):  # which the run's versions say
+        if reason := why_not(case, name, function, sets):
             failures[name] = reason
+        else:
+            clocks[name] = Clock(calls(case, function, sets), len(sets), device)
     clocks["ours"] = clocks.pop("ours")  # the last of a round
     found = timing.rounds(clocks, seconds, at_most=MAX_ROUNDS, warm_up=True)
     needed = case_cost(case, sets[0])
@@ -225,7 +213,8 @@ def why_not(
     if name in HOLD_SCORES and case.op == "stage_attention":
         queries, keys = (sets[0][side].shape[1] for side in ("q", "k"))
         scores = case.batch * case.model.heads * queries * keys * case.numbers.itemsize
-        if (size := SCORES_HELD[case.backward] * scores) > memory(sets[0]["q"].device) / 2:
+        held = 6 if case.backward else 3  # times at once, as seen of the eager reference
+        if (size := held * scores) > memory(sets[0]["q"].device) / 2:
             return f"its scores would take {size / 1e9:.0f} GB"
     count = len(sets) if name == "ours" and case.op in FAMILIES["flow_block"] else 1
 
@@ -286,11 +275,15 @@ def _run_line(number: int, this: dict[str, Any]) -> str:
     )
 
 
-def _ratios(row: Row) -> dict[str, str]:
+def speedups(row: Row) -> dict[str, float]:
+    """Eager's and torch.compile's time over ecar_kernels'; of those that were timed."""
     seconds = medians(row)
-    return {
-        f"vs {NAMES.get(way, way)}": times(seconds.get(way), seconds["ours"]) for way in OWN[:2]
-    }
+    return {way: seconds[way] / seconds["ours"] for way in OWN[:2] if way in seconds}
+
+
+def _ratios(row: Row) -> dict[str, str]:
+    found = speedups(row)
+    return {f"vs {NAMES[way]}": times(found.get(way)) for way in OWN[:2]}
 
 
 def _reached(row: Row, seconds: float) -> dict[str, str]:
@@ -302,18 +295,18 @@ def _reached(row: Row, seconds: float) -> dict[str, str]:
     }
 
 
-def overview(record: dict[str, Any], op: str, backward_batch: int = 8) -> str:
-    """An op at the stages of E-CAR-S: forward of one image, backward of a batch."""
+def overview(record: dict[str, Any], op: str) -> str:
+    """An op at the stages of E-CAR-S: forward of one image, backward of a batch of 8."""
     of_op = {case_of(row): row for row in record["rows"] if row["op"] == op}
     dtypes = dict.fromkeys(case.dtype for case in of_op)
     cells, said, note = [], {}, ""
-    chosen = cases.select(("S",), forward=(1,), backward=(backward_batch,), ops=(op,))
+    chosen = cases.select(("S",), forward=(1,), backward=(8,), ops=(op,))
     for case, dtype in itertools.product(chosen, dtypes):
         if (row := of_op.get(replace(case, dtype=dtype))) is not None:
-            way = "backward" if case.backward else "forward"
-            note = f"; backward: a batch of {backward_batch}" if case.backward else ""
-            seconds = {NAMES.get(name, name): duration(medians(row).get(name)) for name in OWN}
-            name = f"{way}, {case.tokens} tokens{f', {dtype}' * (len(dtypes) > 1)}"
+            kind = "backward" if case.backward else "forward"
+            note = "; backward: a batch of 8" * case.backward
+            seconds = {NAMES[way]: duration(medians(row).get(way)) for way in OWN}
+            name = f"{kind}, {case.tokens} tokens{f', {dtype}' * (len(dtypes) > 1)}"
             cells.append({"E-CAR-S": name} | seconds | _ratios(row))
             facts = record["runs"][row["run"]]["environment"]
             said[results.briefly(facts, f"{dtype}, ")] = True
@@ -321,15 +314,8 @@ def overview(record: dict[str, Any], op: str, backward_batch: int = 8) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description=__doc__.partition("\n\n")[0],
-        epilog="Needs torch alone.",
-    )
+    parser = results.parser("", __doc__, seconds=0.5)
     add = parser.add_argument
-    add("-k", nargs="+", default=[], metavar="WORD", dest="words",
-        help="only rows whose names contain all of these words")  # fmt: skip
-    add("--list", action="store_true", help="print the rows' names and exit")
     add("--full", action="store_true",
         help="every size, stage and batch, forward and backward (about an hour)")  # fmt: skip
     add("--device", choices=("cpu", "cuda"), default="cpu")
@@ -337,19 +323,14 @@ def main() -> int:
         help="default: float32, bfloat16 on CUDA")  # fmt: skip
     add("--no-compile", action="store_false", dest="compiling",
         help="without torch.compile and FlexAttention, which take seconds a row")  # fmt: skip
-    add("--seconds", type=float, default=0.5, help="of measuring for each row (default: 0.5)")
     add("--minutes", type=float,
         help="start no row later (default: 14, no limit with --full)")  # fmt: skip
-    add("--results", type=Path, metavar="FOLDER", default=results.FOLDER,
-        help="merge into FOLDER/<device>/micro.json (default: benchmarks/results)")  # fmt: skip
     options = parser.parse_args()
     device = torch.device(options.device)
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    chosen = choose(options.full, options.words, device, dtype)
-    if not chosen:
-        parser.error(f"argument -k: no row's name contains all of {', '.join(options.words)}")
+    by_name = {case.name: case for case in choose(options.full, device, dtype)}
+    chosen = [by_name[name] for name in results.chosen(parser, options, by_name)]
     if options.list:
-        print("\n".join(case.name for case in chosen))
         return 0
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"argument --device: torch {torch.__version__} sees no CUDA GPU here")
@@ -361,9 +342,6 @@ def main() -> int:
     except KeyboardInterrupt:
         print(f"interrupted; rows measured before are in {file}", file=sys.stderr)
         return 130
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     if not rows:
         print("error: nothing was measured", file=sys.stderr)
         return 1

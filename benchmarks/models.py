@@ -6,7 +6,7 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,13 +37,18 @@ def random_model(config: ECARConfig) -> ECAR:
     return model
 
 
+def linears(blocks: Iterable[nn.Module]) -> list[nn.Linear]:
+    """The layers of the fused products of AR or flow blocks."""
+    return [layer for b in blocks for layer in (b.qkv, b.proj, b.mlp.fc1, b.mlp.fc2)]
+
+
 def twin(model: nn.Module) -> nn.Module:
     """A copy with modules of its own and the very same parameters and buffers."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, memo=shared)
 
 
-def compiled(model: ECAR, whole: bool = True) -> ECAR:
+def compiled(model: ECAR, whole: bool) -> ECAR:
     """A twin whose flow heads are compiled, and the AR's norms and MLPs; on first use.
 
     The AR's attention writes to a cache whose state is in Python, a graph for each layer.
@@ -79,14 +84,15 @@ class Way(NamedTuple):
     backend: str = "auto"
 
 
-def ways(model: ECAR, compile: str | None) -> dict[str, Way]:
-    """The reference in eager mode, compiled (by "whole" heads or by "blocks"), and accelerated."""
+def ways(model: ECAR, whole: bool) -> dict[str, Way]:
+    """The reference in eager mode and compiled (see `compiled`), and the accelerated model."""
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64  # a graph for each head of each stage
-    found = {"eager": Way(model, "reference")}
-    if compile is not None:
-        found["compiled"] = Way(compiled(model, compile == "whole"), "reference")
-    return found | {"ours": Way(accelerated(model))}
+    return {
+        "eager": Way(model, "reference"),
+        "compiled": Way(compiled(model, whole), "reference"),
+        "ours": Way(accelerated(model)),
+    }
 
 
 class StageTime(NamedTuple):
@@ -139,6 +145,11 @@ def _modulation_seconds(head: nn.Module, steps: int) -> float:
 def image_seconds(stages: Sequence[StageTime], steps: Steps = PAPER) -> float:
     counts = split_steps(steps, len(stages))
     return sum(stage.once + count * stage.step for stage, count in zip(stages, counts, strict=True))
+
+
+def images(ways: Mapping[str, Way]) -> dict[str, Callable[[], float]]:
+    """Seconds of an image by the paper's protocol, each way: what `compare` takes."""
+    return {name: lambda way=way: image_seconds(time_image(way)) for name, way in ways.items()}
 
 
 def floors(

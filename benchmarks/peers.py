@@ -1,12 +1,11 @@
-"""What other libraries have for an op: PyTorch, flash-attn and xformers, for attention.
+"""What other libraries have for an op: PyTorch, for attention. The backends of the ops that call
+flash-attn's, xformers' and PyTorch's kernels are ecar_kernels' own.
 
-Each peer is a function with the op's signature, on any device. One that is not installed, or that
-the device or the case is not for, raises when it is called, and `why_not` makes its reason a line.
+Each peer is a function with the op's signature, on any device. One that the device or the case is
+not for raises when it is called, and `why_not` makes its reason a line.
 """
 
 import functools
-import importlib
-import itertools
 import re
 import warnings
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ecar_kernels.stage_attention import sdpa
 from ecar_kernels.stage_attention.reference import block_causal_mask
 
 SDPA = {
@@ -25,10 +25,6 @@ SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
-PACKAGES = {
-    "flash-attn": ("flash_attn", "flash_attn_func"),
-    "xformers": ("xformers.ops", "memory_efficient_attention"),
-}
 REASON_LENGTH = 200
 Stages = tuple[int, ...]
 
@@ -36,17 +32,14 @@ Stages = tuple[int, ...]
 def functions(op: str, *, per_stage: bool = False) -> dict[str, Callable]:
     """Every peer of the op by name; none for ops that no library has anything like.
 
-    per_stage: PyTorch's attention, too, in a call for each stage without a mask, which not all of
-    its backends take.
+    per_stage: PyTorch's attention in a call for each stage without a mask, which not all of its
+    kernels take.
     """
     if op != "stage_attention":
         return {}
-    partial = functools.partial
-    sdpa = {f"SDPA {name}": partial(_sdpa, backend) for name, backend in SDPA.items()}
-    if per_stage:
-        sdpa = {name: partial(by_stage, call) for name, call in sdpa.items()}
-    others = {name: partial(by_stage, partial(_packages, name)) for name in PACKAGES}
-    return {"FlexAttention": _flex(), **sdpa, **others}
+    attention = sdpa.stage_attention if per_stage else _masked
+    by_kernel = {f"SDPA {name}": functools.partial(_sdpa, SDPA[name], attention) for name in SDPA}
+    return {"FlexAttention": _flex(), **by_kernel}
 
 
 def why_not(call: Callable[[], object]) -> str | None:
@@ -68,17 +61,6 @@ def why_not(call: Callable[[], object]) -> str | None:
     return None
 
 
-def by_stage(attention: Callable, q: Tensor, k: Tensor, v: Tensor, stage_lengths: Stages) -> Tensor:
-    """A dense call for each stage of the queries, over the keys up to its end."""
-    before = k.shape[1] - q.shape[1]  # tokens before the first query
-    parts = [
-        attention(q[:, end - length - before : end - before], k[:, :end], v[:, :end])
-        for length, end in zip(stage_lengths, itertools.accumulate(stage_lengths), strict=True)
-        if end > before
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [tensor.transpose(1, 2) for tensor in tensors]
 
@@ -86,14 +68,16 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 _mask = functools.lru_cache(maxsize=4)(block_causal_mask)  # of 5,440 tokens one takes 30 MB
 
 
-def _sdpa(
-    backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, stage_lengths: Stages | None = None
-) -> Tensor:
-    newest = stage_lengths is None or q.shape[1] == stage_lengths[-1]
+def _sdpa(kernel: SDPBackend, attention: Callable, **arguments: Any) -> Tensor:
+    with sdpa_kernel(kernel):
+        return attention(**arguments)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, stage_lengths: Stages) -> Tensor:
+    newest = q.shape[1] == stage_lengths[-1]
     mask = None if newest else _mask(stage_lengths, q.shape[1], device=q.device)
-    with sdpa_kernel(backend):
-        out = F.scaled_dot_product_attention(*_heads_first(q, k, v), attn_mask=mask)
-    return out.transpose(1, 2)
+    q, k, v = _heads_first(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
 def _flex() -> Callable:
@@ -118,19 +102,3 @@ def _flex() -> Callable:
         return compiled(*_heads_first(q, k, v), block_mask=mask).transpose(1, 2)
 
     return call
-
-
-def _packages(name: str, *tensors: Tensor) -> Tensor:
-    """A package's attention; it is loaded when it is called."""
-    return _load(name)(*tensors)
-
-
-@functools.cache
-def _load(name: str) -> Callable:
-    module, function = PACKAGES[name]
-    try:
-        return getattr(importlib.import_module(module), function)
-    except ImportError as error:
-        absent = module.startswith(error.name or module)
-        reason = "is not installed" if absent else f"does not load: {error}"
-        raise ImportError(f"{name} {reason}") from None

@@ -3,7 +3,6 @@
 Colours are those of Okabe and Ito, which stay apart for the colour-blind.
 """
 
-import csv
 import io
 import statistics
 from collections import defaultdict
@@ -131,11 +130,9 @@ def ops(record: Record) -> Figure:
     ratios: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     rows = [row for row in record["rows"] if not row.get("overhead")]
     for row in sorted(rows, key=lambda row: row["backward"]):
-        seconds = medians(row)
-        for way in micro.OWN[:2]:
-            if way in seconds:
-                of_op = ratios[f"{row['op']}{' backward' if row['backward'] else ''}"]
-                of_op[micro.NAMES.get(way, way)].append(seconds[way] / seconds["ours"])
+        of_op = ratios[f"{row['op']}{' backward' * row['backward']}"]
+        for way, ratio in micro.speedups(row).items():
+            of_op[micro.NAMES[way]].append(ratio)
     return bars(
         "Each op: time over that of ecar_kernels, median over all sizes",
         record["runs"][-1]["environment"],
@@ -151,7 +148,7 @@ def image(record: Record) -> Figure:
     for row in record["rows"]:
         seconds = medians(row)
         gemms = seconds["linears"] + seconds["attention"]
-        shown = {micro.NAMES.get(way, way): seconds[way] for way in micro.OWN if way in seconds}
+        shown = {micro.NAMES[way]: seconds[way] for way in micro.OWN if way in seconds}
         groups[f"E-CAR-{row['size']}"] = shown | {"its matrix products alone": gemms}
     title = "One image, 250 steps, no guidance, float32"
     return bars(title, record["environment"], groups, "seconds", duration)
@@ -189,13 +186,11 @@ def losses(logs: list[Path]) -> Figure:
     made = figure(2.6 * len(logs) + 0.4, "Training loss: each stage's, by images seen")
     grid = made.subplots(len(logs), 1, squeeze=False)[:, 0]
     for axes, path in zip(grid, logs, strict=True):
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        names = [name for name in rows[0] if name.startswith("loss_")]
+        rows = np.genfromtxt(path, delimiter=",", names=True)
+        names = [name for name in rows.dtype.names if name.startswith("loss_")]
         for name, colour in zip(names, STAGES, strict=False):
-            images, values = ([float(row[column]) for row in rows] for column in ("images", name))
             label = name.replace("loss_", "stage ")
-            axes.plot(images, values, color=colour, linewidth=1, label=label)
+            axes.plot(rows["images"], rows[name], color=colour, linewidth=1, label=label)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")

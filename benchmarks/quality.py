@@ -11,7 +11,7 @@ v_c - v_u is that of the step before, and the unconditional half is not computed
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -106,6 +106,12 @@ class Judge:
         distance = frechet_distance_of_features(features, self.held_out) / self.floor
         return dict(zip(METRICS, (read, distance, precision, recall), strict=True))
 
+    def summary(self, draw: Callable[[Tensor, Tensor], Tensor]) -> dict[str, list[float]]:
+        """Of the images that it draws of classes and seeds, group by group."""
+        seeds = torch.arange(sum(map(len, self.labels))).split(len(self.labels[0]))
+        groups = zip(self.labels, seeds, strict=True)
+        return summary([self.measure(draw(*each), each[0]) for each in groups])
+
 
 def summary(found: Sequence[Measures]) -> dict[str, list[float]]:
     """{metric: [mean, half of its 95 % confidence interval]} over groups."""
@@ -147,16 +153,13 @@ def measure(pipeline: ECARPipeline, judge: Judge, setting: Setting, calls: int) 
     """A row of the table."""
     config, scale = pipeline.model.config, pipeline.defaults["guidance_scale"]
     options, every = setting.options(calls, config.num_stages), setting.guided_every
-    found, first = [], 0
-    for labels in judge.labels:
-        seeds = torch.arange(first, first + len(labels))
+
+    def draw(labels: Tensor, seeds: Tensor) -> Tensor:
         if every == 1:
-            images = generate(pipeline, labels, seeds, progress=False, **options)
-        else:
-            given = options | {"grid": pipeline.defaults["grid"]}
-            images = to_bytes(draw_reusing(pipeline.model, labels, seeds, given, scale, every))
-        found.append(judge.measure(images, labels))
-        first += len(labels)
+            return generate(pipeline, labels, seeds, progress=False, **options)
+        given = options | {"grid": pipeline.defaults["grid"]}
+        return to_bytes(draw_reusing(pipeline.model, labels, seeds, given, scale, every))
+
     counts = split_steps(options["num_inference_steps"], config.num_stages)
     rows = [count + (scale != 1) * -(-count // every) for count in counts]
     work = sum(n * tokens for n, tokens in zip(rows, config.stage_tokens, strict=True))
@@ -165,19 +168,27 @@ def measure(pipeline: ECARPipeline, judge: Judge, setting: Setting, calls: int) 
         "calls": calls,
         "options": options,
         "calls_x_tokens": work * setting.calls_of_a_step,
-        "measures": summary(found),
+        "measures": judge.summary(draw),
+    }
+
+
+def cells(measures: dict[str, list[float]]) -> dict[str, str]:
+    return {
+        metric: written.format(*(scale * value for value in measures[metric]))
+        for metric, (scale, written) in METRICS.items()
     }
 
 
 def render(record: dict[str, Any]) -> str:
-    rows = []
-    for row in [*record["rows"], {"solver": "training images", "measures": record["real"]}]:
-        work = f"{row['calls_x_tokens']:,}" if "calls" in row else "-"
-        cells = {"solver": row["solver"], "calls": str(row.get("calls", "-"))}
-        cells["calls x tokens"] = work
-        for metric, (scale, written) in METRICS.items():
-            cells[metric] = written.format(*(scale * value for value in row["measures"][metric]))
-        rows.append(cells)
+    rows = [
+        {
+            "solver": row["solver"],
+            "calls": str(row.get("calls", "-")),
+            "calls x tokens": f"{row['calls_x_tokens']:,}" if "calls" in row else "-",
+            **cells(row["measures"]),
+        }
+        for row in [*record["rows"], {"solver": "training images", "measures": record["real"]}]
+    ]
     return (
         f"{table(rows)}\n\n{record['checkpoint']}: {record['groups']} groups of "
         f"{record['images']} images; means with half of their 95 % confidence intervals."

@@ -4,13 +4,13 @@ Nothing is measured. `--images` draws the pictures of docs/images/ instead.
 """
 
 import importlib
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from benchmarks import instructions, launches, results
+from ecar.files import read_json
 
 # Kinds of results in the order of the page, and the module that renders a record.
 KINDS = {
@@ -57,21 +57,19 @@ def page(folder: Path, output: Path) -> str:
         "# Results",
         "Compare ratios within one table, not times of different devices or dates.",
     ]
+    kinds = list(KINDS)
     for device in sorted(path for path in folder.iterdir() if path.is_dir()):
         records = {file: results.read(file) for file in sorted(device.glob("*.json"))}
         parts += [f"## {device.name}"] if records else []
-        kinds = [*KINDS, *(record["kind"] for record in records.values())]
-        for file, record in sorted(records.items(), key=lambda its: kinds.index(its[1]["kind"])):
+        tables = {file: render(record) for file, record in records.items()}
+        for file in sorted(tables, key=lambda file: kinds.index(records[file]["kind"])):
             parts.append(f"### {file.stem}")
-            if record["kind"] not in KINDS:
-                parts.append(f"There is no table for results of kind {record['kind']!r}.")
-                continue
             drawn = pictures.draw(file, output / "pictures")
             parts += [f"![{file.stem}]({picture.relative_to(output)})" for picture in drawn]
-            parts += [render(record), module_of(record).__doc__.strip()]
+            parts += [tables[file], module_of(records[file]).__doc__.strip()]
     for module in (instructions, launches):
         if (file := folder / module.RESULTS.name).is_file():
-            table = module.render(json.loads(file.read_text("utf-8")))
+            table = module.render(read_json(file))
             parts += [f"## {file.stem}", table, module.__doc__.strip()]
     if len(parts) == 2:
         parts.append(f"There are none in {folder}.")

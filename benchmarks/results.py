@@ -17,6 +17,7 @@ import torch
 
 from ecar.evaluation import provenance
 from ecar.evaluation.provenance import cpu_name
+from ecar.files import atomic_path, read_json
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "results"
@@ -157,12 +158,23 @@ def merged(
     }
 
 
+def merge(
+    file: Path,
+    kind: str,
+    this: dict[str, Any],
+    row: dict[str, Any],
+    case_of: Callable[[dict[str, Any]], Any],
+) -> dict[str, Any]:
+    """The record of the file, which need not exist, with the row: see `merged`."""
+    before = read(file) if file.exists() else {"kind": kind, "runs": [], "rows": []}
+    save(file, record := merged(before, this, [row], case_of))
+    return record
+
+
 def save(file: Path, record: dict[str, Any]) -> None:
     """Writes a record, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(dumps(record) + "\n", "utf-8")
-    partial.replace(file)
+    with atomic_path(file) as temporary:
+        temporary.write_text(dumps(record) + "\n", "utf-8")
 
 
 def dumps(value: Any, indent: str = "\n ") -> str:
@@ -180,30 +192,45 @@ def dumps(value: Any, indent: str = "\n ") -> str:
 
 def read(file: Path) -> dict[str, Any]:
     """A record that `save` wrote; ValueError, naming the file, for anything else."""
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: expected a result as JSON, got {error}") from None
+    record = read_json(file)
     known = isinstance(record, dict) and "kind" in record
     if not known or not {"environment", "runs"} & record.keys():
         raise ValueError(f"{file}: expected a result with 'kind' and 'environment' or 'runs'")
     return record
 
 
-def parser(name: str, doc: str, *, writes: bool = True) -> argparse.ArgumentParser:
+def parser(
+    name: str, doc: str, *, writes: bool = True, seconds: float | None = None
+) -> argparse.ArgumentParser:
     """Of `python -m benchmarks.NAME`, described by its docstring's first paragraph.
 
-    writes: with --results.
+    writes: with --results. seconds: of a row, where rows can be chosen, with `chosen`.
     """
     found = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{name}", description=doc.partition("\n\n")[0]
+        prog=f"python -m benchmarks.{name}".rstrip("."), description=doc.partition("\n\n")[0]
     )
+    add = found.add_argument
     if writes:
-        found.add_argument(
-            "--results", type=Path, default=FOLDER, metavar="FOLDER",
-            help="write FOLDER/<device>/*.json (default: benchmarks/results)",
-        )  # fmt: skip
+        add("--results", type=Path, default=FOLDER, metavar="FOLDER",
+            help="write FOLDER/<device>/*.json (default: benchmarks/results)")  # fmt: skip
+    if seconds is not None:
+        add("-k", nargs="+", default=[], dest="words", metavar="WORD",
+            help="only rows whose names contain all of these words")  # fmt: skip
+        add("--list", action="store_true", help="print the rows' names and exit")
+        add("--seconds", type=float, default=seconds, help=f"for each row (default: {seconds:g})")
     return found
+
+
+def chosen(
+    command: argparse.ArgumentParser, options: argparse.Namespace, names: Iterable[str]
+) -> list[str]:
+    """The names of the rows to measure: none with --list, which prints them."""
+    found = [name for name in names if all(word in name for word in options.words)]
+    if not found:
+        command.error(f"argument -k: no row's name contains all of {', '.join(options.words)}")
+    if options.list:
+        print("\n".join(found))
+    return [] if options.list else found
 
 
 def finish(
@@ -234,7 +261,7 @@ def check_counts(
     if not file.exists():
         print(f"\nnot compared: there is no {file}")
         return 0
-    complaints = compare(found, json.loads(file.read_text("utf-8")))
+    complaints = compare(found, read_json(file))
     if complaints is not None:
         print("", *complaints or ["no count is above the committed one"], sep="\n")
     return int(bool(complaints))
@@ -250,8 +277,9 @@ def risen(found: Mapping[str, int], committed: Mapping[str, int], share: float =
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """A Markdown table of rows that are cells by column; the first has all columns."""
-    return markdown(list(rows[0]), [list(row.values()) for row in rows])
+    """A Markdown table of rows that are cells by column; "-" where a row has none."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return markdown(columns, [[row.get(name, "-") for name in columns] for row in rows])
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -289,47 +317,26 @@ def times(value: float | None, base: float = 1.0) -> str:
 
 def figures(value: float) -> str:
     """Three figures, and all of those before the point."""
-    return f"{value:.{max(0, 2 - len(str(int(abs(value)))) + 1)}f}"
-
-
-def chosen(
-    kind: str,
-    text: str,
-    names: Sequence[str],
-    seconds: float,
-    arguments: Sequence[str] | None = None,
-) -> tuple[argparse.Namespace, list[str]]:
-    """The options of a benchmark with rows by name, and the rows to measure: none with --list."""
-    command_line = parser(kind, text)
-    add = command_line.add_argument
-    add("-k", nargs="+", default=[], dest="words", metavar="WORD", help="of the rows' names, all")
-    add("--list", action="store_true", help="print the rows' names and exit")
-    add("--seconds", type=float, default=seconds, help=f"for each row (default: {seconds:g})")
-    options = command_line.parse_args(arguments)
-    found = [name for name in names if all(word in name for word in options.words)]
-    if not found:
-        command_line.error(f"argument -k: no row's name contains all of {', '.join(options.words)}")
-    if options.list:
-        print("\n".join(found))
-    return options, [] if options.list else found
+    return f"{value:.{max(0, 3 - len(str(int(abs(value)))))}f}"
 
 
 def command(
     kind: str,
-    text: str,
+    doc: str,
     names: Sequence[str],
     measure: Callable[[str, float], dict[str, Any]],
     render: Callable[[dict[str, Any]], str],
 ) -> int:
     """The command line of a benchmark with rows by name, each written when it is measured."""
-    options, found = chosen(kind, text, names, 15)
-    if not found:
-        return 0
+    command_line = parser(kind, doc, seconds=15)
+    options = command_line.parse_args()
     file, facts = path(kind, options.results), describe()
     rows = {row["name"]: row for row in read(file)["rows"]} if file.exists() else {}
+    found = chosen(command_line, options, names)
     for name in found:
         rows[name] = measure(name, options.seconds)
         write(file, kind, facts, rows=[rows[name] for name in names if name in rows])
         print(render({"rows": [rows[name]]}), flush=True)
-    print(f"merged into {file}")
+    if found:
+        print(f"merged into {file}")
     return 0

@@ -297,21 +297,12 @@ def image(work: Work) -> None:
     work.add(OURS, ours)
 
 
-def dit_calls(model: nn.Module, name: str) -> Work:
-    """A network call of diffusers' DiT of any weights, float32: the files' may be of others."""
-    work = Work(name, "float32")
-    _dit(work, model)
-    return work
-
-
-def _dit(work: Work, model: nn.Module) -> None:
+def dit_call(work: Work, model: nn.Module | None = None) -> None:
+    """A network call of diffusers' DiT; None: of the peer's size."""
+    model = model or dit.SIZES[PEER].build()
     side = model.config.sample_size
     inputs = (torch.randn(1, 4, side, side), torch.tensor([500]), torch.tensor([1]))
     work.add_runtimes(DiT(model), inputs, network=(0,))
-
-
-def dit_call(work: Work) -> None:
-    _dit(work, dit.SIZES[PEER].build())
     work.absent[OURS] = "examples/accelerate_dit.py has its block"
 
 
@@ -344,12 +335,9 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
 
 
 def render(record: dict[str, Any]) -> str:
-    reasons = {f"{way}: {why}" for row in record["rows"] for way, why in row["absent"].items()}
-    lines = [
-        table([_cells(row) for row in record["rows"]]),
-        *(f"- {why}" for why in sorted(reasons)),
-    ]
-    return "\n\n".join([lines[0], "\n".join(lines[1:])]).rstrip()
+    reasons = {f"- {way}: {why}" for row in record["rows"] for way, why in row["absent"].items()}
+    cells = table([_cells(row) for row in record["rows"]])
+    return f"{cells}\n\n{chr(10).join(sorted(reasons))}".rstrip()
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:

@@ -4,10 +4,8 @@
     image    what the device does, and latencies of whole images
     ops      `python -m benchmarks --device cuda`: eager ways, then compiled ones; then memcheck
 
-Each command is of use alone, and has a deadline of its own: the build, without whose CUDA half it
-stops, then the most telling rows first. A row is in the record, FOLDER/<device>/gpu-COMMAND.json,
-when it is printed. A dry run takes tiny sizes on the CPU, and only names the programs that it
-would run.
+Each has a deadline of its own: the build, without whose CUDA half it stops, then the most telling
+rows first. See benchmarks/README.md.
 """
 
 import argparse
@@ -39,13 +37,10 @@ STOPPED = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = results.parser("gpu", __doc__, writes=False)
     add = parser.add_argument
-    add("commands", nargs="*", choices=[*COMMANDS, "all"], default="all", metavar="COMMAND")
+    add("commands", nargs="*", choices=[*COMMANDS, "all"], default="all",
+        help="default: all; benchmarks/README.md says what each shows")  # fmt: skip
     add("--results", type=Path, metavar="FOLDER", help="default: $OUT, or benchmarks/results")
     add("--seconds", type=float, default=190.0, help="of each command (default: %(default)s)")
     add("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts, after the build")

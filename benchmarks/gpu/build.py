@@ -1,14 +1,10 @@
 """The library and Triton's kernels: made on the machine, or packed elsewhere and carried there.
 
-    python -m benchmarks.gpu.build pack [--output build/gpu-carry]      make gpu-pack
-    python -m benchmarks.gpu.build check|image|ops [--architecture 90] [-k WORD ...]
-
-`pack` builds the library, with its CUDA half for one architecture, and compiles the kernels of all
-commands under a GPU that is not there (`tools.fake_gpu`): library/, kernels.tar.xz and
-manifest.json. Run it by the Python, torch and Triton of the machine they are for. There `--carried`
-uses the library if it is of these sources and that chip, and loads; else it is built there. Triton
-finds of the kernels those that are what it would compile. A command's name compiles the kernels of
-its rows.
+`pack` (make gpu-pack) builds the library, with its CUDA half for one architecture, and compiles the
+kernels of all commands under a GPU that is not there (`tools.fake_gpu`): library/, kernels.tar.xz
+and manifest.json. There `--carried` uses the library if it is of these sources and that chip, and
+loads; Triton finds of the kernels those that are what it would compile. A command's name compiles
+the kernels of its rows.
 """
 
 import argparse
@@ -31,6 +27,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import results
 from benchmarks.gpu.work import Work
 from benchmarks.results import ROOT
 from ecar_kernels import _native
@@ -39,8 +36,8 @@ from ecar_kernels.registry import OPS, resolve
 FOLDER = ROOT / "build" / "gpu-carry"
 LIBRARY = ("libecar_cpu.so", "libecar_cuda.so")
 KERNELS, MANIFEST = "kernels.tar.xz", "manifest.json"
-PROCESSES = 12  # that compile at once
-COMPILE = (sys.executable, "-m", "benchmarks.gpu.build")
+PROCESSES = min(12, os.cpu_count() or 1)  # that compile at once
+COMPILE = (sys.executable, "-m", "benchmarks.gpu.build", f"--processes={PROCESSES}")
 LOADS = "from ecar_kernels import _native; print(_native.why_not_cuda() or 'loads')"
 
 
@@ -51,10 +48,11 @@ class StoppedError(RuntimeError):
 def build(work: Work) -> None:
     """The library for this device, whose CUDA half must load; then the command's kernels."""
     major, minor = (9, 0) if work.dry else torch.cuda.get_device_capability()
-    if not install(work, 10 * major + minor):
+    chip = 10 * major + minor
+    if not install(work, chip):
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         # A library of an earlier build may load all the same.
-        if reason := work.run("build", command, **_variables(10 * major + minor)):
+        if reason := work.run("build", command, **_variables(chip)):
             raise StoppedError(f"the build failed: {reason}")
     # This process has loaded nothing yet.
     if reason := _native.why_not() if work.dry else _native.why_not_cuda():
@@ -62,8 +60,7 @@ def build(work: Work) -> None:
     how = {"device": work.device, "dtype": torch.bfloat16}
     served = {op: resolve(op, **how).backend for op in OPS}
     work.add("library", f"loaded; {served}", served=served)
-    count = min(PROCESSES, os.cpu_count() or 1)
-    work.run("kernels", [*COMPILE, work.command, f"--processes={count}"])
+    work.run("kernels", [*COMPILE, work.command])
 
 
 def _variables(chip: int) -> dict[str, str]:
@@ -97,7 +94,7 @@ def install(work: Work, chip: int) -> bool:
             unpack(work.carried)
             said = subprocess.run([sys.executable, "-c", LOADS], capture_output=True, text=True)
             differ = [said.stdout + said.stderr] * (said.stdout.strip() != "loads")
-    except (OSError, ValueError, LookupError, TypeError, ImportError, shutil.ReadError) as error:
+    except (OSError, ValueError, LookupError, TypeError, ImportError) as error:
         differ = [f"{work.carried}: {type(error).__name__}: {error}"]
     work.add("carried", *differ[:1] or ["used"], why_not="; ".join(differ) or None)
     return not differ
@@ -128,9 +125,9 @@ def pack(output: Path, chip: int) -> None:
         build = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={scratch}"]
         environment = os.environ | _variables(chip)
         environment |= {"TRITON_CACHE_DIR": f"{scratch}/cache", "TRITON_INTERPRET": "0"}
-        how = [f"--processes={min(PROCESSES, os.cpu_count() or 1)}", f"--architecture={chip}"]
-        compilations = [[*COMPILE, command, *how] for command in ("check", "image", "ops")]
-        for command in ([*build, f"--build-temp={scratch}/temp"], *compilations):
+        compile = [*COMPILE, f"--architecture={chip}"]
+        commands = [[*compile, command] for command in ("check", "image", "ops")]
+        for command in ([*build, f"--build-temp={scratch}/temp"], *commands):
             subprocess.run(command, cwd=ROOT, check=True, env=environment)
         for name in LIBRARY:
             shutil.copyfile(Path(scratch, "ecar_kernels", name), output / "library" / name)
@@ -150,10 +147,9 @@ def warm(options: argparse.Namespace, index: int) -> None:
     )
     with contextlib.ExitStack() as stack:
         if options.architecture is not None:
-            from tools import fake_gpu
+            from tools.fake_gpu import FakeGPU, chip_of
 
-            chip = fake_gpu.chip_of(options.architecture)
-            work.place = stack.enter_context(fake_gpu.FakeGPU(chip)).place
+            work.place = stack.enter_context(FakeGPU(chip_of(options.architecture))).place
         items = importlib.import_module(f"benchmarks.gpu.{work.command}").warm_items(work)
         chosen = [its for its in items if work.begins(its[0], 0)]
         for name, item in chosen[index :: options.processes]:
@@ -163,11 +159,7 @@ def warm(options: argparse.Namespace, index: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu.build",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = results.parser("gpu.build", __doc__, writes=False)
     add = parser.add_argument
     add("action", choices=("pack", "check", "image", "ops"))
     add("--output", type=Path, default=FOLDER)

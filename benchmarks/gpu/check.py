@@ -105,9 +105,8 @@ def images(work: Work) -> None:
         for numbers in DTYPES[:2]:
             name, row = f"E-CAR-{size} {numbers}", {}
             if work.begins(name, 5):
-                pipe = ECARPipeline(
-                    copy.deepcopy(model).to(getattr(torch, numbers)), accelerate=True
-                )
+                its = copy.deepcopy(model).to(getattr(torch, numbers))
+                pipe = ECARPipeline(its, accelerate=True)
                 _judge(work, name, functools.partial(_drawn, work, pipe, draw, exact, row), row)
 
 

@@ -7,22 +7,23 @@ import functools
 import inspect
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from benchmarks import launches, models, timing
 from benchmarks.gpu.work import Work
 from ecar import ECARPipeline, release_graphs, sample
-from ecar.sampling.guidance import DEFAULT_STEPS, PAPER, Steps
+from ecar.sampling.guidance import Steps
 from ecar.sampling.sampler import SampleOutput
 from ecar_kernels import use_backend
 from ecar_kernels.costs import Rates
 
 # As a user has it who loads a checkpoint and says nothing more.
 ACCELERATED = inspect.signature(ECARPipeline.from_pretrained).parameters["accelerate"].default
-SETTINGS = {"250 Euler steps": PAPER, "default": DEFAULT_STEPS}  # as in launches.SETTINGS
+SETTINGS = {name: steps for name, (steps, _) in launches.SETTINGS.items()}
 DRY_SETTINGS = {"6 steps": 6}
 
 
@@ -77,13 +78,13 @@ def draw(pipe: ECARPipeline, row: Row, steps: Steps, graphs: bool | str) -> Samp
 
 def warm_items(work: Work) -> Iterator[tuple[str, Callable[[], object]]]:
     """One step a stage of each kind of row, without a graph: its kernels are then compiled."""
+
+    def once(row: Row) -> None:
+        draw(pipeline(work, row), row, [1] * work.config(row.size).num_stages, False)
+
     for row in DRY_ROWS if work.dry else ROWS:
         if row.way != "reference":
-            steps = [1] * work.config(row.size).num_stages
-            yield (
-                row.name,
-                lambda row=row, steps=steps: draw(pipeline(work, row), row, steps, False),
-            )
+            yield row.name, functools.partial(once, row)
 
 
 def latency(work: Work) -> None:
@@ -122,27 +123,39 @@ def _measure(
     # Or an error: an eager figure must not pass for a graph's.
     graphs = {"eager": False} | ({} if first.why_not_graph else {"graph": True})
     ways = {
-        way: functools.partial(timing.seconds_of, functools.partial(draw, pipe, row, steps, graph))
+        way: lambda graph=graph: timing.seconds_of(lambda: draw(pipe, row, steps, graph))
         for way, graph in graphs.items()
     }
     taken = timing.rounds(ways, 1.0 * (not work.dry), at_least=3)
-    medians = {way: its["median"] for way, its in timing.summaries(taken).items()}
-    found = {"setting": setting, "served": first.served, "seconds": dict(medians)}
-    found |= {"why_no_graph": first.why_not_graph}
+    seconds = {way: statistics.median(values) for way, values in taken.items()}
+    fastest, peak, predicted = min(seconds.values()), None, None
     if not work.dry:
-        found["peak_bytes"] = torch.cuda.max_memory_allocated() - weights
+        peak, predicted = torch.cuda.max_memory_allocated() - weights, _predicted(row, setting)
         torch.cuda.reset_peak_memory_stats()
     products = tried.get(f"GEMM: {row.numbers}", best.multiply_adds_per_second)
-    how: dict[str, Any] = {"steps": steps, "batch": row.batch, "itemsize": pipe.dtype.itemsize}
-    how["launch_seconds"] = 1 / tried.get("launch", math.inf)
-    floors = models.floors(pipe.model.config, Rates(best.bytes_per_second, products), **how)
-    fastest = min(medians.values())
-    found |= {"image_seconds": fastest / row.batch, "floor_seconds": floors}
-    found["of_the_floor"] = max(floors.values()) / fastest
-    predicted = found["predicted_seconds"] = None if work.dry else _predicted(row, setting)
-    medians |= {} if predicted is None else {"predicted": predicted}
-    said = ", ".join(f"{way} {1e3 * seconds:.1f} ms" for way, seconds in medians.items())
-    work.add(f"{row.name}, {setting}", said, **row._asdict(), **found)
+    floors = models.floors(
+        pipe.model.config,
+        Rates(best.bytes_per_second, products),
+        steps=steps,
+        batch=row.batch,
+        itemsize=pipe.dtype.itemsize,
+        launch_seconds=1 / tried.get("launch", math.inf),
+    )
+    shown = seconds if predicted is None else seconds | {"predicted": predicted}
+    work.add(
+        f"{row.name}, {setting}",
+        ", ".join(f"{way} {1e3 * its:.1f} ms" for way, its in shown.items()),
+        **row._asdict(),
+        setting=setting,
+        served=first.served,
+        seconds=seconds,
+        why_no_graph=first.why_not_graph,
+        peak_bytes=peak,
+        image_seconds=fastest / row.batch,
+        floor_seconds=floors,
+        of_the_floor=max(floors.values()) / fastest,
+        predicted_seconds=predicted,
+    )
 
 
 def _predicted(row: Row, setting: str) -> float | None:
@@ -164,10 +177,8 @@ def _profile(work: Work, name: str, run: Callable[[], object]) -> None:
         work.add(name, skipped=f"no profiler here: {type(error).__name__}: {error}")
         return
     column = f"self_{'cpu' if work.dry else 'device'}_time_total"
-    busy, kernels = (
-        sum(getattr(its, column) for its in found) / 1e6,
-        sum(its.count for its in found),
-    )
+    busy = sum(getattr(its, column) for its in found) / 1e6
+    kernels = sum(its.count for its in found)
     said = f"{kernels} kernels in {1e3 * seconds:.2f} ms, {busy / seconds:.0%} busy"
     slowest = found.table(sort_by=column, row_limit=20, max_name_column_width=60)
     work.add(name, said, kernels=kernels, busy_seconds=busy, output=slowest)

@@ -17,7 +17,6 @@ from ecar import ECARConfig
 
 TINY = ECARConfig(stage_sides=(4, 8), num_classes=10, width=32, heads=2, ar_layers=2, flow_blocks=2)
 TAIL = 2000  # characters kept of what failed
-OUT_OF_TIME = 124
 HIDDEN = ("part", "output", "served")
 
 
@@ -115,8 +114,9 @@ def render(record: dict[str, Any]) -> str:
         lines.append("A dry run at tiny sizes on the CPU: it shows that the code runs, no more.")
     for part in dict.fromkeys(row["part"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["part"] == part]
-        columns = dict.fromkeys(name for row in rows for name in row if name not in HIDDEN)
-        cells = [{name: _cell(name, row.get(name)) for name in columns} for row in rows]
+        cells = [
+            {name: _cell(name, row[name]) for name in row if name not in HIDDEN} for row in rows
+        ]
         lines += [f"**{part}**", table(cells)]
         lines += [f"```\n{row['output'].rstrip()}\n```" for row in rows if row.get("output")]
     return "\n\n".join(lines)

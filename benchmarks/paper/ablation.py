@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import models, timing
-from benchmarks.models import Way, image_seconds, time_image
+from benchmarks.models import Way
 from benchmarks.results import duration, medians, table, times
 from ecar import ECAR, ECARConfig
 from ecar.flow import FlowHead, time_frequencies
@@ -61,10 +61,6 @@ def _packed(layer: nn.Linear, x: Tensor) -> Tensor:
     return timing.packed_linear(layer.weight, layer.bias, x.shape[1])(x)
 
 
-def _plain(layer: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight, layer.bias)
-
-
 def _separate(product: Callable, backend: str, model: ECAR) -> None:
     """Flow blocks of products and, between them, the adaLN family's ops by a backend."""
     ops = ("adaln", "gated_residual_adaln", "gated_residual")
@@ -93,7 +89,7 @@ SWITCHES: dict[str, Callable[[ECAR], None]] = {
     "KV cache": _no_cache,
     # The reference's elementwise ops between packed products; fused ones between nn.Linear's.
     "fused elementwise ops": functools.partial(_separate, _packed, "reference"),
-    "packed GEMMs": functools.partial(_separate, _plain, "auto"),
+    "packed GEMMs": functools.partial(_separate, nn.Linear.forward, "auto"),
 }
 AHEAD = "ops bound ahead of time"
 
@@ -106,11 +102,11 @@ def variants(model: ECAR) -> dict[str, Way]:
     return found | {AHEAD: Way(models.twin(model))}
 
 
-def measure(size: str, seconds: float, config: ECARConfig | None = None) -> dict[str, list]:
+def measure(size: str, seconds: float) -> dict[str, list]:
     """One size's row."""
-    ways = variants(models.random_model(config or ECARConfig.preset(size)))
-    runs = {name: lambda way=way: image_seconds(time_image(way)) for name, way in ways.items()}
-    return {"rows": [{"size": size, "seconds": timing.summaries(models.compare(runs, seconds))}]}
+    ways = variants(models.random_model(ECARConfig.preset(size)))
+    taken = models.compare(models.images(ways), seconds)
+    return {"rows": [{"size": size, "seconds": timing.summaries(taken)}]}
 
 
 def render(record: dict[str, Any]) -> str:

@@ -1,10 +1,9 @@
-"""MAR (Li et al., 2024), the peer of the paper's Table 3, of the published sizes, on our ops.
+"""MAR (Li et al., 2024), the peer of the paper's Table 3, of the published sizes, accelerated.
 
 A masked autoencoder draws 256 tokens of 16 channels in some AR steps, in random order: each step
 encodes the tokens that are known (behind 64 buffer tokens that hold the class), decodes all, and
 denoises the latents of the next few tokens by 100 steps of a small adaLN MLP. How many are next
-follows a cosine. Sizes are those with which the authors evaluate; weights are random, and the
-MLP's norms have none of their own (they could be folded into the modulation).
+follows a cosine. Sizes are those with which the authors evaluate; weights are random.
 """
 
 import functools
@@ -13,13 +12,12 @@ import statistics
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ecar_kernels
+from benchmarks.copied import SimpleMLPAdaLN
 from benchmarks.timing import seconds_of
-from ecar.flow import TIME_CHANNELS, time_frequencies
-from ecar_kernels import Accelerated, Linear, OpsModule, StageBlock, accelerates
+from ecar_kernels import Linear, StageBlock
 
 CLASSES = 1000
 CHANNELS, DIFFUSION_STEPS = 16, 100
@@ -45,58 +43,6 @@ SIZES = {
 }
 
 
-class ResidualBlock(OpsModule):
-    """x + gate W2 SiLU(W1 adaLN(x)); shift, scale and gate of each token from its condition."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-        self.modulation = Linear(width, 3 * width)
-        self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x, condition (SiLU applied): [1, n, width]."""
-        ops = self.ops(x)
-        shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
-        hidden = F.silu(ops.adaln_linear(x, shift, scale, self.fc1.weight, self.fc1.bias))
-        return ops.linear_gated_residual(hidden, self.fc2.weight, self.fc2.bias, gate, x)
-
-
-@accelerates(ResidualBlock)
-class AcceleratedResidualBlock(Accelerated, ResidualBlock):
-    uses = ("adaln_linear", "linear_gated_residual")
-    weights = ("fc1.weight", "fc2.weight")
-
-
-class DiffusionMLP(OpsModule):
-    """Noise and variance of a token's latent: [1, n, 16] -> [1, n, 32]."""
-
-    def __init__(self, size: MARSize) -> None:
-        super().__init__()
-        width = self.width = size.mlp_width
-        self.time = nn.Sequential(Linear(TIME_CHANNELS, width), nn.SiLU(), Linear(width, width))
-        self.condition = Linear(size.width, width)
-        self.embed = Linear(CHANNELS, width)
-        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(size.mlp_blocks))
-        self.modulation = Linear(width, 2 * width)
-        self.output = nn.Linear(width, 2 * CHANNELS)
-
-    def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        """t: time in [0, 1], [n]. z: the decoder's tokens [1, n, width of the decoder]."""
-        condition = F.silu(self.time(time_frequencies(t).to(x.dtype)) + self.condition(z))
-        x = self.embed(x)
-        for block in self.blocks:
-            x = block(x, condition)
-        shift, scale = self.modulation(condition).chunk(2, dim=-1)
-        return self.ops(x).adaln_linear(x, shift, scale, self.output.weight, self.output.bias)
-
-
-@accelerates(DiffusionMLP)
-class AcceleratedDiffusionMLP(Accelerated, DiffusionMLP):
-    uses = ("adaln_linear",)
-    weights = ("output.weight",)
-
-
 class MAR(nn.Module):
     """The whole model; one image at a time."""
 
@@ -119,7 +65,7 @@ class MAR(nn.Module):
         self.embed_norm, self.encoder_norm, self.decoder_norm = (
             nn.LayerNorm(width, eps=1e-6) for _ in range(3)
         )
-        self.mlp = DiffusionMLP(size)
+        self.mlp = SimpleMLPAdaLN(CHANNELS, size.mlp_width, width, size.mlp_blocks)
 
     def condition(self, label: Tensor, latents: Tensor, known: Tensor, drawn: Tensor) -> Tensor:
         """What the latents of some tokens are denoised with: [1, drawn, width].
@@ -173,7 +119,7 @@ def image_seconds(model: MAR, ar_steps: int, timed_ar_steps: int, timed_steps: i
     for step in (int((i + 0.5) * ar_steps / timed_ar_steps) for i in range(timed_ar_steps)):
         order, known = torch.randperm(size.tokens), sum(drawn[:step])
         new = order[known : known + drawn[step]]
-        z, x = torch.randn(1, len(new), size.width), torch.randn(1, len(new), CHANNELS)
+        z, x = torch.randn(len(new), size.width), torch.randn(len(new), CHANNELS)
         denoise = functools.partial(model.mlp, x, torch.rand(len(new)), z)
         total += (
             statistics.median([seconds_of(denoise) for _ in range(timed_steps)]) * DIFFUSION_STEPS

@@ -13,7 +13,7 @@ import functools
 from typing import Any
 
 from benchmarks import models, runtimes, timing
-from benchmarks.models import TIMED_STEPS, Way, image_seconds, time_image
+from benchmarks.models import TIMED_STEPS, Way
 from benchmarks.paper import dit, mar
 from benchmarks.paper.dit import PEERS
 from benchmarks.results import duration, medians, table, times
@@ -29,25 +29,19 @@ TIMED_AR_STEPS = 3
 DIT_SHARE = 0.4  # of the time; MAR's rounds are longer
 
 
-def measure(
-    size: str,
-    seconds: float,
-    config: ECARConfig | None = None,
-    peer: dit.DiTSize | None = None,
-    masked: mar.MARSize | None = None,
-) -> dict[str, list]:
-    """The row of one size of E-CAR and its peers; None: the sizes of the paper."""
-    config = config or ECARConfig.preset(size)
-    peer, masked = peer or dit.SIZES[PEERS[size]], masked or mar.SIZES[MARS[size]]
-    way = Way(models.accelerated(models.random_model(config)))
-    ours = {"ecar": lambda: image_seconds(time_image(way))}
+def measure(size: str, seconds: float) -> dict[str, list]:
+    """The row of one size of E-CAR and its peers."""
+    config, peer, masked = ECARConfig.preset(size), dit.SIZES[PEERS[size]], mar.SIZES[MARS[size]]
+    ours = models.images({"ecar": Way(models.accelerated(models.random_model(config)))})
     # One peer after the other, for their weights and packed ones fill a memory.
     module = peer.build()
     step = functools.partial(dit.step_seconds, module, PAPER_STEPS, "ddim", TIMED_STEPS)
     pair = models.compare(ours | {"dit": lambda: PAPER_STEPS * step()}, DIT_SHARE / 2 * seconds)
-    calls = runtimes.dit_calls(module, f"DiT-{PEERS[size]}-call").calls
+    work = runtimes.Work(f"DiT-{PEERS[size]}-call", "float32")
+    runtimes.dit_call(work, module)
     theirs = {
-        way: lambda call=call: PAPER_STEPS * timing.seconds_of(call) for way, call in calls.items()
+        way: lambda call=call: PAPER_STEPS * timing.seconds_of(call)
+        for way, call in work.calls.items()
     }
     served = models.compare(ours | theirs, DIT_SHARE / 2 * seconds)
     image = functools.partial(mar.image_seconds, mar.build(masked))

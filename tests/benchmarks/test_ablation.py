@@ -54,8 +54,9 @@ def test_switches_do_what_they_say(ways):
     assert rows["KV cache"]["ar"] == tokens[0] * 3 + tokens[1] * 2 + tokens[2]
 
 
-def test_the_table_has_a_row_for_each():
-    text = ablation.render(ablation.measure("S", 0, CONFIG))
+def test_the_table_has_a_row_for_each(monkeypatch):
+    monkeypatch.setattr(ablation.ECARConfig, "preset", lambda size: CONFIG)
+    text = ablation.render(ablation.measure("S", 0))
     for name in (*ablation.SWITCHES, ablation.AHEAD, "nothing"):
         assert f" {name} |" in text
     assert "1.00x" in text

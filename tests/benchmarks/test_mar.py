@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.paper import mar
 from ecar_kernels import use_backend
 from tests.support.accuracy import error, ulp
+from tests.support.blocks import is_served
 
 TINY = mar.MARSize(layers=2, width=16, heads=2, mlp_blocks=2, mlp_width=24, tokens=16, buffer=4)
 
@@ -46,7 +47,7 @@ def test_multiply_adds_are_those_of_the_modules():
             total += counter.get_total_flops() // 2
         assert z.shape == (1, drawn, TINY.width)
         with counted() as counter:
-            model.mlp(torch.randn(1, drawn, mar.CHANNELS), torch.rand(drawn), z)
+            model.mlp(torch.randn(drawn, mar.CHANNELS), torch.rand(drawn), z[0])
             total += counter.get_total_flops() // 2 * mar.DIFFUSION_STEPS
         known += drawn
     assert mar.multiply_adds(TINY, ar_steps) == total
@@ -56,14 +57,16 @@ def test_the_accelerated_model_computes_the_same():
     plain = mar.MAR(TINY).eval()
     fast = mar.build(TINY)
     fast.load_state_dict(plain.state_dict())
+    assert is_served(fast.mlp)
     order, latents = torch.randperm(TINY.tokens), torch.randn(1, TINY.tokens, mar.CHANNELS)
     given = (torch.tensor([3]), latents, order[:5], order[5:8])
-    x, t = torch.randn(1, 3, mar.CHANNELS), torch.rand(3)
+    x, t = torch.randn(3, mar.CHANNELS), torch.rand(3)
     with torch.no_grad():
         found = fast.condition(*given)
+        z = found[0]
         pairs = [
             (found, lambda m, kind: m.condition(given[0], latents.to(kind), *given[2:])),
-            (fast.mlp(x, t, found), lambda m, kind: m.mlp(x.to(kind), t.to(kind), found.to(kind))),
+            (fast.mlp(x, t, z), lambda m, kind: m.mlp(x.to(kind), t.to(kind), z.to(kind))),
         ]
         for ours, run in pairs:
             with use_backend("reference"):

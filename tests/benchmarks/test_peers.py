@@ -1,6 +1,5 @@
 """Other libraries' attention computes the same as the reference, or says why it does not."""
 
-import functools
 import warnings
 
 import pytest
@@ -31,32 +30,16 @@ def test_attentions_peers_compute_the_same_or_say_why_not(case):
             assert_accurate(functions[name], functions["eager"], given, gradients=case.backward)
         right += 1
     assert right >= 2  # SDPA's math and flash serve every machine
-    assert set(reasons) <= {
-        "FlexAttention",
-        "SDPA efficient",
-        "SDPA cudnn",
-        "flash-attn",
-        "xformers",
-    }
+    assert set(reasons) <= {"FlexAttention", "SDPA efficient", "SDPA cudnn"}
     if case.backward and "FlexAttention" in reasons:
         assert "FlexAttention does not support backward" in reasons["FlexAttention"]
 
 
-def test_a_call_by_stage_is_the_masked_one():
-    """As flash-attn and xformers are asked for all stages."""
+@pytest.mark.parametrize("name", ["SDPA math", "SDPA flash"])
+def test_a_call_by_stage_is_the_masked_one(name):
     case = cases.Case("stage_attention", 25, 2, cases.VAR, whole=True)
-    given = cases.inputs(case)
-    reference = micro.functions(case)["eager"]
-
-    def dense(q, k, v):
-        return reference(
-            q,
-            k,
-            v,
-            (k.shape[1] - q.shape[1], q.shape[1]) if k.shape[1] > q.shape[1] else (k.shape[1],),
-        )
-
-    assert_accurate(functools.partial(peers.by_stage, dense), reference, given)
+    masked, by_stage = (peers.functions(case.op, per_stage=way)[name] for way in (False, True))
+    assert_accurate(by_stage, masked, cases.inputs(case))
 
 
 def test_reasons_are_one_line():

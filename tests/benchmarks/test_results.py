@@ -33,7 +33,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
 def test_what_is_no_record_is_refused_by_name(tmp_path):
     file = tmp_path / "x.json"
     file.write_text("{")
-    with pytest.raises(ValueError, match=r"x\.json: expected a result as JSON"):
+    with pytest.raises(ValueError, match=r"x\.json: not valid JSON"):
         results.read(file)
     file.write_text("[]")
     with pytest.raises(ValueError, match="with 'kind'"):

@@ -14,7 +14,10 @@ PEER = dit.DiTSize(layers=1, width=16, heads=2, latent_side=8)
 def test_a_row_has_its_peers_and_their_ratios(monkeypatch, tmp_path):
     monkeypatch.setattr(runtimes, "FILES", tmp_path)
     monkeypatch.setattr(runtimes, "RUNTIMES", {"another": runtimes.eager})
-    (row,) = table3.measure("S", 0, TINY, PEER, MASKED)["rows"]
+    monkeypatch.setattr(table3.ECARConfig, "preset", lambda size: TINY)
+    monkeypatch.setitem(dit.SIZES, "B", PEER)
+    monkeypatch.setitem(mar.SIZES, "B", MASKED)
+    (row,) = table3.measure("S", 0)["rows"]
     peers = [peer for peer, *_ in table3.pairs(row)]
     assert peers == ["DiT-B/2", "MAR-B, 64 AR steps", "MAR-B, 256 AR steps"]
     assert all(value > 0 for *_, ratios in table3.pairs(row) for value in ratios.values())

@@ -243,10 +243,7 @@ def test_there_and_back(name):
         got = call(block, arguments)
         assert type(block).__name__ == kinds[0].__name__ and isinstance(block, kinds[0])
         assert "adaln_linear: " in str(block)
-        copies = [copy.deepcopy(block)]
-        if name != "DiT's own":  # what stands for timm cannot be imported
-            copies.append(pickle.loads(pickle.dumps(block)))
-        for other in copies:
+        for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
             assert type(other) is type(block) and is_served(other)
             assert all(map(torch.equal, flat(call(other, arguments)), flat(got)))
         after = block.state_dict()
