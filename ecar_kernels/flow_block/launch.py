@@ -56,10 +56,16 @@ def row_block(channels: int) -> int:
     return 1024 if channels <= 1024 else 2048
 
 
-def statistics_block(its: Settings) -> int:
-    """Channels that a prologue reads at once for its rows' statistics: 64 values a thread of 4
-    warps, all under way at the same time."""
-    return 8192 // its.block_m
+def statistics_block(its: Settings, *, parts: bool) -> int:
+    """What a prologue reads at once for its rows' statistics: channels, 64 values a thread of 4
+    warps, all under way at the same time; or parts, of three values each."""
+    return (2048 if parts else 8192) // its.block_m
+
+
+def part_width(channels: int, parts: int) -> int:
+    """Channels of each of a row's parts, the last of which may have fewer: a power of two, as tiles
+    are."""
+    return 1 << (-(-channels // parts) - 1).bit_length()
 
 
 def tiles(
