@@ -114,10 +114,8 @@ def _row_statistics(
 
 @triton.jit
 def _parts_of(parts, row, width, channels):
-    """Where those of rows begin; None where there are none."""
-    if parts is not None:
-        parts += row.to(tl.int64) * (3 * tl.cdiv(channels, width))
-    return parts
+    """Where those of rows begin."""
+    return parts + row.to(tl.int64) * (3 * tl.cdiv(channels, width))
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -135,7 +133,8 @@ def normalise_rows(
     shift = _rows_of((shift, shift_image, shift_token), row, tokens)
     scale = _rows_of((scale, scale_image, scale_token), row, tokens)
     one = tl.zeros((1, 1), tl.int32)
-    parts = _parts_of(parts, row + one, part_width, channels)
+    if parts is not None:
+        parts = _parts_of(parts, row + one, part_width, channels)
     pivot, mean, rstd = _row_statistics(x + one, parts, part_width, channels, eps, 1, BLOCK)
     out += row.to(tl.int64) * channels
     for begin in range(0, channels, BLOCK):
@@ -243,7 +242,8 @@ def _normalised_product(
     eps, scale_offset = numbers
     row = tl.minimum(row, rows - 1)
     x = _rows_of(view, row, tokens)[:, None]
-    parts = _parts_of(parts, row[:, None], part_width, inputs)
+    if parts is not None:
+        parts = _parts_of(parts, row[:, None], part_width, inputs)
     pivot, mean, rstd = _row_statistics(x, parts, part_width, inputs, eps, BLOCK_M, STATISTICS)
     shift = _rows_of(shift_view, row, tokens)[:, None]
     scale = _rows_of(scale_view, row, tokens)[:, None]
