@@ -198,18 +198,25 @@ class FlowHead(OpsModule):
         made = recompute.adaln(y, x, *_begun(spatial, step, self.parts - 2), NORM_EPS)
         return unpatchify(recompute.linear(self.output, *made), self.patch_size, self.shape)
 
-    def stream(self, x: Tensor, spatial: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
+    def stream(
+        self,
+        x: Tensor,
+        spatial: Sequence[Tensor],
+        step: Sequence[Tensor],
+        statistics: Tensor | None = None,
+    ) -> Tensor:
         """The blocks' inference path.
 
         Args:
             x: embedded tokens [R, N, width].
             spatial: of ``spatial_parts``.
             step: one time's, of ``step_parts``.
+            statistics: what an op left together with this x, or None.
 
         Returns:
             The residual stream behind the last block [R, N, width].
         """
-        return self._stream(x, None, spatial, step)[0]
+        return self._stream(x, statistics, spatial, step)[0]
 
     def _stream(
         self,

@@ -3,8 +3,12 @@
 import pytest
 import torch
 
+from ecar.sampling import plain
+from ecar.sampling.cpu import CpuEngine
 from ecar.transformer import KVCache
 from ecar_kernels import FlowBlock, accelerate
+
+from .sampling.support import assert_same_image, composed_boundary, draw
 
 triton = pytest.importorskip("ecar_kernels.flow_block.triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,3 +78,31 @@ def test_stages_over_a_cache(model, taken, hooked, expected):
     for found, usual in zip(maps(), plain, strict=True):
         assert (found - usual).abs().max() < 1e-5
     assert taken == expected * 2
+
+
+def statistics_of(x):
+    """Of every 16 channels: [R, N, 3, parts]."""
+    parts = x.float().unflatten(-1, (-1, 16))
+    mean = parts.mean(-1)
+    square = (parts - mean[..., None]).square().sum(-1)
+    return torch.stack([mean, torch.zeros_like(mean), square], 2)
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.6)])  # of guided steps: twice the rows
+def test_the_boundary_leaves_them_for_the_first_block(model, taken, monkeypatch, interval):
+    options = {"steps": [3, 4], "guidance_scale": 2.5, "guidance_interval": interval}
+    model = model.to(DEVICE)
+    monkeypatch.setattr(CpuEngine, "serves", lambda *settings: False)
+    monkeypatch.setattr(plain, "boundary_op", lambda *settings: composed_boundary)
+    expected = draw(model, **options, solver="ab2").latents
+
+    def leaving(*given, **options):
+        state, embedded, *velocity = composed_boundary(*given, **options)
+        return state, embedded, statistics_of(embedded), *velocity
+
+    monkeypatch.setattr(plain, "boundary_op", lambda *settings: leaving)
+    accelerate(model, backend="triton")
+    taken.clear()
+    assert_same_image(draw(model, **options, solver="ab2").latents, expected)
+    begun = [False, True, True, True]  # of the AR, and of a stage's first step
+    assert taken == 2 * begun + 2 * 4 * [True] + 2 * begun + 3 * 4 * [True]
