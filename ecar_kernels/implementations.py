@@ -42,7 +42,7 @@ class Implementation:
     # "module:function" of the target's signature, without gradients, with what one op can leave for
     # the next: adaln_linear takes (.., *, statistics=None, keys=None, values=None), of which x's
     # statistics come with x, and the last two thirds of the outputs go to keys and values;
-    # linear_gated_residual returns (x, statistics), flow_boundary them behind the tokens
+    # linear_gated_residual returns (x, statistics or None), flow_boundary them behind the tokens
     chained: str = ""
     auto: str = ""  # "module:function" of the target's signature, which serves in its place where
     # no backend is named: it takes this one or another for each call, and notes which

@@ -81,6 +81,7 @@ def _products(
         return
     plain = gelu | {"STATISTICS": 0} | _NO_PARTS | dict.fromkeys(_MODULATION)
     yield _case(kernels.adaln_linear, dtype, name, plain, **how)
+    constants |= {"parts": None} if odd else {}
     yield _case(kernels.linear_gated_residual, dtype, name, constants, **how)
 
 

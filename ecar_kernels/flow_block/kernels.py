@@ -309,7 +309,7 @@ def _finish_gated_residual(
     y = tl.load(residual + column, mask=mask, other=0.0).to(tl.float32) + factor * y
     y = y.to(out.dtype.element_ty)
     place = row.to(tl.int64)[:, None] * outputs + column
-    if parts is not None:  # before the result is stored: else a tile spills on sm_80
+    if parts is not None:
         total = tl.cdiv(outputs, BLOCK_N)
         part = tl.program_id(0) % total
         count = tl.minimum(outputs - part * BLOCK_N, BLOCK_N).to(tl.float32)

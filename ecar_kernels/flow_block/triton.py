@@ -284,8 +284,10 @@ def linear_gated_residual_chained(
     residual: Tensor,
     *,
     step_gate: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The result x, and its statistics for `adaln_linear_chained` of x."""
+) -> tuple[Tensor, Tensor | None]:
+    """The result x, and its statistics for `adaln_linear_chained` of x; None for odd sizes."""
+    if launch.is_odd(*weight.shape):
+        return _linear_gated_residual(h, weight, bias, gate, residual, step_gate), None
     statistics = room_for_statistics(_settings("linear_gated_residual", h, weight), h, weight)
     given = h, weight, bias, gate, residual, step_gate
     return _linear_gated_residual_chained(*given, statistics), statistics

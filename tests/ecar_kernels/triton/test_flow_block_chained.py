@@ -173,7 +173,7 @@ def test_a_prologue_reads_a_models_parts_at_once(architecture):
 
 
 def test_opcheck():
-    call = call_of("linear_gated_residual", 2, 9, 24, 40, dtype=torch.bfloat16, device=DEVICE)
+    call = call_of("linear_gated_residual", 2, 9, 32, 48, dtype=torch.bfloat16, device=DEVICE)
     given = positional("linear_gated_residual", call)
     ops = torch.ops.ecar_triton
     x, statistics = triton.linear_gated_residual_chained(*given[:5], step_gate=given[5])
@@ -181,7 +181,7 @@ def test_opcheck():
     with pytest.raises(ValueError, match=r"argument 'statistics': expected \[B, N, 3, \d\], got"):
         ops.linear_gated_residual_chained(*given, statistics.expand(-1, -1, -1, 9))
     assert x.equal(triton.linear_gated_residual(*given[:5], step_gate=given[5]))
-    call = call_of("adaln_linear", 2, 9, 40, 24, dtype=torch.bfloat16, device=DEVICE)
+    call = call_of("adaln_linear", 2, 9, 48, 24, dtype=torch.bfloat16, device=DEVICE)
     given = positional("adaln_linear", call | {"x": x})
     torch.library.opcheck(ops.adaln_linear.default, (*given, statistics))
     kept = torch.zeros(2, 2, 9, 8, dtype=torch.bfloat16, device=DEVICE).unbind()
@@ -193,7 +193,7 @@ class Blocks(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList(FlowBlock(72, 3) for _ in range(2))
+        self.blocks = nn.ModuleList(FlowBlock(96, 3) for _ in range(2))
 
     def forward(self, x, spatial, step):
         statistics, self.left = None, []
@@ -204,7 +204,7 @@ class Blocks(nn.Module):
         return x
 
 
-SHAPES = {"x": (2, 9, 72), "spatial": (6, 2, 9, 72), "step": (6, 1, 1, 72)}
+SHAPES = {"x": (2, 9, 96), "spatial": (6, 2, 9, 96), "step": (6, 1, 1, 96)}
 CHAIN = [
     "ecar_triton::adaln_linear",
     "ecar_triton::stage_attention",
@@ -303,12 +303,22 @@ def test_gradients_are_asked_for(fast):
 
 
 @torch.no_grad()
+def test_odd_sizes_leave_none():
+    for width, heads in ((72, 3), (96, 3)):
+        block = accelerated(FlowBlock(width, heads).to(DEVICE), backend="triton")
+        given = (torch.randn(*shape[:-1], width, device=DEVICE) for shape in SHAPES.values())
+        x, spatial, step = given
+        _, statistics = block.infer_chained(x, None, spatial.unbind(), step.unbind())
+        assert (statistics is None) == (width == 72)
+
+
+@torch.no_grad()
 def test_where_the_backend_leaves_none():
     for module in (Blocks(), accelerated(Blocks(), backend="reference")):
         module(*(torch.randn(shape) for shape in SHAPES.values()))
         assert module.left == [False, False]
-    ops, linear = PUBLIC, nn.Linear(72, 72)
-    x = torch.randn(2, 9, 72)
+    ops, linear = PUBLIC, nn.Linear(96, 96)
+    x = torch.randn(2, 9, 96)
     assert fused.linear_residual(ops, linear, x, x, leaves=True)[1] is None
 
 
@@ -329,11 +339,11 @@ def test_an_accelerated_block_is_five_calls():
 @torch.no_grad()
 def test_stage_blocks_over_a_cache():
     """Row by row and one after the other: within the rule of accuracy as alone."""
-    blocks = nn.ModuleList(StageBlock(72, 3) for _ in range(2)).to(DEVICE)
-    x, expected = torch.randn(2, 6, 72, device=DEVICE), None
+    blocks = nn.ModuleList(StageBlock(96, 3) for _ in range(2)).to(DEVICE)
+    x, expected = torch.randn(2, 6, 96, device=DEVICE), None
     for statistics_go_on in (False, True):
         accelerated(blocks, backend="triton")
-        caches = [Cache(2, 6, 3, 24) for _ in blocks]
+        caches = [Cache(2, 6, 3, 32) for _ in blocks]
         for cache in caches:
             cache.held = cache.held.to(DEVICE)
         found = []
