@@ -70,9 +70,10 @@ class Settings:
 
     @property
     def max_registers(self) -> int | None:
-        """Of a thread. Left alone, ptxas spills some of a prologue's to fit one more program, for
-        which shared memory has no room."""
-        return 255 if self.prologue else None
+        """Of a thread. Left alone, ptxas spills some of a prologue's, and of 64 x 64 sums' with
+        their statistics, to fit one more program, for which shared memory has no room."""
+        many = self.num_warps == 4 and self.block_m * self.block_n == 4096
+        return 255 if self.prologue or many else None
 
 
 def row_block(channels: int) -> int:
