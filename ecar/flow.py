@@ -198,36 +198,54 @@ class FlowHead(OpsModule):
         made = recompute.adaln(y, x, *_begun(spatial, step, self.parts - 2), NORM_EPS)
         return unpatchify(recompute.linear(self.output, *made), self.patch_size, self.shape)
 
-    def stream(self, x: Tensor, spatial: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
+    def stream(
+        self,
+        x: Tensor,
+        spatial: Sequence[Tensor],
+        step: Sequence[Tensor],
+        statistics: Tensor | None = None,
+    ) -> Tensor:
         """The blocks' inference path.
 
         Args:
             x: embedded tokens [R, N, width].
             spatial: of ``spatial_parts``.
             step: one time's, of ``step_parts``.
+            statistics: what an op left together with this x, or None.
 
         Returns:
             The residual stream behind the last block [R, N, width].
         """
-        return self._stream(x, spatial, step)[0]
+        return self._stream(x, statistics, spatial, step)[0]
 
     def _stream(
-        self, x: Tensor, spatial: Sequence[Tensor], step: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        """And, where the last block was called, what it gives to the final layer."""
-        y = None
+        self,
+        x: Tensor,
+        statistics: Tensor | None,
+        spatial: Sequence[Tensor],
+        step: Sequence[Tensor],
+        leaves: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """And its statistics, of `FlowBlock.infer_chained`, if it `leaves` them; and, where the
+        last block was called, what it gives to the final layer. `statistics`: of x, or None."""
+        y, last = None, len(self.blocks) - 1
         block: Any  # FlowBlocks, or what took their place
         for index, block in enumerate(self.blocks):
             own = slice(6 * index, 6 * index + 6)
+            if replaced(block, "infer"):
+                x, y, statistics = block.infer(x, spatial[own], step[own]), None, None
+                continue
             if not _called(block):
-                x, y = block.infer(x, spatial[own], step[own]), None
+                its = leaves or index < last
+                x, statistics = block.infer_chained(x, statistics, spatial[own], step[own], its)
+                y = None
                 continue
             # The path of training, where a block is given its y.
             if y is None:
                 y = self._begin(x, spatial[own], step[own])
             after = slice(6 * index + 2, 6 * index + 8)
-            x, y = block(x, y, spatial[after], step[after])
-        return x, y
+            (x, y), statistics = block(x, y, spatial[after], step[after]), None
+        return x, statistics, y
 
     def _begin(self, x: Tensor, spatial: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
         """y, with which a block begins."""
@@ -246,11 +264,11 @@ class FlowHead(OpsModule):
         Returns:
             The velocity [R, C, h, w].
         """
-        x, y = self.embed_tokens(x), None
+        x, statistics, y = self.embed_tokens(x), None, None
         if replaced(self, "stream"):
             x = self.stream(x, spatial, step)
         else:
-            x, y = self._stream(x, spatial, step)
+            x, statistics, y = self._stream(x, None, spatial, step, leaves=True)
         tokens = (
             self.output(y)
             if y is not None
@@ -260,6 +278,7 @@ class FlowHead(OpsModule):
                 x,
                 spatial[-2],
                 spatial[-1],
+                statistics=statistics,
                 step_shift=step[-2],
                 step_scale=step[-1],
                 eps=NORM_EPS,
@@ -279,7 +298,7 @@ class AcceleratedFlowHead(Accelerated, FlowHead):
         if ops is PUBLIC:
             return super().embed_tokens(x)
         positions = self.positions.expand(len(x), -1, -1)
-        return fused.linear_residual(ops, self.embed, patchify(x, self.patch_size), positions)
+        return fused.linear_residual(ops, self.embed, patchify(x, self.patch_size), positions)[0]
 
 
 METHODS = ("velocity", "stream", "embed_tokens")

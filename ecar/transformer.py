@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ecar.config import ECARConfig
-from ecar_kernels import BoundStageBlocks, StageBlock, recompute
+from ecar_kernels import Accelerated, BoundStageBlocks, StageBlock, recompute
 from ecar_kernels.inspection import as_written, why_not_as_written
 
 __all__ = ["ARTransformer", "KVCache", "patchify", "unpatchify"]
@@ -199,7 +199,14 @@ class ARTransformer(nn.Module):
         if cache.bound is not None and cache.bound.why_not_now() is None:
             tokens = cache.bound.run(tokens, cache.length)
         else:
+            statistics, last = None, len(self.blocks) - 1
+            block: Any  # StageBlocks, or what took their place
             for layer, block in enumerate(self.blocks):
-                tokens = block(tokens, lengths, cache, layer)
+                given = lengths, cache, layer
+                if isinstance(block, Accelerated) and as_written(block, StageBlock):
+                    run: Any = block.forward_chained
+                    tokens, statistics = run(tokens, statistics, *given, leaves=layer < last)
+                else:
+                    tokens, statistics = block(tokens, *given), None
         cache.stages += 1
         return self.norm(tokens)

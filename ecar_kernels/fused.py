@@ -1,9 +1,12 @@
 """Fused ops over layers: one launch where a layer is as written, else the layer is called.
 
 Each takes `ops`, a module's (`OpsModule.ops`), and computes what the composition in its docstring
-does.
+does. A product that ends in the residual stream may leave the statistics of its rows, which the
+next one's normalisation takes with them: a tensor of the backend's own making, or None where it
+leaves none. They are those of x as it was returned, and go on with that x alone.
 """
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -76,34 +79,57 @@ def adaln_linear(
     scale: Tensor,
     *,
     gelu: bool = False,
-    **options: object,
+    statistics: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """act(layer(adaln(x, shift, scale, **options)))."""
-    if as_written(layer, nn.Linear):
-        return ops.adaln_linear(
-            x,
-            shift,
-            scale,
-            layer.weight,
-            layer.bias,
-            activation="gelu_tanh" if gelu else None,
-            **options,
-        )
-    return _act(layer(ops.adaln(x, shift, scale, **options)), gelu)
+    if not as_written(layer, nn.Linear):
+        return _act(layer(ops.adaln(x, shift, scale, **options)), gelu)
+    given = x, shift, scale, layer.weight, layer.bias
+    options["activation"] = "gelu_tanh" if gelu else None
+    if statistics is not None:
+        steps = options.get("step_shift"), options.get("step_scale")
+        run = _chained(ops.adaln_linear, *given, *steps)
+        if run is not None:
+            return run(*given, statistics=statistics, **options)
+    return ops.adaln_linear(*given, **options)
 
 
 def norm_linear(
-    ops: Ops, norm: nn.Module, layer: nn.Module, x: Tensor, *, gelu: bool = False
+    ops: Ops,
+    norm: nn.Module,
+    layer: nn.Module,
+    x: Tensor,
+    *,
+    gelu: bool = False,
+    statistics: Tensor | None = None,
 ) -> Tensor:
     """act(layer(norm(x))): LayerNorm's bias is the shift and its weight all of the factor."""
     if has_affine(norm) and as_written(layer, nn.Linear) and norm.bias.shape == x.shape[-1:]:
         shift, scale = (p.expand(len(x), 1, -1) for p in (norm.bias, norm.weight))
-        return adaln_linear(ops, layer, x, shift, scale, gelu=gelu, eps=norm.eps, scale_offset=0.0)
+        how: Any = {"gelu": gelu, "statistics": statistics}
+        return adaln_linear(ops, layer, x, shift, scale, eps=norm.eps, scale_offset=0.0, **how)
     return _act(layer(norm(x)), gelu)
 
 
+def _chained(op: Callable, *tensors: Tensor | None) -> Callable | None:
+    """The op with what it leaves for the next (`Implementation.chained`); None where the backend
+    has none, or gradients are asked for."""
+    run = getattr(op, "chained", None)
+    if run is None or (torch.is_grad_enabled() and any_requires_grad(*tensors)):
+        return None
+    return run
+
+
 def norm_linear_cached(
-    ops: Ops, norm: nn.Module, layer: nn.Module, x: Tensor, cache: Any, index: int
+    ops: Ops,
+    norm: nn.Module,
+    layer: nn.Module,
+    x: Tensor,
+    cache: Any,
+    index: int,
+    *,
+    statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """layer(norm(x)) in thirds: queries [B, n, H, D], and of all stages in the cache, as layer
     `index`, the keys and values [B, N, H, D], to which the product wrote the newest.
@@ -111,10 +137,9 @@ def norm_linear_cached(
     None where that is not one launch: there is no cache, or none with a `room`; the backend writes
     to none; a layer is not as written; or gradients are asked for.
     """
-    run = getattr(ops.adaln_linear, "cached", None)
     width = x.shape[-1]
     if (
-        run is None
+        getattr(ops.adaln_linear, "chained", None) is None
         or not _has_room(cache)
         or not (has_affine(norm) and as_written(layer, nn.Linear))
         or norm.bias.shape != (width,)
@@ -122,7 +147,8 @@ def norm_linear_cached(
     ):
         return None
     keys, values = cache.room(index, *x.shape[:2])
-    if torch.is_grad_enabled() and any_requires_grad(x, keys, values):
+    run = _chained(ops.adaln_linear, x, keys, values)
+    if run is None:
         return None
     newest = [kept[:, kept.shape[1] - x.shape[1] :] for kept in (keys, values)]
     if any(
@@ -136,8 +162,9 @@ def norm_linear_cached(
     ):
         return None
     shift, scale = (p.expand(len(x), 1, -1) for p in (norm.bias, norm.weight))
-    given = layer.weight, layer.bias, *(kept.flatten(2) for kept in newest)
-    q = run(x, shift, scale, *given, eps=norm.eps, scale_offset=0.0)
+    options = dict(zip(("keys", "values"), (kept.flatten(2) for kept in newest), strict=True))
+    options |= {"statistics": statistics, "eps": norm.eps, "scale_offset": 0.0}
+    q = run(x, shift, scale, layer.weight, layer.bias, **options)
     return q.view(*q.shape[:2], *keys.shape[2:]), keys, values
 
 
@@ -155,22 +182,26 @@ def linear_gated_residual(
     residual: Tensor,
     *,
     step_gate: Tensor | None = None,
-) -> Tensor:
-    """residual + (gate + step_gate) layer(h)."""
-    if as_written(layer, nn.Linear):
-        return ops.linear_gated_residual(
-            h, layer.weight, layer.bias, gate, residual, step_gate=step_gate
-        )
-    return _gated_residual(ops, residual, layer(h), gate, step_gate)
+    leaves: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """residual + (gate + step_gate) layer(h), and where it `leaves` them its statistics."""
+    if not as_written(layer, nn.Linear):
+        return _gated_residual(ops, residual, layer(h), gate, step_gate), None
+    given = h, layer.weight, layer.bias, gate, residual
+    run = _chained(ops.linear_gated_residual, *given, step_gate) if leaves else None
+    if run is not None:
+        return run(*given, step_gate=step_gate)
+    return ops.linear_gated_residual(*given, step_gate=step_gate), None
 
 
-def linear_residual(ops: Ops, layer: nn.Module, h: Tensor, residual: Tensor) -> Tensor:
-    """residual + layer(h)."""
+def linear_residual(
+    ops: Ops, layer: nn.Module, h: Tensor, residual: Tensor, *, leaves: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """residual + layer(h), and where it `leaves` them its statistics."""
     if as_written(layer, nn.Linear):
-        return linear_gated_residual(
-            ops, layer, h, unit_gate(residual, residual.shape[-1]), residual
-        )
-    return residual + layer(h)
+        gate = unit_gate(residual, residual.shape[-1])
+        return linear_gated_residual(ops, layer, h, gate, residual, leaves=leaves)
+    return residual + layer(h), None
 
 
 def mlp_gated_residual(
@@ -183,24 +214,36 @@ def mlp_gated_residual(
     gate: Tensor,
     *,
     step_gate: Tensor | None,
-    **options: object,
-) -> Tensor:
+    statistics: Tensor | None = None,
+    leaves: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
     """x + (gate + step_gate) mlp(adaln(x, shift, scale, **options)), for an MLP of class `kind`
-    with the layers fc1 and fc2 and a GELU between them."""
+    with the layers fc1 and fc2 and a GELU between them; and where it `leaves` them its
+    statistics. `statistics`: of x."""
     if not as_written(mlp, kind):
         branch = mlp(ops.adaln(x, shift, scale, **options))
-        return _gated_residual(ops, x, branch, gate, step_gate)
-    hidden = adaln_linear(ops, mlp.fc1, x, shift, scale, gelu=True, **options)
-    return linear_gated_residual(ops, mlp.fc2, rows(hidden), gate, x, step_gate=step_gate)
+        return _gated_residual(ops, x, branch, gate, step_gate), None
+    options["statistics"] = statistics
+    hidden = rows(adaln_linear(ops, mlp.fc1, x, shift, scale, gelu=True, **options))
+    return linear_gated_residual(ops, mlp.fc2, hidden, gate, x, step_gate=step_gate, leaves=leaves)
 
 
 def norm_mlp_residual(
-    ops: Ops, norm: nn.Module, mlp: nn.Module, kind: type[Any], x: Tensor
-) -> Tensor:
+    ops: Ops,
+    norm: nn.Module,
+    mlp: nn.Module,
+    kind: type[Any],
+    x: Tensor,
+    *,
+    statistics: Tensor | None = None,
+    leaves: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """x + mlp(norm(x)), likewise."""
     if not as_written(mlp, kind):
-        return x + mlp(norm(x))
-    return linear_residual(ops, mlp.fc2, rows(norm_linear(ops, norm, mlp.fc1, x, gelu=True)), x)
+        return x + mlp(norm(x)), None
+    hidden = rows(norm_linear(ops, norm, mlp.fc1, x, gelu=True, statistics=statistics))
+    return linear_residual(ops, mlp.fc2, hidden, x, leaves=leaves)
 
 
 def _act(y: Tensor, gelu: bool) -> Tensor:

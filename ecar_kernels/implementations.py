@@ -39,9 +39,11 @@ class Implementation:
     # what this machine lacks for one of the devices
     missing_on: dict[str, Callable[[], str | None]] = field(default_factory=dict)
     prepare: str = ""  # "module:function" of (weight, keep), where it packs weights
-    # "module:function" of (x, shift, scale, weight, bias, keys, values, *, eps, scale_offset),
-    # where it can write the last two thirds of its outputs to keys and values
-    cached: str = ""
+    # "module:function" of the target's signature, without gradients, with what one op can leave for
+    # the next: adaln_linear takes (.., *, statistics=None, keys=None, values=None), of which x's
+    # statistics come with x, and the last two thirds of the outputs go to keys and values;
+    # linear_gated_residual returns (x, statistics or None), flow_boundary them behind the tokens
+    chained: str = ""
     auto: str = ""  # "module:function" of the target's signature, which serves in its place where
     # no backend is named: it takes this one or another for each call, and notes which
     composed: bool = False  # of ops that torch.compile sees, with numbers that are constants to it
@@ -121,14 +123,14 @@ class BoundOp:
     op, backend: their names. function: what a call runs. limits: what the backend serves, in
     words. prepare_weight: a function of (weight, keep) that packs a weight ahead of its first use,
     next to the plain one or, with keep False, in its place; None where weights are used as they
-    are. cached: a function that writes two thirds of the outputs to where keys and values are
-    kept, or None. chooses: the function takes another backend where `ecar tune` measured it to be
-    faster.
+    are. chained: the op for inference, with what one op leaves for the next, or None; see
+    `Implementation`. chooses: the function takes another backend where `ecar tune` measured it to
+    be faster.
     """
 
     __slots__ = (
         "backend",
-        "cached",
+        "chained",
         "chooses",
         "function",
         "implementation",
@@ -142,7 +144,7 @@ class BoundOp:
         self.implementation, self.function, self.chooses = implementation, function, chooses
         self.op, self.backend = implementation.op, implementation.backend
         self.prepare_weight = load(implementation.prepare) if implementation.prepare else None
-        self.cached = load(implementation.cached) if implementation.cached else None
+        self.chained = load(implementation.chained) if implementation.chained else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)

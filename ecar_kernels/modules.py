@@ -276,29 +276,13 @@ class FlowBlock(_Attention):
         gate, shift, scale, mlp_gate, next_shift, next_scale = map(rows, spatial)
         t_gate, t_shift, t_scale, t_mlp_gate, t_next_shift, t_next_scale = map(rows, step)
         run = PUBLIC.gated_residual_adaln
-        x, y = run(
-            x,
-            self.proj(self.attend(recompute.linear(self.qkv, *made))),
-            gate,
-            shift,
-            scale,
-            step_gate=t_gate,
-            step_shift=t_shift,
-            step_scale=t_scale,
-            eps=self.eps,
-        )
+        steps = {"step_gate": t_gate, "step_shift": t_shift, "step_scale": t_scale}
+        branch = self.proj(self.attend(recompute.linear(self.qkv, *made)))
+        x, y = run(x, branch, gate, shift, scale, eps=self.eps, **steps)
         made = recompute.adaln(y, x, shift, scale, t_shift, t_scale, self.eps)
-        return run(
-            x,
-            self.feed_forward(*made),
-            mlp_gate,
-            next_shift,
-            next_scale,
-            step_gate=t_mlp_gate,
-            step_shift=t_next_shift,
-            step_scale=t_next_scale,
-            eps=self.eps,
-        )
+        steps = {"step_gate": t_mlp_gate, "step_shift": t_next_shift, "step_scale": t_next_scale}
+        branch = self.feed_forward(*made)
+        return run(x, branch, mlp_gate, next_shift, next_scale, eps=self.eps, **steps)
 
     def infer(self, x: Tensor, spatial: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
         """The inference path: five launches, the normalised stream never reaches memory.
@@ -311,28 +295,32 @@ class FlowBlock(_Attention):
         Returns:
             The residual stream [B, N, C].
         """
+        return self.infer_chained(x, None, spatial, step, leaves=False)[0]
+
+    def infer_chained(
+        self,
+        x: Tensor,
+        statistics: Tensor | None,
+        spatial: Sequence[Tensor],
+        step: Sequence[Tensor],
+        leaves: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`infer` of one of several blocks: `statistics` are what the block before returned with x,
+        or None; returned where this one `leaves` them, and where its layers are as written."""
         x = rows(x)
         parts = [rows(part) for part in (*spatial, *step)]
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts[:6]
-        t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = parts[6:]
+        (shift, scale, gate, *mlp), (t_shift, t_scale, t_gate, *t_mlp) = parts[:6], parts[6:]
         ops = self.ops(x, *parts)
-        qkv = fused.adaln_linear(
-            ops, self.qkv, x, shift, scale, step_shift=t_shift, step_scale=t_scale, eps=self.eps
+        how: Any = {"statistics": statistics, "eps": self.eps}
+        steps: Any = {"step_shift": t_shift, "step_scale": t_scale}
+        qkv = fused.adaln_linear(ops, self.qkv, x, shift, scale, **steps, **how)
+        x, how["statistics"] = fused.linear_gated_residual(
+            ops, self.proj, self.attend(qkv), gate, x, step_gate=t_gate, leaves=True
         )
-        x = fused.linear_gated_residual(ops, self.proj, self.attend(qkv), gate, x, step_gate=t_gate)
-        return fused.mlp_gated_residual(
-            ops,
-            self.mlp,
-            MLP,
-            x,
-            mlp_shift,
-            mlp_scale,
-            mlp_gate,
-            step_gate=t_mlp_gate,
-            step_shift=t_mlp_shift,
-            step_scale=t_mlp_scale,
-            eps=self.eps,
-        )
+        shift, scale, gate = mlp
+        steps = dict(zip(("step_shift", "step_scale", "step_gate"), t_mlp, strict=True))
+        how |= {"leaves": leaves, **steps}
+        return fused.mlp_gated_residual(ops, self.mlp, MLP, x, shift, scale, gate, **how)
 
 
 @accelerates(AdaLN)
@@ -386,15 +374,25 @@ class AcceleratedStageBlock(Accelerated, StageBlock):
     norms = ("norm1", "norm2")
 
     def forward(self, x, stage_lengths=None, cache=None, layer=0):
+        given = x, None, stage_lengths, cache, layer
+        return AcceleratedStageBlock.forward_chained(self, *given, leaves=False)[0]
+
+    def forward_chained(
+        self, x, statistics, stage_lengths=None, cache=None, layer=0, *, leaves=True
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` of one of several blocks; statistics, leaves: as in `FlowBlock`."""
         x = rows(x)
         ops = self.ops(x)
         if ops is PUBLIC or not isinstance(self, Accelerated):  # restored, and still called
-            return StageBlock.forward(self, x, stage_lengths, cache, layer)
-        qkv: Any = fused.norm_linear_cached(ops, self.norm1, self.qkv, x, cache, layer)
+            return StageBlock.forward(self, x, stage_lengths, cache, layer), None
+        how = {"statistics": statistics}
+        qkv: Any = fused.norm_linear_cached(ops, self.norm1, self.qkv, x, cache, layer, **how)
         if qkv is None:
-            qkv = fused.norm_linear(ops, self.norm1, self.qkv, x)
-        x = fused.linear_residual(ops, self.proj, self.attend(qkv, stage_lengths, cache, layer), x)
-        return fused.norm_mlp_residual(ops, self.norm2, self.mlp, MLP, x)
+            qkv = fused.norm_linear(ops, self.norm1, self.qkv, x, **how)
+        branch = self.attend(qkv, stage_lengths, cache, layer)
+        x, statistics = fused.linear_residual(ops, self.proj, branch, x, leaves=True)
+        how = {"statistics": statistics, "leaves": leaves}
+        return fused.norm_mlp_residual(ops, self.norm2, self.mlp, MLP, x, **how)
 
 
 remember(AdaLN, GatedResidual, Linear, MLP, StageAttention, StageBlock, FlowBlock)

@@ -188,8 +188,8 @@ def recorded(run: BoundOp) -> BoundOp:
         return call
 
     found = BoundOp(run.implementation, noting(run.function), chooses=run.chooses)
-    if run.cached is not None:
-        found.cached = noting(run.cached)
+    if run.chained is not None:
+        found.chained = noting(run.chained)
     return found
 
 

@@ -86,7 +86,7 @@ def cost_of(function: Any, args: Any, kwargs: dict[str, Any], results: Any) -> C
     """An op's bytes, and its multiply-adds by its record or by torch's counter of FLOPs."""
     moved = bytes_of(tree_leaves((args, kwargs, results)))
     name = function._schema.name.partition("::")[2]
-    record = RECORDS.get(name.removesuffix("_velocity").removesuffix("_cached"))
+    record = RECORDS.get(re.sub("(_velocity|_cached|_chained)+$", "", name))
     if function.namespace != "aten" and record is not None:
         names = [argument.name for argument in function._schema.arguments]
         given = dict(zip(names, args, strict=False)) | kwargs

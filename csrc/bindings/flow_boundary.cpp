@@ -101,6 +101,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ECAR_OPS, library) {
   library.def("flow_boundary" ECAR_BOUNDARY ECAR_STEP_OPTIONS "(Tensor state, Tensor embedded)");
   library.def("flow_boundary_velocity" ECAR_BOUNDARY ECAR_STEP_OPTIONS
               "(Tensor state, Tensor embedded, Tensor velocity)");
+  // On CUDA alone; the statistics are those of the embedded rows.
+  library.def("flow_boundary_chained" ECAR_BOUNDARY ECAR_STEP_OPTIONS
+              "(Tensor state, Tensor embedded, Tensor statistics)");
+  library.def("flow_boundary_chained_velocity" ECAR_BOUNDARY ECAR_STEP_OPTIONS
+              "(Tensor state, Tensor embedded, Tensor statistics, Tensor velocity)");
   library.def("flow_boundary_out" ECAR_BOUNDARY
               "Tensor(a!) new_state, Tensor(b!) embedded, Tensor? previous=None, "
               "Tensor(c!)? velocity_out=None) -> ()");

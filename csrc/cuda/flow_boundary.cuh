@@ -148,6 +148,58 @@ __device__ inline void lane_sums(const T* weight, const float* y, int channels, 
   }
 }
 
+// Of `count` values, one in each of the first lanes: a number near the mean, the mean less that, and
+// the sum of the squared deviations from it, as flow_block/kernels.py has them.
+struct Statistics {
+  float own, rest, square;
+};
+
+__device__ inline Statistics warp_statistics(float value, int count) {
+  const int lane = threadIdx.x % 32;
+  const float many = static_cast<float>(count);
+  const float own = warp_sum(lane < count ? value : 0.0f) / many;
+  const float deviation = lane < count ? value - own : 0.0f;
+  const float rest = warp_sum(deviation) / many;
+  return {own, rest, warp_sum(deviation * deviation) - many * rest * rest};
+}
+
+// One channel of the tokens from `first` on, to memory and, as rounded, to `embedded`.
+template <class T, int kGuided, int kTokens>
+__device__ inline void embed(const FlowBoundary& a, int c, std::int64_t image, std::int64_t first,
+                             const float* state, bool whole, float (&embedded)[kTokens]) {
+  const int outputs = static_cast<int>(a.outputs);
+  const T* weight = static_cast<const T*>(a.embed_weight) + std::int64_t{c} * outputs;
+  float sum[kTokens] = {};
+  for (int first_output = 0; first_output < outputs; first_output += kVector<T>) {
+    const int count = outputs - first_output;
+    float w[kVector<T>];
+    load(weight + first_output, count, whole, w);
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) {
+      if (i >= count) break;
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        sum[t] = fmaf(w[i], state[t * outputs + first_output + i], sum[t]);
+      }
+    }
+  }
+  const float bias = to_float(static_cast<const T*>(a.embed_bias)[c]);
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    const std::int64_t token = first + t;
+    if (token >= a.tokens) continue;
+    const T* positions = static_cast<const T*>(a.positions);
+    T value;
+    from_float(sum[t] + bias + to_float(positions[token * a.channels + c]), value);
+    embedded[t] = to_float(value);
+#pragma unroll
+    for (int half = 0; half < kGuided; ++half) {
+      const std::int64_t row = (image + half * a.images) * a.tokens + token;
+      static_cast<T*>(a.embedded)[row * a.channels + c] = value;
+    }
+  }
+}
+
 // S: the state's type.
 template <class T, class S, int kTokens, int kGuided>
 __device__ inline void flow_boundary_block(const FlowBoundary& a, float* shared) {
@@ -158,8 +210,10 @@ __device__ inline void flow_boundary_block(const FlowBoundary& a, float* shared)
   const int slice = static_cast<int>(blockIdx.x % slices);
   const std::int64_t group = blockIdx.x / slices;
   const std::int64_t image = group / groups, first = group % groups * kTokens;
-  const int band = (channels + slices - 1) / slices;  // of channels that this block embeds
-  const int begin = slice * band, end = begin + band < channels ? begin + band : channels;
+  // Of channels that this block embeds, in whole parts.
+  const int band = ((channels + slices - 1) / slices + kPart - 1) / kPart * kPart;
+  const int begin = slice * band < channels ? slice * band : channels;
+  const int end = begin + band < channels ? begin + band : channels;
   if (kTokens == 1) {  // weights, which no kernel before this one writes
     ask_for<true>(static_cast<const T*>(a.weight), std::int64_t{outputs} * channels);
     ask_for<true>(static_cast<const T*>(a.embed_weight) + std::int64_t{begin} * outputs,
@@ -309,33 +363,22 @@ __device__ inline void flow_boundary_block(const FlowBoundary& a, float* shared)
   __syncthreads();
 
   const bool whole_embed = whole_vectors<T>(a.embed_weight, outputs);
-  for (int c = begin + threadIdx.x; c < end; c += blockDim.x) {
-    const T* weight = static_cast<const T*>(a.embed_weight) + std::int64_t{c} * outputs;
-    float sum[kTokens] = {};
-    for (int first_output = 0; first_output < outputs; first_output += kVector<T>) {
-      const int count = outputs - first_output;
-      float w[kVector<T>];
-      load(weight + first_output, count, whole_embed, w);
-#pragma unroll
-      for (int i = 0; i < kVector<T>; ++i) {
-        if (i >= count) break;
-#pragma unroll
-        for (int t = 0; t < kTokens; ++t) {
-          sum[t] = fmaf(w[i], state[t * outputs + first_output + i], sum[t]);
-        }
-      }
-    }
-    const float bias = to_float(static_cast<const T*>(a.embed_bias)[c]);
+  for (int part = begin + threadIdx.x / 32 * 32; part < end; part += blockDim.x) {
+    const int c = part + lane;
+    float embedded[kTokens] = {};  // as rounded
+    if (c < end) embed<T, kGuided>(a, c, image, first, state, whole_embed, embedded);
+    if (a.statistics == nullptr) continue;
+    const int count = end - part < kPart ? end - part : kPart;
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-      const std::int64_t token = first + t;
-      if (token >= a.tokens) continue;
-      const float position =
-          to_float(static_cast<const T*>(a.positions)[token * channels + c]);
+      if (first + t >= a.tokens) continue;
+      const Statistics found = warp_statistics(embedded[t], count);
+      const std::int64_t parts = (channels + kPart - 1) / kPart;
 #pragma unroll
       for (int half = 0; half < kGuided; ++half) {
-        const std::int64_t row = (image + half * a.images) * a.tokens + token;
-        from_float(sum[t] + bias + position, static_cast<T*>(a.embedded)[row * channels + c]);
+        const std::int64_t row = (image + half * a.images) * a.tokens + first + t;
+        float* to = a.statistics + row * 3 * parts + part / kPart;
+        if (lane == 0) to[0] = found.own, to[parts] = found.rest, to[2 * parts] = found.square;
       }
     }
   }

@@ -44,7 +44,10 @@ struct InitialNoise {
 
 struct FlowBoundary : Boundary {
   Number dt, guidance, ratio;
+  float* statistics;  // null, or where the embedded rows' are left: contiguous [rows, 3, parts]
 };
+
+constexpr int kPart = 32;  // channels of a part, the last of which may have fewer
 
 constexpr std::int64_t kMaxChannels = 8192;
 

@@ -7,6 +7,7 @@ then a step ends in one op, which also embeds the next step's tokens. A stage's 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from ecar.model import ECAR
 from ecar.sampling.stage import Inputs, Stage
 from ecar.transformer import patchify, unpatchify
 from ecar_kernels import registry
+from ecar_kernels.inspection import in_transform
 
 __all__ = ["PlainEngine", "boundary_op"]
 
@@ -33,6 +35,7 @@ class PlainEngine:
     _boundary: Callable | None  # the stage's; None: all of its steps are in the image layout
     _state: Tensor
     _embedded: Tensor | None  # the next step's tokens; None: the state is an image
+    _statistics: Tensor | None  # which flow_boundary left together with those
     _end: Tensor | None = None
     _start: Tensor  # of the stage that comes next
 
@@ -49,7 +52,7 @@ class PlainEngine:
 
     def replace(self, x: Tensor, step: int) -> None:
         run, head = self._stage, self._stage.head
-        self._state, self._embedded = x, None
+        self._state, self._embedded, self._statistics = x, None, None
         run.solver.restart()
         if self._boundary is not None and step <= run.last:
             self._state = patchify(x, head.patch_size)
@@ -74,13 +77,17 @@ class PlainEngine:
 
     def _token_step(self, step: int, flow_boundary: Callable, embedded: Tensor) -> None:
         run, head, rows = self._stage, self._stage.head, self._stage.rows(step)
+        statistics = self._statistics
         if len(embedded) < rows:
             embedded = embedded.repeat(2, 1, 1)
+            statistics = statistics if statistics is None else statistics.repeat(2, 1, 1, 1)
+        elif statistics is not None:
+            statistics = statistics[:rows]
         spatial, own = run.spatial[run.guided[step]], run.modulation[step]
-        self._state, self._embedded = run.solver.boundary(
+        self._state, self._embedded, self._statistics = run.solver.boundary(
             flow_boundary,
             step,
-            head.stream(embedded[:rows], spatial, own),
+            head.stream(embedded[:rows], spatial, own, statistics),
             self._state,
             spatial[-2],
             spatial[-1],
@@ -96,7 +103,7 @@ class PlainEngine:
         )
         if step < run.last:
             return
-        self._state, self._embedded = self.image(), None
+        self._state, self._embedded, self._statistics = self.image(), None, None
         if run.next_time is not None:
             # A step of no length: the step itself is done.
             self._state, self._start = ecar_kernels.upsample_renoise_euler(
@@ -121,9 +128,18 @@ class PlainEngine:
 
 
 def boundary_op(device: torch.device | str, dtype: torch.dtype, width: int) -> Callable | None:
-    """flow_boundary where a kernel serves it on this device: composed, it would only cost."""
+    """flow_boundary where a kernel serves it on this device: composed, it would only cost. The form
+    that leaves statistics for the first block, where there is one and nothing has to be cast."""
     try:
         chosen = registry.resolve("flow_boundary", device=device, dtype=dtype, width=width)
     except registry.BackendUnavailableError:
         return None
-    return None if chosen.backend == "reference" else ecar_kernels.flow_boundary
+    chained = chosen.chained
+    if chained is None or torch.is_autocast_enabled(torch.device(device).type) or in_transform():
+        return None if chosen.backend == "reference" else ecar_kernels.flow_boundary
+
+    def flow_boundary(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+        registry.note("flow_boundary", chosen.backend)
+        return chained(*arguments, **options)
+
+    return flow_boundary

@@ -186,13 +186,14 @@ class Solver(ABC):
         step: int,
         *tensors: Tensor,
         **options: object,
-    ) -> tuple[Tensor, Tensor]:
-        """``advance`` of a ``fused`` solver in the token layout: (state, embedded tokens).
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``advance`` of a ``fused`` solver in the token layout: (state, embedded tokens, and their
+        statistics if the op leaves them).
 
         tensors, options: of ``ecar_kernels.flow_boundary``, without ``dt`` and a history.
         """
-        state, embedded = self._update(flow_boundary, step, *tensors, **options)
-        return state, embedded
+        state, embedded, *left = self._update(flow_boundary, step, *tensors, **options)
+        return state, embedded, left[0] if left else None
 
     def _update(
         self, op: Callable[..., Any], step: int, *tensors: Tensor, **options: object

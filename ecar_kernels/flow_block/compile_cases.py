@@ -1,5 +1,6 @@
 """Every kernel of the fused GEMMs under every launch setting, for the compile gate."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ from ecar_kernels._triton import CompileCase
 from ecar_kernels.flow_block import kernels, launch
 
 _TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_INTEGERS = ("rows", "tokens", "channels", "inputs", "outputs", "width")
+_INTEGERS = ("rows", "tokens", "channels", "inputs", "outputs", "width", "part_width")
 _FLOATS = ("eps", "scale_offset")
 _UNALIGNED = (*kernels.COUNTS, *_FLOATS)
 _MODULATION = (
@@ -23,18 +24,23 @@ _MODULATION = (
     "step_scale",
     "step_scale_image",
 )
+# Where x comes without its statistics, and with them.
+_NO_PARTS: dict[str, Any] = {"parts": None, "part_width": 0}
+_PARTS: tuple[dict[str, Any], ...] = (_NO_PARTS, {})
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """What `launch` can choose on `arch`, with every argument that may be None given."""
+    """What `launch` can choose on `arch`, with every argument that may be None given; what takes
+    its rows' statistics, also without."""
     dependent = arch >= _triton.DEPENDENT_ARCHITECTURE
     for dtype, itemsize in _TYPES.items():
-        for channels in (1024, 2048):
+        for channels, parts in itertools.product((1024, 2048), _PARTS):
+            name = f"C={channels}" + (" parts" if not parts else "")
             yield _case(
                 kernels.normalise_rows,
                 dtype,
-                f"C={channels}",
-                {"BLOCK": launch.row_block(channels), "DEPENDENT": dependent},
+                name,
+                {"BLOCK": launch.row_block(channels), "DEPENDENT": dependent} | parts,
                 num_warps=launch.ROW_WARPS,
             )
         for precision in ("ieee", "tf32") if dtype == "fp32" else ("ieee",):
@@ -66,12 +72,16 @@ def _products(
     name = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
     for word, said in (("tf32", precision == "tf32"), ("odd", odd), ("prologue", tile.prologue)):
         name += f" {word}" if said else ""
-    gelu = constants | {"GELU": True, "STATISTICS": launch.statistics_block(tile)}
+    gelu = constants | {"GELU": True}
     if tile.prologue:
-        yield _case(kernels.adaln_linear, dtype, name, gelu, **how)
+        for parts in _PARTS:
+            its = {"STATISTICS": launch.statistics_block(tile, parts=not parts)} | parts
+            title = name + (" parts" if not parts else "")
+            yield _case(kernels.adaln_linear, dtype, title, gelu | its, **how)
         return
-    plain = gelu | dict.fromkeys(_MODULATION)
+    plain = gelu | {"STATISTICS": 0} | _NO_PARTS | dict.fromkeys(_MODULATION)
     yield _case(kernels.adaln_linear, dtype, name, plain, **how)
+    constants |= {"parts": None} if odd else {}
     yield _case(kernels.linear_gated_residual, dtype, name, constants, **how)
 
 
@@ -93,7 +103,7 @@ def _case(
             return "fp32"
         if argument in _INTEGERS or argument.endswith(("_image", "_token", "_row")):
             return "i32"
-        return f"*{dtype}"
+        return "*fp32" if argument == "parts" else f"*{dtype}"
 
     signature = {argument: kind(argument) for argument in kernel.arg_names}
     aligned = tuple(

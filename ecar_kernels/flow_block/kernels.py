@@ -47,37 +47,80 @@ def _add_step(value, step, row, tokens, image_stride, column, mask):
 
 
 @triton.jit
-def _row_statistics(x, channels, eps, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
-    """Of rows that begin at x [BLOCK_M, 1]: a number near their mean, the mean less that, and
-    1 / sqrt(variance + eps).
+def _block_statistics(value, inside, count):
+    """Of rows of `count` values, 0 elsewhere: a number near the mean, the mean less that, and the
+    sum of the squared deviations from it. All are [rows, 1].
 
-    Beside a large mean the variance is small, and the mean's rounding would show: what is summed
-    are deviations from the mean of the first BLOCK channels, and within each block from its own.
-    Blocks are combined as by Chan, Golub and LeVeque (1983).
+    What is summed are deviations, for next to a large mean the variance is small; and the mean is
+    in two numbers, for its rounding would show.
+    """
+    own = tl.sum(value, 1, keep_dims=True) / count
+    deviation = tl.where(inside, value - own, 0.0)
+    rest = tl.sum(deviation, 1, keep_dims=True) / count
+    square = tl.sum(deviation * deviation, 1, keep_dims=True) - count * rest * rest
+    return own, rest, square
+
+
+@triton.jit
+def _block_of_parts(parts, begin, width, channels, BLOCK: tl.constexpr):
+    """The same of BLOCK parts from `begin` on, of `width` channels each, from those of each part:
+    [3, parts] at `parts` [rows, 1]."""
+    total = tl.cdiv(channels, width)
+    part = begin + tl.arange(0, BLOCK)[None, :]
+    inside = part < total
+    weight = tl.where(inside, tl.minimum(channels - part * width, width), 0).to(tl.float32)
+    count = tl.minimum(channels - begin * width, BLOCK * width).to(tl.float32)
+    its_own = tl.load(parts + part, mask=inside, other=0.0)
+    its_rest = tl.load(parts + (total + part), mask=inside, other=0.0)
+    its_square = tl.load(parts + (2 * total + part), mask=inside, other=0.0)
+    own = tl.sum(weight * its_own, 1, keep_dims=True) / count
+    deviation = its_own - own + its_rest
+    rest = tl.sum(weight * deviation, 1, keep_dims=True) / count
+    square = tl.sum(its_square + weight * deviation * deviation, 1, keep_dims=True)
+    return own, rest, square - count * rest * rest
+
+
+@triton.jit
+def _row_statistics(
+    x, parts, part_width, channels, eps, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Of rows that begin at x [BLOCK_M, 1]: a number near their mean, the mean less that, and
+    1 / sqrt(variance + eps). Read are BLOCK channels at a time or, where there are parts, BLOCK of
+    those.
+
+    Blocks are combined as by Chan, Golub and LeVeque (1983), their means taken from the first's.
     """
     pivot = tl.zeros((BLOCK_M, 1), tl.float32)
     mean = tl.zeros((BLOCK_M, 1), tl.float32)
     square = tl.zeros((BLOCK_M, 1), tl.float32)
-    for begin in range(0, channels, BLOCK):
-        column = begin + tl.arange(0, BLOCK)[None, :]
-        inside = column < channels
-        value = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-        count = tl.minimum(channels - begin, BLOCK).to(tl.float32)
-        own = tl.sum(value, 1, keep_dims=True) / count
-        deviation = tl.where(inside, value - own, 0.0)
-        rest = tl.sum(deviation, 1, keep_dims=True) / count
-        pivot = tl.where(begin == 0, own, pivot)
+    width = 1 if parts is None else part_width
+    for first in range(0, tl.cdiv(channels, width), BLOCK):
+        begin = first * width
+        count = tl.minimum(channels - begin, BLOCK * width).to(tl.float32)
+        if parts is None:
+            column = begin + tl.arange(0, BLOCK)[None, :]
+            inside = column < channels
+            value = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+            own, rest, its_square = _block_statistics(value, inside, count)
+        else:
+            own, rest, its_square = _block_of_parts(parts, first, width, channels, BLOCK)
+        pivot = tl.where(first == 0, own, pivot)
         before = begin * 1.0
         change = own - pivot + rest - mean
         mean += change * (count / (before + count))
-        square += tl.sum(deviation * deviation, 1, keep_dims=True) - count * rest * rest
-        square += change * change * (before * count / (before + count))
+        square += its_square + change * change * (before * count / (before + count))
     return pivot, mean, 1.0 / tl.sqrt_rn(square / channels + eps)
+
+
+@triton.jit
+def _parts_of(parts, row, width, channels):
+    """Where those of rows begin."""
+    return parts + row.to(tl.int64) * (3 * tl.cdiv(channels, width))
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def normalise_rows(
-    x, x_image, x_token,
+    x, x_image, x_token, parts, part_width,
     shift, shift_image, shift_token, scale, scale_image, scale_token,
     step_shift, step_shift_image, step_scale, step_scale_image,
     out, tokens, channels, eps, scale_offset, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -89,7 +132,10 @@ def normalise_rows(
     x = _rows_of((x, x_image, x_token), row, tokens)
     shift = _rows_of((shift, shift_image, shift_token), row, tokens)
     scale = _rows_of((scale, scale_image, scale_token), row, tokens)
-    pivot, mean, rstd = _row_statistics(x + tl.zeros((1, 1), tl.int32), channels, eps, 1, BLOCK)
+    one = tl.zeros((1, 1), tl.int32)
+    if parts is not None:
+        parts = _parts_of(parts, row + one, part_width, channels)
+    pivot, mean, rstd = _row_statistics(x + one, parts, part_width, channels, eps, 1, BLOCK)
     out += row.to(tl.int64) * channels
     for begin in range(0, channels, BLOCK):
         column = begin + tl.arange(0, BLOCK)[None, :]
@@ -180,14 +226,15 @@ def _ask_for_weight(weight_view, output, outputs, inputs):
 
 @triton.jit
 def _normalised_product(
-    view, shift_view, scale_view, steps, numbers, weight_view, sizes, tile,
+    view, parts, part_width, shift_view, scale_view, steps, numbers, weight_view, sizes, tile,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     STATISTICS: tl.constexpr,
 ):  # fmt: skip
     """adaln(x) weight^T, the normalised x made in registers and rounded to x's type.
 
     steps: step_shift and step_scale, each with its stride; numbers: eps and scale_offset.
-    STATISTICS: channels that are read at once for the rows' statistics. The rest as in `_product`.
+    STATISTICS: channels, or parts, that are read at once for the rows' statistics. The rest as in
+    `_product`.
     """
     rows, tokens, outputs, inputs = sizes
     row, output = tile
@@ -195,7 +242,9 @@ def _normalised_product(
     eps, scale_offset = numbers
     row = tl.minimum(row, rows - 1)
     x = _rows_of(view, row, tokens)[:, None]
-    pivot, mean, rstd = _row_statistics(x, inputs, eps, BLOCK_M, STATISTICS)
+    if parts is not None:
+        parts = _parts_of(parts, row[:, None], part_width, inputs)
+    pivot, mean, rstd = _row_statistics(x, parts, part_width, inputs, eps, BLOCK_M, STATISTICS)
     shift = _rows_of(shift_view, row, tokens)[:, None]
     scale = _rows_of(scale_view, row, tokens)[:, None]
     weight = _weight_columns(weight_view, output, outputs)
@@ -243,9 +292,11 @@ def _finish_adaln_linear(
 
 @triton.jit
 def _finish_gated_residual(
-    y, bias, gate_view, step_gate, step_gate_image, residual_view, out, rows, tokens, outputs, tile
-):
-    """Stores residual + (gate + step_gate) (y + bias): the epilogue of linear_gated_residual."""
+    y, bias, gate_view, step_gate, step_gate_image, residual_view, out, parts,
+    rows, tokens, outputs, tile, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Stores residual + (gate + step_gate) (y + bias), and where there is room for `parts` the
+    statistics of what it stored: the epilogue of linear_gated_residual."""
     row, output = tile
     column = output[None, :]
     mask = (row < rows)[:, None] & (column < outputs)
@@ -256,13 +307,24 @@ def _finish_gated_residual(
     factor = tl.load(gate + column, mask=mask, other=0.0).to(tl.float32)
     factor = _add_step(factor, step_gate, row[:, None], tokens, step_gate_image, column, mask)
     y = tl.load(residual + column, mask=mask, other=0.0).to(tl.float32) + factor * y
+    y = y.to(out.dtype.element_ty)
     place = row.to(tl.int64)[:, None] * outputs + column
-    tl.store(out + place, y.to(out.dtype.element_ty), mask=mask)
+    if parts is not None:
+        total = tl.cdiv(outputs, BLOCK_N)
+        part = tl.program_id(0) % total
+        count = tl.minimum(outputs - part * BLOCK_N, BLOCK_N).to(tl.float32)
+        value = tl.where(column < outputs, y.to(tl.float32), 0.0)
+        own, rest, square = _block_statistics(value, column < outputs, count)
+        parts = _parts_of(parts, row[:, None], BLOCK_N, outputs) + part
+        tl.store(parts, own, mask=(row < rows)[:, None])
+        tl.store(parts + total, rest, mask=(row < rows)[:, None])
+        tl.store(parts + 2 * total, square, mask=(row < rows)[:, None])
+    tl.store(out + place, y, mask=mask)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def adaln_linear(
-    x, x_image, x_token,
+    x, x_image, x_token, parts, part_width,
     shift, shift_image, shift_token, scale, scale_image, scale_token,
     step_shift, step_shift_image, step_scale, step_scale_image,
     weight, weight_row, bias, out, width, keys, keys_image, keys_token,
@@ -272,6 +334,8 @@ def adaln_linear(
 ):  # fmt: skip
     """act(adaln(x) weight^T + bias). Where shift and scale are None, x is normalised already.
 
+    parts: None, or x's statistics [rows, 3, T], each of `part_width` channels, the last of fewer:
+    as linear_gated_residual leaves them. They take the place of a pass over the rows.
     out has `width` columns: all, or a third, where keys and values take the others.
     """
     view, weight_view = (x, x_image, x_token), (weight, weight_row)
@@ -287,7 +351,8 @@ def adaln_linear(
         scale_view = scale, scale_image, scale_token
         steps = step_shift, step_shift_image, step_scale, step_scale_image
         y = _normalised_product(
-            view, shift_view, scale_view, steps, (eps, scale_offset), weight_view, sizes, tile,
+            view, parts, part_width, shift_view, scale_view, steps, (eps, scale_offset),
+            weight_view, sizes, tile,
             BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, STATISTICS,
         )  # fmt: skip
     keys_view = keys, keys_image, keys_token
@@ -301,11 +366,15 @@ def adaln_linear(
 def linear_gated_residual(
     h, h_image, h_token, weight, weight_row, bias,
     gate, gate_image, gate_token, step_gate, step_gate_image,
-    residual, residual_image, residual_token, out, rows, tokens, outputs, inputs,
+    residual, residual_image, residual_token, out, parts, rows, tokens, outputs, inputs,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """residual + (gate + step_gate) (h weight^T + bias)."""
+    """residual + (gate + step_gate) (h weight^T + bias).
+
+    parts: None, or room for the result's statistics [rows, 3, T], each of BLOCK_N channels, the
+    last of fewer: of each, as rounded, what `_block_statistics` makes.
+    """
     view, weight_view = (h, h_image, h_token), (weight, weight_row)
     sizes = rows, tokens, outputs, inputs
     tile = _tile(rows, outputs, BLOCK_M, BLOCK_N)
@@ -316,6 +385,6 @@ def linear_gated_residual(
     gate_view = gate, gate_image, gate_token
     residual_view = residual, residual_image, residual_token
     _finish_gated_residual(
-        y, bias, gate_view, step_gate, step_gate_image, residual_view, out, rows, tokens, outputs,
-        tile,
+        y, bias, gate_view, step_gate, step_gate_image, residual_view, out, parts,
+        rows, tokens, outputs, tile, BLOCK_N,
     )  # fmt: skip

@@ -10,6 +10,20 @@ or wait for each other in one, which takes a fence, an atomic and another trip t
 its multiprocessor's reads as busy. By `nanoseconds`, with those 1.5 us and tiles of up to 64 x 64,
 splits would save nothing for qkv, proj and fc1 of E-CAR-S, B and L at 16 to 512 rows on an H100,
 and for fc2 at 32 to 128 rows up to a fifth: at most 7 percent of a block's products.
+
+A prologue takes its rows' statistics from what the product before it left of each of its tiles,
+where it can: one load, of 12 bytes a tile and row. Without, each program reads its rows whole
+first, 8192 / block_m channels at a time, and what comes next waits for each. At LATENCY a turn the
+two prologues of a block lose by it, in bfloat16 on an H100, without and with what was left (us):
+
+    rows           16           64          256          512
+    S         2.8   1.4    4.2   1.4    8.4   1.4    8.4   1.4
+    B         2.8   1.4    5.6   1.4   11.2   1.4   11.2   1.4
+    L         4.2   1.4    7.0   1.4   12.6   1.4   18.9   2.1
+
+It is the most that can be saved, for turns may overlap, and the product that leaves statistics sums
+its tile twice more. Read for them in a step of B are 14.7, 29.4 and 83.9 MB of rows at 16, 64 and
+256, or 5.5, 5.5 and 7.9 MB of statistics.
 """
 
 import functools
@@ -23,9 +37,19 @@ ROW_WARPS = 4
 SHARE, MOST, EXACT, MEMORY = 45.0, 100.0, 250.0, 3000.0
 LATENCY = 700.0  # nanoseconds, until a load arrives
 MOST_STAGES = 6
-# Up to as many rows a product normalises in its loop. It reads x, shift and scale again for every
-# column of tiles, which costs about what a launch does that writes the normalised x; with more
-# rows it costs more.
+# Up to as many rows a product normalises in its loop: those of one image, guided or not, so that a
+# block is five launches. There it reads x, shift and scale again for every column of tiles. A pass
+# of its own is one launch more (1.5 us, and LATENCY or its bytes), and leaves the product larger
+# tiles. By `nanoseconds`, in bfloat16 on an H100, qkv takes in its loop, with statistics at hand,
+# and with a pass (us):
+#
+#    rows         16         32         64        128        256         512         2048
+#    S       2.2  3.4   2.8  3.4   3.7  4.0   4.9  4.6   6.7  5.8   9.1   7.0  35.5  22.7
+#    B       3.0  4.3   4.0  4.3   5.3  4.8   7.3  6.1  11.3  7.8  15.5  10.7  61.4  38.2
+#    L       3.4  4.9   4.4  4.9   5.9  5.2   8.1  6.6  13.3  8.5  20.2  13.0  80.7  47.6
+#
+# So a pass may be faster from 64 or 128 rows on. That is to be measured before a block becomes
+# seven launches: `candidates` has both for `ecar tune`.
 PROLOGUE_ROWS = 512
 
 
@@ -46,9 +70,10 @@ class Settings:
 
     @property
     def max_registers(self) -> int | None:
-        """Of a thread. Left alone, ptxas spills some of a prologue's to fit one more program, for
-        which shared memory has no room."""
-        return 255 if self.prologue else None
+        """Of a thread. Left alone, ptxas spills some of a prologue's, and of 64 x 64 sums' with
+        their statistics, to fit one more program, for which shared memory has no room."""
+        many = self.num_warps == 4 and self.block_m * self.block_n == 4096
+        return 255 if self.prologue or many else None
 
 
 def row_block(channels: int) -> int:
@@ -56,10 +81,16 @@ def row_block(channels: int) -> int:
     return 1024 if channels <= 1024 else 2048
 
 
-def statistics_block(its: Settings) -> int:
-    """Channels that a prologue reads at once for its rows' statistics: 64 values a thread of 4
-    warps, all under way at the same time."""
-    return 8192 // its.block_m
+def statistics_block(its: Settings, *, parts: bool) -> int:
+    """What a prologue reads at once for its rows' statistics: channels, 64 values a thread of 4
+    warps, all under way at the same time; or parts, of three values each."""
+    return (2048 if parts else 8192) // its.block_m
+
+
+def part_width(channels: int, parts: int) -> int:
+    """Channels of each of a row's parts, the last of which may have fewer: a power of two, as tiles
+    are."""
+    return 1 << (-(-channels // parts) - 1).bit_length()
 
 
 def tiles(
@@ -120,9 +151,15 @@ def _staged(tile: tuple[int, int, int, int], itemsize: int, arch: int, prologue:
     return Settings(*tile, min(MOST_STAGES, 1024 * held // block), prologue)
 
 
+def is_odd(outputs: int, inputs: int) -> bool:
+    return outputs % 16 != 0 or inputs % 16 != 0
+
+
 def odd_tiles() -> tuple[Settings, ...]:
     """The same for inputs or outputs that are no multiple of 16. Values are then read singly,
-    each by an instruction and, in 16-bit types, through a register: small tiles, or they spill."""
+    each by an instruction and, in 16-bit types, through a register: small tiles, or they spill.
+    They leave no statistics, for which Triton 3.6 would let no two of their TF32 products overlap
+    on sm_90."""
     return (Settings(16, 64, 32, 8, 3), Settings(32, 64, 32, 8, 3), Settings(64, 64, 32, 8, 3))
 
 
@@ -198,6 +235,6 @@ def _worth_trying(
 ) -> list[Settings]:
     """Tiles that are not mostly empty."""
     found = odd_tiles()
-    if outputs % 16 == inputs % 16 == 0:
+    if not is_odd(outputs, inputs):
         found = tiles(itemsize, precision, arch, prologue=prologue)
     return [its for its in found if its.block_m < 2 * max(rows, 16)]

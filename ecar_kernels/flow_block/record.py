@@ -29,7 +29,7 @@ def _backends(op: str) -> dict[str, Implementation]:
         ),
         "triton": Implementation(
             f"ecar_kernels.flow_block.triton:{op}",
-            cached=f"ecar_kernels.flow_block.triton:{op}_cached" if op == "adaln_linear" else "",
+            chained=f"ecar_kernels.flow_block.triton:{op}_chained",
             **_triton.serves(),
         ),
     }

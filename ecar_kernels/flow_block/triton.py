@@ -4,6 +4,7 @@ Each is one launch, a product. Only for many rows has adaln_linear a pass before
 the normalised x.
 """
 
+import torch
 from torch import Tensor
 
 from ecar_kernels import _triton, tuning
@@ -17,10 +18,9 @@ def _run_adaln_linear(x, shift, scale, weight, *others):
     return launch_adaln_linear(its, x, shift, scale, weight, *others)
 
 
-def _run_linear_gated_residual(h, weight, bias, gate, residual, step_gate):
-    return launch_linear_gated_residual(
-        _settings("linear_gated_residual", h, weight), h, weight, bias, gate, residual, step_gate
-    )
+def _run_linear_gated_residual(h, weight, *others):
+    its = _settings("linear_gated_residual", h, weight)
+    return launch_linear_gated_residual(its, h, weight, *others)
 
 
 def _settings(op: str, x: Tensor, weight: Tensor) -> launch.Settings:
@@ -46,6 +46,13 @@ def _view(tensor: Tensor) -> tuple[Tensor, int, int]:
     return tensor, tensor.stride(0), tensor.stride(1) if tensor.shape[1] > 1 else 0
 
 
+def room_for_statistics(its: launch.Settings, h: Tensor, weight: Tensor) -> Tensor:
+    """[B, N, 3, T] float32: of each of T tiles of a row a number near its mean, the mean less that,
+    and the sum of the squared deviations from the mean."""
+    parts = launch.programs(its, 1, weight.shape[0])
+    return h.new_empty((*h.shape[:2], 3, parts), dtype=torch.float32)
+
+
 def _step(tensor: Tensor | None) -> tuple[Tensor | None, int]:
     """[B, 1, C] or, read for every image, [1, 1, C], with the stride of B."""
     if tensor is None:
@@ -65,12 +72,14 @@ def launch_adaln_linear(
     gelu: bool,
     eps: float,
     scale_offset: float,
+    statistics: Tensor | None = None,
     keys: Tensor | None = None,
     values: Tensor | None = None,
 ) -> Tensor:
     """The op under the settings given.
 
-    keys, values [B, N, K / 3]: take the last two thirds of the outputs; the result is the first.
+    statistics: of x, from `launch_linear_gated_residual`; None to make them. keys, values
+    [B, N, K / 3]: take the last two thirds of the outputs; the result is the first.
     """
     (batch, tokens, channels), outputs = x.shape, weight.shape[0]
     width = outputs if keys is None else outputs // 3
@@ -84,10 +93,14 @@ def launch_adaln_linear(
         *_step(step_shift),
         *_step(step_scale),
     )
+    parts: tuple[Tensor | None, int] = None, 0
+    if statistics is not None:
+        parts = statistics.contiguous(), launch.part_width(channels, statistics.shape[-1])
     if not its.prologue:
         normalised = x.new_empty((batch, tokens, channels))
         kernels.normalise_rows[(rows,)](
             *_view(x),
+            *parts,
             *modulation,
             normalised,
             tokens,
@@ -99,8 +112,10 @@ def launch_adaln_linear(
             **_triton.dependent_launch(x.device.index),
         )
         x, modulation = normalised, (None, 0, 0, None, 0, 0, None, 0, None, 0)
+        parts = None, 0
     kernels.adaln_linear[_grid(its, rows, outputs)](
         *_view(x),
+        *parts,
         *modulation,
         weight,
         weight.stride(0),
@@ -116,7 +131,7 @@ def launch_adaln_linear(
         eps,
         scale_offset,
         GELU=gelu,
-        STATISTICS=launch.statistics_block(its),
+        STATISTICS=launch.statistics_block(its, parts=parts[0] is not None) if its.prologue else 0,
         **_tile(its, x),
     )
     return out
@@ -130,11 +145,16 @@ def launch_linear_gated_residual(
     gate: Tensor,
     residual: Tensor,
     step_gate: Tensor | None,
+    statistics: Tensor | None = None,
 ) -> Tensor:
-    """The op under the settings given."""
+    """The op under the settings given; statistics: of `room_for_statistics`, written to."""
     (batch, tokens, inputs), outputs = h.shape, weight.shape[0]
     out = h.new_empty((batch, tokens, outputs))
-    rows = batch * tokens
+    rows, parts = batch * tokens, launch.programs(its, 1, outputs)
+    if statistics is not None and statistics.shape[-1] != parts:
+        raise ValueError(
+            f"argument 'statistics': expected [B, N, 3, {parts}], got {list(statistics.shape)}"
+        )
     if not out.numel():
         return out
     kernels.linear_gated_residual[_grid(its, rows, outputs)](
@@ -146,6 +166,7 @@ def launch_linear_gated_residual(
         *_step(step_gate),
         *_view(residual),
         out,
+        statistics,
         rows,
         tokens,
         outputs,
@@ -172,9 +193,7 @@ def _tile(its: launch.Settings, x: Tensor) -> dict:
     }
 
 
-def _fake_adaln_linear(
-    x, shift, scale, weight, bias, step_shift, step_scale, gelu, eps, scale_offset
-):
+def _fake_adaln_linear(x, shift, scale, weight, *rest):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -182,7 +201,7 @@ def _fake_adaln_linear_cached(x, shift, scale, weight, *rest):
     return x.new_empty((*x.shape[:-1], weight.shape[0] // 3))
 
 
-def _fake_linear_gated_residual(h, weight, bias, gate, residual, step_gate):
+def _fake_linear_gated_residual(h, weight, *rest):
     return h.new_empty((*h.shape[:-1], weight.shape[0]))
 
 
@@ -191,16 +210,26 @@ _ADALN_LINEAR = (
     "Tensor? step_scale, bool gelu, float eps, float scale_offset"
 )
 _adaln_linear = _triton.register(
-    f"adaln_linear({_ADALN_LINEAR}) -> Tensor", _run_adaln_linear, _fake_adaln_linear
+    f"adaln_linear({_ADALN_LINEAR}, Tensor? statistics=None) -> Tensor",
+    _run_adaln_linear,
+    _fake_adaln_linear,
 )
 _adaln_linear_cached = _triton.register(
-    f"adaln_linear_cached({_ADALN_LINEAR}, Tensor(a!) keys, Tensor(b!) values) -> Tensor",
+    f"adaln_linear_cached({_ADALN_LINEAR}, Tensor? statistics, Tensor(a!) keys, Tensor(b!) values)"
+    " -> Tensor",
     _run_adaln_linear,
     _fake_adaln_linear_cached,
 )
+_LINEAR_GATED_RESIDUAL = (
+    "Tensor h, Tensor weight, Tensor? bias, Tensor gate, Tensor residual, Tensor? step_gate"
+)
 _linear_gated_residual = _triton.register(
-    "linear_gated_residual(Tensor h, Tensor weight, Tensor? bias, Tensor gate, Tensor residual, "
-    "Tensor? step_gate) -> Tensor",
+    f"linear_gated_residual({_LINEAR_GATED_RESIDUAL}) -> Tensor",
+    _run_linear_gated_residual,
+    _fake_linear_gated_residual,
+)
+_linear_gated_residual_chained = _triton.register(
+    f"linear_gated_residual_chained({_LINEAR_GATED_RESIDUAL}, Tensor(a!) statistics) -> Tensor",
     _run_linear_gated_residual,
     _fake_linear_gated_residual,
 )
@@ -217,21 +246,48 @@ linear_gated_residual = autograd.linear_gated_residual(
 )
 
 
-def adaln_linear_cached(
+# The ops without gradients, with what one leaves for the next.
+
+
+def adaln_linear_chained(
     x: Tensor,
     shift: Tensor,
     scale: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
     *,
-    eps: float,
-    scale_offset: float,
+    statistics: Tensor | None = None,
+    keys: Tensor | None = None,
+    values: Tensor | None = None,
+    step_shift: Tensor | None = None,
+    step_scale: Tensor | None = None,
+    activation: str | None = None,
+    eps: float = 1e-6,
+    scale_offset: float = 1.0,
 ) -> Tensor:
-    """adaln(x) weight^T + bias in thirds [B, N, K / 3]: the first is returned, the others are
-    written to keys and values, whose last dimension is contiguous. Without gradients."""
-    steps = None, None
-    return _adaln_linear_cached(
-        x, shift, scale, weight, bias, *steps, False, eps, scale_offset, keys, values
-    )
+    """act(adaln(x) weight^T + bias), where x comes with the statistics that were left with it.
+
+    With keys and values [B, N, K / 3], whose last dimension is contiguous, a third of the outputs
+    is returned, and the others are written to them.
+    """
+    given = x, shift, scale, weight, bias, step_shift, step_scale, activation == "gelu_tanh"
+    if keys is None:
+        return _adaln_linear(*given, eps, scale_offset, statistics)
+    return _adaln_linear_cached(*given, eps, scale_offset, statistics, keys, values)
+
+
+def linear_gated_residual_chained(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    residual: Tensor,
+    *,
+    step_gate: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The result x, and its statistics for `adaln_linear_chained` of x; None for odd sizes."""
+    if launch.is_odd(*weight.shape):
+        return _linear_gated_residual(h, weight, bias, gate, residual, step_gate), None
+    statistics = room_for_statistics(_settings("linear_gated_residual", h, weight), h, weight)
+    given = h, weight, bias, gate, residual, step_gate
+    return _linear_gated_residual_chained(*given, statistics), statistics

@@ -47,6 +47,7 @@ FAMILY = Family(
                 ),
                 "cuda": Implementation(
                     "ecar_kernels.flow_boundary.cuda:flow_boundary",
+                    chained="ecar_kernels.flow_boundary.cuda:flow_boundary_chained",
                     devices=("cuda",),
                     max_width=8192,
                     missing=_native.why_not_cuda,

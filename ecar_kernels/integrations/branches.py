@@ -65,7 +65,7 @@ def add(ops: Ops, layer: nn.Module, h: Tensor, gate: Tensor, x: Tensor) -> Tenso
     """x + gate layer(h)."""
     if ops is PUBLIC:
         return ops.gated_residual(x, rows(layer(h)), gate)
-    return fused.linear_gated_residual(ops, layer, rows(h), gate, x)
+    return fused.linear_gated_residual(ops, layer, rows(h), gate, x)[0]
 
 
 def add_mlp(

@@ -224,6 +224,33 @@ def test_flow_boundary(host, group, history, guided, dtype, wide_state):
             assert all(a.equal(b) for a, b in zip(results, plain, strict=True))
 
 
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(
+    "batch, tokens, channels", [(2, 5, 520), (1, 3, 1), (8, 5, 70), (4, 257, 72)]
+)
+def test_flow_boundary_with_statistics(host, batch, tokens, channels, guided, dtype):
+    """Of the rows as they are stored, for every 32 channels; the rest is as without. The last part
+    has fewer, a block several tokens, or a slice of the channels."""
+    call = boundary(
+        dtype, guided=guided, batch=batch, tokens=tokens, channels=channels, outputs=5, history=True
+    )
+    call["positions"] += 1000
+    state, embedded, statistics, velocity = host.flow_boundary_chained(**call)
+    assert len(host.launched) == 1
+    plain = host.flow_boundary(**call)
+    assert all(a.equal(b) for a, b in zip((state, embedded, velocity), plain, strict=True))
+    parts = embedded.double().split(32, -1)
+    assert statistics.shape == (*embedded.shape[:2], 3, len(parts))
+    assert statistics.dtype == torch.float32
+    own, rest, square = statistics.double().unbind(2)
+    for index, part in enumerate(parts):
+        mean = part.mean(-1)
+        exact = (part - mean[..., None]).square().sum(-1)
+        assert (own[..., index] + rest[..., index] - mean).abs().max() < 1e-5
+        assert ((square[..., index] - exact).abs() < 1e-5 * exact + 1e-6).all()
+
+
 @pytest.mark.parametrize("sizes", [(0, 5, 8, 4), (2, 0, 8, 4), (2, 5, 8, 0)])
 def test_flow_boundary_of_nothing(host, sizes):
     batch, tokens, channels, outputs = sizes

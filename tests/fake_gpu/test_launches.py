@@ -117,7 +117,8 @@ def test_an_op_has_its_cost_once():
         *fused, torchs = gpu.launches
         gpu.clear()
         kept = torch.empty(2, 1, 16, 768, device="cuda").unbind()
-        triton.adaln_linear_cached(x, x, x, weight, None, *kept, eps=1e-6, scale_offset=0.0)
+        kept = {"keys": kept[0], "values": kept[1], "scale_offset": 0.0}
+        triton.adaln_linear_chained(x, x, x, weight, None, **kept)
         (cached,) = gpu.launches
     least = costs.Cost(4 * (3 * 16 * 768 + 2304 * 768 + 16 * 2304), 16 * 768 * 2304)
     total = sum((launch.cost for launch in fused), costs.Cost(0, 0))

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 EULER, NOISE, BOUNDARY = "euler_step", "initial_noise", "flow_boundary"
+CHAINED = "flow_boundary_chained"
 SEEDS, DETAILS = "upsample_renoise_euler_seeds", "upsample_renoise_euler_details"
-STEPS = (EULER, SEEDS, DETAILS, BOUNDARY)  # which have a twin that returns the velocity, too
+STEPS = (
+    EULER,
+    SEEDS,
+    DETAILS,
+    BOUNDARY,
+    CHAINED,
+)  # which have a twin that returns the velocity, too
 OPS = (*STEPS, NOISE)
 LEAST_SHARED = 99 << 10  # what a block of sm_120 can have
 STREAM = 0x5001  # of cuda:0; 16 more for the next device
@@ -138,11 +145,12 @@ class Host:
         eps=1e-6,
         previous=None,
         ratio=0.0,
+        op=BOUNDARY,
         **more,
     ):
         (dt, guidance_scale, ratio), data = divided(dt, guidance_scale, ratio)
         return self.step(
-            BOUNDARY,
+            op,
             x,
             state,
             shift,
@@ -162,6 +170,9 @@ class Host:
             *data,
             **more,
         )
+
+    def flow_boundary_chained(self, **call):
+        return self.flow_boundary(op=CHAINED, **call)
 
 
 def divided(*numbers):
@@ -236,6 +247,8 @@ def sample_calls(dtype=torch.float32) -> dict:
     step = {"x": x, "velocity": velocity, "dt": 0.125, "guidance_scale": 1.5}
     step |= {"previous": torch.randn(2, 3, 4, 8).to(dtype), "ratio": 0.75, "return_velocity": True}
     jump = step | {"time": 0.5, "stage": 2}
+    of_boundary = {"guided": True, "batch": 2, "tokens": 5, "channels": 72, "outputs": 16}
+    of_boundary = boundary(dtype, **of_boundary, history=True)
     return {
         EULER: ("euler_step", step),
         SEEDS: ("upsample_renoise_euler", jump | {"seeds": torch.arange(2)}),
@@ -244,8 +257,6 @@ def sample_calls(dtype=torch.float32) -> dict:
             jump | {"details": torch.randn(2, 3, 3, 4, 8).to(dtype)},
         ),
         NOISE: ("initial_noise", {"seeds": torch.arange(2), "shape": (3, 4, 8), "dtype": dtype}),
-        BOUNDARY: (
-            "flow_boundary",
-            boundary(dtype, guided=True, batch=2, tokens=5, channels=72, outputs=16, history=True),
-        ),
+        BOUNDARY: ("flow_boundary", of_boundary),
+        CHAINED: ("flow_boundary_chained", of_boundary),
     }

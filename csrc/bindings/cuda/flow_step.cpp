@@ -188,7 +188,8 @@ Tensor initial_noise(const Tensor& seeds, std::int64_t channels, std::int64_t he
   return out;
 }
 
-template <bool kVelocity>
+// With kChained the embedded rows' statistics are a result, too: [rows, tokens, 3, parts].
+template <bool kVelocity, bool kChained = false>
 auto flow_boundary(const Tensor& x, const Tensor& state, const Tensor& shift, const Tensor& scale,
                    const Tensor& weight, const Tensor& bias, const Tensor& embed_weight,
                    const Tensor& embed_bias, const Tensor& positions, double dt,
@@ -221,8 +222,20 @@ auto flow_boundary(const Tensor& x, const Tensor& state, const Tensor& shift, co
   a.embedded = embedded.mutable_data_ptr();
   if (kVelocity) a.kept = kept->mutable_data_ptr();
   set_numbers(a, {dt, guidance_scale, ratio, dt_data, guidance_data, ratio_data}, x);
-  check("flow_boundary", cuda::flow_boundary(a, dtype, current_stream(device_of(x))));
-  return with_velocity<kVelocity>(kept, new_state, embedded);
+  const auto launch = [&] {
+    check("flow_boundary", cuda::flow_boundary(a, dtype, current_stream(device_of(x))));
+  };
+  if constexpr (kChained) {
+    const std::int64_t parts = (a.channels + cuda::kPart - 1) / cuda::kPart;
+    const Tensor statistics =
+        empty(x, {x.size(0), a.tokens, 3, parts}, aoti_torch_dtype_float32(), false);
+    a.statistics = static_cast<float*>(statistics.mutable_data_ptr());
+    launch();
+    return with_velocity<kVelocity>(kept, new_state, embedded, statistics);
+  } else {
+    launch();
+    return with_velocity<kVelocity>(kept, new_state, embedded);
+  }
 }
 
 }  // namespace
@@ -242,4 +255,6 @@ STABLE_TORCH_LIBRARY_IMPL(ECAR_OPS, CUDA, library) {
   library.impl("initial_noise", TORCH_BOX(&ecar::initial_noise));
   library.impl("flow_boundary", TORCH_BOX(&ecar::flow_boundary<false>));
   library.impl("flow_boundary_velocity", TORCH_BOX(&ecar::flow_boundary<true>));
+  library.impl("flow_boundary_chained", TORCH_BOX((&ecar::flow_boundary<false, true>)));
+  library.impl("flow_boundary_chained_velocity", TORCH_BOX((&ecar::flow_boundary<true, true>)));
 }

@@ -19,7 +19,7 @@ from ecar_kernels.flow_block import launch, reference
 from ecar_kernels.registry import KERNEL_DTYPES
 from tests.support.accuracy import assert_accurate
 from tests.support.flow_block import OPS, call_of, calls, positional
-from tests.support.modules import Cache, Calls, CopyingCache, accelerated, calls_of_a_block
+from tests.support.modules import Cache, Calls, CopyingCache, accelerated
 
 triton = pytest.importorskip("ecar_kernels.flow_block.triton")
 
@@ -63,19 +63,6 @@ def test_outputs_under_other_settings(op, data):
     its = data.draw(st.sampled_from([SMALL, MEDIUM]))
     its = replace(its, prologue=data.draw(st.booleans()))
     check(op, data.draw(calls(op, DEVICE)), its)
-
-
-@torch.no_grad()
-def test_an_accelerated_block_is_five_calls():
-    """As test_modules.py has it of the C++ ones, without copies."""
-    block = accelerated(StageBlock(64, 4).to(DEVICE), backend="triton")
-    assert calls_of_a_block(block) == [
-        "ecar_triton::adaln_linear_cached",
-        "ecar_triton::stage_attention",
-        "ecar_triton::linear_gated_residual",
-        "ecar_triton::adaln_linear",
-        "ecar_triton::linear_gated_residual",
-    ]
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
