@@ -297,12 +297,14 @@ def image(work: Work) -> None:
     work.add(OURS, ours)
 
 
-def dit_call(work: Work, model: nn.Module | None = None) -> None:
-    """A network call of diffusers' DiT; None: of the peer's size."""
+def dit_call(
+    work: Work, model: nn.Module | None = None, names: Sequence[str] | None = None
+) -> None:
+    """A network call of diffusers' DiT, of the peer's size if None, by all RUNTIMES or `names`."""
     model = model or dit.SIZES[PEER].build()
     side = model.config.sample_size
     inputs = (torch.randn(1, 4, side, side), torch.tensor([500]), torch.tensor([1]))
-    work.add_runtimes(DiT(model), inputs, network=(0,))
+    work.add_runtimes(DiT(model), inputs, network=(0,), names=names)
     work.absent[OURS] = "examples/accelerate_dit.py has its block"
 
 
