@@ -199,18 +199,23 @@ def main(
     """The command of a benchmark that measures one size of E-CAR after the other.
 
     measure: a size's rows by their name in the record, in so many seconds. Sizes that are done
-    survive an interruption.
+    survive an interruption, and sizes that are not chosen stay in the file.
     """
     parser, kind = results.parser(name, doc), name.rpartition(".")[2]
     add, default = parser.add_argument, f"default: {' '.join(sizes)}"
     add("--sizes", nargs="+", choices=tuple(SHARES), default=sizes, help=default)
     add("--minutes", type=float, default=minutes, help=f"of measuring (default: {minutes:g})")
-    options, facts, content = parser.parse_args(), results.describe(), {}
+    options, facts = parser.parse_args(), results.describe()
     file = results.path(kind, options.results)
+    kept = results.read(file) if file.exists() else {}
+    content = {what: rows for what, rows in kept.items() if isinstance(rows, list)}
+    order = list(SHARES)
     whole = sum(SHARES[size] for size in options.sizes)
     for size in options.sizes:
         found = measure(size, 60 * options.minutes * SHARES[size] / whole)
-        content = {what: [*content.get(what, []), *rows] for what, rows in found.items()}
+        for what, rows in found.items():
+            others = [row for row in content.get(what, []) if row["size"] != size]
+            content[what] = sorted((*others, *rows), key=lambda row: order.index(row["size"]))
         results.write(file, kind, facts, **content)
         print(f"E-CAR-{size} done", flush=True)
         forget()

@@ -92,7 +92,8 @@ def test_a_command_keeps_the_sizes_that_are_done(tmp_path, monkeypatch, capsys):
     rows = results.read(file)["rows"]
     assert [row["size"] for row in rows] == ["S", "B"]
     assert [row["seconds"] for row in rows] == pytest.approx([2, 6])  # of 18, by their shares
+    # Another command measures one of them again, and leaves the other as it is.
     monkeypatch.setattr("sys.argv", ["x", *given[:2], *given[4:]])
     models.main("paper.some", "About it.", measure, lambda record: "a table", minutes=1)
     assert "a table" in capsys.readouterr().out
-    assert results.read(file)["rows"] == [{"size": "S", "seconds": pytest.approx(18)}]
+    assert results.read(file)["rows"] == [{"size": "S", "seconds": pytest.approx(18)}, rows[1]]
