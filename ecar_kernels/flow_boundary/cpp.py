@@ -17,7 +17,7 @@ flow_boundary_out = torch.ops.ecar.flow_boundary_out.default
 
 def bound(name: str) -> Callable[..., tuple[Tensor, ...]]:
     """flow_boundary by the op of that name, of which there is one that leaves the guided velocity,
-    too, for `return_velocity`."""
+    too, for `return_velocity`. Its annotation is the public op's; another may return more."""
     ops = _native.op(name), _native.op(f"{name}_velocity")
 
     def flow_boundary(
@@ -39,7 +39,7 @@ def bound(name: str) -> Callable[..., tuple[Tensor, ...]]:
         previous: Tensor | None = None,
         ratio: float | Tensor = 0.0,
         return_velocity: bool = False,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
         """v = adaln(x) weight^T + bias;  state' = euler_step(state, v, ..);
         state' embed^T + bias + positions."""
         (dt, guidance_scale, ratio), data = numbers(dt, guidance_scale, ratio)
