@@ -43,8 +43,8 @@ def linear(
     z: [.., C], the result of function(*sources), whose gradient goes its own way. function: makes
     the same z of the same sources at any time, without a module's state; None: z is kept.
     """
-    if not as_written(layer, nn.Linear):
-        return layer(z)
+    if function is None or not active(z) or not as_written(layer, nn.Linear):
+        return layer(z)  # an accelerated one multiplies by its packed weight
     return product(layer.weight, layer.bias, z, function, *sources)
 
 

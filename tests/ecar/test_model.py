@@ -5,9 +5,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ecar_kernels
-from ecar import stages
+from ecar import ECARConfig, stages
 from ecar.model import ECAR
 from ecar.sampling import sample
+from ecar_kernels import _native
+from ecar_kernels.flow_block.packing import PackedWeight
 from tests.support.modules import accelerated
 
 from .conftest import tiny_config
@@ -349,3 +351,22 @@ class TestAccelerated:
         before = self.draw(model)
         accelerated(model, keep_weights=False).save_pretrained(tmp_path)
         assert torch.equal(self.draw(ECAR.from_pretrained(tmp_path)), before)
+
+
+@pytest.mark.skipif(_native.why_not() is not None, reason="needs the C++ library")
+def test_sampling_leaves_weights_packed_alone():
+    """A product that read one as a tensor would turn it back, and keep a second copy packed."""
+    model = ECAR(ECARConfig.preset("digits")).eval()
+    ecar_kernels.accelerate(model, keep_weights=False)
+
+    def packed():
+        return [name for name, p in model.named_parameters() if type(p) is PackedWeight
+                and "packed" in vars(p)]  # fmt: skip
+
+    before = packed()
+    assert "heads.0.modulation.weight" in before
+    zero = torch.zeros(1, dtype=torch.int64)
+    for backend in ("auto", "cpp"):
+        with ecar_kernels.use_backend(backend):
+            sample(model, zero, seeds=zero, steps=[2, 2], guidance_scale=1.5)
+        assert packed() == before
