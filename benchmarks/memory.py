@@ -21,7 +21,7 @@ import torch
 import ecar_kernels
 from benchmarks import models, results
 from benchmarks.results import table, times
-from ecar import ECAR, PRESETS, ECARConfig, sample, split_steps
+from ecar import ECAR, ECARConfig, sample, split_steps
 from ecar.sampling.guidance import PAPER, Steps
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -126,15 +126,11 @@ def _mib(size: float) -> str:
 
 
 def main() -> None:
-    parser = results.parser("memory", __doc__)
-    parser.add_argument(
-        "--sizes", nargs="+", choices=PRESETS, default=("S", "B", "L"), help="that sample"
-    )
-    options = parser.parse_args()
+    options = results.parser("memory", __doc__).parse_args()
     if not STATUS.exists():
         raise SystemExit(f"error: memory is read from {STATUS}, which this system does not have")
     file, facts = results.path("memory", options.results), results.describe()
-    sampled = [alone(sampling, size) for size in options.sizes]
+    sampled = [alone(sampling, size) for size in ("S", "B", "L")]
     backends = {"eager": "reference", "ours": "auto"}
     trained = {way: alone(training, "S", BATCH, backend) for way, backend in backends.items()}
     content = {"sampling": sampled, "training": [{"size": "S", **trained}]}

@@ -199,7 +199,6 @@ def main() -> None:
     parser = results.parser("quality", __doc__)
     add = parser.add_argument
     add("--checkpoints", nargs="+", default=CHECKPOINTS, metavar="NAME")
-    add("--calls", nargs="+", type=int, default=CALLS, metavar="N")
     add("--groups", type=int, default=4, help="of images (default: 4)")
     add("--images", type=int, default=1000, help="of a group (default: 1000)")
     options = parser.parse_args()
@@ -209,7 +208,7 @@ def main() -> None:
         facts = results.describe()
         pipeline = ECARPipeline.from_pretrained(ROOT / "checkpoints" / name)
         judge = Judge(name, options.groups, options.images)
-        chosen = [(setting, calls) for setting in SETTINGS for calls in sorted(options.calls)]
+        chosen = [(setting, calls) for setting in SETTINGS for calls in CALLS]
         rows = [measure(pipeline, judge, *each) for each in tqdm(chosen, name, unit="row")]
         results.finish(
             results.path(f"quality-{name}", options.results), "quality", facts, render,

@@ -148,8 +148,8 @@ __device__ inline void lane_sums(const T* weight, const float* y, int channels, 
   }
 }
 
-// Of `count` values, one in each of the first lanes: a number near the mean, the mean less that, and
-// the sum of the squared deviations from it, as flow_block/kernels.py has them.
+// Of `count` values, one in each of the first lanes: a number near the mean, the mean less that,
+// and the sum of the squared deviations from it, as flow_block/kernels.py has them.
 struct Statistics {
   float own, rest, square;
 };
