@@ -189,9 +189,11 @@ def functions(
 
 def calls(case: Case, function: Callable, sets: Sequence[dict[str, Any]]) -> Iterator[Call]:
     """Endless calls with the sets in turn; backward, each comes with its forward just done."""
-    make = _backward if case.backward else _forward
-    for arguments in itertools.cycle(sets):
-        yield make(function, arguments)
+    if not case.backward:
+        yield from itertools.cycle([_forward(function, arguments) for arguments in sets])
+    gradients: list[list[Tensor]] = [[] for _ in sets]
+    for arguments, drawn in itertools.cycle(zip(sets, gradients, strict=True)):
+        yield _backward(function, arguments, drawn)
 
 
 def _forward(function: Callable, arguments: dict[str, Any]) -> Call:
@@ -199,7 +201,7 @@ def _forward(function: Callable, arguments: dict[str, Any]) -> Call:
     return torch.no_grad()(lambda: function(**arguments))
 
 
-def _backward(function: Callable, arguments: dict[str, Any]) -> Call:
+def _backward(function: Callable, arguments: dict[str, Any], gradients: list[Tensor]) -> Call:
     given, leaves = dict(arguments), []
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -207,7 +209,8 @@ def _backward(function: Callable, arguments: dict[str, Any]) -> Call:
             leaves.append(given[name])
     with torch.enable_grad():
         outputs = tensors(function(**given))
-    gradients = [torch.randn_like(output) for output in outputs]
+    # Drawn once: a cache full of what was just drawn is written to memory in the timed call.
+    gradients += [torch.randn_like(output) for output in outputs[len(gradients) :]]
     # A peer may not know all arguments; on CUDA a call is repeated.
     return lambda: torch.autograd.grad(
         outputs, leaves, gradients, allow_unused=True, retain_graph=leaves[0].is_cuda
