@@ -158,9 +158,14 @@ def default() -> list[Case]:
     return list(dict.fromkeys(found))
 
 
-def at_64_mib() -> list[Case]:
-    """Tokens, or the larger image of a step, of 64 MiB: larger than the cache on its own."""
-    family = [Case(op, 256, 64, "B", backward) for op in ADALN for backward in (False, True)]
+def beyond_caches() -> list[Case]:
+    """Tokens, or the larger image of a step, of 64 MiB; and tokens of 18 MiB, a batch of E-CAR-L."""
+    family = [
+        Case(op, 256, batch, size, backward)
+        for size, batch in (("B", 64), ("L", 16))
+        for op in ADALN
+        for backward in (False, True)
+    ]
     return [*family, Case("euler_step", 256, 4096), Case("upsample_renoise_euler", 256, 1024)]
 
 

@@ -22,9 +22,9 @@ AGAIN = 3  # times as long, the second time
 
 
 def selection() -> list[Case]:
-    """Each op at 64 MiB, and at the last stage of an image of S and L."""
+    """Each op beyond the caches, and at the last stage of an image of S and L."""
     training = [*cases.attention("S"), Case("stage_attention", 256, 8, "S", backward=True)]
-    return [*cases.select(("S", "L"), forward=(1,), last=True), *cases.at_64_mib(), *training]
+    return [*cases.select(("S", "L"), forward=(1,), last=True), *cases.beyond_caches(), *training]
 
 
 def noise(before: Row, now: Row, way: str) -> float:

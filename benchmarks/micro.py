@@ -2,7 +2,7 @@
 measured. benchmarks/README.md says how to read them.
 
 Times are medians; the floor is the longer of the op's bytes over the rate of a copy and its
-multiply-adds over that of a GEMM. Where an op moves 128 MiB or more, a copy of as many bytes is
+multiply-adds over that of a GEMM. Where an op moves 64 MiB or more, a copy of as many bytes is
 timed in the same rounds. An "overhead" row is what a call costs besides its arithmetic, at 16 x 768
 out of the cache, and with one token of 8 channels ("least").
 """
@@ -32,7 +32,7 @@ from ecar_kernels.registry import BACKENDS, FAMILIES, resolve
 from ecar_kernels.testing import tensors
 
 MAX_ROUNDS = 2000
-LARGE = 2**27  # bytes that a copy of as many is timed with
+LARGE = 2**26  # bytes that a copy of as many is timed with
 CALLS = 100  # in a round of an overhead row
 NAMES = {"eager": "eager", "compiled": "torch.compile", "ours": "ecar_kernels"}
 OWN = tuple(NAMES)
@@ -45,7 +45,7 @@ Row = dict[str, Any]
 def choose(full: bool = False, device: torch.device = CPU, dtype: str = "float32") -> list[Case]:
     """The rows, the most important first; on CUDA with more batches, and what fills it before what
     does not."""
-    rows = [*cases.at_64_mib(), *(cases.every() if full else cases.default())]
+    rows = [*cases.beyond_caches(), *(cases.every() if full else cases.default())]
     if device.type == "cuda":
         rows += cases.select(forward=(8, 64), backward=(1, 8, 64))
         rows.sort(key=lambda case: (case.tokens < 256, case.batch))
