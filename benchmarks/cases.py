@@ -159,7 +159,7 @@ def default() -> list[Case]:
 
 
 def beyond_caches() -> list[Case]:
-    """Tokens, or the larger image of a step, of 64 MiB; and tokens of 18 MiB, a batch of E-CAR-L."""
+    """Tokens, or a step's larger image, of 64 MiB; and tokens of 18 MiB, a batch of E-CAR-L."""
     family = [
         Case(op, 256, batch, size, backward)
         for size, batch in (("B", 64), ("L", 16))

@@ -64,7 +64,7 @@ def product(
 def gelu_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(GELU(x)), tanh's approximation, keeping x [.., C] alone."""
     if not active(x) or not as_written(layer, nn.Linear):
-        return layer(gelu(x))
+        return layer(gelu(x, by_cpp=not torch.is_grad_enabled() and gelu_by_cpp(x)))
     return _GELULinear.apply(x, layer.weight, layer.bias)
 
 
@@ -90,6 +90,8 @@ def gelu_by_cpp(x: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype in registry.KERNEL_DTYPES
         and x.is_contiguous()
+        and not torch.compiler.is_compiling()
+        and not _transforms.active()
         and _native.why_not() is None
     )
 
