@@ -135,7 +135,7 @@ def ops(record: Record) -> Figure:
             of_op[micro.NAMES[way]].append(ratio)
     return bars(
         "Each op: time over that of ecar_kernels, median over all sizes",
-        record["runs"][-1]["environment"],
+        record["runs"][-1],
         {op: {way: statistics.median(v) for way, v in of.items()} for op, of in ratios.items()},
         "time / time of ecar_kernels",
         times,
@@ -151,7 +151,7 @@ def image(record: Record) -> Figure:
         shown = {micro.NAMES[way]: seconds[way] for way in micro.OWN if way in seconds}
         groups[f"E-CAR-{row['size']}"] = shown | {"its matrix products alone": gemms}
     title = "One image, 250 steps, no guidance, float32"
-    return bars(title, record["environment"], groups, "seconds", duration)
+    return bars(title, record["runs"][-1], groups, "seconds", duration)
 
 
 def stages() -> Figure:

@@ -14,7 +14,7 @@ RECORDS = {
         test_micro.row(), test_micro.row(batch=2), test_micro.row(overhead=True)
     ),
     "end_to_end": {
-        "environment": FACTS,
+        "runs": [FACTS],
         "rows": [{"size": "S", "seconds": dict.fromkeys(("eager", "ours", "linears"), SUMMARY)}],
     },
 }
