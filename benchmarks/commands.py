@@ -155,11 +155,13 @@ def main(
 ) -> int:
     """The command line of a benchmark that measures a case, by name, for so many seconds each.
 
-    measure: a case's rows by list. words: those of -k, if none are given; how: as of `run`.
+    measure: a case's rows by list. words: those of -k, if none are given and nothing is
+    listed; how: as of `run`.
     """
     command_line, kind = parser(name, doc, seconds=seconds), name.rpartition(".")[2]
-    command_line.set_defaults(words=words)
     options = command_line.parse_args(arguments)
+    if not options.list:
+        options.words = options.words or words
     timed = {} if seconds is None else {"seconds": options.seconds}
     by_name = cases if isinstance(cases, Mapping) else {case: case for case in cases}
     measures = {key: functools.partial(measure, case, **timed) for key, case in by_name.items()}

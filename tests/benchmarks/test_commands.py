@@ -108,3 +108,9 @@ def test_what_fails_does_not_end_the_others(tmp_path, capsys):
     assert found[1] == 1 and [row["name"] for row in found[0]["rows"]] == ["b"]
     assert "a: FAILED: RuntimeError: no luck" in capsys.readouterr().out
     assert commands.finish(*found, file, lambda record: "a table") == 1
+
+
+def test_cases_that_are_not_measured_by_default_are_listed(capsys):
+    ablation = importlib.import_module("benchmarks.paper.ablation")
+    assert ablation.main(arguments=["--list"]) == 0
+    assert capsys.readouterr().out.split() == ["E-CAR-S", "E-CAR-B", "E-CAR-L"]
