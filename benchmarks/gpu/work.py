@@ -118,7 +118,9 @@ def render(record: dict[str, Any]) -> str:
     for part in dict.fromkeys(row["part"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["part"] == part]
         cells = [
-            {name: _cell(name, row[name]) for name in row if name not in HIDDEN} for row in rows
+            {name: _cell(name, row[name]) for name in row if name not in HIDDEN}
+            | ({"run": str(row["run"] + 1)} if len(record["runs"]) > 1 else {})
+            for row in rows
         ]
         lines += [f"**{part}**", table(cells)]
         lines += [f"```\n{row['output'].rstrip()}\n```" for row in rows if row.get("output")]
