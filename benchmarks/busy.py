@@ -8,23 +8,25 @@ a busy machine is 1.5 times one thread's time.
 """
 
 import contextlib
+import operator
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
 
-from benchmarks import memory, results, timing
+from benchmarks import commands, memory, results, timing
 from benchmarks.models import random_model
 from benchmarks.results import duration, table, times
 from ecar import PRESETS, sample
 from ecar.cli import SPIN_VARIABLES, SPINS
 from ecar_kernels import accelerate
 
+ROUNDS = 7  # images of each kind
 LIMIT = 1.5  # times one thread's time
 WAITS = {"OpenMP's default": {}, "ecar's": {SPIN_VARIABLES[0]: SPINS}}
 LOOP = (sys.executable, "-c", "while True: pass")
@@ -57,7 +59,7 @@ def image_seconds(rounds: int) -> dict[str, float]:
     return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
-def measure(waits: str, loops: int, rounds: int) -> dict[str, Any]:
+def measure(waits: str, loops: int, rounds: int = ROUNDS) -> dict[str, Any]:
     """A row of the table: an own process, for OpenMP reads its variables once."""
     kept = {name: value for name, value in os.environ.items() if name not in SPIN_VARIABLES}
     with busy(loops), mock.patch.dict(os.environ, kept | WAITS[waits], clear=True):
@@ -82,16 +84,14 @@ def render(record: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    parser = results.parser("busy", __doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="images of each kind (default: 7)")
-    options = parser.parse_args()
-    facts = results.describe()
-    cores = facts["cores"]
-    loads = (0, cores, 3 * cores)
-    rows = [measure(waits, loops, options.rounds) for loops in loads for waits in WAITS]
-    results.finish(results.path("busy", options.results), "busy", facts, render, rows=rows)
+def main(arguments: Sequence[str] | None = None) -> int:
+    loads = [each * results.describe()["cores"] for each in (0, 1, 3)]
+    cases = {f"{waits}, {loops} busy": (waits, loops) for loops in loads for waits in WAITS}
+    return commands.main(
+        "busy", __doc__, lambda case: {"rows": [measure(*case)]}, cases, render,
+        same=operator.itemgetter("waits", "busy"), order=[*cases.values()], arguments=arguments,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import busy, cases, instructions, micro, results
+from benchmarks import busy, cases, commands, instructions, micro, results
 from benchmarks.cases import Case
 from benchmarks.micro import NAMES, Row, case_of
 
@@ -68,8 +68,8 @@ def comparable(committed: dict[str, Any], here: dict[str, Any]) -> str | None:
 def measure(chosen: Iterable[Case], seconds: float, minutes: float) -> dict[Case, Row]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "micro.json"
-        rows, _ = micro.run([*chosen], file, seconds=seconds, minutes=minutes)
-    return {case_of(row): row for row in rows}
+        record, _ = micro.run([*chosen], file, seconds=seconds, minutes=minutes)
+    return {case_of(row): row for row in record.get("rows", ())}
 
 
 def check_ratios(file: Path, seconds: float, minutes: float) -> bool:
@@ -79,7 +79,7 @@ def check_ratios(file: Path, seconds: float, minutes: float) -> bool:
         print(f"ratios: not compared: nothing committed for {here['device']}")
         return True
     record = results.read(file)
-    reasons = [comparable(this["environment"], here) for this in record["runs"]]
+    reasons = [comparable(this, here) for this in record["runs"]]
     committed = {case_of(row): row for row in record["rows"] if reasons[row["run"]] is None}
     for reason in dict.fromkeys(filter(None, reasons)):
         print(f"ratios: not compared with {file}: {reason}")
@@ -118,7 +118,7 @@ def check_busy() -> bool:
 
 
 def main() -> int:
-    parser = results.parser("check", __doc__, writes=False)
+    parser = commands.parser("check", __doc__, writes=False)
     add = parser.add_argument
     add("--only", choices=("ratios", "instructions", "busy"))
     add("--seconds", type=float, default=0.8, help="of measuring for each row (default: 0.8)")

@@ -16,6 +16,7 @@ steps: the AR transformer and the modulation, once a stage.
 import copy
 import functools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -28,7 +29,7 @@ from benchmarks import models, timing
 from benchmarks.models import TIMED_STEPS, StageTime, Way, image_seconds, time_image
 from benchmarks.paper import dit
 from benchmarks.paper.dit import PEERS
-from benchmarks.results import duration, medians, table, times
+from benchmarks.results import duration, medians, tables, times
 from ecar import ECAR, ECARConfig, split_steps
 from ecar.info import count_multiply_adds
 from ecar.sampling.guidance import DEFAULT_STEPS, PAPER, Steps, plan_steps
@@ -159,10 +160,8 @@ def measure_protocols(size: str, seconds: float) -> list[dict[str, Any]]:
 
 
 def render(record: dict[str, Any]) -> str:
-    tables = [table([_cells(row) for row in record["rows"]])]
-    if protocols := record.get("protocols"):  # older results have none
-        tables.append(table([_protocol_cells(row) for row in protocols]))
-    return "\n\n".join(tables)
+    protocols = record.get("protocols", [])  # older results have none
+    return tables([*map(_cells, record["rows"])], [*map(_protocol_cells, protocols)])
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
@@ -204,5 +203,7 @@ def measure_size(size: str, seconds: float) -> dict[str, list]:
     return {"rows": [row], "protocols": measure_protocols(size, seconds * (1 - WAYS_SHARE))}
 
 
+main = functools.partial(models.main, "end_to_end", __doc__, measure_size, render, seconds=60)
+
 if __name__ == "__main__":
-    models.main("end_to_end", __doc__, measure_size, render, minutes=9.0)
+    sys.exit(main())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import results, timing
+from benchmarks import commands, timing
 from benchmarks.results import medians, table
 from benchmarks.runtimes import DTYPES, OURS, Call, Work
 
@@ -43,7 +43,7 @@ def onednn(layer: nn.Linear, x: Tensor) -> Call:
 
 
 @torch.no_grad()
-def measure(name: str, seconds: float) -> dict[str, Any]:
+def measure(name: str, seconds: float) -> dict[str, list]:
     shape, _, dtype = name.rpartition("-")
     rows, inputs, outputs = LAYERS[shape]
     torch.manual_seed(0)  # the weights of the files that there are
@@ -57,7 +57,7 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
     work.add("oneDNN", lambda: onednn(layer, given))
     packed = timing.packed_linear(layer.weight.detach(), layer.bias.detach(), rows)
     work.add(OURS, lambda: functools.partial(packed, given))
-    return {**work.measured(seconds), "name": name}
+    return {"rows": [work.measured(seconds) | {"name": name}]}
 
 
 def render(record: dict[str, Any]) -> str:
@@ -77,5 +77,9 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
+main = functools.partial(
+    commands.main, "gemm", __doc__, measure, NAMES, render, seconds=15, order=NAMES
+)
+
 if __name__ == "__main__":
-    sys.exit(results.command("gemm", __doc__, NAMES, measure, render))
+    sys.exit(main())

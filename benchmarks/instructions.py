@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+from benchmarks import commands, results
 from benchmarks.results import ROOT, table
 
 BUILD = ROOT / "build" / "instructions"
@@ -90,7 +90,7 @@ def compare(record: dict[str, Any], committed: dict[str, Any]) -> list[str] | No
         for of in (record, committed)
     )
     gone = [f"{call}: gone" for call in known if call not in found]
-    return [*results.risen(found, known, ALLOWED), *gone]
+    return [*commands.risen(found, known, ALLOWED), *gone]
 
 
 def render(record: dict) -> str:
@@ -106,7 +106,7 @@ def render(record: dict) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return results.check_counts(RESULTS, __doc__, count_all, compare, render, arguments)
+    return commands.check_counts(RESULTS, __doc__, count_all, compare, render, arguments)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ the other columns are means over groups of images with half of their 95 % confid
 
 import functools
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import end_to_end, models, quality, results, timing
-from benchmarks.results import ROOT, duration, medians, table, times
+from benchmarks import commands, end_to_end, models, quality, timing
+from benchmarks.results import ROOT, duration, medians, table, tables, times
 from ecar import ECAR, PRESETS, ECARPipeline, sample, split_steps
 from ecar.evaluation import generate
 from ecar.evaluation.steps import Setting, Sweep, relative_distance
@@ -66,41 +67,44 @@ def round_products(model: ECAR) -> None:
         linear.forward = rounded(linear)
 
 
-def measure_images(name: str, groups: int, images: int, latents: int) -> list[dict[str, Any]]:
-    """A row for each format: a checkpoint's images of the same classes and seeds."""
-    pipelines = {it: ECARPipeline.from_pretrained(ROOT / "checkpoints" / name) for it in FORMATS}
-    for way, its in pipelines.items():
+class Images:
+    """A checkpoint's images in each format, of the same classes and seeds."""
+
+    def __init__(self, name: str, groups: int, images: int, latents: int) -> None:
+        self.judge = quality.Judge(name, groups, images)
+        self.load = functools.partial(ECARPipeline.from_pretrained, ROOT / "checkpoints" / name)
+        plain = self.load()
+        placing = (plain.defaults[key] for key in ("num_inference_steps", "solver", "grid"))
+        counts, solver, grid = plan_steps(*placing, plain.model.config.num_stages)
+        self.setting = Setting(solver, grid, tuple(counts))
+        guidance = {key: its for key, its in plain.defaults.items() if key.startswith("guidance_")}
+        self.sweep = Sweep(plain, latents, 0, latents, guidance, False)
+
+    def measure(self, way: str) -> dict[str, list]:
+        """A format's row."""
+        self.sweep.pipeline = its = self.load()
         its.to(torch.bfloat16 if "bfloat16" in way else torch.float32)
         if "int8" in way:
             round_products(its.model)
-    defaults, stages = pipelines["float32"].defaults, pipelines["float32"].model.config.num_stages
-    placing = (defaults[key] for key in ("num_inference_steps", "solver", "grid"))
-    counts, solver, grid = plan_steps(*placing, stages)
-    guidance = {key: its for key, its in defaults.items() if key.startswith("guidance_")}
-    sweep = Sweep(pipelines["float32"], latents, 0, latents, guidance, False)
-    judge, rows = quality.Judge(name, groups, images), []
-    for way, its in pipelines.items():
-        sweep.pipeline = its
-        drawn = sweep.draw(Setting(solver, grid, tuple(counts)))
-        error = relative_distance(drawn, sweep.reference)
-        measures = judge.summary(functools.partial(generate, its, progress=False))
-        rows.append({"format": way, "error": error, "measures": measures})
-    return rows
+        error = relative_distance(self.sweep.draw(self.setting), self.sweep.reference)
+        measures = self.judge.summary(functools.partial(generate, its, progress=False))
+        return {"rows": [{"format": way, "error": error, "measures": measures}]}
 
 
-def measure_rates() -> list[dict[str, float]]:
+def measure_rates() -> dict[str, list[dict[str, float]]]:
     """Multiply-adds a second of one thread, by a program that is compiled here."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "peak"
         subprocess.run(["c++", *FLAGS, PEAK, "-o", program], check=True)
         said = subprocess.run([program], stdout=subprocess.PIPE, text=True, check=True).stdout
     names = ("weights", "tokens", "bfloat16", "int8")
-    return [dict(zip(names, map(float, line.split()), strict=True)) for line in said.splitlines()]
+    lines = [map(float, line.split()) for line in said.splitlines()]
+    return {"rates": [dict(zip(names, line, strict=True)) for line in lines]}
 
 
-def measure_time(name: str, model: ECAR, seconds: float) -> dict[str, Any]:
+def measure_time(name: str, load: Callable[[], ECAR], seconds: float) -> dict[str, list]:
     """Seconds of one thread's processor time: an image, and its linear layers' products."""
-    model = models.accelerated(model.to(torch.bfloat16).eval())
+    model = models.accelerated(load().to(torch.bfloat16).eval())
     counts = split_steps(DEFAULT_STEPS, model.config.num_stages)
     calls = [
         call
@@ -128,7 +132,7 @@ def measure_time(name: str, model: ECAR, seconds: float) -> dict[str, Any]:
             taken = models.compare(measures, seconds)
     finally:
         torch.set_num_threads(threads)
-    return {"model": name, "seconds": timing.summaries(taken)}
+    return {"times": [{"model": name, "seconds": timing.summaries(taken)}]}
 
 
 def most_gained(row: dict[str, Any], rates: list[dict[str, float]]) -> float:
@@ -139,7 +143,7 @@ def most_gained(row: dict[str, Any], rates: list[dict[str, float]]) -> float:
 
 def render(record: dict[str, Any]) -> str:
     """Of the times and rates, or of a checkpoint's images."""
-    if "rows" in record:
+    if "checkpoint" in record:
         rows = [
             {"products": row["format"], "error": f"{row['error']:.3f}"}
             | quality.cells(row["measures"])
@@ -149,14 +153,15 @@ def render(record: dict[str, Any]) -> str:
             f"{table(rows)}\n\n{record['checkpoint']}: {record['groups']} groups of "
             f"{record['images']} images; errors of {record['latents']}."
         )
+    found = record.get("rates", [])
     shares = [
         {
             "image": row["model"],
             "bfloat16": duration(seconds["image"]),
             "of which products": f"{seconds['linears'] / seconds['image']:.0%}",
-            "at most": times(most_gained(row, record["rates"])),
+            "at most": times(most_gained(row, found) if found else None),
         }
-        for row in record["times"]
+        for row in record.get("times", [])
         for seconds in [medians(row)]
     ]
     rates = [
@@ -166,38 +171,40 @@ def render(record: dict[str, Any]) -> str:
             **{way: f"{rate[way] / 1e9:.0f} G/s" for way in ("bfloat16", "int8")},
             "ratio": times(rate["int8"], rate["bfloat16"]),
         }
-        for rate in record["rates"]
+        for rate in found
     ]
-    return f"{table(shares)}\n\n{table(rates)}"
+    return tables(shares, rates)
 
 
-def main() -> None:
-    parser = results.parser("int8", __doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = quality.groups_parser("int8", __doc__, CHECKPOINTS, 512)
     add = parser.add_argument
-    add("--only", choices=("times", "images"), help="leave out the other part")
     add("--seconds", type=float, default=20, help="of timing an image (default: 20)")
-    add("--checkpoints", nargs="+", default=CHECKPOINTS, metavar="NAME")
-    add("--groups", type=int, default=4, help="of images (default: 4)")
-    add("--images", type=int, default=512, help="of a group (default: 512)")
     add("--latents", type=int, default=64, help="that errors are of (default: 64)")
-    options = parser.parse_args()
-    if options.groups < 2:
-        parser.error(f"argument --groups: expected at least 2, got {options.groups}")
-    if options.only != "images":
-        facts, drawn = results.describe(), {"E-CAR-S": models.random_model(PRESETS["S"])}
-        for name in options.checkpoints:
-            drawn[name] = ECARPipeline.from_pretrained(ROOT / "checkpoints" / name).model
-        taken = [measure_time(*each, options.seconds) for each in drawn.items()]
-        file = results.path("int8", options.results)
-        results.finish(file, "int8", facts, render, rates=measure_rates(), times=taken)
-    for name in options.checkpoints if options.only != "times" else ():
-        facts, sizes = results.describe(), (options.groups, options.images, options.latents)
-        results.finish(
-            results.path(f"int8-{name}", options.results), "int8", facts, render,
-            checkpoint=name, **dict(zip(("groups", "images", "latents"), sizes, strict=True)),
-            rows=measure_images(name, *sizes),
-        )  # fmt: skip
+    options, content = parser.parse_args(arguments), {}
+    load = {"E-CAR-S": lambda: models.random_model(PRESETS["S"])} | {
+        name: lambda name=name: ECARPipeline.from_pretrained(ROOT / "checkpoints" / name).model
+        for name in options.checkpoints
+    }
+    files: dict[str, dict[str, commands.Measure]] = {"int8": {"rates": measure_rates}}
+    for name in load:
+        timed = functools.partial(measure_time, name, load[name], options.seconds)
+        files["int8"][f"times of {name}"] = timed
+    for name in options.checkpoints:
+        sizes = {key: getattr(options, key) for key in ("groups", "images", "latents")}
+        images = functools.cache(functools.partial(Images, name, **sizes))
+        content[f"int8-{name}"] = {"checkpoint": name, **sizes}
+        files[f"int8-{name}"] = {
+            f"images of {name}, {way}": lambda images=images, way=way: images().measure(way)
+            for way in FORMATS
+        }
+    how = {"same": _same, "order": FORMATS}
+    return commands.run_chosen(parser, options, "int8", files, render, content, **how)
+
+
+def _same(row: dict[str, Any]) -> Any:
+    return row.get("format") or row.get("model") or (row["weights"], row["tokens"])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

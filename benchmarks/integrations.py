@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from benchmarks import results, timing
+from benchmarks import commands, results, timing
 from benchmarks.cases import VAR_SIDES
 from benchmarks.copied import AdaLNSelfAttn, DiTBlock, SimpleMLPAdaLN
 from benchmarks.results import duration, medians, table, times
@@ -131,7 +131,7 @@ def cases() -> list[Case]:
 
 
 @torch.no_grad()
-def measure(case: Case, seconds: float) -> Row:
+def measure(case: Case, seconds: float) -> dict[str, list[Row]]:
     """A row: both ways' medians."""
     model, dtype = MODELS[case.model], DTYPES[case.dtype]
     plain = model.make().eval()
@@ -150,12 +150,8 @@ def measure(case: Case, seconds: float) -> Row:
         taken = timing.rounds(turns, seconds, warm_up=True)
     finally:
         torch.set_num_threads(before)
-    return {
-        **case._asdict(),
-        "class": type(plain).__name__,
-        "served": report[0].served,
-        "seconds": timing.summaries(taken),
-    }
+    facts = {"class": type(plain).__name__, "served": report[0].served}
+    return {"rows": [case._asdict() | facts | {"seconds": timing.summaries(taken)}]}
 
 
 def _case(row: Row) -> Case:
@@ -178,19 +174,11 @@ def render(record: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command_line = results.parser("integrations", __doc__, seconds=3)
-    options, by_name = command_line.parse_args(arguments), {case.name: case for case in cases()}
-    found = results.chosen(command_line, options, by_name)
-    if not found:
-        return 0
     results.keep_memory()
-    file, facts = results.path("integrations", options.results), results.describe()
-    for name in found:
-        row = measure(by_name[name], options.seconds)
-        record, seconds = results.merge(file, "integrations", facts, row, _case), medians(row)
-        print(f"{name}: {times(seconds['plain'], seconds['accelerated'])}", flush=True)
-    print(f"\n{render(record)}\n\nmerged into {file}")
-    return 0
+    return commands.main(
+        "integrations", __doc__, measure, {case.name: case for case in cases()}, render,
+        seconds=3, same=_case, arguments=arguments,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

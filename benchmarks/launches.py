@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import ecar_kernels
-from benchmarks import results
+from benchmarks import commands, results
 from benchmarks.results import duration, table
 from ecar import ECAR, ECARConfig, split_steps
 from ecar.sampling import loop
@@ -157,7 +157,7 @@ def count_all() -> dict[str, Any]:
 
 def compare(record: dict[str, Any], committed: dict[str, Any]) -> list[str]:
     """Where a row launches more than the committed one, or there is none."""
-    return results.risen(_totals(record["rows"]), _totals(committed["rows"]))
+    return commands.risen(_totals(record["rows"]), _totals(committed["rows"]))
 
 
 def _totals(rows: Iterable[Row]) -> dict[str, int]:
@@ -223,4 +223,4 @@ def render_predicted(predicted: Sequence[Row]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(results.check_counts(RESULTS, __doc__, count_all, compare, render))
+    sys.exit(commands.check_counts(RESULTS, __doc__, count_all, compare, render))

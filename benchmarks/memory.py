@@ -10,8 +10,10 @@ most the weights and 1.5 times the next three columns. Training: two steps with 
 import ctypes
 import gc
 import multiprocessing
+import operator
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,8 @@ from typing import Any
 import torch
 
 import ecar_kernels
-from benchmarks import models, results
-from benchmarks.results import table, times
+from benchmarks import commands, models
+from benchmarks.results import tables, times
 from ecar import ECAR, ECARConfig, sample, split_steps
 from ecar.sampling.guidance import PAPER, Steps
 
@@ -107,35 +109,42 @@ def alone(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, 
 
 def render(record: dict[str, Any]) -> str:
     sampled, trained = [], []
-    for row in record["sampling"]:
+    for row in record.get("sampling", []):
         sizes = {"weights": row["weights"], **row["needed"], "peak": row["peak"]}
         sizes["at most"] = row["weights"] + SLACK * sum(row["needed"].values())
         cells = {name.replace("kv_cache", "KV cache"): _mib(size) for name, size in sizes.items()}
         sampled.append({"sampling": row["size"], **cells})
-    for row in record["training"]:
+    for row in record.get("training", []):
         eager, ours = row["eager"], row["ours"]
         standing = {"weights, gradients, AdamW": _mib(eager["standing"])}
         peaks = {"eager": _mib(eager["peak"]), "ecar_kernels": _mib(ours["peak"])}
         what = {"training": row["size"], "batch": str(eager["batch"])}
         trained.append({**what, **standing, **peaks, "ratio": times(ours["peak"], eager["peak"])})
-    return f"{table(sampled)}\n\n{table(trained)}"
+    return tables(sampled, trained)
 
 
 def _mib(size: float) -> str:
     return f"{size / MIB:.1f}"
 
 
-def main() -> None:
-    options = results.parser("memory", __doc__).parse_args()
+def training_both(size: str) -> dict[str, Any]:
+    """A row of the eager reference and of ecar_kernels."""
+    ways = {"eager": "reference", "ours": "auto"}
+    return {"size": size} | {way: alone(training, size, BATCH, ways[way]) for way in ways}
+
+
+CASES: dict[str, Callable[[], dict[str, list]]] = {
+    **{f"sampling {s}": lambda s=s: {"sampling": [alone(sampling, s)]} for s in ("S", "B", "L")},
+    "training S": lambda: {"training": [training_both("S")]},
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     if not STATUS.exists():
         raise SystemExit(f"error: memory is read from {STATUS}, which this system does not have")
-    file, facts = results.path("memory", options.results), results.describe()
-    sampled = [alone(sampling, size) for size in ("S", "B", "L")]
-    backends = {"eager": "reference", "ours": "auto"}
-    trained = {way: alone(training, "S", BATCH, backend) for way, backend in backends.items()}
-    content = {"sampling": sampled, "training": [{"size": "S", **trained}]}
-    results.finish(file, "memory", facts, render, **content)
+    how = {"same": operator.itemgetter("size"), "order": ("S", "B", "L"), "arguments": arguments}
+    return commands.main("memory", __doc__, lambda case: case(), CASES, render, **how)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,10 +10,7 @@ out of the cache, and with one token of 8 channels ("least").
 import functools
 import itertools
 import os
-import signal
 import statistics
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,9 +20,9 @@ import torch
 from torch import Tensor
 
 import ecar_kernels
-from benchmarks import cases, peers, results, timing
+from benchmarks import cases, commands, peers, results, timing
 from benchmarks.cases import Case
-from benchmarks.results import CPU, duration, medians, table, times
+from benchmarks.results import CPU, Record, Row, duration, medians, table, tables, times
 from benchmarks.timing import Call, Clock
 from ecar_kernels.costs import Cost, Rates, backward_cost, cost, floor_seconds
 from ecar_kernels.registry import BACKENDS, FAMILIES, resolve
@@ -39,7 +36,6 @@ OWN = tuple(NAMES)
 COMPILED = ("compiled", "FlexAttention")
 HOLD_SCORES = ("eager", "compiled", "SDPA math")  # ways that hold attention's scores
 MINUTES = 14.0
-Row = dict[str, Any]
 
 
 def choose(full: bool = False, device: torch.device = CPU, dtype: str = "float32") -> list[Case]:
@@ -62,51 +58,30 @@ def run(
     minutes: float | None = None,
     device: torch.device = CPU,
     compiling: bool = True,
-) -> tuple[list[Row], int]:
-    """Measures rows and merges each into the file before the next is begun; returns them, and how
-    many failed.
-
-    The file is {"runs": [{environment, rates}], "rows": [{..., "run": its index}]}. Rows that would
-    begin after `minutes` are left out. KeyboardInterrupt loses the row that is being measured and
-    no other. compiling: with the ways of COMPILED, which take seconds to compile.
-    """
+) -> tuple[Record, int]:
+    """Measures rows and merges each into the file, see `commands.run`; returns them, and how many
+    failed. compiling: with the ways of COMPILED, which take seconds to compile."""
     results.keep_memory()
-    facts, begin, rows, failed = results.describe(device), time.monotonic(), [], 0
+    facts = results.describe(device)
     best, tried = timing.measure_rates(2 * seconds, device)
-    this = {"environment": facts, "rates": vars(best) | {"tried": tried}}
-    interrupted = False
 
-    def interrupt(*_: object) -> None:
-        nonlocal interrupted  # what is measured may swallow the exception
-        interrupted = True
-        raise KeyboardInterrupt
+    def measured(case: Case) -> dict[str, list[Row]]:
+        timed = overhead if case.overhead else measure
+        return {"rows": [timed(case, best, seconds, device, compiling)]}
 
-    former = signal.signal(signal.SIGINT, interrupt)
-    try:
-        for index, case in enumerate(chosen, start=1):
-            taken = time.monotonic() - begin
-            if minutes is not None and taken > 60 * minutes:
-                left = len(chosen) - index + 1
-                print(f"{minutes:g} minutes are over: {left} rows were left out")
-                break
-            try:
-                one = (overhead if case.overhead else measure)(
-                    case, best, seconds, device, compiling
-                )
-                said = duration(one["seconds"]["ours"]["median"])
-                rows.append(one)
-                results.merge(file, "micro", this, one, case_of)
-                broken = set(BACKENDS) & one.get("failures", {}).keys()
-            except Exception as error:  # the others go on
-                said, broken = f"{type(error).__name__}: {error}", {"ours"}
-            failed += bool(broken)
-            place = f"[{index}/{len(chosen)}, {taken / 60:.1f} min]"
-            print(f"{place} {case.name}: {'FAILED: ' * bool(broken)}{said}", flush=True)
-            if interrupted:
-                raise KeyboardInterrupt
-    finally:
-        signal.signal(signal.SIGINT, former)
-    return rows, failed
+    measures = {case.name: functools.partial(measured, case) for case in chosen}
+    how = {"this": facts | {"rates": vars(best) | {"tried": tried}}, "minutes": minutes}
+    record, failed = commands.run(measures, file, "micro", same=case_of, say=_said, **how)
+    return record, failed + sum(map(_broken, record.get("rows", ())))
+
+
+def _broken(row: Row) -> bool:
+    """Has a backend of this library failed?"""
+    return not row.get("failures", {}).keys().isdisjoint(BACKENDS)
+
+
+def _said(row: Row) -> str:
+    return "FAILED: " * _broken(row) + duration(row["seconds"]["ours"]["median"])
 
 
 def case_of(row: Row) -> Case:
@@ -256,7 +231,7 @@ def case_cost(case: Case, arguments: dict[str, Any]) -> Cost:
     return (backward_cost if case.backward else cost)(case.op, arguments, outputs)
 
 
-def render(record: dict[str, Any]) -> str:
+def render(record: Record) -> str:
     """Tables of the ops, of other libraries, of what was not measured, and of a call's cost."""
     own, others, overheads = [], [], []
     refused: dict[tuple, dict[str, str]] = {}
@@ -276,17 +251,7 @@ def render(record: dict[str, Any]) -> str:
         for way, why in row["failures"].items():
             said = {"op": row["op"], "library": NAMES.get(way, way), "not measured because": why}
             refused[tuple(said.values())] = said
-    tables = (own, others, list(refused.values()), overheads)
-    runs = [_run_line(*run) for run in enumerate(record["runs"], 1)]
-    return "\n\n".join([*(table(rows) for rows in tables if rows), *runs])
-
-
-def _run_line(number: int, this: dict[str, Any]) -> str:
-    copy, gemm = (this["rates"][name] for name in ("bytes_per_second", "multiply_adds_per_second"))
-    return (
-        f"Run {number}: {results.where(this['environment'])}; copy {copy * 1e-9:.1f} GB/s, GEMM "
-        f"{2e-9 * gemm:.0f} GFLOP/s"
-    )
+    return tables(own, others, list(refused.values()), overheads)
 
 
 def speedups(row: Row) -> dict[str, float]:
@@ -322,13 +287,13 @@ def overview(record: dict[str, Any], op: str) -> str:
             seconds = {NAMES[way]: duration(medians(row).get(way)) for way in OWN}
             name = f"{kind}, {case.tokens} tokens{f', {dtype}' * (len(dtypes) > 1)}"
             cells.append({"E-CAR-S": name} | seconds | _ratios(row))
-            facts = record["runs"][row["run"]]["environment"]
+            facts = record["runs"][row["run"]]
             said[results.briefly(facts, f"{dtype}, ")] = True
     return f"{table(cells)}\n\n{'; '.join(said)}. Forward: one image{note}." if cells else ""
 
 
 def main() -> int:
-    parser = results.parser("", __doc__, seconds=0.5)
+    parser = commands.parser("", __doc__, seconds=0.5)
     add = parser.add_argument
     add("--full", action="store_true",
         help="every size, stage and batch, forward and backward (about an hour)")  # fmt: skip
@@ -343,7 +308,7 @@ def main() -> int:
     device = torch.device(options.device)
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     by_name = {case.name: case for case in choose(options.full, device, dtype)}
-    chosen = [by_name[name] for name in results.chosen(parser, options, by_name)]
+    chosen = [by_name[name] for name in commands.chosen(parser, options, by_name)]
     if options.list:
         return 0
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -351,14 +316,4 @@ def main() -> int:
     file = results.path("micro", options.results, device)
     minutes = options.minutes or (None if options.full else MINUTES)
     how = {"minutes": minutes, "device": device, "compiling": options.compiling}
-    try:
-        rows, failed = run(chosen, file, seconds=options.seconds, **how)
-    except KeyboardInterrupt:
-        print(f"interrupted; rows measured before are in {file}", file=sys.stderr)
-        return 130
-    if not rows:
-        print("error: nothing was measured", file=sys.stderr)
-        return 1
-    this = results.read(file)["runs"][-1:]
-    print(f"\n{render({'rows': rows, 'runs': this})}\n\nmerged into {file}")
-    return int(failed > 0)
+    return commands.finish(*run(chosen, file, seconds=options.seconds, **how), file, render)

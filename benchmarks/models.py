@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import itertools
+import operator
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 import ecar_kernels
-from benchmarks import results, timing
+from benchmarks import commands, timing
 from ecar import ECAR, ECARConfig, split_steps
 from ecar.info import count_multiply_adds, count_parameters
 from ecar.sampling.guidance import PAPER, Steps, plan_steps
@@ -193,30 +194,20 @@ def main(
     measure: Callable[[str, float], dict[str, list]],
     render: Callable[[dict], str],
     *,
-    minutes: float,
-    sizes: Sequence[str] = tuple(SHARES),
-) -> None:
+    seconds: float,
+    words: Sequence[str] = (),
+    arguments: Sequence[str] | None = None,
+) -> int:
     """The command of a benchmark that measures one size of E-CAR after the other.
 
-    measure: a size's rows by their name in the record, in so many seconds. Sizes that are done
-    survive an interruption, and sizes that are not chosen stay in the file.
+    seconds: of S; of B and L as many times more as SHARES says. words: of -k, if none are given.
     """
-    parser, kind = results.parser(name, doc), name.rpartition(".")[2]
-    add, default = parser.add_argument, f"default: {' '.join(sizes)}"
-    add("--sizes", nargs="+", choices=tuple(SHARES), default=sizes, help=default)
-    add("--minutes", type=float, default=minutes, help=f"of measuring (default: {minutes:g})")
-    options, facts = parser.parse_args(), results.describe()
-    file = results.path(kind, options.results)
-    kept = results.read(file) if file.exists() else {}
-    content = {what: rows for what, rows in kept.items() if isinstance(rows, list)}
-    order = list(SHARES)
-    whole = sum(SHARES[size] for size in options.sizes)
-    for size in options.sizes:
-        found = measure(size, 60 * options.minutes * SHARES[size] / whole)
-        for what, rows in found.items():
-            others = [row for row in content.get(what, []) if row["size"] != size]
-            content[what] = sorted((*others, *rows), key=lambda row: order.index(row["size"]))
-        results.write(file, kind, facts, **content)
-        print(f"E-CAR-{size} done", flush=True)
+
+    def measured(size: str, seconds: float) -> dict[str, list]:
         forget()
-    results.finish(file, kind, facts, render, **content)
+        return measure(size, seconds * SHARES[size])
+
+    sizes = {f"E-CAR-{size}": size for size in SHARES}
+    how = {"same": operator.itemgetter("size"), "order": [*SHARES], "words": words}
+    given = {"seconds": seconds, "arguments": arguments}
+    return commands.main(name, doc, measured, sizes, render, **given, **how)

@@ -20,6 +20,7 @@ from benchmarks import micro, results
 from benchmarks.results import ROOT, duration, medians, times
 from ecar import ECARPipeline
 from ecar.files import atomic_path
+from ecar.images import make_sheet
 
 WIDTH = 8.6  # inches
 DPI = 110
@@ -68,11 +69,12 @@ def draw_all(folder: Path) -> list[Path]:
     return drawn + [picture for file in files for picture in draw(file, folder)]
 
 
-def save(picture: Figure, path: Path) -> Path:
+def save(picture: Figure | Image.Image, path: Path) -> Path:
     """With at most 256 colours, a quarter of the bytes."""
-    with io.BytesIO() as buffer:
-        picture.savefig(buffer, dpi=DPI)
-        image = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    if isinstance(picture, Figure):
+        picture.savefig(buffer := io.BytesIO(), dpi=DPI)
+        picture = Image.open(buffer)
+    image = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG", optimize=True)
@@ -135,7 +137,7 @@ def ops(record: Record) -> Figure:
             of_op[micro.NAMES[way]].append(ratio)
     return bars(
         "Each op: time over that of ecar_kernels, median over all sizes",
-        record["runs"][-1]["environment"],
+        record["runs"][-1],
         {op: {way: statistics.median(v) for way, v in of.items()} for op, of in ratios.items()},
         "time / time of ecar_kernels",
         times,
@@ -151,34 +153,22 @@ def image(record: Record) -> Figure:
         shown = {micro.NAMES[way]: seconds[way] for way in micro.OWN if way in seconds}
         groups[f"E-CAR-{row['size']}"] = shown | {"its matrix products alone": gemms}
     title = "One image, 250 steps, no guidance, float32"
-    return bars(title, record["environment"], groups, "seconds", duration)
+    return bars(title, record["runs"][-1], groups, "seconds", duration)
 
 
-def stages() -> Figure:
+def stages() -> Image.Image:
     """The end state of each stage of each checkpoint, one column for each class."""
-    rows = []
+    names, drawn = [], []
     for name, classes in CHECKPOINTS.items():
         pipe = ECARPipeline.from_pretrained(ROOT / "checkpoints" / name)
         seeds = [SEED] * len(classes)
-        drawn = pipe(classes, seeds=seeds, output_type="np", return_stages=True, progress=False)
-        rows += [(f"{name}, stage {i}", stage) for i, stage in enumerate(drawn.stage_images, 1)]
-    made = figure(0.75 * len(rows) + 0.6, "From coarse to fine: the state at each stage's end")
-    made.get_layout_engine().set(rect=(0.07, 0, 0.93, 1))  # the labels are left of the pictures
-    for axes, (label, stage) in zip(made.subplots(len(rows), 1), rows, strict=True):
-        axes.imshow(strip(stage), cmap="gray", vmin=0, vmax=1, interpolation="none")
-        axes.set_axis_off()
-        side = stage.shape[1]
-        axes.text(-12, 32, f"{label}\n{side} x {side}", ha="right", va="center", fontsize=9)
-    return made
-
-
-def strip(images: np.ndarray) -> np.ndarray:
-    """[n, h, w, 1 or 3] enlarged to 64 pixels, side by side, white between them."""
-    factor = 64 // images.shape[1]
-    large = images.repeat(factor, axis=1).repeat(factor, axis=2)
-    gaps = np.pad(large, ((0, 0), (0, 0), (0, 4), (0, 0)), constant_values=1)
-    side_by_side = np.concatenate(list(gaps), axis=1)[:, :-4]
-    return side_by_side[..., 0] if images.shape[-1] == 1 else side_by_side
+        found = pipe(classes, seeds=seeds, return_stages=True, progress=False).stage_images
+        for stage in found:
+            names.append(f"{name} {stage[0].width} x {stage[0].height}")
+            drawn += [
+                its.convert("RGB").resize((64, 64), Image.Resampling.NEAREST) for its in stage
+            ]
+    return make_sheet(drawn, len(names), len(drawn) // len(names), padding=4, names=names)
 
 
 def losses(logs: list[Path]) -> Figure:

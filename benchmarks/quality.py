@@ -10,16 +10,18 @@ The rows "guidance every 2nd step" are an experiment, which the library does not
 v_c - v_u is that of the step before, and the unconditional half is not computed.
 """
 
+import functools
 import statistics
+import sys
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from scipy.stats import t as student
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from benchmarks import results
+from benchmarks import commands
 from benchmarks.results import ROOT, table
 from ecar import ECAR, ECARPipeline, split_steps
 from ecar.data import load_dataset
@@ -44,6 +46,7 @@ METRICS = {
     "precision": (1, "{:.3f} ± {:.3f}"),
     "recall": (1, "{:.3f} ± {:.3f}"),
 }
+TRAINING_IMAGES = "training images"
 Measures = dict[str, float]
 
 
@@ -149,7 +152,14 @@ def draw_reusing(
     return x
 
 
-def measure(pipeline: ECARPipeline, judge: Judge, setting: Setting, calls: int) -> dict[str, Any]:
+def measure_training(judge: Callable[[], Judge]) -> dict[str, list]:
+    """The row of the training images."""
+    return {"rows": [{"solver": TRAINING_IMAGES, "measures": summary(judge().real)}]}
+
+
+def measure(
+    pipeline: ECARPipeline, judge: Callable[[], Judge], setting: Setting, calls: int
+) -> dict[str, list]:
     """A row of the table."""
     config, scale = pipeline.model.config, pipeline.defaults["guidance_scale"]
     options, every = setting.options(calls, config.num_stages), setting.guided_every
@@ -163,13 +173,9 @@ def measure(pipeline: ECARPipeline, judge: Judge, setting: Setting, calls: int) 
     counts = split_steps(options["num_inference_steps"], config.num_stages)
     rows = [count + (scale != 1) * -(-count // every) for count in counts]
     work = sum(n * tokens for n, tokens in zip(rows, config.stage_tokens, strict=True))
-    return {
-        "solver": setting.name,
-        "calls": calls,
-        "options": options,
-        "calls_x_tokens": work * setting.calls_of_a_step,
-        "measures": judge.summary(draw),
-    }
+    facts = {"solver": setting.name, "calls": calls, "options": options}
+    facts["calls_x_tokens"] = work * setting.calls_of_a_step
+    return {"rows": [facts | {"measures": judge().summary(draw)}]}
 
 
 def cells(measures: dict[str, list[float]]) -> dict[str, str]:
@@ -187,7 +193,7 @@ def render(record: dict[str, Any]) -> str:
             "calls x tokens": f"{row['calls_x_tokens']:,}" if "calls" in row else "-",
             **cells(row["measures"]),
         }
-        for row in [*record["rows"], {"solver": "training images", "measures": record["real"]}]
+        for row in record["rows"]
     ]
     return (
         f"{table(rows)}\n\n{record['checkpoint']}: {record['groups']} groups of "
@@ -195,27 +201,43 @@ def render(record: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    parser = results.parser("quality", __doc__)
+def groups_parser(name: str, doc: str, checkpoints: Sequence[str], images: int) -> ArgumentParser:
+    """Of a benchmark that judges groups of checkpoints' images."""
+
+    def two_or_more(text: str) -> int:
+        if int(text) < 2:
+            raise ArgumentTypeError(f"expected at least 2, got {text}")
+        return int(text)
+
+    parser = commands.parser(name, doc)
     add = parser.add_argument
-    add("--checkpoints", nargs="+", default=CHECKPOINTS, metavar="NAME")
-    add("--groups", type=int, default=4, help="of images (default: 4)")
-    add("--images", type=int, default=1000, help="of a group (default: 1000)")
-    options = parser.parse_args()
-    if options.groups < 2:
-        parser.error(f"argument --groups: expected at least 2, got {options.groups}")
+    add("--checkpoints", nargs="+", default=checkpoints, metavar="NAME")
+    add("--groups", type=two_or_more, default=4, help="of images (default: 4)")
+    add("--images", type=int, default=images, help=f"of a group (default: {images})")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = groups_parser("quality", __doc__, CHECKPOINTS, 1000)
+    options, files, content = parser.parse_args(arguments), {}, {}
+    sizes = {"groups": options.groups, "images": options.images}
+    chosen = [(setting, calls) for setting in SETTINGS for calls in CALLS]
     for name in options.checkpoints:
-        facts = results.describe()
         pipeline = ECARPipeline.from_pretrained(ROOT / "checkpoints" / name)
-        judge = Judge(name, options.groups, options.images)
-        chosen = [(setting, calls) for setting in SETTINGS for calls in CALLS]
-        rows = [measure(pipeline, judge, *each) for each in tqdm(chosen, name, unit="row")]
-        results.finish(
-            results.path(f"quality-{name}", options.results), "quality", facts, render,
-            checkpoint=name, groups=options.groups, images=options.images,
-            defaults=pipeline.defaults, real=summary(judge.real), rows=rows,
-        )  # fmt: skip
+        judge = functools.cache(functools.partial(Judge, name, **sizes))
+        cases = files[f"quality-{name}"] = {
+            f"{name}, {setting.name}, {calls} calls": functools.partial(
+                measure, pipeline, judge, setting, calls
+            )
+            for setting, calls in chosen
+        }
+        cases[f"{name}, {TRAINING_IMAGES}"] = functools.partial(measure_training, judge)
+        facts = {"checkpoint": name, **sizes, "defaults": pipeline.defaults}
+        content[f"quality-{name}"] = facts
+    order = [(setting.name, calls) for setting, calls in chosen]
+    how = {"same": lambda row: (row["solver"], row.get("calls")), "order": order}
+    return commands.run_chosen(parser, options, "quality", files, render, content, **how)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks import instructions, launches, results
+from benchmarks import commands, instructions, launches, results
 from ecar.files import read_json
 
 # Kinds of results in the order of the page, and the module that renders a record.
@@ -31,6 +31,7 @@ KINDS = {
     "int8": "benchmarks.int8",
     "micro": "benchmarks.micro",
 }
+BRIEF = ("integrations", "training")  # of which one line says all runs
 
 
 def module_of(record: dict[str, Any]) -> ModuleType:
@@ -41,9 +42,9 @@ def module_of(record: dict[str, Any]) -> ModuleType:
 
 
 def render(record: dict[str, Any]) -> str:
-    """A record's tables, with its environment; ValueError for an unknown kind."""
+    """A record's tables, with its environments; ValueError for an unknown kind."""
     text = module_of(record).render(record)
-    return f"{text}\n\n{results.where(record['environment'])}" if "environment" in record else text
+    return text if record["kind"] in BRIEF else f"{text}\n\n{results.environments(record)}"
 
 
 def page(folder: Path, output: Path) -> str:
@@ -77,7 +78,7 @@ def page(folder: Path, output: Path) -> str:
 
 
 def main() -> int:
-    parser = results.parser("report", __doc__, writes=False)
+    parser = commands.parser("report", __doc__, writes=False)
     add, root = parser.add_argument, results.ROOT
     add("files", type=Path, nargs="*", metavar="FILE", help="print their tables")
     add("--output", type=Path, default=root / "build" / "report",

@@ -1,6 +1,5 @@
 """Results: the machine they are of, the files they are in, and tables of them."""
 
-import argparse
 import ctypes
 import datetime
 import json
@@ -33,6 +32,8 @@ PACKAGES = (
     "onnxruntime",
     "nncf",
 )
+Record = dict[str, Any]
+Row = dict[str, Any]
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
@@ -100,11 +101,21 @@ def describe(device: torch.device = CPU) -> dict[str, Any]:
 def where(facts: dict[str, Any]) -> str:
     """A run's environment in a line."""
     versions = ", ".join(f"{name} {v}" for name, v in facts["versions"].items() if v is not None)
-    return (
+    said = (
         f"{facts['device']}, {facts['cores']} cores, {facts['threads']} threads, "
         f"{facts['cpu_capability']}; {versions}; {facts['date']}; load before "
         f"{facts['load_before']}"
     )
+    if rates := facts.get("rates"):
+        copied, gemm = rates["bytes_per_second"], rates["multiply_adds_per_second"]
+        said += f"; copy {copied * 1e-9:.1f} GB/s, GEMM {2e-9 * gemm:.0f} GFLOP/s"
+    return said
+
+
+def environments(record: Record) -> str:
+    """A line for each run of a record."""
+    runs = record["runs"]
+    return "\n\n".join(f"Run {i}: " * (len(runs) > 1) + where(its) for i, its in enumerate(runs, 1))
 
 
 def briefly(facts: dict[str, Any], what: str = "") -> str:
@@ -124,18 +135,15 @@ def path(name: str, folder: Path = FOLDER, device: torch.device = CPU) -> Path:
     return folder / slug(device_name(device)) / f"{name}.json"
 
 
-def write(file: Path, kind: str, facts: dict[str, Any], **content: Any) -> None:
-    """Writes a result. kind: one of `report.KINDS`; facts: `describe()` from before the run."""
-    save(file, {"kind": kind, "environment": facts, **content})
-
-
 def merged(
-    record: dict[str, Any],
+    record: Record,
     this: dict[str, Any],
-    rows: Iterable[dict[str, Any]],
-    case_of: Callable[[dict[str, Any]], Any],
-) -> dict[str, Any]:
-    """The record with the rows of a run: in the place of those of the same case, or at the end.
+    found: Mapping[str, Iterable[Row]],
+    same: Callable[[Row], Any],
+    order: Sequence[Any] = (),
+) -> Record:
+    """The record with the rows of a run by list: in the place of those that are the same, or at the
+    end; rows that are in `order` as they are there.
 
     this: `describe()` of the run. Runs that differ in their time and load alone are one.
     """
@@ -143,31 +151,48 @@ def merged(
     def environment(run: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in run.items() if key not in ("date", "load_before")}
 
-    runs = list(record["runs"])
+    def grouped(rows: Iterable[Row]) -> dict[Any, list[Row]]:
+        groups: dict[Any, list[Row]] = {}
+        for row in rows:
+            groups.setdefault(same(row), []).append(row)
+        return groups
+
+    runs = [*record["runs"]]
     known = [environment(run) for run in runs]
     if environment(this) not in known:
         runs.append(this)
         known.append(environment(this))
-    found = {case_of(row): row for row in record["rows"]}
-    found |= {case_of(row): row | {"run": known.index(environment(this))} for row in rows}
-    used = sorted({row["run"] for row in found.values()})
-    return {
-        "kind": record["kind"],
-        "runs": [runs[index] for index in used],
-        "rows": [row | {"run": used.index(row["run"])} for row in found.values()],
-    }
+    number = {"run": known.index(environment(this))}
+    places = {key: place for place, key in enumerate(order)}
+    lists = rows_of(record)
+    for name, rows in found.items():
+        groups = grouped(lists.get(name, ())) | grouped(row | number for row in rows)
+        keys = sorted(groups, key=lambda key: places.get(key, len(places)))
+        lists[name] = [row for key in keys for row in groups[key]]
+    used = sorted({row.get("run", 0) for rows in lists.values() for row in rows})
+    for name, rows in lists.items():
+        lists[name] = [row | {"run": used.index(row.get("run", 0))} for row in rows]
+    return record | {"runs": [runs[index] for index in used]} | lists
+
+
+def rows_of(record: Record) -> dict[str, list[Row]]:
+    """A record's lists of rows by name."""
+    return {name: its for name, its in record.items() if isinstance(its, list) and name != "runs"}
 
 
 def merge(
     file: Path,
     kind: str,
     this: dict[str, Any],
-    row: dict[str, Any],
-    case_of: Callable[[dict[str, Any]], Any],
-) -> dict[str, Any]:
-    """The record of the file, which need not exist, with the row: see `merged`."""
-    before = read(file) if file.exists() else {"kind": kind, "runs": [], "rows": []}
-    save(file, record := merged(before, this, [row], case_of))
+    found: Mapping[str, Iterable[Row]],
+    same: Callable[[Row], Any],
+    order: Sequence[Any] = (),
+    **content: Any,
+) -> Record:
+    """Writes the rows into the file, which need not exist: see `merged`. kind: one of
+    `report.KINDS`; content: what else the record says."""
+    before = read(file) if file.exists() else {"kind": kind, "runs": []}
+    save(file, record := merged(before, this, found, same, order) | content)
     return record
 
 
@@ -193,87 +218,14 @@ def dumps(value: Any, indent: str = "\n ") -> str:
 def read(file: Path) -> dict[str, Any]:
     """A record that `save` wrote; ValueError, naming the file, for anything else."""
     record = read_json(file)
-    known = isinstance(record, dict) and "kind" in record
-    if not known or not {"environment", "runs"} & record.keys():
-        raise ValueError(f"{file}: expected a result with 'kind' and 'environment' or 'runs'")
+    if not isinstance(record, dict) or not {"kind", "runs"} <= record.keys():
+        raise ValueError(f"{file}: expected a result with 'kind' and 'runs'")
     return record
 
 
-def parser(
-    name: str, doc: str, *, writes: bool = True, seconds: float | None = None
-) -> argparse.ArgumentParser:
-    """Of `python -m benchmarks.NAME`, described by its docstring's first paragraph.
-
-    writes: with --results. seconds: of a row, where rows can be chosen, with `chosen`.
-    """
-    found = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{name}".rstrip("."), description=doc.partition("\n\n")[0]
-    )
-    add = found.add_argument
-    if writes:
-        add("--results", type=Path, default=FOLDER, metavar="FOLDER",
-            help="write FOLDER/<device>/*.json (default: benchmarks/results)")  # fmt: skip
-    if seconds is not None:
-        add("-k", nargs="+", default=[], dest="words", metavar="WORD",
-            help="only rows whose names contain all of these words")  # fmt: skip
-        add("--list", action="store_true", help="print the rows' names and exit")
-        add("--seconds", type=float, default=seconds, help=f"for each row (default: {seconds:g})")
-    return found
-
-
-def chosen(
-    command: argparse.ArgumentParser, options: argparse.Namespace, names: Iterable[str]
-) -> list[str]:
-    """The names of the rows to measure: none with --list, which prints them."""
-    found = [name for name in names if all(word in name for word in options.words)]
-    if not found:
-        command.error(f"argument -k: no row's name contains all of {', '.join(options.words)}")
-    if options.list:
-        print("\n".join(found))
-    return [] if options.list else found
-
-
-def finish(
-    file: Path, kind: str, facts: dict[str, Any], render: Callable[[dict], str], **content: Any
-) -> None:
-    """Writes a result and prints its table."""
-    write(file, kind, facts, **content)
-    print(f"{render(content)}\n\n{where(facts)}\n\nwrote {file}")
-
-
-def check_counts(
-    file: Path,
-    doc: str,
-    count: Callable[[], dict],
-    compare: Callable[[dict, dict], list[str] | None],
-    render: Callable[[dict], str],
-    arguments: Sequence[str] | None = None,
-) -> int:
-    """The command of counts that are committed; its status is 1 if `compare` complains."""
-    command = parser(file.stem, doc, writes=False)
-    command.add_argument("--update", action="store_true", help=f"write {file.name}")
-    options, found = command.parse_args(arguments), count()
-    print(render(found))
-    if options.update:
-        save(file, found)
-        print(f"\nwrote {file}")
-        return 0
-    if not file.exists():
-        print(f"\nnot compared: there is no {file}")
-        return 0
-    complaints = compare(found, read_json(file))
-    if complaints is not None:
-        print("", *complaints or ["no count is above the committed one"], sep="\n")
-    return int(bool(complaints))
-
-
-def risen(found: Mapping[str, int], committed: Mapping[str, int], share: float = 0.0) -> list[str]:
-    """A line for each count that is above the committed one by more than a share of it, or new."""
-    return [
-        f"{name}: {count:,}, {f'{committed[name]:,} committed' if name in committed else 'new'}"
-        for name, count in found.items()
-        if name not in committed or count > committed[name] * (1 + share)
-    ]
+def tables(*lists: Sequence[Mapping[str, str]]) -> str:
+    """The Markdown tables of those that have rows."""
+    return "\n\n".join(table(rows) for rows in lists if rows)
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -318,25 +270,3 @@ def times(value: float | None, base: float = 1.0) -> str:
 def figures(value: float) -> str:
     """Three figures, and all of those before the point."""
     return f"{value:.{max(0, 3 - len(str(int(abs(value)))))}f}"
-
-
-def command(
-    kind: str,
-    doc: str,
-    names: Sequence[str],
-    measure: Callable[[str, float], dict[str, Any]],
-    render: Callable[[dict[str, Any]], str],
-) -> int:
-    """The command line of a benchmark with rows by name, each written when it is measured."""
-    command_line = parser(kind, doc, seconds=15)
-    options = command_line.parse_args()
-    file, facts = path(kind, options.results), describe()
-    rows = {row["name"]: row for row in read(file)["rows"]} if file.exists() else {}
-    found = chosen(command_line, options, names)
-    for name in found:
-        rows[name] = measure(name, options.seconds)
-        write(file, kind, facts, rows=[rows[name] for name in names if name in rows])
-        print(render({"rows": [rows[name]]}), flush=True)
-    if found:
-        print(f"merged into {file}")
-    return 0

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import models, peers, results, timing
+from benchmarks import commands, models, peers, results, timing
 from benchmarks.paper import dit
 from benchmarks.results import duration, medians, table, times
 from ecar import ECARConfig, ECARPipeline, sample
@@ -327,13 +327,13 @@ def turn(call: Call) -> float:
 
 
 @torch.no_grad()
-def measure(name: str, seconds: float) -> dict[str, Any]:
+def measure(name: str, seconds: float) -> dict[str, list]:
     case, _, dtype = name.rpartition("-")
     torch.manual_seed(0)  # the weights of the files that there are
     models.forget()
     work = Work(case, dtype)
     CASES[case](work)
-    return work.measured(seconds)
+    return {"rows": [work.measured(seconds)]}
 
 
 def render(record: dict[str, Any]) -> str:
@@ -356,9 +356,9 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def main() -> int:
-    return results.command("runtimes", __doc__, NAMES, measure, render)
-
+main = functools.partial(
+    commands.main, "runtimes", __doc__, measure, NAMES, render, seconds=15, order=NAMES
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -78,7 +78,7 @@ def compare(
         "allowed": allowed,
     }
     if chosen.output is not None:
-        results.write(chosen.output, "example", facts, **found)
+        results.save(chosen.output, {"kind": "example", "runs": [facts], **found})
     if not errors["accelerated"] <= allowed:
         raise SystemExit("the accelerated model's output is not right")
     return found

@@ -84,8 +84,8 @@ def result(name: str, device: str = "amd-epyc-family-25-model-17") -> dict:
 
 def test_numbers_are_those_of_the_committed_results():
     record = result("end_to_end", "amd-epyc-family-26-model-2")
-    assert record["environment"]["device"] == "AMD EPYC (family 26, model 2)"
-    assert record["environment"]["cores"] == record["environment"]["threads"] == 2
+    assert record["runs"][0]["device"] == "AMD EPYC (family 26, model 2)"
+    assert record["runs"][0]["cores"] == record["runs"][0]["threads"] == 2
     by_name = {(row["model"], sum(row["steps"]), row["dtype"]): row for row in record["protocols"]}
     said = re.findall(
         r"^\| (?:diffusers' )?(\S+) \| (\d+).*?\| (\S+) G \| (.+?) \| (.+?) \|$", README, re.M

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import results
+from benchmarks import commands, results
 from benchmarks.gpu import STARTED, build, check, image, ops
 from benchmarks.gpu.work import TAIL, Work
 
@@ -37,7 +37,7 @@ STOPPED = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = results.parser("gpu", __doc__, writes=False)
+    parser = commands.parser("gpu", __doc__, writes=False)
     add = parser.add_argument
     add("commands", nargs="*", choices=[*COMMANDS, "all"], default="all",
         help="default: all; benchmarks/README.md says what each shows")  # fmt: skip

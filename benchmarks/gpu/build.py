@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import results
+from benchmarks import commands
 from benchmarks.gpu.work import Work
 from benchmarks.results import ROOT
 from ecar_kernels import _native
@@ -159,7 +159,7 @@ def warm(options: argparse.Namespace, index: int) -> None:
 
 
 def main() -> None:
-    parser = results.parser("gpu.build", __doc__, writes=False)
+    parser = commands.parser("gpu.build", __doc__, writes=False)
     add = parser.add_argument
     add("action", choices=("pack", "check", "image", "ops"))
     add("--output", type=Path, default=FOLDER)

@@ -1,6 +1,7 @@
 """What a part of a command is given, the rows that it leaves, and the programs that it runs."""
 
 import math
+import operator
 import os
 import subprocess
 import time
@@ -17,7 +18,8 @@ from ecar import ECARConfig
 
 TINY = ECARConfig(stage_sides=(4, 8), num_classes=10, width=32, heads=2, ar_layers=2, flow_blocks=2)
 TAIL = 2000  # characters kept of what failed
-HIDDEN = ("part", "output", "served")
+HIDDEN = ("part", "output", "served", "run")
+PLACE = operator.itemgetter("part", "name")
 
 
 @dataclass
@@ -61,7 +63,8 @@ class Work:
         """A row; say: what is printed of it. ok=False: the command's status is not 0."""
         self.rows.append({"part": self.part, "name": name, **row})
         if self.file is not None:
-            results.write(self.file, "gpu", self.facts, command=self.command, rows=self.rows)
+            its = {"rows": self.rows[-1:]}
+            results.merge(self.file, "gpu", self.facts, its, PLACE, command=self.command)
         failed = "FAILED" if row.get("ok") is False else ""
         said = ", ".join(filter(None, (failed, say, row.get("skipped", ""))))
         print(f"{self.part}: {name}: {said or 'done'}", flush=True)
@@ -110,12 +113,14 @@ class Work:
 def render(record: dict[str, Any]) -> str:
     """A table for each part; what was cut off or failed says so."""
     lines = [f"`make gpu-{record['command']}`"]
-    if record["environment"]["dry_run"]:
+    if any(run["dry_run"] for run in record["runs"]):
         lines.append("A dry run at tiny sizes on the CPU: it shows that the code runs, no more.")
     for part in dict.fromkeys(row["part"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["part"] == part]
         cells = [
-            {name: _cell(name, row[name]) for name in row if name not in HIDDEN} for row in rows
+            {name: _cell(name, row[name]) for name in row if name not in HIDDEN}
+            | ({"run": str(row["run"] + 1)} if len(record["runs"]) > 1 else {})
+            for row in rows
         ]
         lines += [f"**{part}**", table(cells)]
         lines += [f"```\n{row['output'].rstrip()}\n```" for row in rows if row.get("output")]

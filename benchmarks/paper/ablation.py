@@ -6,6 +6,7 @@ their weights and take turns; figures are medians over the rounds.
 """
 
 import functools
+import sys
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -123,5 +124,9 @@ def render(record: dict[str, Any]) -> str:
     return table(rows)
 
 
+main = functools.partial(
+    models.main, "paper.ablation", __doc__, measure, render, seconds=120, words=("E-CAR-S",)
+)
+
 if __name__ == "__main__":
-    models.main("paper.ablation", __doc__, measure, render, minutes=2.0, sizes=("S",))
+    sys.exit(main())

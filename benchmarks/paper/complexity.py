@@ -6,15 +6,18 @@ calls, evenly spread, are timed and scaled. Exponents are fitted to the times; t
 theory's are of sizes at which the cost of a call still shows.
 """
 
+import functools
 import itertools
 import math
+import operator
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from benchmarks import results, timing
+from benchmarks import commands, timing
 from benchmarks.results import duration, figures, table
 from ecar_kernels import resolve
 
@@ -34,19 +37,21 @@ def calls_of(tokens: int, way: str) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def measure(seconds: float, tokens: Sequence[int] = TOKENS) -> list[dict[str, Any]]:
-    """Seconds of one layer's attention over the making of n tokens, for each way."""
+def measure(
+    way: str, seconds: float, tokens: Sequence[int] = TOKENS
+) -> dict[str, list[dict[str, Any]]]:
+    """A way's seconds of one layer's attention over the making of n tokens."""
     attention = resolve("stage_attention", device="cpu", dtype=torch.float32, width=HEAD_DIM)
     rows = []
-    for way, n in itertools.product(WAYS, tokens):
+    for n in tokens:
         calls = calls_of(n, way)
         count = min(len(calls), SAMPLED)  # the middles of equal parts: their mean is the whole's
         chosen = [calls[int((i + 0.5) * len(calls) / count)] for i in range(count)]
-        budget = seconds / len(WAYS) / len(tokens) / count
+        budget = seconds / len(tokens) / count
         mean = statistics.fmean(_seconds(attention, *call, budget) for call in chosen)
         whole = {"calls": len(calls), "timed_calls": count, "seconds": mean * len(calls)}
         rows.append({"way": way, "tokens": n, **whole})
-    return rows
+    return {"rows": rows}
 
 
 def _seconds(attention: Callable, queries: int, keys: int, seconds: float) -> float:
@@ -66,7 +71,7 @@ def exponent(rows: Sequence[dict[str, Any]]) -> float:
 
 def render(record: dict[str, Any]) -> str:
     cells = []
-    for way in WAYS:
+    for way in dict.fromkeys(row["way"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["way"] == way]
         lengths = {f"{row['tokens']} tokens": duration(row["seconds"]) for row in rows}
         grows = {"grows as": f"n^{figures(exponent(rows))}"}
@@ -74,9 +79,10 @@ def render(record: dict[str, Any]) -> str:
     return table(cells)
 
 
+main = functools.partial(
+    commands.main, "paper.complexity", __doc__, measure, WAYS, render,
+    seconds=15, same=operator.itemgetter("way"), order=WAYS,
+)  # fmt: skip
+
 if __name__ == "__main__":
-    parser = results.parser("paper.complexity", __doc__)
-    parser.add_argument("--minutes", type=float, default=1.0, help="of measuring (default: 1)")
-    options, facts = parser.parse_args(), results.describe()
-    file = results.path("complexity", options.results)
-    results.finish(file, "complexity", facts, render, rows=measure(60 * options.minutes))
+    sys.exit(main())

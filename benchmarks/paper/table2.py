@@ -5,9 +5,12 @@ Euler steps with classifier-free guidance. The paper calls multiply-adds FLOPs. 
 which has a time and a label embedding in every block; the published model shares one.
 """
 
+import functools
+import operator
+import sys
 from typing import Any
 
-from benchmarks import results
+from benchmarks import commands
 from benchmarks.paper import dit
 from benchmarks.results import markdown
 from ecar import ECARConfig
@@ -23,18 +26,16 @@ PAPERS = {
 }
 
 
-def count(model: str) -> tuple[int, int]:
+def count(model: str) -> dict[str, list[dict[str, Any]]]:
+    """A model's row."""
     if model == "DiT-XL/2":
-        return dit.count(dit.SIZES["XL"], PAPER_STEPS, guided=True)
-    config = ECARConfig.preset(model[-1])
-    # Any scale but 1 adds unconditional rows.
-    stages = count_multiply_adds(config, steps=PAPER, guidance_scale=2.0)
-    return count_parameters(config)["total"], sum(stage.total for stage in stages)
-
-
-def rows() -> list[dict[str, Any]]:
-    keys = ("model", "parameters", "multiply_adds")
-    return [dict(zip(keys, (model, *count(model)), strict=True)) for model in PAPERS]
+        parameters, products = dit.count(dit.SIZES["XL"], PAPER_STEPS, guided=True)
+    else:
+        config = ECARConfig.preset(model[-1])
+        # Any scale but 1 adds unconditional rows.
+        stages = count_multiply_adds(config, steps=PAPER, guidance_scale=2.0)
+        parameters, products = count_parameters(config)["total"], sum(s.total for s in stages)
+    return {"rows": [{"model": model, "parameters": parameters, "multiply_adds": products}]}
 
 
 def render(record: dict[str, Any]) -> str:
@@ -46,7 +47,10 @@ def render(record: dict[str, Any]) -> str:
     return markdown(("model", "parameters", "paper", "multiply-adds", "paper"), lines)
 
 
+main = functools.partial(
+    commands.main, "paper.table2", __doc__, count, list(PAPERS), render,
+    same=operator.itemgetter("model"), order=[*PAPERS],
+)  # fmt: skip
+
 if __name__ == "__main__":
-    options = results.parser("paper.table2", __doc__).parse_args()
-    file = results.path("table2", options.results)
-    results.finish(file, "table2", results.describe(), render, rows=rows())
+    sys.exit(main())

@@ -11,6 +11,7 @@ of how many AR steps its MAR ratios are.
 
 import functools
 import gc
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -131,5 +132,7 @@ def _best(row: dict[str, Any]) -> str:
     return "-" if way is None else f"{times(found[way])} ({way})"
 
 
+main = functools.partial(models.main, "paper.table3", __doc__, measure, render, seconds=33)
+
 if __name__ == "__main__":
-    models.main("paper.table3", __doc__, measure, render, minutes=5.0)
+    sys.exit(main())

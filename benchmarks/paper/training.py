@@ -13,6 +13,7 @@ are made from the results there are.
 """
 
 import csv
+import operator
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import PartialState
 
-from benchmarks import results
+from benchmarks import commands, results
 from benchmarks.results import ROOT, markdown
 from ecar import ECARConfig
 from ecar.info import count_multiply_adds, count_parameters
@@ -248,13 +249,9 @@ def draw(record: dict[str, Any], file: Path) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = results.parser("paper.training", __doc__)
+    parser = commands.parser("paper.training", __doc__)
     parser.add_argument("--dataset", choices=DATASETS, required=True)
     parser.add_argument("--images", type=int, metavar="N", help="that each training sees")
-    parser.add_argument(
-        "-k", nargs="+", default=(), metavar="WORD", help="trainings whose names have all these"
-    )
-    parser.add_argument("--list", action="store_true", help="print the names and end")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "trainings", metavar="FOLDER")
     parser.add_argument(
         "--pictures", type=Path, default=ROOT / "docs" / "images", metavar="FOLDER",
@@ -264,34 +261,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = base_model(options.dataset)
     table = trainings(model)
     names = [one.name for one in table]
-    chosen = [one for one in table if all(word in one.name for word in options.k)]
+    chosen = commands.chosen(parser, options, names)
     if options.list:
-        print(*(one.name for one in chosen), sep="\n")
         return
-    if not chosen:
-        parser.error(f"argument -k: no training has {' and '.join(options.k)} in its name")
     if options.images is not None and options.images < 10 * BATCH:
         parser.error(f"argument --images: expected at least {10 * BATCH}, got {options.images}")
     # Losses, not times: rows of different CPUs are compared.
     file = options.results / "any-cpu" / f"training-{options.dataset}.json"
-    record: dict[str, Any] = {"kind": "training", "runs": [], "rows": []}
     if file.exists():
-        record = results.read(file)
-        if options.images not in (None, images := record["images"]):
+        if options.images not in (None, images := results.read(file)["images"]):
             parser.error(f"argument --images: expected {images} as in {file}, got {options.images}")
     elif options.images is None:
         parser.error(f"argument --images: is needed, as there is no {file}")
-    for training in chosen if options.images is not None else ():
+    for training in table if options.images is not None else ():
+        if training.name not in chosen:
+            continue
         facts = results.describe()
         config = configuration(options.dataset, model, training, options.images, options.work)
         if not train(training, config):
             sys.exit("interrupted; the same command goes on")
         if PartialState().is_main_process:
             row = measure(training, config)
-            record = results.merged(record, facts, [row], lambda its: names.index(its["name"]))
-            record["rows"].sort(key=lambda its: names.index(its["name"]))
-            content = {"dataset": options.dataset, "images": options.images, "settings": SETTINGS}
-            results.save(file, record | content)
+            results.merge(
+                file, "training", facts, {"rows": [row]}, operator.itemgetter("name"), names,
+                dataset=options.dataset, images=options.images, settings=SETTINGS,
+            )  # fmt: skip
     if PartialState().is_main_process:
         record = results.read(file)
         print(f"{render(record)}\n\nread {file}")

@@ -80,8 +80,7 @@ def committed(tmp_path):
 
 def write(file, facts):
     other = row(run=0, overhead=True)
-    runs = [{"environment": facts}]
-    results.save(file, {"kind": "micro", "runs": runs, "rows": [row(run=0), other]})
+    results.save(file, {"kind": "micro", "runs": [facts], "rows": [row(run=0), other]})
 
 
 def run(monkeypatch, committed, *measured):

@@ -47,7 +47,7 @@ def test_every_fused_product_of_an_image_is_rounded(monkeypatch):
 
 @needs_native
 def test_the_times_and_what_can_be_gained():
-    row = int8.measure_time("tiny", models.random_model(TINY), 0)
+    (row,) = int8.measure_time("tiny", lambda: models.random_model(TINY), 0)["times"]
     assert row["model"] == "tiny" and row["seconds"].keys() == {"image", "linears"}
     assert all(found["median"] > 0 for found in row["seconds"].values())
     row["seconds"] = {"image": {"median": 4.0}, "linears": {"median": 3.0}}
@@ -62,7 +62,7 @@ def test_the_times_and_what_can_be_gained():
     not {"avx512_bf16", "avx512_vnni"} <= FLAGS, reason="this CPU multiplies no bfloat16 or int8"
 )
 def test_the_rates_are_of_both_sizes_and_formats():
-    rates = int8.measure_rates()
+    rates = int8.measure_rates()["rates"]
     assert [(rate["weights"], rate["tokens"]) for rate in rates] == [
         (weights, tokens) for weights in (36864, 400 * 36864) for tokens in (16, 256)
     ]
@@ -70,7 +70,8 @@ def test_the_rates_are_of_both_sizes_and_formats():
 
 
 def test_a_checkpoints_images_in_each_format():
-    rows = int8.measure_images("digits", groups=2, images=80, latents=4)
+    images = int8.Images("digits", groups=2, images=80, latents=4)
+    rows = [row for way in int8.FORMATS for row in images.measure(way)["rows"]]
     assert [row["format"] for row in rows] == list(int8.FORMATS)
     errors = [row["error"] for row in rows]
     assert errors[0] < min(errors[1:])

@@ -23,7 +23,7 @@ def row(case, plain=2.0):
 
 
 def merged(record, facts, row):
-    return results.merged(record, facts, [row], _case)
+    return results.merged(record, facts, {"rows": [row]}, _case)
 
 
 def test_rows_are_merged_by_case():

@@ -78,22 +78,22 @@ def test_a_compiled_image_is_the_eager_one_and_a_block_is_compiled_once_a_stage(
     assert attentions == ([3, 3] if whole else [1, 1])  # of two stages with three blocks each
 
 
-def test_a_command_keeps_the_sizes_that_are_done(tmp_path, monkeypatch, capsys):
+def test_a_command_keeps_the_sizes_that_are_done(tmp_path, capsys):
     def measure(size, seconds):
         if size == "L":
             raise KeyboardInterrupt
         return {"rows": [{"size": size, "seconds": seconds}]}
 
-    given = ["--sizes", "S", "B", "L", "--minutes", "0.3", "--results", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", ["x", *given])
-    with pytest.raises(KeyboardInterrupt):
-        models.main("paper.some", "About it.", measure, str, minutes=1)
+    given = ["--seconds", "2", "--results", str(tmp_path)]
+    how = {"seconds": 60, "arguments": given}
+    with pytest.raises(SystemExit):
+        models.main("paper.some", "About it.", measure, str, **how)
     (file,) = tmp_path.glob("*/some.json")
     rows = results.read(file)["rows"]
     assert [row["size"] for row in rows] == ["S", "B"]
-    assert [row["seconds"] for row in rows] == pytest.approx([2, 6])  # of 18, by their shares
+    assert [row["seconds"] for row in rows] == [2, 6]  # by their shares
     # Another command measures one of them again, and leaves the other as it is.
-    monkeypatch.setattr("sys.argv", ["x", *given[:2], *given[4:]])
-    models.main("paper.some", "About it.", measure, lambda record: "a table", minutes=1)
+    how["arguments"] = ["-k", "S", "--seconds", "7", "--results", str(tmp_path)]
+    assert models.main("paper.some", "About it.", measure, lambda record: "a table", **how) == 0
     assert "a table" in capsys.readouterr().out
-    assert results.read(file)["rows"] == [{"size": "S", "seconds": pytest.approx(18)}, rows[1]]
+    assert results.read(file)["rows"] == [{"size": "S", "seconds": 7, "run": 0}, rows[1]]

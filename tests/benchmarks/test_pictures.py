@@ -1,6 +1,5 @@
 """Pictures of results: each kind that has one is drawn, and something can be seen."""
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -14,7 +13,7 @@ RECORDS = {
         test_micro.row(), test_micro.row(batch=2), test_micro.row(overhead=True)
     ),
     "end_to_end": {
-        "environment": FACTS,
+        "runs": [FACTS],
         "rows": [{"size": "S", "seconds": dict.fromkeys(("eager", "ours", "linears"), SUMMARY)}],
     },
 }
@@ -53,10 +52,15 @@ def test_the_ratios_drawn_are_medians_over_sizes(monkeypatch):
     }
 
 
-def test_images_lie_side_by_side():
-    row = pictures.strip(np.stack([np.zeros((4, 4, 1)), np.full((4, 4, 1), 0.5)]))
-    assert row.shape == (64, 132)
-    assert (row[:, :64] == 0).all() and (row[:, 64:68] == 1).all() and (row[:, 68:] == 0.5).all()
+def test_a_sheet_has_a_row_for_each_stage(monkeypatch):
+    monkeypatch.setattr(pictures, "CHECKPOINTS", {"digits": [0, 1]})
+    sheet = pictures.stages()
+    side = 64 + 4
+    assert sheet.mode == "RGB" and sheet.height == 2 * side + 4 and sheet.width > 2 * side + 4
+    coarse, fine = (
+        sheet.crop((sheet.width - side, y, sheet.width - 4, y + 64)) for y in (4, 4 + side)
+    )
+    assert len(coarse.getcolors()) <= 16 < len(fine.getcolors()) <= 64  # of 4 x 4 and 8 x 8
 
 
 def test_losses_are_those_of_the_log(tmp_path):

@@ -54,7 +54,7 @@ def test_guidance_at_every_step_is_the_samplers():
 
 def test_noise_is_judged_worse_than_images(judge):
     pipeline = ECARPipeline.from_pretrained(quality.ROOT / "checkpoints" / "digits")
-    row = quality.measure(pipeline, judge, quality.SETTINGS[3], calls=8)
+    (row,) = quality.measure(pipeline, lambda: judge, quality.SETTINGS[3], calls=8)["rows"]
     counts = split_steps(8, 2)
     assert row["calls"] == 8
     assert row["calls_x_tokens"] == 2 * (4 * counts[0] + 16 * counts[1])
@@ -68,8 +68,7 @@ def test_noise_is_judged_worse_than_images(judge):
         "checkpoint": "digits",
         "groups": 2,
         "images": 100,
-        "real": quality.summary(judge.real),
-        "rows": [row],
+        "rows": [row, *quality.measure_training(lambda: judge)["rows"]],
     }
     text = " ".join(quality.render(record).split())
     assert f"| ab2 | 8 | {row['calls_x_tokens']} | {100 * drawn['read as asked']:.1f} ± " in text

@@ -21,7 +21,7 @@ def folder(tmp_path):
     rows = [{"part": "build", "name": "build", "ok": False, "output": "# a log"}]
     facts = FACTS | {"dry_run": False}
     file = found / "b-gpu" / "gpu-check.json"
-    results.write(file, "gpu", facts, command="check", rows=rows)
+    results.save(file, {"kind": "gpu", "runs": [facts], "command": "check", "rows": rows})
     (found / "c-empty").mkdir()
     counts = {"avx2": {"adaln": 12345}, "baseline": {"adaln": 1, "pack": 2}}
     facts = {"machine": "x86_64", "compiler": "g++: 12", "valgrind": "3.19", "counts": counts}
@@ -81,7 +81,7 @@ def test_what_is_no_result_is_refused_by_name(tmp_path):
     assert "x.json: not valid JSON" in out and "Traceback" not in out
     out = python(*given, str(tmp_path / "none"), status=2)
     assert "none" in out and "Traceback" not in out
-    file.write_text(json.dumps({"kind": "soup", "environment": FACTS}))
+    file.write_text(json.dumps({"kind": "soup", "runs": [FACTS]}))
     out = python("-m", "benchmarks.report", str(file), status=2)
     assert "'kind': expected one of" in out and "'soup'" in out and "Traceback" not in out
 

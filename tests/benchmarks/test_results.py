@@ -24,9 +24,10 @@ def test_durations_have_three_figures(seconds, text):
 
 def test_a_record_is_read_as_it_was_written(tmp_path):
     facts, file = results.describe(), tmp_path / "new" / "x.json"
-    results.write(file, "micro", facts, rows=[])
-    record = results.read(file)
-    assert record["kind"] == "micro" and record["environment"] == facts and record["rows"] == []
+    row = {"name": "a", "seconds": 1.0}
+    written = results.merge(file, "micro", facts, {"rows": [row]}, lambda row: row["name"], more=2)
+    assert written == {"kind": "micro", "runs": [facts], "rows": [row | {"run": 0}], "more": 2}
+    assert results.read(file) == written
     assert [path.name for path in file.parent.iterdir()] == ["x.json"]
 
 
@@ -44,7 +45,7 @@ def test_a_file_has_a_line_for_each_row(tmp_path):
     file = tmp_path / "x.json"
     record = {
         "kind": "gpu",
-        "environment": {"versions": {"torch": "2"}},
+        "runs": [{"versions": {"torch": "2"}}],
         "parts": {"a": {"rows": [{"x": [1, {"y": 2}]}, {"x": 3}], "seconds": 1.5}, "b": {}},
         "rows": [],
         "counts": {str(i): i for i in range(21)},
@@ -53,7 +54,7 @@ def test_a_file_has_a_line_for_each_row(tmp_path):
     assert json.loads(file.read_text()) == record
     lines = [line.strip(" ,") for line in file.read_text().splitlines()]
     assert '{"x": [1, {"y": 2}]}' in lines and '{"x": 3}' in lines and '"20": 20' in lines
-    assert '"torch": "2"' in lines and '"rows": []' in lines
+    assert '{"versions": {"torch": "2"}}' in lines and '"rows": []' in lines
 
 
 def test_tables_line_up():

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from benchmarks import gemm, results, runtimes
+from benchmarks import gemm, runtimes
 from benchmarks.paper.dit import DiTSize
 from ecar import ECARConfig
 
@@ -25,7 +25,7 @@ def tiny(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("case", ["block-16", "step-64", "image", "DiT-B-call"])
 def test_every_way_has_the_same_result(case):
-    row = runtimes.measure(f"{case}-float32", 0.0)
+    row = runtimes.measure(f"{case}-float32", 0.0)["rows"][0]
     ways = {"eager", "torch.compile", "OpenVINO", "ONNX Runtime", runtimes.OURS}
     assert row["seconds"].keys() | row["absent"].keys() == ways
     assert {"eager", "torch.compile"} <= row["seconds"].keys()
@@ -36,7 +36,7 @@ def test_every_way_has_the_same_result(case):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_products_by_every_library(monkeypatch, dtype):
     monkeypatch.setitem(gemm.LAYERS, "16x768x3072", (3, 32, 48))
-    row = gemm.measure(name := f"16x768x3072-{dtype}", 0.0)
+    (row,) = gemm.measure(name := f"16x768x3072-{dtype}", 0.0)["rows"]
     assert row["name"] == name and row["seconds"].keys() | row["absent"].keys() == set(gemm.WAYS)
     assert {gemm.OURS, "oneDNN"} <= row["seconds"].keys()
     assert ("MKL" in row["seconds"]) == (dtype == "float32")
@@ -48,7 +48,7 @@ def test_products_by_every_library(monkeypatch, dtype):
 
 
 def test_sixteen_bits_are_compared_with_float32():
-    errors = runtimes.measure("step-16-bfloat16", 0.0)["errors"]
+    errors = runtimes.measure("step-16-bfloat16", 0.0)["rows"][0]["errors"]
     assert {"eager", runtimes.OURS} <= errors.keys()
     assert all(0 < error < 0.1 for error in errors.values())
 
@@ -56,7 +56,7 @@ def test_sixteen_bits_are_compared_with_float32():
 def test_what_is_not_installed_says_so(monkeypatch):
     for package in ("openvino", "onnxruntime", "onnxscript"):
         monkeypatch.setitem(sys.modules, package, None)
-    row = runtimes.measure("block-16-int8", 0.0)
+    (row,) = runtimes.measure("block-16-int8", 0.0)["rows"]
     assert row["seconds"] == {}
     assert "openvino" in row["absent"]["OpenVINO"]
     text = runtimes.render({"rows": [row]})
@@ -64,25 +64,12 @@ def test_what_is_not_installed_says_so(monkeypatch):
     assert "| block-16-int8 |            - |" in text
 
 
-def test_rows_are_merged(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sys, "argv", ["runtimes", "--list", "-k", "step", "int8"])
-    assert runtimes.main() == 0
+def test_rows_are_chosen_by_name(capsys):
+    assert runtimes.main(arguments=["--list", "-k", "step", "int8"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"step-{n}-int8" for n in (16, 64, 256)]
-    monkeypatch.setattr(
-        runtimes, "measure", lambda name, seconds: {
-            "name": name, "seconds": {"eager": {"median": seconds}}, "errors": {}, "absent": {},
-        },
-    )  # fmt: skip
-    for words in (["step-64-float32"], ["step-16-float32"], ["step-64-float32"]):
-        command = ["runtimes", "-k", *words, "--seconds", "2", "--results", str(tmp_path)]
-        monkeypatch.setattr(sys, "argv", command)
-        assert runtimes.main() == 0
-    record = results.read(results.path("runtimes", tmp_path))
-    assert [row["name"] for row in record["rows"]] == ["step-16-float32", "step-64-float32"]
 
 
-def test_a_wrong_selection_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["runtimes", "-k", "nothing"])
+def test_a_wrong_selection_is_refused(capsys):
     with pytest.raises(SystemExit):
-        runtimes.main()
+        runtimes.main(arguments=["-k", "nothing"])
     assert "no row's name contains all of nothing" in capsys.readouterr().err

@@ -22,7 +22,7 @@ def dry_run(folder: Path, capsys, command: str, *more: str) -> dict[str, list[di
     assert gpu.main([command, "--dry-run", "--results", str(folder), *more]) == 0
     printed = capsys.readouterr().out
     record = results.read(results.path(f"gpu-{command}", folder))
-    assert record["environment"]["dry_run"] and record["environment"]["versions"]["torch"]
+    assert record["runs"][0]["dry_run"] and record["runs"][0]["versions"]["torch"]
     parts = {}
     for row in record["rows"]:
         assert f"{row['part']}: {row['name']}: " in printed
