@@ -253,7 +253,7 @@ def test_default_is_the_fastest_by_the_model(width, sms, arch):
 
 
 def test_an_images_products_normalise_in_their_loop():
-    """Also the guided ones of 256 tokens, which are 512 rows."""
+    """Also the guided ones of 256 tokens, which are 512 rows; with more, before it."""
     for rows in (1, 32, 512, 513):
         assert launch.default(rows, 4608, 1152, **H100, normalised=True).prologue == (rows <= 512)
         assert not launch.default(rows, 4608, 1152, **H100).prologue
@@ -305,6 +305,24 @@ def test_the_model_of_times():
     # Without a matrix unit.
     large = replace(deep, block_m=128, block_n=128)
     assert time(large, 128, 128, 3072, *exact) == 128 * 128 * 3072 / 250
+
+
+def test_the_model_of_normalising_first():
+    """By hand: a group's two blocks, its claim and count, and a question; or all bytes of x, shift,
+    scale and the result. A launch of its own is nothing but bytes, or a load, and the launch."""
+    its, how = launch.Settings(128, 128, 64, 8, 3), (768, 2, 132)
+    moved = 4 * 768 * 2 / (132 * 45)
+
+    def time(rows, **options):
+        return pytest.approx(launch.normalising(its, rows, *how, **options))
+
+    assert time(2048) == (2 + 2 + 1) * 700
+    assert time(2 * 2112) == (2 * (2 + 2) + 1) * 700
+    assert launch.normalising(replace(its, num_warps=32), 2048, *how) == pytest.approx(
+        max(2048 * moved, 3 * 700) + 700
+    )
+    assert time(2048, launched=True) == 1500 + 2048 * moved
+    assert time(64, launched=True) == 1500 + 700
 
 
 @pytest.fixture
