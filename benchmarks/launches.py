@@ -45,18 +45,25 @@ Row = dict[str, Any]
 
 
 def _draw(
-    gpu: Any, size: str, *, accelerated: bool, guided: bool, solver: str
+    gpu: Any,
+    size: str,
+    *,
+    accelerated: bool,
+    guided: bool,
+    solver: str,
+    images: int = 1,
+    **changes: Any,
 ) -> tuple[ECAR, Inputs, list[Any], list[list[Any]]]:
-    """A model on the fake GPU and what it drew from; the launches of an image of COUNTED steps a
-    stage, and of a step in the middle of each stage."""
+    """A model on the fake GPU and what it drew from; the launches of images of COUNTED steps a
+    stage, and of a step in the middle of each stage. changes: to the size's configuration."""
     with torch.device("meta"):
-        model = ECAR(ECARConfig.preset(size)).to(torch.bfloat16).eval()
+        model = ECAR(ECARConfig.preset(size, **changes)).to(torch.bfloat16).eval()
     gpu.place(model)
     if accelerated:
         ecar_kernels.accelerate(model)
     stages = model.config.num_stages
     every = (COUNTED,) * stages
-    shape = Shape(1, every, solver, ((guided,) * COUNTED,) * stages)
+    shape = Shape(images, every, solver, ((guided,) * COUNTED,) * stages)
     inputs = Inputs(model, shape, device_data=True)
     ends: list[int] = []  # launches after each step
     loop.run(PlainEngine(model, inputs), every)  # tables of attention's tiles are made once
@@ -78,15 +85,29 @@ def count(size: str, *, accelerated: bool, guided: bool, solver: str) -> Row:
         image = Counter(_kinds(launches))
         for step, steps_of_stage in zip(steps, split_steps(PAPER, len(steps)), strict=True):
             image.update({kind: n * (steps_of_stage - COUNTED) for kind, n in step.items()})
-        cache, ar = KVCache(model.config, inputs.rows, device=model.device, dtype=model.dtype), []
-        for tokens in model.config.stage_tokens:
-            x = torch.empty(
-                inputs.rows, tokens, model.config.width, dtype=model.dtype, device=model.device
-            )
-            gpu.clear()
-            model.ar.stage(x, cache)
-            ar.append(_kinds(gpu.launches))
+        ar = _count_ar(gpu, model, inputs.rows)
     return {**what, "steps": steps, "ar": ar, "image": dict(image)}
+
+
+def _count_ar(gpu: Any, model: ECAR, rows: int) -> list[dict[str, int]]:
+    """Of each stage."""
+    cache, found = KVCache(model.config, rows, device=model.device, dtype=model.dtype), []
+    for tokens in model.config.stage_tokens:
+        x = torch.empty(rows, tokens, model.config.width, dtype=model.dtype, device=model.device)
+        gpu.clear()
+        model.ar.stage(x, cache)
+        found.append(_kinds(gpu.launches))
+    return found
+
+
+def count_rows(size: str, *, images: int, **changes: Any) -> Row:
+    """Launches of a guided, accelerated step and of the AR at each stage, for many images or larger
+    ones: `changes` to the size's configuration."""
+    what: dict[str, Any] = {"accelerated": True, "guided": True, "solver": "euler"}
+    with _fake_gpu() as gpu:
+        model, inputs, _, middle = _draw(gpu, size, images=images, **what, **changes)
+        steps = [_kinds(step) for step in middle]
+        return {"steps": steps, "ar": _count_ar(gpu, model, inputs.rows)}
 
 
 def predict(size: str, setting: str, chip: costs.Chip) -> Row:

@@ -4,10 +4,13 @@ On CUDA tensors they are compiled; on CPU tensors they run only in Triton's inte
 TRITON_INTERPRET=1 was set before Triton was first imported.
 """
 
+import ctypes
 import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,6 +122,63 @@ def product_precision(dtype: torch.dtype) -> str:
     # Not `allow_tf32`: reading it raises where the setting was made by its newer name, this one.
     allowed = dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
+
+
+# Zeros of a device, allocated once, and the parts of them that are given away, never back.
+COUNTERS, _LENDS = 1024, 1024
+_zeros: dict[torch.device, torch.Tensor] = {}
+_lent: dict[torch.device, dict[tuple[int, int], torch.Tensor]] = {}
+_lending = threading.Lock()
+
+
+def counters(device: torch.device, count: int) -> torch.Tensor | None:
+    """At least `count` zeros, int32, for a kernel that leaves them as zeros when it ends.
+
+    The kernels of a stream run one after the other and share them. A CUDA graph has its own for
+    each stream that it was captured on, as it may be replayed while that stream does other work.
+
+    None, and the kernel has to do without, for more than COUNTERS, after 1024 streams and graphs,
+    and in a graph that is captured before any call outside one.
+    """
+    if count > COUNTERS:
+        return None
+    key = _stream(device)
+    with _lending:
+        lent = _lent.setdefault(device, {})
+        found = lent.get(key)
+        if found is None and len(lent) < _LENDS and (device in _zeros or not key[1]):
+            if device not in _zeros:
+                _zeros[device] = _zeros_on(device)
+            found = lent[key] = _zeros[device][len(lent)]
+    return found
+
+
+def _zeros_on(device: torch.device) -> torch.Tensor:
+    zeros = torch.zeros(_LENDS, COUNTERS, dtype=torch.int32)
+    if device.type != "cuda":
+        return zeros
+    # As tiles.py's tables: not in a memory pool of a CUDA graph to be. The copy has ended after it.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(zeros.to, device).result()
+
+
+def _stream(device: torch.device) -> tuple[int, int]:
+    """The current stream, and the number of the capture under way on it, or 0."""
+    if device.type != "cuda":
+        return 0, 0
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return stream, capture_number(stream) if torch.cuda.is_current_stream_capturing() else 0
+
+
+def capture_number(stream: int) -> int:
+    """Of the capture under way on a stream: another one for each graph. torch does not tell it."""
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    error = ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2(
+        ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None
+    )
+    if error:
+        raise RuntimeError(f"CUDA error {error}: cuStreamGetCaptureInfo")
+    return number.value
 
 
 def register(schema: str, function: Callable, fake: Callable) -> Callable:

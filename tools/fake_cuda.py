@@ -95,6 +95,9 @@ class Runtime:
     def capturing(self) -> bool:
         return self.current_stream() in self._captures
 
+    def capture_number(self, stream: int) -> int:
+        return next(id(its) for key, its in self._captures.items() if key.cuda_stream == stream)
+
     def break_capture(self) -> None:
         self._captures[self.current_stream()].broken = True
 

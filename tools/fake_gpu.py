@@ -155,6 +155,8 @@ class FakeGPU(TorchDispatchMode):
             for known in (_triton.architecture, _triton.multiprocessors, _triton.dependent_launch):
                 known.cache_clear()
                 self._stack.callback(known.cache_clear)
+            for kept in (_triton._zeros, _triton._lent):
+                self._stack.enter_context(mock.patch.dict(kept, clear=True))
             self._stack.enter_context(self.runtime.patched())
             self._stack.enter_context(
                 installed(self._driver, self.specialised, compile_kernels=self.compile_kernels)
@@ -187,6 +189,7 @@ class FakeGPU(TorchDispatchMode):
                 run(thread)
 
         found = [
+            (_triton, "capture_number", self.runtime.capture_number),
             (torch.autograd, "grad", gradients),
             (threading.Thread, "run", with_gpu),
             (torch, "tensor", on_device),

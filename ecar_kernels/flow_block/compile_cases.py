@@ -6,7 +6,7 @@ from typing import Any
 
 from ecar_kernels import _triton
 from ecar_kernels._triton import CompileCase
-from ecar_kernels.flow_block import kernels, launch
+from ecar_kernels.flow_block import kernels, launch, row_kernels
 
 _TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _INTEGERS = ("rows", "tokens", "channels", "inputs", "outputs", "width", "part_width")
@@ -37,7 +37,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         for channels, parts in itertools.product((1024, 2048), _PARTS):
             name = f"C={channels}" + (" parts" if not parts else "")
             yield _case(
-                kernels.normalise_rows,
+                row_kernels.normalise_rows,
                 dtype,
                 name,
                 {"BLOCK": launch.row_block(channels), "DEPENDENT": dependent} | parts,
@@ -46,14 +46,14 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         for precision in ("ieee", "tf32") if dtype == "fp32" else ("ieee",):
             for prologue in (False, True):
                 for tile in launch.tiles(itemsize, precision, arch, prologue=prologue):
-                    yield from _products(dtype, precision, tile, dependent)
+                    yield from _products(dtype, precision, tile, arch)
             if dtype != "fp16":  # as bfloat16
                 for tile in launch.odd_tiles():
-                    yield from _products(dtype, precision, tile, dependent, odd=True)
+                    yield from _products(dtype, precision, tile, arch, odd=True)
 
 
 def _products(
-    dtype: str, precision: str, tile: launch.Settings, dependent: bool, *, odd: bool = False
+    dtype: str, precision: str, tile: launch.Settings, arch: int, *, odd: bool = False
 ) -> Iterator[CompileCase]:
     """odd: neither addresses nor sizes are multiples of 16, so that values are read singly."""
     constants = {
@@ -61,7 +61,7 @@ def _products(
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "PRECISION": precision,
-        "DEPENDENT": dependent,
+        "DEPENDENT": arch >= _triton.DEPENDENT_ARCHITECTURE,
     }
     how: dict[str, Any] = {
         "num_warps": tile.num_warps,
@@ -75,10 +75,26 @@ def _products(
     gelu = constants | {"GELU": True}
     if tile.prologue:
         for parts in _PARTS:
-            its = {"STATISTICS": launch.statistics_block(tile, parts=not parts)} | parts
+            read = launch.statistics_block(tile.block_m, parts=not parts)
+            its = {"STATISTICS": read} | parts
             title = name + (" parts" if not parts else "")
             yield _case(kernels.adaln_linear, dtype, title, gelu | its, **how)
         return
+    # float16 takes the registers of bfloat16.
+    shares = dtype != "fp16" and launch.shares(tile, odd=odd)
+    for parts in _PARTS if shares else ():
+        its = (
+            gelu
+            | parts
+            | {
+                "ROWS": launch.GROUP,
+                "BLOCK": launch.group_block(tile),
+                "STATISTICS": launch.statistics_block(launch.GROUP, parts=not parts),
+            }
+        )
+        title = name + (" parts" if not parts else "")
+        most = {"max_registers": launch.registers_together(tile, _TYPES[dtype], arch)}
+        yield _case(row_kernels.normalise_and_multiply, dtype, title, its, **how | most)
     plain = gelu | {"STATISTICS": 0} | _NO_PARTS | dict.fromkeys(_MODULATION)
     yield _case(kernels.adaln_linear, dtype, name, plain, **how)
     constants |= {"parts": None} if odd else {}
@@ -103,7 +119,7 @@ def _case(
             return "fp32"
         if argument in _INTEGERS or argument.endswith(("_image", "_token", "_row")):
             return "i32"
-        return "*fp32" if argument == "parts" else f"*{dtype}"
+        return {"parts": "*fp32", "counters": "*i32"}.get(argument, f"*{dtype}")
 
     signature = {argument: kind(argument) for argument in kernel.arg_names}
     aligned = tuple(

@@ -118,37 +118,6 @@ def _parts_of(parts, row, width, channels):
     return parts + row.to(tl.int64) * (3 * tl.cdiv(channels, width))
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def normalise_rows(
-    x, x_image, x_token, parts, part_width,
-    shift, shift_image, shift_token, scale, scale_image, scale_token,
-    step_shift, step_shift_image, step_scale, step_scale_image,
-    out, tokens, channels, eps, scale_offset, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
-):  # fmt: skip
-    """adaln(x) of one row a program, into out [rows, channels]."""
-    if DEPENDENT:
-        _begin()
-    row = tl.program_id(0)
-    x = _rows_of((x, x_image, x_token), row, tokens)
-    shift = _rows_of((shift, shift_image, shift_token), row, tokens)
-    scale = _rows_of((scale, scale_image, scale_token), row, tokens)
-    one = tl.zeros((1, 1), tl.int32)
-    if parts is not None:
-        parts = _parts_of(parts, row + one, part_width, channels)
-    pivot, mean, rstd = _row_statistics(x + one, parts, part_width, channels, eps, 1, BLOCK)
-    out += row.to(tl.int64) * channels
-    for begin in range(0, channels, BLOCK):
-        column = begin + tl.arange(0, BLOCK)[None, :]
-        mask = column < channels
-        value = tl.load(x + column, mask=mask, other=0.0).to(tl.float32)
-        factor = scale_offset + tl.load(scale + column, mask=mask, other=0.0).to(tl.float32)
-        offset = tl.load(shift + column, mask=mask, other=0.0).to(tl.float32)
-        factor = _add_step(factor, step_scale, row, tokens, step_scale_image, column, mask)
-        offset = _add_step(offset, step_shift, row, tokens, step_shift_image, column, mask)
-        y = (value - pivot - mean) * rstd * factor + offset
-        tl.store(out + column, y.to(out.dtype.element_ty), mask=mask)
-
-
 @triton.jit
 def _multiply(a, weight, inside, total, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr):
     """total + a [BLOCK_M, BLOCK_K] times the weight's tile, which `weight` points to.

@@ -32,24 +32,30 @@ from dataclasses import dataclass
 from ecar_kernels._triton import SHARED_KIB
 
 ROW_WARPS = 4
+# Rows that a program claims where they normalise together: 2048 rows are a group for each of the
+# programs that an H100 runs at a time, of which a multiprocessor has two.
+GROUP, RESIDENT = 8, 2
 # Rates of an H100, a nanosecond. A multiprocessor's: bytes from the L2 cache while all are busy and
 # at most, multiply-adds where there is no matrix unit. Bytes of memory.
 SHARE, MOST, EXACT, MEMORY = 45.0, 100.0, 250.0, 3000.0
 LATENCY = 700.0  # nanoseconds, until a load arrives
+LAUNCH = 1500.0  # nanoseconds, of one more launch
 MOST_STAGES = 6
-# Up to as many rows a product normalises in its loop: those of one image, guided or not, so that a
-# block is five launches. There it reads x, shift and scale again for every column of tiles. A pass
-# of its own is one launch more (1.5 us, and LATENCY or its bytes), and leaves the product larger
-# tiles. By `nanoseconds`, in bfloat16 on an H100, qkv takes in its loop, with statistics at hand,
-# and with a pass (us):
+# Up to as many rows a product normalises in its loop: those of one image, guided or not. There it
+# reads x, shift and scale again for every column of tiles. With more rows its programs first write
+# the normalised x together, in the product's own launch (row_kernels.py); where they cannot, that
+# is one more. By `nanoseconds` and `normalising`, in bfloat16 on an H100, qkv takes in its loop,
+# with statistics at hand, with a launch of its own for the pass (1.5 us more, and LATENCY or its
+# bytes), and together (us):
 #
-#    rows         16         32         64        128        256         512         2048
-#    S       2.2  3.4   2.8  3.4   3.7  4.0   4.9  4.6   6.7  5.8   9.1   7.0  35.5  22.7
-#    B       3.0  4.3   4.0  4.3   5.3  4.8   7.3  6.1  11.3  7.8  15.5  10.7  61.4  38.2
-#    L       3.4  4.9   4.4  4.9   5.9  5.2   8.1  6.6  13.3  8.5  20.2  13.0  80.7  47.6
+#    rows             128               256               512               2048
+#    S       4.9  4.6  6.6     6.7  5.8  7.1     9.1  7.0  8.3    35.5 22.7 22.6
+#    B       7.3  6.1  7.4    11.3  7.8  9.1    15.5 10.7 12.0    61.4 38.2 37.4
+#    L       8.1  6.6  8.6    13.3  8.5 10.5    20.2 13.0 14.9    80.7 47.6 47.1
 #
-# So a pass may be faster from 64 or 128 rows on. That is to be measured before a block becomes
-# seven launches: `candidates` has both for `ecar tune`.
+# So together may be faster from 256 rows on. It is to be measured before an image of 512 rows takes
+# it: `candidates` has both for `ecar tune`. At 1024 rows it is 0.5 to 1.1 us slower than with a
+# launch of its own, of 12 to 25, from 2048 on as fast, to 3 percent.
 PROLOGUE_ROWS = 512
 
 
@@ -57,8 +63,8 @@ PROLOGUE_ROWS = 512
 class Settings:
     """One product's tile.
 
-    prologue: normalise in the product's loop; else in a pass of its own, which writes the
-    normalised x. It means nothing to linear_gated_residual.
+    prologue: normalise in the product's loop; else before it, which writes the normalised x. It
+    means nothing to linear_gated_residual.
     """
 
     block_m: int
@@ -81,10 +87,33 @@ def row_block(channels: int) -> int:
     return 1024 if channels <= 1024 else 2048
 
 
-def statistics_block(its: Settings, *, parts: bool) -> int:
-    """What a prologue reads at once for its rows' statistics: channels, 64 values a thread of 4
+def shares(its: Settings, *, odd: bool) -> bool:
+    """Do a product's programs normalise together, in its own launch: row_kernels.py? Under tiles of
+    many rows."""
+    return its.block_m >= 64 and not its.prologue and not odd
+
+
+def group_block(its: Settings) -> int:
+    """Channels of GROUP rows that a product's programs normalise at once: 16 values a thread. With
+    32 a thread has more than 128 registers, and a multiprocessor of sm_90 one program, not two."""
+    return 512 * its.num_warps // GROUP
+
+
+def registers_together(its: Settings, itemsize: int, arch: int) -> int | None:
+    """Of a thread, where programs normalise together: all. Left alone, ptxas spills a few to fit
+    one more program; but on sm_90 it fits two of 16-bit types without."""
+    return its.max_registers if arch == 90 and itemsize == 2 else 255
+
+
+def counters(its: Settings, rows: int) -> int:
+    """What programs that normalise together count: row_kernels.py."""
+    return 2 + -(-rows // its.block_m)
+
+
+def statistics_block(rows: int, *, parts: bool) -> int:
+    """What is read at once for the statistics of so many rows: channels, 64 values a thread of 4
     warps, all under way at the same time; or parts, of three values each."""
-    return (2048 if parts else 8192) // its.block_m
+    return (2048 if parts else 8192) // rows
 
 
 def part_width(channels: int, parts: int) -> int:
@@ -183,6 +212,23 @@ def nanoseconds(
     if itemsize == 4 and precision == "ieee":
         one = max(one, its.block_m * its.block_n * inputs / EXACT)
     return max(waves * one, count * read / (sms * SHARE), outputs * inputs * itemsize / MEMORY)
+
+
+def normalising(
+    its: Settings, rows: int, inputs: int, itemsize: int, sms: int, *, launched: bool = False
+) -> float:
+    """What it takes to write the normalised x before a product, in nanoseconds: together, or
+    `launched` on its own.
+
+    Together, each program claims a group of rows, reads and writes it block by block, and
+    counts it, as often as there are groups for it; and a product's program asks whether it may
+    begin. Each of these waits for the one before.
+    """
+    moved = 4 * rows * inputs * itemsize / (sms * SHARE)
+    if launched:
+        return LAUNCH + max(moved, LATENCY)
+    turns = -(-rows // (GROUP * RESIDENT * sms))
+    return max(moved, turns * (2 - (-inputs // group_block(its))) * LATENCY) + LATENCY
 
 
 @functools.lru_cache(1024)

@@ -1,7 +1,7 @@
 """The fused GEMMs on GPUs: kernels.py as ops, under the settings of launch.py.
 
-Each is one launch, a product. Only for many rows has adaln_linear a pass before it, which writes
-the normalised x.
+Each is one launch, a product. For many rows the programs of adaln_linear write the normalised x
+first, together; only where they have no counters to do so is that a launch of its own.
 """
 
 import torch
@@ -10,7 +10,10 @@ from torch import Tensor
 from ecar_kernels import _triton, tuning
 from ecar_kernels.adaln import triton as unfused
 from ecar_kernels.adaln.launch import MAX_WIDTH
-from ecar_kernels.flow_block import autograd, kernels, launch
+from ecar_kernels.flow_block import autograd, kernels, launch, row_kernels
+
+# Of a normalised x: statistics, shift, scale and what a step adds to those.
+_NOTHING = None, 0, None, 0, 0, None, 0, 0, None, 0, None, 0
 
 
 def _run_adaln_linear(x, shift, scale, weight, *others):
@@ -96,27 +99,8 @@ def launch_adaln_linear(
     parts: tuple[Tensor | None, int] = None, 0
     if statistics is not None:
         parts = statistics.contiguous(), launch.part_width(channels, statistics.shape[-1])
-    if not its.prologue:
-        normalised = x.new_empty((batch, tokens, channels))
-        kernels.normalise_rows[(rows,)](
-            *_view(x),
-            *parts,
-            *modulation,
-            normalised,
-            tokens,
-            channels,
-            eps,
-            scale_offset,
-            BLOCK=launch.row_block(channels),
-            num_warps=launch.ROW_WARPS,
-            **_triton.dependent_launch(x.device.index),
-        )
-        x, modulation = normalised, (None, 0, 0, None, 0, 0, None, 0, None, 0)
-        parts = None, 0
-    kernels.adaln_linear[_grid(its, rows, outputs)](
-        *_view(x),
-        *parts,
-        *modulation,
+    given = *_view(x), *parts, *modulation
+    product: tuple[Tensor | float | None, ...] = (
         weight,
         weight.stride(0),
         bias,
@@ -130,9 +114,43 @@ def launch_adaln_linear(
         channels,
         eps,
         scale_offset,
-        GELU=gelu,
-        STATISTICS=launch.statistics_block(its, parts=parts[0] is not None) if its.prologue else 0,
-        **_tile(its, x),
+    )
+    grid, tile = _grid(its, rows, outputs), _tile(its, x)
+    if its.prologue:
+        read = launch.statistics_block(its.block_m, parts=parts[0] is not None)
+        kernels.adaln_linear[grid](*given, *product, GELU=gelu, STATISTICS=read, **tile)
+        return out
+    normalised = x.new_empty((batch, tokens, channels))
+    counters, arch = None, _triton.architecture(x.device.index)
+    if launch.shares(its, odd=launch.is_odd(outputs, channels)):
+        counters = _triton.counters(x.device, launch.counters(its, rows))
+    if counters is not None:
+        row_kernels.normalise_and_multiply[grid](
+            *given,
+            *_view(normalised),
+            counters,
+            *product,
+            GELU=gelu,
+            ROWS=launch.GROUP,
+            BLOCK=launch.group_block(its),
+            STATISTICS=launch.statistics_block(launch.GROUP, parts=parts[0] is not None),
+            **tile | {"maxnreg": launch.registers_together(its, x.element_size(), arch)},
+        )
+        return out
+    row_kernels.normalise_rows[(rows,)](
+        *given,
+        normalised,
+        rows,
+        tokens,
+        channels,
+        eps,
+        scale_offset,
+        BLOCK=launch.row_block(channels),
+        num_warps=launch.ROW_WARPS,
+        **_triton.dependent_launch(x.device.index),
+    )
+    kernels.adaln_linear[grid](
+        *_view(normalised), *_NOTHING, *product, GELU=gelu, STATISTICS=0, **tile
     )
     return out
 

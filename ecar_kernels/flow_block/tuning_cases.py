@@ -38,11 +38,15 @@ def listed(shape: Shape, dtype: torch.dtype, sms: int, arch: int) -> Iterator[st
         problem = shape.rows, outputs, inputs, itemsize, precision, sms
         its = launch.default(*problem, arch, op == "adaln_linear")
         count = launch.programs(its, shape.rows, outputs)
+        time = launch.nanoseconds(its, *problem)
+        if op == "adaln_linear" and not its.prologue:
+            alone = not launch.shares(its, odd=launch.is_odd(outputs, inputs))
+            time += launch.normalising(its, shape.rows, inputs, itemsize, sms, launched=alone)
         yield (
             f"{shape.rows:>6} rows, {inputs:>4} -> {outputs:>4} ({layer}): "
             f"{count} programs of {its.block_m}x{its.block_n}x{its.block_k}, "
             f"{its.num_stages} stages{', which normalise' if its.prologue else ''}: "
-            f"{launch.nanoseconds(its, *problem) / 1000:.1f} us"
+            f"{time / 1000:.1f} us"
         )
 
 

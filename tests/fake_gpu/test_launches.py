@@ -50,6 +50,20 @@ def test_every_size_is_committed_within_its_target():
         assert all(set(part) <= set(launches.KINDS) for part in (*row["steps"], *row["ar"]))
 
 
+@pytest.mark.parametrize(
+    ("size", "images", "sides"),
+    [("S", 1, (8, 16, 32, 64)), ("L", 1, (32, 64)), ("S", 8, (8, 16, 32)), ("B", 64, (32,))],
+)
+def test_no_more_for_many_rows(size, images, sides):
+    """Guided: 2,048 rows of an image of 1,024 tokens, 4,096 of 8 images of 256, 32,768 of 64."""
+    found = launches.count_rows(size, images=images, stage_sides=sides)
+    config = ECARConfig.preset(size)
+    assert len(found["steps"]) == len(found["ar"]) == len(sides)
+    for step, ar in zip(found["steps"], found["ar"], strict=True):
+        assert step == {"triton": 5 * config.flow_blocks, "c++": 1}
+        assert ar == {"triton": 5 * config.ar_layers, "aten": 1}
+
+
 def test_a_solver_of_several_steps_launches_what_eulers_method_does():
     for euler, ab2 in zip(ROWS[::2], ROWS[1::2], strict=True):
         assert ab2 == euler | {"solver": "ab2"}

@@ -191,7 +191,6 @@ SUMMED = ("backward", "sum_partial")
 UNALIGNED = tuple(f"unaligned_{name}" for name in (FORWARD, *BACKWARD))
 FEW, MORE, MANY = ((1, 16),), ((1, 64),), ((16, 256), (64, 256))
 ADALN = (("adaln", 3), ("gated_residual", 3), ("gated_residual_adaln", 5))  # tensors of each
-
 CASES = [
     Case("stage_attention", "all stages", (FORWARD,), attention(doubling)),
     Case("stage_attention", "D = 72", (FORWARD,), attention(doubling, heads=16, head_dim=72)),
@@ -252,9 +251,9 @@ CASES = [
         for use, launches, how, sizes in (
             ("few rows", ("adaln_linear",), {}, FEW),
             ("more rows", ("adaln_linear",), {}, MORE),
-            ("many rows", ("normalise_rows", "adaln_linear"), {}, MANY),
+            ("many rows", ("normalise_and_multiply",), {}, MANY),
             ("of an odd width", ("normalise_rows", "adaln_linear"), {"width": 775}, MANY),
-            ("without a bias", ("normalise_rows", "adaln_linear"), {"bias": False}, MANY),
+            ("without a bias", ("normalise_and_multiply",), {"bias": False}, MANY),
         )
     ),
     *(

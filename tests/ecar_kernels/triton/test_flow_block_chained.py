@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ecar_kernels import FlowBlock, StageBlock, fused
+from ecar_kernels import FlowBlock, StageBlock, _triton, fused
 from ecar_kernels._triton import SHARED_KIB
 from ecar_kernels.acceleration import PUBLIC
 from ecar_kernels.flow_block import launch, reference
@@ -34,6 +34,7 @@ pytestmark = pytest.mark.filterwarnings(
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL, WIDE = launch.Settings(16, 16, 64, 4, 3), launch.Settings(64, 64, 32, 4, 3)
 NORMALISING = launch.Settings(16, 64, 64, 4, 3)
+TOGETHER = launch.Settings(64, 64, 64, 4, 2)
 
 
 def left(x, its):
@@ -164,11 +165,47 @@ def test_same_inputs_same_bits_in_any_order_of_programs(programs_in_any_order):
     assert DEVICE == "cuda" or len(programs_in_any_order) >= 20
 
 
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_programs_normalise_together(dtype, parts, programs_in_any_order, monkeypatch):
+    """In one launch, with the same bits in any order of programs; with tails of rows, channels and
+    outputs, and steps for each image. The counters are zeros after it. Without them, in two."""
+    arguments = call_of(
+        "adaln_linear", 3, 31, 528, 144, dtype=dtype, steps=("rows", "one"), device=DEVICE
+    )
+    arguments["x"] += 1000 * parts
+    statistics = left(arguments["x"], WIDE) if parts else None
+    kept = arguments["x"].new_zeros(2, 3, 31, 48).unbind()
+    counters, launches = _triton.counters(arguments["x"].device, 2), []
+    kernel = triton.row_kernels.normalise_and_multiply
+    run_it = kernel.run
+
+    def noting(*args, **options):
+        launches.append(options["grid"])
+        return run_it(*args, **options)
+
+    def run(cache=(), **given):
+        return triton.launch_adaln_linear(
+            TOGETHER, *positional("adaln_linear", given), statistics, *cache
+        )
+
+    monkeypatch.setattr(kernel, "run", noting)
+    first, again = run(**arguments), run(**arguments)
+    assert first.equal(again)
+    assert first.equal(torch.cat((run(kept, **arguments), *kept), -1))
+    assert_accurate(run, reference.adaln_linear, arguments)
+    assert launches == [(2 * 3,)] * 4
+    assert not counters.any()
+    monkeypatch.setattr(_triton, "counters", lambda *_: None)
+    assert_accurate(run, reference.adaln_linear, arguments)
+    assert len(launches) == 4
+
+
 @pytest.mark.parametrize("architecture", sorted(SHARED_KIB))
 def test_a_prologue_reads_a_models_parts_at_once(architecture):
     """Of 16 rows; of 64, which are many, in at most three turns."""
     for its in launch.tiles(2, "ieee", architecture, prologue=True):
-        block, turns = launch.statistics_block(its, parts=True), its.block_m // 16
+        block, turns = launch.statistics_block(its.block_m, parts=True), its.block_m // 16
         assert turns * block >= 1152 // 16 and block * its.block_m <= 2048
 
 
