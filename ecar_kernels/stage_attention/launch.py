@@ -15,6 +15,7 @@ from ecar_kernels._triton import SHARED_KIB
 from ecar_kernels.stage_attention import tiles
 
 OPS = ("stage_attention", "stage_attention_keys", "stage_attention_queries")
+SHARES = "stage_attention_shares"  # as an op, of which `Shares` are the settings
 KINDS = ("bfloat16", "float16", "tf32", "exact")
 # Keys and values of the heads that run at the same time stay within the L2 cache: 40 MiB on
 # A100, 50 on H100, more on later chips, of which a tile's own rows and the output take a part.
@@ -29,6 +30,13 @@ class Settings:
     block_n: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Programs that split the keys of a tile; 1 are the forward under `Settings`."""
+
+    shares: int
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,13 @@ def _launch_split(
     batch, queries, heads, head_dim = q.shape
     kind = launch.kind(q.dtype, _triton.product_precision(q.dtype))
     its, sms = launch.split(head_dim, kind), _triton.multiprocessors(q.device.index)
-    shares = tiles.shares(stage_lengths, queries, batch * heads, sms)
+    usual = launch.Shares(tiles.shares(stage_lengths, queries, batch * heads, sms))
     unit, strides = _strides((q, k, v))
-    if its is None or shares == 1 or unit == 1:
+    if its is None or usual.shares == 1 or unit == 1:
+        return False
+    key = head_dim, kind, queries, *stage_lengths
+    shares = tuning.choose(launch.SHARES, key, batch * heads, usual, q.device.index).shares
+    if shares == 1:
         return False
     counters = _triton.counters(q.device, sms)
     if counters is None:
