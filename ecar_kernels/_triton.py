@@ -124,8 +124,9 @@ def product_precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed else "ieee"
 
 
-# Zeros of a device, allocated once, and the parts of them that are given away, never back.
-COUNTERS, _LENDS = 1024, 1024
+# A device's zeros, 4 MiB allocated once, and the parts of them that are given away, never back: of
+# 256 bytes, or a power of two times that.
+_COUNTERS, _LEAST = 1 << 20, 64
 _zeros: dict[torch.device, torch.Tensor] = {}
 _lent: dict[torch.device, dict[tuple[int, int], torch.Tensor]] = {}
 _lending = threading.Lock()
@@ -137,24 +138,29 @@ def counters(device: torch.device, count: int) -> torch.Tensor | None:
     The kernels of a stream run one after the other and share them. A CUDA graph has its own for
     each stream that it was captured on, as it may be replayed while that stream does other work.
 
-    None, and the kernel has to do without, for more than COUNTERS, after 1024 streams and graphs,
-    and in a graph that is captured before any call outside one.
+    None, and the kernel has to do without, where there are none left, and in a graph that is
+    captured before any call outside one.
     """
-    if count > COUNTERS:
-        return None
     key = _stream(device)
     with _lending:
         lent = _lent.setdefault(device, {})
         found = lent.get(key)
-        if found is None and len(lent) < _LENDS and (device in _zeros or not key[1]):
-            if device not in _zeros:
-                _zeros[device] = _zeros_on(device)
-            found = lent[key] = _zeros[device][len(lent)]
-    return found
+        if found is not None and len(found) >= count:
+            return found
+        if device not in _zeros:
+            if key[1]:
+                return None
+            _zeros[device] = _zeros_on(device)
+        size = max(_LEAST, 1 << (count - 1).bit_length())
+        left = _zeros[device]
+        if size > len(left):
+            return None
+        lent[key], _zeros[device] = left[:size], left[size:]
+        return lent[key]
 
 
 def _zeros_on(device: torch.device) -> torch.Tensor:
-    zeros = torch.zeros(_LENDS, COUNTERS, dtype=torch.int32)
+    zeros = torch.zeros(_COUNTERS, dtype=torch.int32)
     if device.type != "cuda":
         return zeros
     # As tiles.py's tables: not in a memory pool of a CUDA graph to be. The copy has ended after it.

@@ -28,7 +28,7 @@ MAX_BYTES = 1 << 24
 _ENTRY = {"op": str, "key": list, "rows": int, "settings": dict}
 # No more than any kernel was ever built with; a larger number is damage.
 _MOST = {"num_warps": 32, "num_stages": 16}
-_NO_POWER = ("num_stages", "program_rows")
+_NO_POWER = ("num_stages", "program_rows", "shares")
 _NAMED = ("backend",)  # settings that are names; who asked knows which there are
 
 Settings = TypeVar("Settings")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from ecar_kernels import _triton
 from ecar_kernels._triton import CompileCase
 from ecar_kernels.stage_attention import gradient_kernels, kernels, launch
+from ecar_kernels.stage_attention.split_kernels import split_forward_kernel
 from ecar_kernels.stage_attention.unaligned_kernels import (
     unaligned_forward_kernel,
     unaligned_key_gradients_kernel,
@@ -27,7 +28,7 @@ _TYPES = {"bfloat16": "bf16", "float16": "fp16", "tf32": "fp32", "exact": "fp32"
 # a few registers more, and the D that fills them; and the narrowest. What makes a setting spill in
 # one dtype may fit in another, and the rest of the D are as these are.
 HEAD_DIMS = (8, 40, 48, 56, 64, 72, 80, 88, 96, 104, 128, 136, 144, 152, 160, 168, 192, 248, 256)
-_FLOAT32 = ("lse", "delta")
+_FLOAT32 = ("lse", "delta", "sums")
 _STRIDED = ("q", "k", "v", "grad")
 
 
@@ -41,6 +42,8 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
     for head_dim in HEAD_DIMS:
         yield from _cases("stage_attention", head_dim, "bfloat16", arch, training=True)
         yield from _cases("stage_attention", head_dim, "bfloat16", arch, negative=True)
+        yield from _split(head_dim, "bfloat16", arch)
+    yield from _split(72, "bfloat16", arch, negative=True)
     for kind in launch.KINDS:
         yield from _unaligned(kind, arch)
         yield _correction(kind)
@@ -90,6 +93,26 @@ def _cases(
             its,
             launch.max_registers(op, head_dim, kind),
         )
+
+
+def _split(head_dim: int, kind: str, arch: int, *, negative: bool = False) -> Iterator[CompileCase]:
+    """The forward whose keys are split over programs, where there is one."""
+    its = launch.split(head_dim, kind)
+    if its is None:
+        return
+    part1, part2 = launch.parts(head_dim, "stage_attention", kind)
+    constants = {
+        "HEAD_DIM": head_dim,
+        "PART1": part1,
+        "PART2": part2,
+        "PRECISION": _precision(kind),
+        "NEGATIVE": negative,
+        "BLOCK_M": its.block_m,
+        "BLOCK_N": its.block_n,
+    }
+    name = f"stage_attention {kind} D={head_dim} {its.block_m}x{its.block_n} split"
+    name += " scale<0" * negative
+    yield _case(name, split_forward_kernel, _TYPES[kind], constants | _dependent(arch), its)
 
 
 def _unaligned(kind: str, arch: int) -> Iterator[CompileCase]:
@@ -166,7 +189,7 @@ def _case(
     def kind(argument: str) -> str:
         if argument in constants:
             return "constexpr"
-        if argument == "table":
+        if argument in ("table", "counters"):
             return "*i32"
         if argument.startswith("scale"):
             return "fp32"

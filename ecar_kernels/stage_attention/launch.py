@@ -15,6 +15,7 @@ from ecar_kernels._triton import SHARED_KIB
 from ecar_kernels.stage_attention import tiles
 
 OPS = ("stage_attention", "stage_attention_keys", "stage_attention_queries")
+SHARES = "stage_attention_shares"  # as an op, of which `Shares` are the settings
 KINDS = ("bfloat16", "float16", "tf32", "exact")
 # Keys and values of the heads that run at the same time stay within the L2 cache: 40 MiB on
 # A100, 50 on H100, more on later chips, of which a tile's own rows and the output take a part.
@@ -29,6 +30,13 @@ class Settings:
     block_n: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Programs that split the keys of a tile; 1 are the forward under `Settings`."""
+
+    shares: int
 
 
 @dataclass(frozen=True)
@@ -323,13 +331,6 @@ def default(
     rows: it reads the other side half as often. E-CAR-S at 1024 pixels has 192 programs of it, one
     image and no guidance, so that some of an H100's 132 multiprocessors would do 256 rows where
     384 programs of 64 leave none more than 192. An A100's 108 do 256 in either.
-
-    Keys are not split over programs, though 64-row tiles of few queries fill a twentieth of the
-    chip. In stages that grow a query's keys are few where queries are few (336 for 256 of E-CAR's,
-    680 for VAR's), so that a program has 6 to 11 blocks of keys, of about 400 cycles each: 1.3 to
-    2.4 us on an H100. Sums of splits, added by the last program to arrive, cost two trips to memory
-    more (a fence and an atomic, then the other splits' sums), about 1.1 us: three splits of 6
-    blocks would take 0.4 + 1.1, two of 11 blocks 1.3 + 1.1.
     """
     found = settings(op, head_dim, kind, arch)
     if len(found) == 1:
@@ -349,6 +350,18 @@ def default(
     if 8 * _busiest(*shape, found[-1]) <= 9 * _busiest(*shape, found[usual]):
         return found[-1]
     return found[usual]
+
+
+def split(head_dim: int, kind: str) -> Settings | None:
+    """Of tiles whose keys are split over programs (tiles.shares): one warp's rows, and four warps
+    that share a block of keys: half of one for two parts of 64 + 16, which Triton 3.9 spills at
+    D = 72. None where they are not: in float32, whose products are the longer part, and for wide
+    heads, of which some chips' shared memory does not hold two such blocks."""
+    width = sum(parts(head_dim, "stage_attention", kind))
+    if kind in ("tf32", "exact") or width > 128:
+        return None
+    keys = tiles.SHARED_KEYS // (2 if width == 80 else 1)
+    return Settings(tiles.SHARED_ROWS, keys, 4, 2)
 
 
 def candidates(op: str, head_dim: int, kind: str, arch: int) -> list[Settings]:

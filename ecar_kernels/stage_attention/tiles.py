@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 Row = tuple[int, int, int]
+# Of tiles whose keys are split over programs; and nanoseconds of an H100, the first for 400 cycles.
+SHARED_ROWS, SHARED_KEYS = 16, 64
+BLOCK_TIME, ARRIVAL, SHARE_TIME = 220.0, 1100.0, 270.0
 FEW_KEYS = 16  # below it a query's are few: no block is smaller
 
 
@@ -43,6 +46,28 @@ def key_tiles(stage_lengths: tuple[int, ...], queries: int, block: int) -> list[
         for end, length in zip(itertools.accumulate(stage_lengths), stage_lengths, strict=True)
         for start in range(end - length, end, block)
     ]
+
+
+@functools.lru_cache(1024)
+def shares(stage_lengths: tuple[int, ...], queries: int, batch_heads: int, sms: int) -> int:
+    """Programs among which the keys of a tile of SHARED_ROWS queries are split; 1: they are not.
+
+    As many as take the least time by a model of an H100: a block of SHARED_KEYS keys takes
+    BLOCK_TIME, and where there are several programs the last to arrive has ARRIVAL for a fence, an
+    atomic and its loads, and SHARE_TIME for each one's sums, a trip to memory. Never more programs
+    than multiprocessors.
+    """
+    rows = query_tiles(stage_lengths, queries, SHARED_ROWS)
+    if not rows or not batch_heads:
+        return 1
+    blocks = -(-rows[0][2] // SHARED_KEYS)
+
+    def time(count: int) -> float:
+        merging = ARRIVAL + (count - 1) * SHARE_TIME if count > 1 else 0.0
+        return -(-blocks // count) * BLOCK_TIME + merging
+
+    most = min(blocks, sms // (len(rows) * batch_heads))
+    return min(range(1, most + 1), key=time, default=1)
 
 
 KINDS = {"query": query_tiles, "few_keys": query_tiles_of_few_keys, "key": key_tiles}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ecar_kernels import _triton, tuning
 from ecar_kernels.stage_attention import autograd, gradient_kernels, kernels, launch, tiles
+from ecar_kernels.stage_attention.split_kernels import PAD, split_forward_kernel
 from ecar_kernels.stage_attention.unaligned_kernels import (
     unaligned_forward_kernel,
     unaligned_key_gradients_kernel,
@@ -33,8 +34,50 @@ _KERNELS = {
 
 def _run_forward(q: Tensor, k: Tensor, v: Tensor, stage_lengths: list[int], scale: float) -> Tensor:
     out, lse = _results(q)
-    _launch_forward(q, k, v, out, out, lse, stage_lengths, scale, leave_rest=False)
+    if not _launch_split(q, k, v, out, tuple(stage_lengths), scale):
+        _launch_forward(q, k, v, out, out, lse, stage_lengths, scale, leave_rest=False)
     return out
+
+
+def _launch_split(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, stage_lengths: tuple[int, ...], scale: float
+) -> bool:
+    """Where few queries see many keys, several programs for each tile; else nothing, and False."""
+    batch, queries, heads, head_dim = q.shape
+    kind = launch.kind(q.dtype, _triton.product_precision(q.dtype))
+    its, sms = launch.split(head_dim, kind), _triton.multiprocessors(q.device.index)
+    usual = launch.Shares(tiles.shares(stage_lengths, queries, batch * heads, sms))
+    unit, strides = _strides((q, k, v))
+    if its is None or usual.shares == 1 or unit == 1:
+        return False
+    key = head_dim, kind, queries, *stage_lengths
+    shares = tuning.choose(launch.SHARES, key, batch * heads, usual, q.device.index).shares
+    if shares == 1:
+        return False
+    counters = _triton.counters(q.device, sms)
+    if counters is None:
+        return False
+    part1, part2 = launch.parts(head_dim, "stage_attention", kind)
+    room = (shares, batch, heads, queries, head_dim + PAD.value)
+    _start(
+        split_forward_kernel,
+        "query",
+        its,
+        q,
+        k,
+        stage_lengths,
+        shares,
+        tensors=(q, k, v, out, q.new_empty(room, dtype=torch.float32), counters),
+        strides=strides,
+        counts=(queries,),
+        scales=(scale * LOG2_E,),
+        HEAD_DIM=head_dim,
+        PART1=part1,
+        PART2=part2,
+        NEGATIVE=scale < 0,
+        **_triton.dependent_launch(q.device.index),
+    )
+    return True
 
 
 def _run_training(

@@ -18,6 +18,8 @@ def candidates(op: str, key: tuple, rows: int, sms: int, arch: int) -> Sequence:
     head_dim, kind = key[:2]
     if op == measured.OP:
         return measured.candidates(head_dim, kind, key[2] == "training")
+    if op == launch.SHARES:
+        return [launch.Shares(1 << power) for power in range(6)]
     return launch.candidates(op, head_dim, kind, arch)
 
 

@@ -30,17 +30,20 @@ def test_counters_are_a_streams_and_a_graphs():
             assert _triton.counters(device, 5) is found[1]
         with torch.cuda.device(1):
             found.append(_triton.counters(other, 5))
-        assert _triton.counters(device, _triton.COUNTERS) is usual
-        assert _triton.counters(device, _triton.COUNTERS + 1) is None
+        assert _triton.counters(device, 64) is usual
         assert len({id(zeros) for zeros in found}) == len(found) == 5
-        assert all(zeros.shape == (_triton.COUNTERS,) for zeros in found)
+        assert all(zeros.shape == (64,) for zeros in found)
+        more = _triton.counters(device, 65)
+        assert more.shape == (128,) and _triton.counters(device, 5) is more
+        assert _triton.counters(device, _triton._COUNTERS) is None
         assert [zeros.device for zeros in found] == [device] * 4 + [other]
         assert [launch.captured for launch in gpus.launches] == [False, False]  # a copy each
 
 
 @pytest.mark.parametrize("lends", [0, 1])
 def test_without_counters_normalising_is_a_launch_of_its_own(lends, monkeypatch):
-    monkeypatch.setattr(_triton, "_LENDS", lends)
+    """On the stream that they do not suffice for."""
+    monkeypatch.setattr(_triton, "_COUNTERS", 64 * lends)
     with FakeGPU(compile_kernels=False) as gpu, torch.no_grad():
         x = torch.empty(1, 4096, 128, dtype=torch.bfloat16, device="cuda")
         for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):

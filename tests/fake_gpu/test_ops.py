@@ -112,6 +112,10 @@ def few_keys(tokens: int) -> tuple[int, ...]:
     return (1, 4, 9, max(16, tokens))
 
 
+def many_keys(tokens: int) -> tuple[int, ...]:
+    return (2000, tokens)
+
+
 def adaln(
     op: str,
     count: int,
@@ -186,6 +190,7 @@ def linear_gated_residual(inputs: int = 4 * WIDTH, width: int = WIDTH) -> Callab
 
 
 FORWARD, DELTA, CORRECT = "forward_kernel", "delta_kernel", "correct_delta_kernel"
+SPLIT = "split_forward_kernel"
 BACKWARD = ("key_gradients_kernel", "query_gradients_kernel")
 SUMMED = ("backward", "sum_partial")
 UNALIGNED = tuple(f"unaligned_{name}" for name in (FORWARD, *BACKWARD))
@@ -195,6 +200,7 @@ CASES = [
     Case("stage_attention", "all stages", (FORWARD,), attention(doubling)),
     Case("stage_attention", "D = 72", (FORWARD,), attention(doubling, heads=16, head_dim=72)),
     Case("stage_attention", "over a cache", (FORWARD,), attention(doubling, newest=1)),
+    Case("stage_attention", "many keys", (SPLIT,), attention(many_keys, newest=1), (FORWARD,), FEW),
     Case("stage_attention", "scale < 0", (FORWARD,), attention(doubling, sign=-1)),
     Case("stage_attention", "unaligned", UNALIGNED[:1], attention(doubling, odd=True)),
     Case(
@@ -388,4 +394,5 @@ def test_every_kernel_compiles_as_launched_and_fits(numbers):
         assert launch.shared <= H100.shared_bytes
         assert 0 < launch.registers <= 255
         assert launch.stack == 0, launch
-    assert {launch.name for launch in launches} == public_kernels()
+    sixteen_bits = {SPLIT} if dtype is torch.float32 else set()
+    assert {launch.name for launch in launches} == public_kernels() - sixteen_bits

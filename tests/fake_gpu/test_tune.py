@@ -8,6 +8,7 @@ import torch
 
 from ecar.cli import main
 from ecar_kernels import resolve, tune, tuning
+from ecar_kernels.stage_attention import launch
 from tools.fake_gpu import H100, FakeGPU, chip_of
 
 
@@ -89,6 +90,22 @@ def test_attention(queries):
             ]
             assert len(begun) == choice.tried and {entry[2] for entry in begun} == {stream}
             assert not [entry for entry in gpu.launches if entry.captured and entry.kind == "copy"]
+
+
+def test_attention_of_few_queries_and_many_keys():
+    """One program and several for each tile's keys."""
+    with FakeGPU(compile_kernels=False, values=True) as gpu, tune.measuring(torch.device("cuda")):
+        shares, *_ = tune.problems(
+            tune.Shape(256, 1024, 16, 1, (3000, 16), 4), torch.bfloat16, ("stage_attention",)
+        )
+        assert shares.op == launch.SHARES and shares.usual.shares > 1
+        gpu.clear()
+        choice = tune.measure(shares)
+        assert choice.tried == len(shares.candidates) and choice.wrong == 0
+        launched = {its.grid[1]: its.name for its in gpu.launches if its.captured}
+    assert set(launched) == {its.shares for its in shares.candidates} >= {1, 2, 4, 8, 16, 32}
+    assert {count for count, name in launched.items() if name == "forward_kernel"} == {1}
+    assert set(launched.values()) == {"forward_kernel", "split_forward_kernel"}
 
 
 def test_a_setting_that_the_chip_cannot_hold_is_left_out():

@@ -294,7 +294,7 @@ def test_every_candidate(op):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [16, 256])
+@pytest.mark.parametrize("rows", [16, 256, 2048])
 @pytest.mark.parametrize("op", OPS)
 def test_graph_capture(op, rows):
     """Replayed on other inputs, a graph gives what a call on them gives."""
@@ -310,3 +310,23 @@ def test_graph_capture(op, rows):
     graph.replay()
     torch.cuda.synchronize()
     assert captured.equal(run(**other))
+
+
+@pytest.mark.gpu
+def test_programs_that_wait_for_each_other_next_to_others_that_do():
+    """On two streams, and in a graph that is replayed on a third, all under way at once."""
+    arguments = call("adaln_linear", 1, 2048, 1152, 1152, dtype=torch.bfloat16)
+    run = triton.adaln_linear
+    expected, graph = run(**arguments), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(**arguments)
+    streams, results = [torch.cuda.Stream() for _ in range(3)], []
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for stream in streams[:2]:
+            with torch.cuda.stream(stream):
+                results.append(run(**arguments))
+        with torch.cuda.stream(streams[2]):
+            graph.replay()
+    torch.cuda.synchronize()
+    assert all(result.equal(expected) for result in (captured, *results))
