@@ -87,6 +87,8 @@ class TestRecorder:
         assert all(entry.captured for entry in held) and held == graph.launches
         assert not any(entry.captured for entry in gpus.launches if entry not in held)
         assert {"triton", "c++", "aten"} == {entry.kind for entry in held}  # no copy is left
+        # They begin early in the graph, too.
+        assert {entry.dependent for entry in held if entry.kind == "triton"} == {True}
         expected = [entry for entry in map(signature, warm) if entry[0] != "copy"]
         assert list(map(signature, held)) == expected
         ((_, replayed, where),) = called(gpus, "replay")
