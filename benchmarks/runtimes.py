@@ -202,7 +202,6 @@ class Work:
             "errors": {way: self.error(way) for way in self.calls},
             "seconds": timing.summaries(timing.rounds(ways, seconds)),
             "absent": self.absent,
-            "environment": results.briefly(results.describe()),
         }
 
 

@@ -150,7 +150,7 @@ def counters(device: torch.device, count: int) -> torch.Tensor | None:
         if device not in _zeros:
             if key[1]:
                 return None
-            _zeros[device] = _zeros_on(device)
+            _zeros[device] = outside_pools(torch.zeros(_COUNTERS, dtype=torch.int32), device)
         size = max(_LEAST, 1 << (count - 1).bit_length())
         left = _zeros[device]
         if size > len(left):
@@ -159,13 +159,14 @@ def counters(device: torch.device, count: int) -> torch.Tensor | None:
         return lent[key]
 
 
-def _zeros_on(device: torch.device) -> torch.Tensor:
-    zeros = torch.zeros(_COUNTERS, dtype=torch.int32)
+def outside_pools(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on a device, in memory that no CUDA graph's pool holds, once it has arrived."""
     if device.type != "cuda":
-        return zeros
-    # As tiles.py's tables: not in a memory pool of a CUDA graph to be. The copy has ended after it.
+        return tensor
+    # On a thread of its own: on this one a memory pool of a CUDA graph to be may be in force
+    # (torch.compile's warm-up before it captures).
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(zeros.to, device).result()
+        return thread.submit(tensor.to, device).result()
 
 
 def _stream(device: torch.device) -> tuple[int, int]:

@@ -5,10 +5,11 @@ Pure arithmetic on the stage list, then one small table per list on the device.
 
 import functools
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+
+from ecar_kernels._triton import outside_pools
 
 Row = tuple[int, int, int]
 # Of tiles whose keys are split over programs; and nanoseconds of an H100, the first for 400 cycles.
@@ -92,17 +93,8 @@ def table(
         if source is None:
             source = _tables[key[:-1]] = _rows(*key[:-1]).pin_memory()
         return source.to(device, non_blocking=True)
-    return _tables.setdefault(key, _on_device(_rows(*key[:-1]), device))
+    return _tables.setdefault(key, outside_pools(_rows(*key[:-1]), device))
 
 
 def _rows(kind: str, *shape) -> Tensor:
     return torch.tensor(KINDS[kind](*shape), dtype=torch.int32)
-
-
-def _on_device(rows: Tensor, device: torch.device) -> Tensor:
-    if device.type != "cuda":
-        return rows
-    # On a thread of its own: on this one a memory pool of a CUDA graph to be may be in force
-    # (torch.compile's warm-up before it captures), and the table must not lie in that.
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(rows.to, device).result()

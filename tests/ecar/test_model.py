@@ -8,9 +8,9 @@ import ecar_kernels
 from ecar import ECARConfig, stages
 from ecar.model import ECAR
 from ecar.sampling import sample
-from ecar_kernels import _native
 from ecar_kernels.flow_block.packing import PackedWeight
 from tests.support.modules import accelerated
+from tests.support.native import needs_native
 
 from .conftest import tiny_config
 
@@ -353,7 +353,7 @@ class TestAccelerated:
         assert torch.equal(self.draw(ECAR.from_pretrained(tmp_path)), before)
 
 
-@pytest.mark.skipif(_native.why_not() is not None, reason="needs the C++ library")
+@needs_native
 def test_sampling_leaves_weights_packed_alone():
     """A product that read one as a tensor would turn it back, and keep a second copy packed."""
     model = ECAR(ECARConfig.preset("digits")).eval()
